@@ -1,0 +1,124 @@
+"""The command line: each verb parses its words and calls the public function of the same name.
+
+Invariant: there is no logic here. A user's mistake ends in one line on stderr and exit code 2, failed work in one line
+and exit code 1; a traceback is always a bug of cotree.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cotree.errors import CotreeError, UsageError
+
+app = typer.Typer(
+    name="cotree",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Grow trees of thought with Monte Carlo tree search, and train small models on them.",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/laptop.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of recipe values.")]
+RunsDir = Annotated[Path, typer.Option(help="Where run folders are kept.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+@app.command(epilog="Example: cotree run recipes/laptop.yaml search.rollouts=4 name=quick")
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Run one stage: search, build, train_sft, ...")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Questions to trees to datasets to a trained student to a table. The same command resumes."""
+    from cotree.config import load_recipe
+    from cotree.pipeline import run as run_recipe
+    from cotree.progress import Output
+
+    run_recipe(load_recipe(recipe, overrides or []), runs_dir, only=only, output=Output(quiet=quiet))
+
+
+@app.command(epilog="Example: cotree report runs/laptop")
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write one self-contained HTML page about a finished run."""
+    from cotree.report.html import write_report
+
+    typer.echo(write_report(run_folder))
+
+
+@app.command(epilog="Example: cotree tasks")
+def tasks() -> None:
+    """List the tasks."""
+    from cotree.tasks import TASKS
+
+    for name, kind in TASKS.items():
+        typer.echo(f"{name:12} {kind.description}")
+
+
+@app.command(epilog="Example: cotree patterns")
+def patterns() -> None:
+    """List the thought patterns: which type may follow which, and how many."""
+    from cotree.search.thoughts import PATTERNS
+
+    for name, pattern in PATTERNS.items():
+        rows = "; ".join(f"{k} > {', '.join(f'{n} {t}' for t, n in row.items())}" for k, row in pattern.items())
+        typer.echo(f"{name:12} {rows}")
+
+
+def main() -> None:
+    """The `cotree` command."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except KeyboardInterrupt:
+        _fail("stopped; nothing is lost: run the same command again to resume", 130)
+    except ExceptionGroup as group:
+        _explain(group)
+    except CotreeError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"the disk is full ({error.filename or ''}); free some space, then re-run the same command to resume", 1)
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        _fail(f"{error.format_message()} (see cotree --help)", UsageError.exit_code)
+
+
+def _explain(group: ExceptionGroup[Exception]) -> None:
+    """Work that ran side by side fails side by side: the first user error speaks for all."""
+    errors: list[Exception] = list(group.exceptions)
+    while errors:
+        error = errors.pop(0)
+        if isinstance(error, ExceptionGroup):
+            errors += error.exceptions
+        elif isinstance(error, CotreeError):
+            _fail(str(error), error.exit_code)
+    raise group
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"cotree: {message}", file=sys.stderr, flush=True)
+    # The embedded engine's threads may be inside a long decode; what matters is on disk already.
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

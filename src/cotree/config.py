@@ -1,0 +1,282 @@
+"""The recipe: one YAML file that describes a run, checked before anything is spent.
+
+Invariant: a recipe that loads is complete (defaults filled in, names resolved to models and tasks that exist), and an
+unknown key is an error that names the nearest known one. One pydantic model a stage; the resolved recipe is written to
+the run folder and its hash decides whether a run may be resumed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cotree.errors import UsageError
+
+GGUFType = Literal["F32", "F16", "Q8_0"]
+Length = Literal["longest", "medium", "shortest"]
+STAGES = ("search", "build", "train_sft", "train_dpo", "eval", "report")
+
+
+class Section(BaseModel):
+    """A part of the recipe. Unknown keys are errors; a loaded recipe never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """Where text comes from: an OpenAI-compatible server (`url`) or a GGUF in this process (`embedded`).
+
+    `embedded` is a shipped name (`smollm2-135m-instruct`), a path to a `.gguf` file, or `REPO_ID:FILE.gguf` on the
+    hub. `tokenizer` (a hub id or folder) renders the chat template for `url` models; embedded ones carry their own.
+    """
+
+    embedded: str | None = None
+    gguf: GGUFType = "Q8_0"
+    url: str | None = None
+    model: str = "default"
+    tokenizer: str | None = None
+    api_key_env: str | None = None
+    max_in_flight: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.embedded is None) == (self.url is None):
+            raise ValueError("give exactly one of `embedded` (a GGUF in this process) or `url` (a server)")
+        if self.url is not None and self.tokenizer is None:
+            raise ValueError("a `url` model needs `tokenizer` (hub id or folder): prompts are rendered on this side")
+        return self
+
+
+class Tasks(Section):
+    """How many questions of each task: `train` is searched, `dev` is for tuning, `eval` is held out."""
+
+    train: dict[str, int]
+    dev: dict[str, int] = {}
+    eval: dict[str, int]
+
+
+class Search(Section):
+    """Monte Carlo tree search over thoughts (paper, section on MCTS-based CoT data construction)."""
+
+    rollouts: int = Field(8, ge=1)
+    leaves_per_round: int = Field(2, ge=1)
+    exploration: float = Field(1.0, ge=0)
+    patterns: list[str] = ["plain", "hypothesis", "double_check", "reclarify"]
+    temperature: float = Field(0.8, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_thought_tokens: int = Field(64, ge=1)
+    max_depth: int = Field(10, ge=3)
+    max_reflections: int = Field(2, ge=0)
+    trees_in_flight: int = Field(8, ge=1)
+
+
+class BuildSFT(Section):
+    """Correct chains by relative length in their tree (paper, Thoughts Length Balance: longest for SFT)."""
+
+    length: Length = "longest"
+    chains_per_tree: int = Field(1, ge=1)
+
+
+class BuildDPO(Section):
+    """Pairs with the shortest common prefix (paper, data extraction: shortest chosen for DPO)."""
+
+    length: Length = "shortest"
+    pairs_per_tree: int = Field(1, ge=1)
+
+
+class Build(Section):
+    sft: BuildSFT = BuildSFT()
+    dpo: BuildDPO = BuildDPO()
+    max_tokens: int = Field(512, ge=8)
+
+
+class Optimizer(Section):
+    """What SFT and DPO share. `batch_size` counts chains (SFT) or pairs (DPO) in one optimizer step."""
+
+    learning_rate: float = Field(5e-5, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(8, ge=1)
+    micro_batch_size: int = Field(4, ge=1)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    save_steps: int = Field(20, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Optimizer:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class TrainSFT(Optimizer):
+    """Supervised fine-tuning on chains: token-mean cross-entropy over the completion."""
+
+
+class TrainDPO(Optimizer):
+    """L = cDPO(beta, label_smoothing) + alpha * L_SFT(chosen) (paper, Fine-grained DPO and Joint Post-training).
+
+    `mask_prefix` leaves the tokens that chosen and rejected share out of the margin; in the sigmoid margin they cancel
+    exactly, so what it changes is the default of `sft_scope` (`suffix`) and the logged rewards.
+    `sft_norm`: `token` = mean over all scored tokens of the step, `pair` = mean over pairs of per-pair token means.
+    """
+
+    learning_rate: float = Field(5e-6, gt=0)
+    batch_size: int = Field(4, ge=1)
+    micro_batch_size: int = Field(2, ge=1)
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5)
+    alpha: float = Field(1.0, ge=0)
+    mask_prefix: bool = True
+    sft_norm: Literal["token", "pair"] = "token"
+    sft_scope: Literal["full", "suffix"] | None = None
+
+    @property
+    def scope(self) -> Literal["full", "suffix"]:
+        """The SFT term's scope: an explicit one wins, else masking decides."""
+        return self.sft_scope or ("suffix" if self.mask_prefix else "full")
+
+
+class Train(Section):
+    student: str
+    sft: TrainSFT = TrainSFT()
+    dpo: TrainDPO = TrainDPO()
+
+
+class Eval(Section):
+    """Greedy evaluation: every model in one engine, at one GGUF type, with one plain prompt and one max_tokens.
+
+    `examples` adds the base model with the search's worked examples; `control` trains and evaluates a student on the
+    same number of unverified chains. Both say how much of a win is merely learning to answer.
+    """
+
+    max_tokens: int = Field(128, ge=1)
+    gguf: GGUFType = "Q8_0"
+    examples: bool = True
+    control: bool = True
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    models: dict[str, Model]
+    roles: dict[str, str]
+    tasks: Tasks
+    search: Search = Search()
+    build: Build = Build()
+    train: Train
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES
+        from cotree.tasks import TASKS
+
+        if "thinker" not in self.roles:
+            raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
+        _known("roles", self.roles, ["thinker", "reflector", *THOUGHT_TYPES])
+        _known("models named in roles", self.roles.values(), list(self.models))
+        _known("train.student", [self.train.student], list(self.models))
+        _known("search.patterns", self.search.patterns, list(PATTERNS))
+        for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):
+            _known("tasks", part, list(TASKS))
+        if self.models[self.train.student].embedded is None:
+            raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
+        return self
+
+
+def _known(where: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: unknown name `{name}`{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=c` overrides (values are YAML), fill in defaults, check.
+
+    Raises:
+        UsageError: one line that names the file, the key and the fix.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no recipe at {path}; `recipes/laptop.yaml` is a good start") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} holds no recipe: expected keys like `name`, `models`, `tasks`")
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """A recipe from plain data; `where` names it in errors."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {'; '.join(_explain(problem) for problem in error.errors())}") from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"`{override}` is no override; write it as key.subkey=value, e.g. search.rollouts=16")
+    step: Any = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        step = step.setdefault(parent, {})
+        if not isinstance(step, dict):
+            raise UsageError(f"`{override}`: `{parent}` is a value, not a section")
+    try:
+        step[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"`{override}`: the value is not YAML; quote it") from None
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic problem as `a.b: what is wrong`, with the nearest known key for an unknown one."""
+    where = [part for part in problem["loc"] if isinstance(part, str)]
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key `{key}`{_nearest(where[-1], _keys(where[:-1]))}"
+    if problem["type"] == "missing":
+        return f"`{key}` is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"`{key}`: {message}" if key else message
+
+
+def _keys(where: Sequence[str]) -> list[str]:
+    """The keys that the section at a place in the recipe may have."""
+    section: Any = Recipe
+    for part in where:
+        fields = getattr(section, "model_fields", {})
+        if part in fields:
+            section = fields[part].annotation
+            if get_args(section):
+                section = get_args(section)[-1]
+    return list(getattr(section, "model_fields", {}))
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """16 hex digits over everything in the recipe."""
+    return hashlib.sha256(json.dumps(recipe.model_dump(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""From trees to SFT and DPO rows: chains, relative length, pairs, dataset files."""

@@ -1,0 +1,1 @@
+"""Accuracy with no-answer ratio: samplers and metrics."""

@@ -1,0 +1,136 @@
+"""Greedy evaluation of one model on held-out questions, through the engine that also serves the teacher.
+
+Invariants: every model gets the same plain prompt, GGUF type and max_tokens; a sample is written as soon as it is
+judged, so an interrupted evaluation goes on where it stopped and its numbers are those of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cotree.errors import CotreeError
+from cotree.eval.metrics import Sample
+from cotree.llm.client import Client, Request
+from cotree.llm.embedded import serve
+from cotree.search.prompts import example_messages, render
+from cotree.search.thoughts import PATTERNS
+from cotree.tasks import Question, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Wide enough for the worked examples, the question and max_tokens; narrow keeps the KV cache small.
+_SLOTS, _ROOM_FOR_PROMPT = 16, 768
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSample:
+    """One line of `samples_*.jsonl`: what a model said to one question, and the verdict."""
+
+    task: str
+    id: str
+    response: str
+    finish_reason: str
+    tokens: int
+    prompt_tokens: int
+    kind: str
+    answer: str | None
+    gold: str
+
+    def judged(self) -> Sample:
+        """As the metrics take it."""
+        return Sample(self.kind, self.tokens, self.finish_reason)  # type: ignore[arg-type]
+
+
+def evaluate(
+    gguf: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[tuple[Task, Question]],
+    samples: Path,
+    *,
+    max_tokens: int,
+    examples: bool = False,
+    on_sample: Callable[[int, int, str], None] | None = None,
+) -> list[EvalSample]:
+    """Ask a GGUF every question greedily and judge; `samples` (JSONL) is both output and memory.
+
+    Args:
+        examples: put the search's worked examples (plain pattern) before the question.
+        on_sample: called with (done, wanted, remark) after each.
+    """
+    done = {(s.task, s.id): s for s in read_samples(samples)}
+    left = [(task, question) for task, question in questions if (question.task, question.id) not in done]
+    if left:
+        with serve(gguf, slots=_SLOTS, context=_ROOM_FOR_PROMPT + max_tokens) as url:
+            asyncio.run(_ask(url, tokenizer, left, samples, done, max_tokens, examples, len(questions), on_sample))
+    return [done[question.task, question.id] for _, question in questions]
+
+
+async def _ask(
+    url: str,
+    tokenizer: PreTrainedTokenizerBase,
+    left: Sequence[tuple[Task, Question]],
+    samples: Path,
+    done: dict[tuple[str, str], EvalSample],
+    max_tokens: int,
+    examples: bool,
+    wanted: int,
+    on_sample: Callable[[int, int, str], None] | None,
+) -> None:
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    async with Client(
+        "student", url, "default", max_in_flight=_SLOTS, count_tokens=count_tokens, timeout=600.0
+    ) as client:
+
+        async def one(task: Task, question: Question) -> None:
+            shown = example_messages(task.worked_examples(question), PATTERNS["plain"]) if examples else []
+            prompt = render(tokenizer, [*shown, *question.messages])
+            completion = await client.complete(Request(prompt, 1, max_tokens, 0.0, 1.0, 0, ()))
+            choice = completion.choices[0]
+            verdict = task.judge(question, choice.text, choice.finish_reason)
+            sample = EvalSample(
+                task.name, question.id, choice.text, choice.finish_reason, choice.tokens, completion.prompt_tokens,
+                verdict.kind, verdict.answer, question.gold,
+            )  # fmt: skip
+            append_line(samples, asdict(sample))
+            done[question.task, question.id] = sample
+            if on_sample is not None:
+                on_sample(len(done), wanted, "")
+
+        async with asyncio.TaskGroup() as group:
+            for task, question in left:
+                group.create_task(one(task, question))
+
+
+def read_samples(path: Path) -> list[EvalSample]:
+    """The samples of a file; a last line that a kill cut in half is dropped from the file."""
+    if not path.is_file():
+        return []
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return [EvalSample(**json.loads(line)) for line in whole.split(b"\n") if line]
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line in a single write."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        fix = "free some space, then re-run the same command to resume"
+        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None

@@ -1,0 +1,1 @@
+"""Where text comes from: the endpoint client, chat templates, the embedded engine."""

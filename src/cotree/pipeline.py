@@ -1,0 +1,317 @@
+"""The spine: questions -> trees -> rows -> trained students -> table -> report, each stage resumable.
+
+Invariant: a stage that has finished is never repeated, one that was interrupted goes on from what it left, and what a
+stage needs from an earlier one is in the run folder, so every stage can be run by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cotree.config import STAGES, Recipe
+from cotree.errors import CotreeError, UsageError
+from cotree.progress import Output
+from cotree.run_folder import RunFolder, open_run, write_json
+from cotree.tasks import Question, Split, Task, task
+
+if TYPE_CHECKING:
+    from cotree.search.driver import Progress
+    from cotree.store import StoredTree
+    from cotree.train.trainer import StepLog, TrainResult
+
+
+def run(
+    recipe: Recipe, runs_dir: Path = Path("runs"), *, only: str | None = None, output: Output | None = None
+) -> Path:
+    """Run all stages of a recipe, or one; calling it again resumes.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UsageError: found before any work: a model, a server, a task or a library is missing, or the folder belongs to
+            another recipe.
+        CotreeError: work failed after it had started; the same call resumes it.
+    """
+    output = output or Output()
+    if only is not None and only not in STAGES:
+        raise UsageError(f"unknown stage `{only}`; stages are {', '.join(STAGES)}")
+    _preflight(recipe)
+    with open_run(runs_dir, recipe) as folder:
+        wanted = STAGES if only is None else (only,)
+        if all(folder.done(stage) for stage in wanted):
+            output.say(f"{folder.path}: all done ({', '.join(wanted)})")
+        for stage in wanted:
+            missing = [s for s in STAGES[: STAGES.index(stage)] if not folder.done(s)]
+            if missing:
+                raise UsageError(f"stage `{stage}` needs `{missing[0]}` first; run without --only, or that stage")
+            if folder.done(stage):
+                continue
+            output.say(f"{stage}: {_says(stage, recipe)}")
+            started = time.monotonic()
+            with folder.stage(stage) as result:
+                _STAGE[stage](folder, result, output)
+            output.say(f"  {stage} done in {time.monotonic() - started:.0f} s")
+        if folder.done("report"):
+            _print_result(folder, output)
+        return folder.path
+
+
+def _preflight(recipe: Recipe) -> None:
+    """Everything that can be known to fail before work starts."""
+    from importlib.util import find_spec
+
+    from cotree.llm.embedded import locate
+    from cotree.llm.endpoints import check_servers
+
+    for package, extra in (("xllamacpp", "local"), ("torch", "train"), ("accelerate", "train")):
+        if find_spec(package) is None:
+            raise UsageError(f"{package} is not installed; pip install 'cotree[{extra}]', or use `make demo`")
+    for model in recipe.models.values():
+        if model.embedded is not None:
+            locate(model.embedded)
+    _questions(recipe.tasks.train, "train")
+    _questions(recipe.tasks.eval, "test")
+    asyncio.run(check_servers(recipe.models))
+
+
+def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:
+    return [(t, q) for name, n in counts.items() for t in [task(name)] for q in t.questions(split, n)]
+
+
+def _says(stage: str, recipe: Recipe) -> str:
+    students = "sft and control students" if recipe.eval.control else "sft student"
+    return {
+        "search": f"growing {sum(recipe.tasks.train.values())} trees of thought, {recipe.search.rollouts} rollouts each",
+        "build": "choosing chains and pairs by relative length",
+        "train_sft": f"training the {students} on chains",
+        "train_dpo": "training the dpo student on pairs, from the sft checkpoint",
+        "eval": f"asking {sum(recipe.tasks.eval.values())} held-out questions of every model, greedily",
+        "report": "writing report.html",
+    }[stage]
+
+
+def _search(run: RunFolder, result: dict[str, Any], output: Output) -> None:
+    from cotree.llm.endpoints import open_endpoints
+    from cotree.search.driver import Grower
+    from cotree.store import TreeStore
+
+    recipe = run.recipe
+    questions = _questions(recipe.tasks.train, "train")
+    used = {name: model for name, model in recipe.models.items() if name in recipe.roles.values()}
+
+    async def grow() -> str:
+        async with open_endpoints(used) as endpoints:
+            grower = Grower(store, endpoints, recipe.roles, recipe.search, recipe.seed)
+            started = time.monotonic()
+            with output.progress("trees") as update:
+
+                def show(progress: Progress) -> None:
+                    speed = progress.tokens / (time.monotonic() - started)
+                    verdicts = ", ".join(f"{n} {kind}" for kind, n in progress.verdicts.items())
+                    update(progress.trees, progress.trees_wanted, f"{verdicts}; {speed:.0f} tokens/s")
+
+                await grower.grow_all(questions, show)
+            return grower.config
+
+    with TreeStore(run.trees) as store:
+        config = asyncio.run(grow())
+        result.update(_search_summary(store.trees(config)), config=config)
+
+
+def _search_summary(trees: Any) -> dict[str, Any]:
+    """Counts over the trees of a search, and each task's own."""
+    parts: dict[str, list[StoredTree]] = {}
+    for tree in trees:
+        parts.setdefault(tree.task, []).append(tree)
+    everything = [tree for part in parts.values() for tree in part]
+    return {
+        "counts": {**_counts(everything), "by_task": {name: _counts(part) for name, part in sorted(parts.items())}},
+        "tokens": {
+            "prompt": sum(t.prompt_tokens - t.cached_tokens for t in everything),
+            "cached": sum(t.cached_tokens for t in everything),
+            "completion": sum(t.completion_tokens for t in everything),
+        },
+    }
+
+
+def _counts(trees: Sequence[StoredTree]) -> dict[str, Any]:
+    answers = [n for tree in trees for n in tree.nodes if n.type == "answer"]
+    kinds = [{n.verdict for n in tree.nodes if n.verdict} for tree in trees]
+    reflections = [(tree, n) for tree in trees for n in tree.nodes if n.type == "reflection"]
+    return {
+        "trees": len(trees),
+        "thoughts": sum(len(tree.nodes) - 1 for tree in trees),
+        "answers": len(answers),
+        **{kind: sum(n.verdict == kind for n in answers) for kind in ("correct", "wrong", "no_answer")},
+        "questions_with_correct": sum("correct" in found for found in kinds) / max(len(trees), 1),
+        "questions_with_both": sum({"correct", "wrong"} <= found for found in kinds) / max(len(trees), 1),
+        "reflections": len(reflections),
+        "repaired": sum(n.value > 0 for _, n in reflections),
+    }
+
+
+def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
+    from cotree.data.build import build
+    from cotree.store import TreeStore
+    from cotree.train.tokenizer import load_tokenizer
+
+    recipe = run.recipe
+    tokenizer = load_tokenizer(_student_source(recipe))
+    with TreeStore(run.trees) as store:
+        built = build(
+            store.trees(run.result("search")["config"]),
+            tokenizer,
+            recipe.build,
+            run.data,
+            seed=recipe.seed,
+            control=recipe.eval.control,
+        )
+    result.update(counts=built.counts)
+    write_json(run.path / "samples.json", built.samples)
+    counts = built.counts
+    output.say(
+        f"  {counts['sft_rows']} SFT chains {counts['sft_rows_by_task']}, {counts['dpo_pairs']} DPO pairs "
+        f"{counts['dpo_pairs_by_task']}, {counts['too_long']} chains over {recipe.build.max_tokens} tokens left out"
+    )
+
+
+def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
+    from cotree.train.sft import train_sft
+    from cotree.train.student import load_student
+
+    recipe = run.recipe
+    base = load_student(_student_source(recipe), run.checkpoint("base") / "model")
+    trained = 0
+    for name in ("sft", "control") if recipe.eval.control else ("sft",):
+        rows = run.data / name / "train.parquet"
+        with output.progress(f"{name} steps") as update:
+            trained += train_sft(
+                rows,
+                base,
+                run.checkpoint(name),
+                recipe.train.sft,
+                seed=recipe.seed,
+                max_tokens=recipe.build.max_tokens,
+                on_step=lambda log, update=update: update(log.step, log.total_steps, f"loss {log.loss:.3f}"),
+            ).tokens
+    result["tokens"] = {"trained": trained}
+
+
+def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
+    from cotree.train.dpo import train_dpo
+
+    recipe = run.recipe
+    with output.progress("dpo steps") as update:
+        trained = train_dpo(
+            run.data / "dpo" / "train.parquet",
+            run.checkpoint("sft") / "model",
+            run.checkpoint("dpo"),
+            recipe.train.dpo,
+            seed=recipe.seed,
+            max_tokens=recipe.build.max_tokens,
+            on_step=lambda log: update(log.step, log.total_steps, f"loss {log.loss:.3f}"),
+        )
+    result["tokens"] = {"trained": trained.tokens}
+
+
+def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
+    from cotree.eval.evaluate import evaluate
+    from cotree.eval.metrics import constant_baseline, summarize
+    from cotree.train.export_gguf import export_gguf
+    from cotree.train.tokenizer import load_tokenizer
+
+    recipe = run.recipe
+    settings = recipe.eval
+    source = _student_source(recipe)
+    tokenizer = load_tokenizer(source)
+    questions = _questions(recipe.tasks.eval, "test")
+    models = [("base", "base", False), ("base+examples", "base", True), ("control", "control", False)]
+    models += [("sft", "sft", False), ("dpo", "dpo", False)]
+    rows: list[dict[str, Any]] = []
+    prompt = completion = 0
+    for name, checkpoint, examples in models:
+        if (examples and not settings.examples) or (name == "control" and not settings.control):
+            continue
+        gguf = run.path / "student" / f"{checkpoint}-{settings.gguf}.gguf"
+        if not gguf.is_file():
+            export_gguf(run.checkpoint(checkpoint) / "model", source, gguf, settings.gguf)
+        with output.progress(name) as update:
+            samples = evaluate(
+                gguf,
+                tokenizer,
+                questions,
+                run.path / "eval" / f"samples_{name}.jsonl",
+                max_tokens=settings.max_tokens,
+                examples=examples,
+                on_sample=update,
+            )
+        prompt += sum(sample.prompt_tokens for sample in samples)
+        completion += sum(sample.tokens for sample in samples)
+        for task_name in recipe.tasks.eval:
+            judged = [sample.judged() for sample in samples if sample.task == task_name]
+            rows.append({"model": name, "task": task_name, **summarize(judged), "max_tokens": settings.max_tokens})
+    baselines = []
+    for task_name in recipe.tasks.eval:
+        answer, accuracy = constant_baseline([question.gold for t, question in questions if t.name == task_name])
+        baselines.append({"task": task_name, "answer": answer, "accuracy": accuracy})
+    write_json(run.path / "eval" / "results.json", rows)
+    result.update(eval=rows, baselines=baselines, tokens={"prompt": prompt, "completion": completion})
+
+
+def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:
+    from cotree.report.html import write_report
+
+    write_json(run.path / "summary.json", _summary(run))
+    write_report(run.path)
+    result["report"] = "report.html"
+
+
+def _summary(run: RunFolder) -> dict[str, Any]:
+    """Every number of the printed tables."""
+    stages = run.manifest["stages"]
+    return {
+        "name": run.recipe.name,
+        "seed": run.recipe.seed,
+        "created": run.manifest["created"],
+        "machine": run.manifest["machine"],
+        "eval": run.result("eval")["eval"],
+        "baselines": run.result("eval")["baselines"],
+        "search": run.result("search")["counts"],
+        "data": run.result("build")["counts"],
+        "seconds": {name: stage["seconds"] for name, stage in stages.items() if stage["done"]},
+        "tokens": {name: stage["result"]["tokens"] for name, stage in stages.items() if "tokens" in stage["result"]},
+    }
+
+
+def _print_result(run: RunFolder, output: Output) -> None:
+    from cotree.report.table import eval_table, summary_lines
+
+    summary = _summary(run)
+    output.say(eval_table(summary))
+    for line in summary_lines(summary):
+        output.say(line)
+    output.say(f"report: {run.path / 'report.html'}")
+
+
+def _student_source(recipe: Recipe) -> Path:
+    from cotree.llm.embedded import locate
+
+    embedded = recipe.models[recipe.train.student].embedded
+    if embedded is None:
+        raise CotreeError("a student's weights must be embedded")
+    return locate(embedded)
+
+
+_STAGE = {
+    "search": _search,
+    "build": _build,
+    "train_sft": _train_sft,
+    "train_dpo": _train_dpo,
+    "eval": _eval,
+    "report": _report,
+}

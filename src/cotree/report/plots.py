@@ -1,0 +1,165 @@
+"""The report's drawings: training curves by matplotlib, and the small interval plot in a table's row.
+
+Invariant: a drawing is one <svg> element without scripts, links or colours of its own; colours are CSS variables of the
+page, so light, dark and print need one drawing. Labels are ours, never a model's text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from cotree.report.summary import EvalRow, LogLine
+
+# matplotlib wants colours, the page wants variables: these stand for each other.
+COLORS = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
+SERIES = {"#0a0a01": "var(--c1)", "#0a0a02": "var(--c2)"}
+MAX_POINTS = 300
+WIDTH = 180
+TICKS = (0, 0.25, 0.5, 0.75, 1)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title and the names of its curves, each with a CSS colour."""
+
+    title: str
+    keys: list[tuple[str, str]]
+    svg: str
+    note: str = ""
+
+
+Value = Callable[[LogLine], float | None]
+
+
+def training_figures(logs: Mapping[str, Sequence[LogLine]]) -> list[Figure]:
+    """Curves over optimizer steps from the logs of `sft`, `control` and `dpo`; a figure without any point is left out.
+
+    Logs longer than 300 points are averaged over equal spans, and the figure says so.
+    """
+    sft = [("sft", logs.get("sft", ())), ("control", logs.get("control", ()))]
+    dpo = logs.get("dpo", ())
+    figures = [
+        _curves("SFT loss", [(name, log, lambda line: line.loss) for name, log in sft]),
+        _curves("DPO loss", [("dpo", dpo, lambda line: line.loss)]),
+        _curves("DPO margin", [("dpo", dpo, lambda line: line.margin)]),
+        _curves("Pairs with margin above 0", [("dpo", dpo, lambda line: line.accuracy)], limits=(0.0, 1.0)),
+        _curves(
+            "Log-probabilities",
+            [("chosen", dpo, lambda line: line.chosen_logps), ("rejected", dpo, lambda line: line.rejected_logps)],
+        ),
+        _curves(
+            "Learning rate",
+            [(name, logs.get(name, ()), lambda line: line.learning_rate) for name in ("sft", "dpo")],
+        ),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def interval_plot(row: EvalRow, constant: float | None, *, accent: bool) -> str:
+    """Accuracy as a dot on its 95% interval, on a scale from 0 to 100%; the constant answer is a dashed line."""
+    height = 28
+    middle = height / 2
+
+    def upright(fraction: float, style: str) -> str:
+        return f'<line x1="{_x(fraction)}" x2="{_x(fraction)}" y1="0" y2="{height}" {style}/>'
+
+    color = "var(--c1)" if accent else "var(--ink)"
+    grid = "".join(upright(tick, 'stroke="var(--rule)"') for tick in TICKS)
+    if constant is not None:
+        grid += upright(constant, 'stroke="var(--muted)" stroke-dasharray="2 2"')
+    label = f"{100 * row.accuracy:.1f}%, interval {100 * row.low:.1f} to {100 * row.high:.1f}"
+    return (
+        f'<svg width="{WIDTH}" height="{height}" role="img" aria-label="{label}">{grid}'
+        f'<line x1="{_x(row.low)}" x2="{_x(row.high)}" y1="{middle}" y2="{middle}" stroke="{color}" stroke-width="2"/>'
+        f'<circle cx="{_x(row.accuracy)}" cy="{middle}" r="3.5" fill="{color}"/></svg>'
+    )
+
+
+def interval_axis() -> str:
+    """The scale over a column of interval plots, in percent."""
+    labels = "".join(f'<text x="{_x(tick)}" y="8" text-anchor="middle">{100 * tick:.0f}</text>' for tick in TICKS)
+    return f'<svg class="axis" width="{WIDTH}" height="16" aria-hidden="true">{labels}</svg>'
+
+
+def _x(fraction: float) -> str:
+    return f"{6 + fraction * (WIDTH - 12):.1f}"
+
+
+def _curves(
+    title: str, series: Sequence[tuple[str, Sequence[LogLine], Value]], limits: tuple[float, float] | None = None
+) -> Figure | None:
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import MaxNLocator
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.size": 8,
+        "text.color": "#010101",
+        "axes.edgecolor": "#030303",
+        "axes.labelcolor": "#020202",
+        "xtick.color": "#030303",
+        "ytick.color": "#030303",
+        "xtick.labelcolor": "#020202",
+        "ytick.labelcolor": "#020202",
+        "grid.color": "#030303",
+        "grid.linewidth": 0.5,
+        "axes.linewidth": 0.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.unicode_minus": True,
+        "xtick.major.width": 0.5,
+        "ytick.major.size": 0,
+    }
+    span = max(1, *(-(-len(log) // MAX_POINTS) for _, log, _ in series))
+    keys = []
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=(3.3, 1.9), layout="constrained")
+        axes = canvas.add_subplot()
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        for (name, log, value), (stand_in, color) in zip(series, SERIES.items(), strict=False):
+            points = [(line.step, y) for line in log if (y := value(line)) is not None]
+            if not points:
+                continue
+            steps, values = zip(*_averaged(points, span), strict=True)
+            axes.plot(steps, values, color=stand_in, linewidth=1.4, marker="o" if len(steps) < 2 else None)
+            keys.append((name, color))
+        if not keys:
+            return None
+        if limits:
+            axes.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    note = f"each point is the mean of {span} steps" if span > 1 else ""
+    return Figure(title, keys, _inline(out.getvalue(), title), note)
+
+
+def _averaged(points: Sequence[tuple[int, float]], span: int) -> list[tuple[float, float]]:
+    groups = [points[start : start + span] for start in range(0, len(points), span)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _inline(svg: str, title: str) -> str:
+    """matplotlib's file as an element of a page: no prolog, metadata, size or fonts, and ids unique in the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    head, rest = svg.split(">", 1)
+    viewbox = re.search(r'viewBox="[^"]*"', head)
+    assert viewbox is not None, "matplotlib writes a viewBox"
+    slug = re.sub(r"\W+", "-", title.lower())
+    rest = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{slug}-", rest)
+    rest = re.sub(r" font-family: [^;\"]*;?", "", rest)
+    for stand_in, variable in {**COLORS, **SERIES}.items():
+        rest = rest.replace(stand_in, variable)
+    return f'<svg {viewbox[0]} role="img" aria-label="{escape(title, quote=True)}">{rest.strip()}'

@@ -1,0 +1,229 @@
+"""What the report reads from a run folder, checked.
+
+Invariant: files hold fractions in [0, 1] and raw counts, and a value of the wrong type is an error that names the file
+and the key; an optional key that is absent stays absent (None) and is shown as such, never as 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cotree.errors import UsageError
+
+MODELS = ("base", "base+examples", "control", "sft", "dpo")
+
+
+class Part(BaseModel):
+    """A part of a run's files. Types are strict ("0.5" is no number); unknown keys belong to others and are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class Machine(Part):
+    """Where the run took place: its class, not its name."""
+
+    cpu: str | None = None
+    cores: int | None = None
+    memory_gb: float | None = None
+
+
+class EvalRow(Part):
+    """One model on one task: `accuracy` with its interval and the no-answer ratio, as fractions of all n samples."""
+
+    model: str
+    task: str
+    n: int = Field(ge=1)
+    accuracy: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+    no_answer: float = Field(ge=0, le=1)
+    truncated: float | None = None
+    finished_without_answer: float | None = None
+    accuracy_answered: float | None = None
+    mean_tokens: float
+    max_tokens: int
+
+
+class Baseline(Part):
+    """The best constant answer of a task: what a model gets that ignores the question."""
+
+    task: str
+    answer: str
+    accuracy: float = Field(ge=0, le=1)
+
+
+class SearchCounts(Part):
+    """What the search found; `answers` splits into `correct`, `wrong` and `no_answer`."""
+
+    trees: int | None = None
+    thoughts: int | None = None
+    answers: int | None = None
+    correct: int | None = None
+    wrong: int | None = None
+    no_answer: int | None = None
+    questions_with_correct: float | None = None
+    questions_with_both: float | None = None
+    reflections: int | None = None
+    repaired: int | None = None
+
+
+class Search(SearchCounts):
+    """The counts over all tasks, and each task's own."""
+
+    by_task: dict[str, SearchCounts] = {}
+
+
+class Data(Part):
+    """The training rows; lengths are mean tokens of the completion under the student's tokenizer."""
+
+    sft_rows: int | None = None
+    control_rows: int | None = None
+    dpo_pairs: int | None = None
+    mean_sft_tokens: float | None = None
+    mean_chosen_tokens: float | None = None
+    mean_rejected_tokens: float | None = None
+    mean_prefix_tokens: float | None = None
+
+
+class Tokens(Part):
+    """One stage's tokens: `prompt` evaluated, `cached` (prompt, not evaluated), `completion` generated, `trained`."""
+
+    prompt: int | None = None
+    cached: int | None = None
+    completion: int | None = None
+    trained: int | None = None
+
+
+class Summary(Part):
+    """`summary.json`: every number that a run prints. Sections of stages that have not run are empty."""
+
+    name: str
+    seed: int
+    created: str
+    machine: Machine = Machine()
+    eval: list[EvalRow] = []
+    baselines: list[Baseline] = []
+    search: Search = Search()
+    data: Data = Data()
+    seconds: dict[str, float] = {}
+    tokens: dict[str, Tokens] = {}
+
+    def tasks(self) -> list[str]:
+        """The evaluated tasks, in the order of the file."""
+        return list(dict.fromkeys(row.task for row in self.eval))
+
+    def rows(self, task: str) -> list[EvalRow]:
+        """A task's rows: the known models from base to final student, then any others in the order of the file."""
+        order = {model: place for place, model in enumerate(MODELS)}
+        return sorted((row for row in self.eval if row.task == task), key=lambda row: order.get(row.model, len(order)))
+
+    def baseline(self, task: str) -> Baseline | None:
+        """The task's constant-answer baseline, where there is one."""
+        return next((baseline for baseline in self.baselines if baseline.task == task), None)
+
+
+class Manifest(Part):
+    """What the report shows of `manifest.json`: the versions that made the run."""
+
+    versions: dict[str, str] = {}
+    git: str | None = None
+
+
+class Chain(Part):
+    """One chain of thoughts. `verdict` is correct, wrong or no_answer; `kind` says what the chain was used for."""
+
+    text: str
+    verdict: str | None = None
+    kind: str | None = None
+
+
+class SampleTree(Part):
+    """One question with a few of its chains, to be read by people."""
+
+    title: str
+    prompt: str
+    chains: list[Chain]
+
+
+class LogLine(Part):
+    """One line of a trainer's log. The keys after `learning_rate` are DPO's."""
+
+    step: int
+    total_steps: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    accuracy: float | None = None
+    margin: float | None = None
+    chosen_logps: float | None = None
+    rejected_logps: float | None = None
+
+
+def read_summary(run: Path) -> Summary:
+    """`run/summary.json`. Raises UsageError when it is missing or does not fit."""
+    path = run / "summary.json"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: finish the run first, or name another run folder")
+    return _check(Summary, _load(path), path)
+
+
+def read_manifest(run: Path) -> Manifest:
+    """`run/manifest.json`, empty when there is none. Raises UsageError when it does not fit."""
+    path = run / "manifest.json"
+    return _check(Manifest, _load(path), path) if path.is_file() else Manifest()
+
+
+def read_samples(run: Path) -> list[SampleTree]:
+    """`run/samples.json`, empty when there is none. Raises UsageError when it does not fit."""
+    path = run / "samples.json"
+    if not path.is_file():
+        return []
+    items = _load(path)
+    if not isinstance(items, list):
+        raise UsageError(f"{path}: expected a list of questions with chains")
+    return [_check(SampleTree, item, path) for item in items]
+
+
+def read_log(path: Path) -> list[LogLine]:
+    """A trainer's `log.jsonl`, one line a step, empty when there is none.
+
+    A resumed training repeats the steps since its last checkpoint: the later line counts. A last line that a kill cut
+    short is left out; any other broken line raises UsageError.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    by_step: dict[int, LogLine] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UsageError(f"{path}:{number}: no valid JSON ({error.msg})") from None
+        checked = _check(LogLine, item, path)
+        by_step[checked.step] = checked
+    return [by_step[step] for step in sorted(by_step)]
+
+
+P = TypeVar("P", bound=Part)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: no valid JSON ({error})") from None
+
+
+def _check(kind: type[P], data: Mapping[str, Any], path: Path) -> P:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise UsageError(f"{path}: {key}: {first['msg']}") from None

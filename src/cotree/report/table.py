@@ -1,0 +1,140 @@
+"""The evaluation table and the lines under it, for the terminal and for Markdown.
+
+Invariant: every number shown is in summary.json; nothing is computed here but percents, differences and rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cotree.report.format import duration, interval, number, percent, signed
+from cotree.report.summary import MODELS, Summary
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEAD = ("task", "model", "accuracy %", "95% interval", "no answer %", "cut off %", "if answered %", "tokens", "n")
+LEFT = ("task", "model")
+
+
+def eval_table(summary: Summary | Mapping[str, Any]) -> Table:
+    """The evaluation as a rich table of 80 columns: models under their task, constant-answer baselines as rows."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = Summary.model_validate(summary)
+    table = Table(
+        box=box.SIMPLE_HEAD, caption=_note(summary), caption_justify="left", show_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("model", min_width=max(map(len, MODELS)), vertical="bottom")
+    for head in HEAD[2:]:
+        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
+    for task, rows in _rows(summary):
+        # Text, so that brackets in a name are no markup.
+        table.add_row(Text(task, style="bold"))
+        for cells in rows:
+            table.add_row(*(Text(cell) for cell in cells))
+        table.add_section()
+    return table
+
+
+def eval_table_text(summary: Summary | Mapping[str, Any]) -> str:
+    """The same table in Markdown, with its note below; ends in a newline."""
+    summary = Summary.model_validate(summary)
+    lines = [_line(HEAD), "|" + "|".join("---" if head in LEFT else "---:" for head in HEAD) + "|"]
+    for task, rows in _rows(summary):
+        lines += [_line((task, *cells)) for cells in rows]
+    return "\n".join([*lines, "", _note(summary)]) + "\n"
+
+
+def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
+    """What search, data and each stage came to, one line each; parts that have not run are left out."""
+    summary = Summary.model_validate(summary)
+    search, data = summary.search, summary.data
+    lines = []
+    if search.trees is not None:
+        lines.append(
+            f"search: {number(search.trees)} trees, {number(search.thoughts)} thoughts, "
+            f"{number(search.answers)} answers "
+            f"({number(search.correct)} correct, {number(search.wrong)} wrong, {number(search.no_answer)} no answer)"
+        )
+        lines.append(
+            f"        {percent(search.questions_with_correct)}% of questions have a correct chain, "
+            f"{percent(search.questions_with_both)}% both kinds; "
+            f"{number(search.reflections)} reflections, {number(search.repaired)} repaired"
+        )
+    if data.sft_rows is not None:
+        lines.append(
+            f"data:   {number(data.sft_rows)} SFT rows ({number(data.mean_sft_tokens)} tokens), "
+            f"{number(data.control_rows)} control rows, {number(data.dpo_pairs)} DPO pairs"
+        )
+        lines.append(
+            f"        chosen {number(data.mean_chosen_tokens)} tokens, rejected {number(data.mean_rejected_tokens)}, "
+            f"difference {signed(length_gap(summary))}, shared prefix {number(data.mean_prefix_tokens)}"
+        )
+    width = max((len(stage) for stage in summary.seconds), default=0)
+    lines += [
+        f"{stage:<{width}}  {duration(seconds):>12}  {_work(summary, stage)}".rstrip()
+        for stage, seconds in summary.seconds.items()
+    ]
+    if len(summary.seconds) > 1:
+        lines.append(f"{'total':<{width}}  {duration(sum(summary.seconds.values())):>12}")
+    return lines
+
+
+def length_gap(summary: Summary) -> float | None:
+    """Mean tokens of chosen minus rejected: DPO also learns length, so the gap belongs beside the data."""
+    chosen, rejected = summary.data.mean_chosen_tokens, summary.data.mean_rejected_tokens
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
+def tokens_per_second(summary: Summary, stage: str) -> float | None:
+    """Generated tokens (trained ones where nothing is generated) over the stage's whole wall time."""
+    tokens, seconds = summary.tokens.get(stage), summary.seconds.get(stage)
+    made = tokens and (tokens.completion or tokens.trained)
+    return made / seconds if made and seconds else None
+
+
+def _work(summary: Summary, stage: str) -> str:
+    tokens = summary.tokens.get(stage)
+    rate = tokens_per_second(summary, stage)
+    if tokens is None or rate is None:
+        return ""
+    if tokens.completion:
+        cached = f" + {number(tokens.cached)} cached" if tokens.cached else ""
+        return f"{number(tokens.prompt)} prompt{cached}, {number(tokens.completion)} generated tokens ({rate:,.0f}/s)"
+    return f"{number(tokens.trained)} tokens trained ({rate:,.0f}/s)"
+
+
+def _rows(summary: Summary) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    for task in summary.tasks():
+        rows: list[tuple[str, ...]] = [
+            (
+                row.model,
+                percent(row.accuracy),
+                interval(row),
+                percent(row.no_answer),
+                percent(row.truncated),
+                percent(row.accuracy_answered),
+                number(float(row.mean_tokens)),
+                number(row.n),
+            )
+            for row in summary.rows(task)
+        ]
+        baseline = summary.baseline(task)
+        if baseline:
+            rows.append((f"always “{baseline.answer}”", percent(baseline.accuracy), "", "", "", "", "", ""))
+        yield task, rows
+
+
+def _note(summary: Summary) -> str:
+    limits = sorted({row.max_tokens for row in summary.eval})
+    return (
+        f"max_tokens {', '.join(map(str, limits))}; cut off: no answer because max_tokens came first" if limits else ""
+    )
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,208 @@
+"""A run folder: everything of one run in one place, and the memory that makes re-running resume.
+
+Invariants: the folder belongs to one recipe (another one is an error that says how to resume or rename); one process
+works in it at a time; `manifest.json` and every other JSON here appear whole or not at all; seconds add up over
+interruptions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cotree.config import Recipe, parse_recipe, recipe_hash, recipe_yaml
+from cotree.errors import CotreeError, UsageError
+
+_PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
+
+
+class RunFolder:
+    """`runs/NAME/` of one recipe."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path, self.recipe = path, recipe
+        self.manifest: dict[str, Any] = read_json(path / "manifest.json") or {
+            "recipe_hash": recipe_hash(recipe),
+            "created": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "versions": _versions(),
+            "git": _git(),
+            "seed": recipe.seed,
+            "stages": {},
+        }
+
+    @property
+    def trees(self) -> Path:
+        """The tree store."""
+        return self.path / "trees.db"
+
+    @property
+    def data(self) -> Path:
+        """The datasets."""
+        return self.path / "data"
+
+    def checkpoint(self, name: str) -> Path:
+        """The folder of `base`, `sft`, `control` or `dpo`."""
+        return self.path / "checkpoints" / name
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage has finished."""
+        return bool(self.manifest["stages"].get(stage, {}).get("done"))
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a finished stage left for the summary."""
+        result: dict[str, Any] = self.manifest["stages"].get(stage, {}).get("result", {})
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds by stage, over all attempts that ended by themselves or by Ctrl-C."""
+        return {name: stage["seconds"] for name, stage in self.manifest["stages"].items()}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Work on a stage: fill the yielded result; the stage is done when the block ends without an error."""
+        entry = self.manifest["stages"].setdefault(name, {"seconds": 0.0, "done": False, "result": {}})
+        started = time.monotonic()
+        result: dict[str, Any] = {}
+        try:
+            yield result
+            entry["result"], entry["done"] = result, True
+        finally:
+            entry["seconds"] = round(entry["seconds"] + time.monotonic() - started, 1)
+            self.save()
+
+    def save(self) -> None:
+        """Write the manifest."""
+        write_json(self.path / "manifest.json", self.manifest)
+
+
+@contextmanager
+def open_run(runs_dir: Path, recipe: Recipe) -> Iterator[RunFolder]:
+    """Create the run's folder, or go on in it.
+
+    Raises:
+        UsageError: the folder holds another recipe, something else, or another process works in it.
+        CotreeError: it cannot be written.
+    """
+    path = runs_dir / recipe.name
+    stored = path / "recipe.yaml"
+    if stored.is_file():
+        _same_recipe(stored, recipe)
+    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise UsageError(f"{path} exists and is no run folder; choose another name= or move it away")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise CotreeError(f"cannot write {path}: {error.strerror}; free some space or set --runs-dir") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another cotree works in {path}; wait for it, or choose another name=") from None
+        write_text(stored, recipe_yaml(recipe))
+        run = RunFolder(path, recipe)
+        run.save()
+        yield run
+
+
+def _same_recipe(stored: Path, recipe: Recipe) -> None:
+    try:
+        raw = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise UsageError(f"{stored} cannot be read; move {stored.parent} away, or choose another name=") from None
+    known = parse_recipe(raw, str(stored))
+    if recipe_hash(known) == recipe_hash(recipe):
+        return
+    changed = sorted(_differences(known.model_dump(), recipe.model_dump()))
+    raise UsageError(
+        f"{stored.parent} was made with another recipe (different: {', '.join(changed)}); to resume it run "
+        f"`cotree run {stored}`, to start a new run add name=NEW_NAME"
+    )
+
+
+def _differences(a: Any, b: Any, at: str = "") -> set[str]:
+    """The keys at which two recipes differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: set[str] = set()
+        for key in a.keys() | b.keys():
+            found |= _differences(a.get(key), b.get(key), f"{at}.{key}" if at else str(key))
+        return found
+    return set() if a == b else {at}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None when there is no such file."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({error}); move {path.parent} away to start anew") from None
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        fix = "free some space, then re-run the same command to resume"
+        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
+
+
+def machine() -> dict[str, Any]:
+    """The class of this machine, for tables: nothing that names it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
+    return {"cpu": _cpu(), "cores": os.cpu_count() or 1, "memory_gb": round(memory, 1)}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> str | None:
+    """The commit of cotree's own checkout, where it is one."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,248 @@
+"""Monte Carlo tree search over thoughts: select, expand, roll out, back up. Pure: no I/O, no clock, no global random.
+
+Ask and tell: `ask(k)` selects up to k places to grow, with virtual loss so that they differ; each is a `Rollout` that
+says what text it wants (`wanted`) and is fed what came (`feed`) until it has reached a judged leaf; `tell` merges a
+round's rollouts in the order in which they were asked. Completions may thus arrive in any order and at any time, and
+the tree stays the same.
+
+Invariants: a node's `visits` is the number of judged leaves at or below it and `value` the sum of their rewards; a leaf
+is judged once and never selected again; after every tell or fail no virtual loss of that rollout is left; no `answer`
+exists without a verdict. All operations cost O(depth x branching).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cotree.search.thoughts import Pattern, ThoughtType, prefix_of
+from cotree.tasks.base import Verdict
+
+
+@dataclass(slots=True)
+class Slot:
+    """A child type of a node that is still to be written: `n` samples in one request."""
+
+    kind: ThoughtType
+    n: int
+    index: int
+    in_flight: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One thought. `path` is its place ("0.1/2.0": slot.sample at each depth) and seeds whatever grows below it."""
+
+    parent: Node | None
+    kind: ThoughtType | None
+    text: str
+    path: str
+    depth: int
+    prefix: str = ""
+    model: str = ""
+    tokens: int = 0
+    finish_reason: str = "stop"
+    seed: int = 0
+    seconds: float = 0.0
+    verdict: Verdict | None = None
+    id: int = -1
+    visits: int = 0
+    value: float = 0.0
+    virtual: int = 0
+    slots: list[Slot] = field(default_factory=list)
+    slots_made: int = 0
+    open_below: int = 0
+    children: list[Node] = field(default_factory=list)
+
+    def chain(self) -> list[Node]:
+        """The thoughts from the first below the root down to this one."""
+        nodes: list[Node] = []
+        node: Node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What came for one sample: the whole text with its prefix, and for a leaf (an answer, a cut text) its verdict."""
+
+    text: str
+    tokens: int
+    finish_reason: str
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A request for text: `n` thoughts of one type that follow `node`'s chain."""
+
+    node: Node
+    kind: ThoughtType
+    n: int
+    prefix: str
+    seed_key: str
+
+
+class Rollout:
+    """One descent from a selected place to a judged leaf. Holds what it wrote until `tell` merges it."""
+
+    def __init__(self, search: TreeSearch, node: Node, slot: Slot) -> None:
+        self._search = search
+        self.start, self.first, self.slot = node, slot, slot
+        self.written: list[Node] = []
+        self.answers = 0
+        self.wanted: Wanted | None = self._want(node, slot)
+
+    def _want(self, node: Node, slot: Slot) -> Wanted:
+        key = f"{self._search.seed}/{node.path}/{slot.index}:{slot.kind}"
+        return Wanted(node, slot.kind, slot.n, prefix_of(slot.kind, key), key)
+
+    def feed(self, thoughts: Sequence[Thought], model: str, seed: int, seconds: float) -> None:
+        """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
+
+        Equal texts are one thought: a second sample that says the same opens nothing new.
+        """
+        if self.wanted is None:
+            raise ValueError("this rollout has already reached a judged leaf")
+        parent, slot, prefix = self.wanted.node, self.slot, self.wanted.prefix
+        siblings: dict[str, Node] = {}
+        for i, thought in enumerate(thoughts):
+            if thought.text in siblings:
+                continue
+            path = f"{parent.path}{slot.index}.{i}/"
+            siblings[thought.text] = Node(
+                parent, slot.kind, thought.text, path, parent.depth + 1, prefix, model, thought.tokens,
+                thought.finish_reason, seed, seconds, thought.verdict,
+            )  # fmt: skip
+        new = list(siblings.values())
+        for node in new:
+            if node.verdict is None:
+                node.slots = self._search.row(node)
+                node.slots_made = len(node.slots)
+        self.written.extend(new)
+        self.answers += sum(node.verdict is not None for node in new)
+        live = [node for node in new if node.verdict is None]
+        if self.answers or not live:
+            self.wanted = None
+            return
+        self.slot = live[0].slots.pop(0)
+        self.wanted = self._want(live[0], self.slot)
+
+
+class TreeSearch:
+    """One question's tree. `rollouts` bounds the descents, `max_reflections` the second chances in the whole tree."""
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        seed: str,
+        *,
+        rollouts: int,
+        exploration: float = 1.0,
+        max_depth: int = 10,
+        max_reflections: int = 2,
+    ) -> None:
+        self.pattern, self.seed = pattern, seed
+        self.exploration, self.max_depth = exploration, max_depth
+        self.rollouts_left, self.reflections_left = rollouts, max_reflections
+        self.in_flight = 0
+        self.root = Node(None, None, "", "", 0, id=0)
+        self.root.slots = self.row(self.root)
+        self.root.slots_made = len(self.root.slots)
+        self.root.open_below = len(self.root.slots)
+        self.nodes = [self.root]
+
+    @property
+    def done(self) -> bool:
+        """No rollout is under way, and the budget is spent or nothing is left to grow."""
+        return self.in_flight == 0 and (self.rollouts_left == 0 or self.root.open_below == 0)
+
+    def row(self, node: Node) -> list[Slot]:
+        """What may follow a node by the pattern; near `max_depth` only an answer."""
+        if node.depth + 1 >= self.max_depth:
+            return [Slot("answer", 1, 0)]
+        following = self.pattern[node.kind or "root"]
+        return [Slot(kind, n, i) for i, (kind, n) in enumerate(following.items())]
+
+    def ask(self, k: int = 1) -> list[Rollout]:
+        """Up to `k` rollouts from different places (fewer when the tree or the budget has no more)."""
+        asked: list[Rollout] = []
+        while len(asked) < k and self.rollouts_left > 0 and self.root.open_below > 0:
+            node = self._select()
+            slot = next(slot for slot in node.slots if not slot.in_flight)
+            slot.in_flight = True
+            self._add(node, open_below=-1, virtual=1)
+            self.rollouts_left -= 1
+            self.in_flight += 1
+            asked.append(Rollout(self, node, slot))
+        return asked
+
+    def tell(self, rollout: Rollout) -> None:
+        """Merge a finished rollout: its nodes join the tree, its judged leaves count once, its virtual loss goes."""
+        if rollout.wanted is not None:
+            raise ValueError("tell needs a rollout that has reached a judged leaf; use fail for one that has not")
+        rollout.start.slots.remove(rollout.first)
+        self._add(rollout.start, virtual=-1)
+        self.in_flight -= 1
+        for node in rollout.written:
+            assert node.parent is not None
+            node.id = len(self.nodes)
+            self.nodes.append(node)
+            node.parent.children.append(node)
+            self._add(node, open_below=len(node.slots))
+            if node.verdict is not None:
+                self._add(node, visits=1, value=node.verdict.reward)
+                if node.kind == "answer" and node.verdict.kind == "wrong":
+                    self._reflect(node.parent)
+
+    def fail(self, rollout: Rollout) -> None:
+        """Forget a rollout whose request failed: it counts as nothing and its place can be asked again."""
+        rollout.first.in_flight = False
+        self._add(rollout.start, open_below=1, virtual=-1)
+        self.rollouts_left += 1
+        self.in_flight -= 1
+
+    def _reflect(self, parent: Node) -> None:
+        """A wrong answer earns its parent one reflection, the answer's sibling: the chain that goes on keeps the wrong
+        thinking but not the wrong answer. Only where thinking and an answer still fit below `max_depth`."""
+        reflected = any(child.kind == "reflection" for child in parent.children)
+        reflected = reflected or any(slot.kind == "reflection" for slot in parent.slots)
+        if reflected or self.reflections_left == 0 or parent.depth + 3 > self.max_depth:
+            return
+        self.reflections_left -= 1
+        parent.slots.insert(0, Slot("reflection", 1, parent.slots_made))
+        parent.slots_made += 1
+        self._add(parent, open_below=1)
+
+    def _select(self) -> Node:
+        """Walk down by UCB to a node with a free slot: unvisited children first, then slots, then the best child."""
+        node = self.root
+        while True:
+            growable = [child for child in node.children if child.open_below > 0]
+            fresh = next((child for child in growable if child.visits + child.virtual == 0), None)
+            if fresh is not None:
+                node = fresh
+            elif any(not slot.in_flight for slot in node.slots):
+                return node
+            else:
+                parent_visits = node.visits + node.virtual
+                node = max(growable, key=lambda child: self.ucb(child, parent_visits))
+
+    def ucb(self, node: Node, parent_visits: int) -> float:
+        """v/n + C sqrt(ln N / n), the paper's UCB; a virtual loss counts as a visit without reward."""
+        visits = node.visits + node.virtual
+        return node.value / visits + self.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
+
+    @staticmethod
+    def _add(node: Node, *, visits: int = 0, value: float = 0.0, virtual: int = 0, open_below: int = 0) -> None:
+        """Add to a node and all its ancestors."""
+        step: Node | None = node
+        while step is not None:
+            step.visits += visits
+            step.value += value
+            step.virtual += virtual
+            step.open_below += open_below
+            step = step.parent

@@ -1,0 +1,215 @@
+"""`trees.db`: every tree that was grown, and the journal of every completion on the way there.
+
+Invariant: what is in the file survives a kill -9 at any moment. A completion is committed on arrival under the hash of
+its request, so a resumed search replays its rounds from the journal and no completed call is made twice. A tree is
+inserted whole in one transaction under (task, question, search-config hash); a changed config makes new trees and never
+destroys old ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cotree.errors import CotreeError, UsageError
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS calls (          -- the journal
+  key TEXT PRIMARY KEY,                     -- sha256 of request and model
+  tree_id TEXT NOT NULL,
+  model TEXT NOT NULL,
+  completion TEXT NOT NULL                  -- JSON: choices, token counts, seconds
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS trees (
+  tree_id TEXT PRIMARY KEY,                 -- sha256 of task, question and config, 16 hex digits
+  task TEXT NOT NULL,
+  question_id TEXT NOT NULL,
+  config TEXT NOT NULL,                     -- hash of everything that decides the tree
+  family TEXT NOT NULL,
+  messages TEXT NOT NULL,                   -- JSON: the plain prompt
+  gold TEXT NOT NULL,
+  pattern TEXT NOT NULL,
+  calls INTEGER NOT NULL,
+  prompt_tokens INTEGER NOT NULL,
+  cached_tokens INTEGER NOT NULL,
+  completion_tokens INTEGER NOT NULL,       -- all that was generated, duplicates dropped from the tree included
+  UNIQUE (task, question_id, config)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS nodes (
+  tree_id TEXT NOT NULL REFERENCES trees,
+  node_id INTEGER NOT NULL,                 -- 0 is the root; parents come before children
+  parent_id INTEGER,
+  type TEXT,                                -- thought type; NULL for the root
+  text TEXT NOT NULL,                       -- with its prefix
+  prefix TEXT NOT NULL,
+  model TEXT NOT NULL,
+  depth INTEGER NOT NULL,
+  visits INTEGER NOT NULL,                  -- judged leaves at or below
+  value REAL NOT NULL,                      -- the sum of their rewards
+  verdict TEXT,                             -- correct, wrong or no_answer; NULL if not a leaf that was judged
+  reward REAL,
+  answer TEXT,
+  tokens INTEGER NOT NULL,
+  finish_reason TEXT NOT NULL,
+  seed INTEGER NOT NULL,
+  seconds REAL NOT NULL,                    -- of the request that wrote it
+  PRIMARY KEY (tree_id, node_id)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNode:
+    """A row of `nodes`, without its tree's id."""
+
+    node_id: int
+    parent_id: int | None
+    type: str | None
+    text: str
+    prefix: str
+    model: str
+    depth: int
+    visits: int
+    value: float
+    verdict: str | None
+    reward: float | None
+    answer: str | None
+    tokens: int
+    finish_reason: str
+    seed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTree:
+    """A row of `trees` with its nodes in id order."""
+
+    tree_id: str
+    task: str
+    question_id: str
+    config: str
+    family: str
+    messages: list[dict[str, str]]
+    gold: str
+    pattern: str
+    calls: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    nodes: list[StoredNode]
+
+    def chain(self, leaf_id: int) -> list[StoredNode]:
+        """The thoughts from the first below the root down to a leaf."""
+        nodes: list[StoredNode] = []
+        step: int | None = leaf_id
+        while step:
+            nodes.append(self.nodes[step])
+            step = self.nodes[step].parent_id
+        return nodes[::-1]
+
+
+class TreeStore:
+    """One SQLite file in WAL mode. Use as a context manager; one writing process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._guard():
+            self._db = sqlite3.connect(path, isolation_level=None)
+            # WAL with NORMAL keeps every commit through a killed process, at 40 microseconds a commit.
+            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=5000;")
+            self._db.executescript(_SCHEMA)
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
+            (version,) = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+        if int(version) != SCHEMA_VERSION:
+            self._db.close()
+            raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}")
+
+    def __enter__(self) -> TreeStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """SQLite's faults in one line each."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            fix = "free some space" if "full" in str(error) or "disk I/O" in str(error) else "close other users of it"
+            raise CotreeError(f"{self.path}: {error}; {fix}, then re-run the same command to resume") from None
+        except sqlite3.DatabaseError as error:
+            raise UsageError(f"{self.path} is not a tree store ({error}); move it away or name another run") from None
+
+    def recall(self, key: str) -> str | None:
+        """The journalled completion of a request, as JSON, or None."""
+        with self._guard():
+            row = self._db.execute("SELECT completion FROM calls WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def journal(self, key: str, tree_id: str, model: str, completion: str) -> None:
+        """Keep a completion for good; committed when this returns."""
+        with self._guard():
+            self._db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?)", (key, tree_id, model, completion))
+
+    def finished(self, config: str) -> set[tuple[str, str]]:
+        """(task, question id) of the trees grown under a config."""
+        with self._guard():
+            rows = self._db.execute("SELECT task, question_id FROM trees WHERE config = ?", (config,))
+            return {(str(task), str(question)) for task, question in rows}
+
+    def put(self, tree: StoredTree) -> None:
+        """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
+        with self._guard():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                done = self._db.execute(
+                    "INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                    (
+                        tree.tree_id, tree.task, tree.question_id, tree.config, tree.family, json.dumps(tree.messages),
+                        tree.gold, tree.pattern, tree.calls, tree.prompt_tokens, tree.cached_tokens,
+                        tree.completion_tokens,
+                    ),
+                )  # fmt: skip
+                if done.rowcount:
+                    self._db.executemany(
+                        f"INSERT INTO nodes VALUES ({','.join('?' * 17)})",
+                        [
+                            (
+                                tree.tree_id, n.node_id, n.parent_id, n.type, n.text, n.prefix, n.model, n.depth,
+                                n.visits, n.value, n.verdict, n.reward, n.answer, n.tokens, n.finish_reason, n.seed,
+                                n.seconds,
+                            )
+                            for n in tree.nodes
+                        ],
+                    )  # fmt: skip
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def trees(self, config: str | None = None) -> Iterator[StoredTree]:
+        """All trees (of one config) in the order of their ids, one at a time."""
+        where = "" if config is None else "WHERE config = ?"
+        arguments = () if config is None else (config,)
+        with self._guard():
+            ids = [row[0] for row in self._db.execute(f"SELECT tree_id FROM trees {where} ORDER BY tree_id", arguments)]
+        for tree_id in ids:
+            yield self.tree(tree_id)
+
+    def tree(self, tree_id: str) -> StoredTree:
+        """One tree by its id."""
+        with self._guard():
+            row = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,)).fetchone()
+            if row is None:
+                raise UsageError(f"{self.path} has no tree {tree_id}")
+            nodes = self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
+        head, messages, tail = row[:5], json.loads(row[5]), row[6:]
+        return StoredTree(*head, messages, *tail, nodes=[StoredNode(*node[1:]) for node in nodes])

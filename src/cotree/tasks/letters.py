@@ -1,0 +1,72 @@
+r"""`letters`: how often a letter stands in a word, the question that small models famously get wrong.
+
+Invariant: the gold counts 1, 2 and 3 are drawn in equal parts, so a constant answer earns a third and no more; a word
+belongs to one split. The word is spelled out, because a token hides its letters from the model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from importlib.resources import files
+
+from cotree.errors import UsageError
+from cotree.tasks.arithmetic import ANSWER_FORMAT, split_of
+from cotree.tasks.base import Question, Split, Task, WorkedExample
+
+_COUNTS = (1, 2, 3)
+
+
+def _question(word: str, letter: str) -> str:
+    return f"How many times does the letter {letter} appear in {' '.join(word)}?"
+
+
+def _example(word: str, letter: str) -> WorkedExample:
+    n = word.count(letter)
+    return WorkedExample(
+        f"{_question(word, letter)} {ANSWER_FORMAT}",
+        {
+            "reclarify": f"I count the letter {letter} in {' '.join(word)}.",
+            "sub_task": f"I number each {letter} that I find.",
+            "hypothesis": f"The letter {letter} appears at least once.",
+            "thinking": ", ".join(f"{i + 1} {letter}" for i in range(n)) + ".",
+            "double_check": f"The other letters are not {letter}, so {n} is right.",
+        },
+        str(n),
+    )
+
+
+class Letters(Task):
+    """Count a letter in an English word of 4 to 8 letters; golds 1, 2, 3 in turn."""
+
+    name = "letters"
+    description = "generated: count a letter in a spelled-out word, counts drawn balanced"
+
+    def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
+        """`limit` questions (all by default: as many as the words give with balanced golds)."""
+        words = files("cotree.tasks").joinpath("words.txt").read_text(encoding="utf-8").split()
+        pools: dict[int, list[tuple[str, str]]] = {n: [] for n in _COUNTS}
+        for word in words:
+            if split is None or split_of(word) == split:
+                for letter in sorted(set(word)):
+                    if word.count(letter) in pools:
+                        pools[word.count(letter)].append((word, letter))
+        for n, pool in pools.items():
+            random.Random(f"letters-{n}").shuffle(pool)
+        most = len(_COUNTS) * min(map(len, pools.values()))
+        drawn = [pools[_COUNTS[i % len(_COUNTS)]][i // len(_COUNTS)] for i in range(most)]
+        if limit is not None and limit > most:
+            raise UsageError(f"letters has {most} questions in split `{split}`, not {limit}; lower the number")
+        return [self._build(word, letter) for word, letter in drawn[:limit]]
+
+    def _build(self, word: str, letter: str) -> Question:
+        message = {"role": "user", "content": f"{_question(word, letter)} {ANSWER_FORMAT}"}
+        return Question(f"{word}-{letter}", self.name, (message,), str(word.count(letter)), str(word.count(letter)))
+
+    def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
+        """One of each count; the words are in no split."""
+        return (
+            _example("pineapple", "p"),
+            _example("garden", "r"),
+            _example("kitten", "t"),
+        )

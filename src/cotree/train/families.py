@@ -1,0 +1,113 @@
+"""The model families that cotree trains and exports, and what GGUF calls their tensors.
+
+Invariant: a family is here only if training, GGUF -> transformers and transformers -> GGUF are all tested for it;
+everything else is refused by name. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cotree.errors import UsageError
+
+_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OUTER_BACK = {gguf: name for name, gguf in _OUTER.items()}
+_LAYER_BACK = {gguf: name for name, gguf in _LAYER.items()}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about a family.
+
+    Attributes:
+        architecture: the class in transformers, as `config.json` states it.
+        gguf: the name of the architecture in GGUF.
+        rotates_pairs: llama.cpp rotates neighbouring dimensions of this architecture where transformers rotates
+            halves, so the rows of q_proj and k_proj are permuted on the way in and out.
+        qkv_bias: whether q, k and v have biases (they are part of the class, `config.json` does not state it).
+    """
+
+    architecture: str
+    gguf: str
+    rotates_pairs: bool
+    qkv_bias: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", "llama", rotates_pairs=True),
+    "mistral": Family("MistralForCausalLM", "llama", rotates_pairs=True),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", rotates_pairs=False, qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3", rotates_pairs=False),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config.
+
+    Raises:
+        UsageError: the model is of no supported family, or has sliding windows, dropout or a demand for
+            FlashAttention-2: training computes several sequences in one row with an attention of its own, exactly,
+            and none of these has a place in it.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UsageError(f"cannot train {config.model_type!r} models: supported are {', '.join(FAMILIES)}")
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"} or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        raise UsageError("cannot train a model with sliding-window layers: set `sliding_window` to null in config.json")
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("_pdrop")) and value:
+            raise UsageError(f"cannot train with {name} = {value}: the DPO margin would be noise; set it to 0")
+    if getattr(config, "_attn_implementation", None) == "flash_attention_2":
+        raise UsageError("cannot train with FlashAttention-2: remove `attn_implementation` from config.json")
+    return family
+
+
+def gguf_name(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`. Raises KeyError for an unknown tensor."""
+    stem, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    return f"blk.{match[1]}.{_LAYER[match[2]]}.{kind}" if match else f"{_OUTER[stem]}.{kind}"
+
+
+def transformers_name(name: str) -> str:
+    """The inverse of `gguf_name`. Raises KeyError for an unknown tensor."""
+    stem, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+    return f"model.layers.{match[1]}.{_LAYER_BACK[match[2]]}.{kind}" if match else f"{_OUTER_BACK[stem]}.{kind}"
+
+
+def to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection (heads * head_dim, ...) from transformers' rotary order to llama.cpp's."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `to_pairs`."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def rotary_heads(name: str, heads: int, kv_heads: int) -> int | None:
+    """How many heads the rows of a transformers tensor hold if rotary order matters for it, else None."""
+    if ".q_proj." in name:
+        return heads
+    return kv_heads if ".k_proj." in name else None

@@ -1,0 +1,173 @@
+"""The student at the start: whatever the recipe names becomes a transformers folder in fp32.
+
+Invariant: the folder appears whole or not at all (written beside its place, then renamed), and one that is there is
+never written again. A GGUF is converted here rather than through `from_pretrained(gguf_file=...)`: that takes 20 s for
+135M parameters, refuses to be saved, and cuts text into other tokens than llama.cpp (see `tokenizer`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cotree.errors import CotreeError, UsageError
+from cotree.train.families import FAMILIES, family_of, rotary_heads, to_halves, transformers_name
+from cotree.train.gguf_file import GGUF
+from cotree.train.tokenizer import gguf_tokenizer, load_tokenizer
+
+
+def load_student(source: str | Path, folder: Path) -> Path:
+    """Make `folder` a transformers folder (fp32 safetensors, tokenizer, config) of the student, if it is not there yet.
+
+    Args:
+        source: a `.gguf` file, a transformers folder, or a hub id.
+        folder: where; its parent is created.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UsageError: the source does not exist, is of an unsupported family, or has no chat template.
+        CotreeError: the folder cannot be written.
+    """
+    if folder.exists():
+        return folder
+    with whole_folder(folder) as draft:
+        if str(source).endswith(".gguf"):
+            _from_gguf(GGUF(Path(source)), draft)
+        else:
+            _from_transformers(str(source), draft)
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft folder that becomes `folder` when the block ends, and vanishes when it fails.
+
+    Raises:
+        CotreeError: writing failed (disk full, no permission), in one line.
+    """
+    draft = folder.with_name(f"{folder.name}.draft")
+    try:
+        with writing(folder):
+            shutil.rmtree(draft, ignore_errors=True)  # what a killed process left
+            draft.mkdir(parents=True)
+            yield draft
+            draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write (for which safetensors has a name of its own) into one line.
+
+    Raises:
+        CotreeError: in place of OSError or SafetensorError.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CotreeError(
+            f"could not write {path}: {reason}; free some space and run the same command again"
+        ) from error
+
+
+def _from_gguf(file: GGUF, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    config = _config(file)
+    kv_heads: int = config["num_key_value_heads"]
+    rotates = FAMILIES[config["model_type"]].rotates_pairs
+    weights: dict[str, np.ndarray] = {}
+    for name in file.tensors:
+        try:
+            target = transformers_name(name)
+            values = file.array(name)
+        except (KeyError, NotImplementedError, ValueError) as error:
+            raise UsageError(f"{file.path} has a tensor {name} that cotree cannot read: {error}") from error
+        heads = rotary_heads(target, config["num_attention_heads"], kv_heads) if rotates else None
+        weights[target] = values if heads is None else np.ascontiguousarray(to_halves(values, heads))
+    tokenizer = gguf_tokenizer(file)
+    if not tokenizer.chat_template:
+        raise UsageError(f"{file.path} has no chat template: cotree trains chat models; take an instruct variant")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+def _config(file: GGUF) -> dict[str, Any]:
+    """The transformers config of a GGUF file."""
+    arch = file["general.architecture"]
+    family = next((name for name, known in FAMILIES.items() if known.gguf == arch), None)
+    if family is None:
+        raise UsageError(f"{file.path} is a {arch!r} model: supported are {', '.join(FAMILIES)}")
+    if "rope_freqs.weight" in file.tensors or file.get(f"{arch}.rope.scaling.type", "none") != "none":
+        raise UsageError(
+            f"{file.path} scales its rotary positions, and GGUF does not keep how: give the model's transformers "
+            "folder or hub id as student instead"
+        )
+    heads, width = file[f"{arch}.attention.head_count"], file[f"{arch}.embedding_length"]
+    config = {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        "dtype": "float32",
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": file[f"{arch}.feed_forward_length"],
+        "num_hidden_layers": file[f"{arch}.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.get(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": file.get(f"{arch}.attention.key_length", width // heads),
+        "max_position_embeddings": file[f"{arch}.context_length"],
+        "rms_norm_eps": file[f"{arch}.attention.layer_norm_rms_epsilon"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": file.get(f"{arch}.rope.freq_base", 10000.0)},
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+    if family == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = file.get(f"tokenizer.ggml.{key}_token_id")
+    return config
+
+
+def _from_transformers(source: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(source)
+    with quiet():
+        try:
+            family_of(AutoConfig.from_pretrained(source))
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0]}") from error
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of transformers: progress is for the caller to show."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

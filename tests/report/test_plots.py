@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from cotree.errors import UsageError
+from cotree.report.plots import MAX_POINTS, training_figures
+from cotree.report.summary import LogLine, read_log
+
+
+def line(step: int, **values: float) -> LogLine:
+    return LogLine(step=step, **values)  # type: ignore[arg-type]
+
+
+def points_of(svg: str) -> list[tuple[float, float]]:
+    """The vertices of the one curve (a clipped path without fill), in drawing units."""
+    paths = re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: var\(--c1\)', svg)
+    assert len(paths) == 1
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", paths[0])]
+
+
+def test_a_curve_is_drawn_through_its_points() -> None:
+    values = [1.0, 0.5, 0.75, 0.0]
+    (figure,) = training_figures({"sft": [line(step, loss=value) for step, value in enumerate(values, 1)]})
+    assert (figure.title, figure.keys, figure.note) == ("SFT loss", [("sft", "var(--c1)")], "")
+    points = points_of(figure.svg)
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    assert [(x - xs[0]) / (xs[-1] - xs[0]) for x in xs] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-4)
+    assert [(ys[-1] - y) / (ys[-1] - ys[0]) for y in ys] == pytest.approx(values, abs=1e-4)
+
+
+def test_only_what_was_logged_is_drawn() -> None:
+    assert training_figures({}) == []
+    dpo = [line(step, loss=1.0, accuracy=0.5, margin=0.1, learning_rate=1e-6) for step in (1, 2)]
+    titles = [figure.title for figure in training_figures({"dpo": dpo})]
+    assert titles == ["DPO loss", "DPO margin", "Pairs with margin above 0", "Learning rate"]
+    both = training_figures({"sft": [line(1, loss=1.0)], "control": [line(1, loss=2.0)]})
+    assert both[0].keys == [("sft", "var(--c1)"), ("control", "var(--c2)")]
+
+
+def test_a_curve_keeps_its_colour_when_the_other_is_absent() -> None:
+    (figure,) = training_figures({"control": [line(step, loss=1.0 / step) for step in (1, 2)]})
+    assert figure.keys == [("control", "var(--c2)")]
+
+
+def test_a_long_log_is_averaged_and_says_so() -> None:
+    log = [line(step, loss=float(step % 4)) for step in range(1, 4 * MAX_POINTS + 1)]
+    (figure,) = training_figures({"sft": log})
+    assert figure.note == "each point is the mean of 4 steps"
+    points = points_of(figure.svg)
+    assert len({round(y, 3) for _, y in points}) == 1, "the mean of each four is 1.5"
+
+
+def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
+    (figure,) = training_figures(
+        {"sft": [line(1, loss=1.0), line(2, loss=math.nan), line(3, loss=0.5), line(4, loss=0.4)]}
+    )
+    assert "nan" not in figure.svg.lower()
+
+
+def test_a_resumed_log_counts_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)] + [{"step": step, "loss": 2.0} for step in (3, 4, 5)]
+    path.write_text("".join(json.dumps(item) + "\n" for item in lines) + '{"step": 6, "lo')
+    assert [(item.step, item.loss) for item in read_log(path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_a_missing_or_empty_log_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("")
+    assert read_log(tmp_path / "empty") == read_log(tmp_path / "missing") == []
+
+
+def test_a_broken_line_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(UsageError, match=r"log\.jsonl:2: no valid JSON"):
+        read_log(path)
+    path.write_text('{"step": 1}\n{"step": 2, "loss": "low"}\n{"step": 3}\n')
+    with pytest.raises(UsageError, match=r"log\.jsonl: loss: Input should be a valid number"):
+        read_log(path)

@@ -1,0 +1,158 @@
+"""GGUF in, GGUF out: the same tokens, the same numbers, served by the engine itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import SPECIAL, TEXT, Post, tiny_model, tiny_tokenizer, write_tiny_gguf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotree.errors import CotreeError, UsageError
+from cotree.train.export_gguf import export_gguf
+from cotree.train.families import FAMILIES, gguf_name, to_halves, to_pairs, transformers_name
+from cotree.train.gguf_file import GGUF
+from cotree.train.student import load_student
+from cotree.train.tokenizer import gguf_tokenizer
+
+PROMPT = "<|im_start|>user\nTom has 12 apples.\n\n3  boxes<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_names_are_those_of_the_gguf_package(model_type: str) -> None:
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[FAMILIES[model_type].gguf]
+    names = gguf.get_tensor_name_map(arch, 2)
+    for name in tiny_model(model_type, tied=False).state_dict():
+        stem, kind = name.rsplit(".", 1)
+        assert gguf_name(name) == f"{names.get_name(stem)}.{kind}"
+        assert transformers_name(gguf_name(name)) == name
+
+
+@given(heads=st.integers(1, 4), half=st.integers(1, 4), columns=st.integers(0, 3))
+def test_rotary_orders_are_inverse_and_pair_up_halves(heads: int, half: int, columns: int) -> None:
+    shape = (heads * 2 * half, *([columns] if columns else []))
+    rows = np.arange(np.prod(shape)).reshape(shape)
+    assert (to_halves(to_pairs(rows, heads), heads) == rows).all()
+    first_head = to_pairs(np.arange(heads * 2 * half), heads)[: 2 * half]
+    assert first_head.reshape(half, 2).tolist() == [[i, i + half] for i in range(half)]
+
+
+@pytest.mark.parametrize(("model_type", "tied"), [(name, name != "qwen2") for name in FAMILIES])
+def test_export_is_exact_for_every_family(
+    model_type: str, tied: bool, tmp_path: Path, serve: Callable[[Path], Post]
+) -> None:
+    """base GGUF -> folder -> changed weights -> GGUF: the engine's log-probabilities are transformers' own."""
+    base = write_tiny_gguf(tiny_model(model_type, tied), tiny_tokenizer(), tmp_path / "base.gguf")
+    folder = load_student(base, tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.model_type == ("llama" if model_type == "mistral" else model_type)
+    for name, values in tiny_model(model_type, tied).state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], values, rtol=0, atol=0, msg=name)
+
+    trained = tiny_model(model_type, tied, seed=1)
+    trained.save_pretrained(folder)
+    for kind, tolerance in (("F32", 2e-3), ("F16", 2e-2)):
+        out = export_gguf(folder, base, tmp_path / f"{kind}.gguf", kind)  # type: ignore[arg-type]
+        assert greedy_difference(trained, AutoTokenizer.from_pretrained(folder), serve(out), PROMPT) < tolerance
+
+
+def greedy_difference(model: Any, tokenizer: Any, post: Post, prompt: str, tokens: int = 24) -> float:
+    """Decode greedily with the engine, check that transformers decodes the same, return the largest logp difference."""
+    answer = post(
+        "/completion",
+        {"prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": 1, "post_sampling_probs": False},
+    )
+    served = [(each["id"], each["logprob"]) for each in answer["completion_probabilities"]]
+    assert len(served) >= 1
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = start + [token for token, _ in served]
+    with torch.no_grad():
+        logps = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)[len(start) - 1 : -1]
+    assert logps.argmax(-1).tolist() == [token for token, _ in served]
+    return max(abs(float(row[token]) - logp) for row, (token, logp) in zip(logps, served, strict=True))
+
+
+def test_q8_0_is_what_the_gguf_package_quantises_and_metadata_is_untouched(tmp_path: Path) -> None:
+    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
+    out = export_gguf(load_student(base, tmp_path / "student"), base, tmp_path / "q8.gguf", "Q8_0")
+    ours, theirs = gguf.GGUFReader(out), gguf.GGUFReader(base)
+    originals = {tensor.name: tensor for tensor in theirs.tensors}
+    assert {tensor.name for tensor in ours.tensors} == set(originals)
+    for tensor in ours.tensors:
+        values = originals[tensor.name].data
+        matrix = values.ndim > 1
+        assert tensor.tensor_type.name == ("Q8_0" if matrix else "F32")
+        assert (tensor.data == (gguf.quants.quantize(values, tensor.tensor_type) if matrix else values)).all()
+    same = {key for key in theirs.fields if not key.startswith("GGUF.") and key != "general.file_type"}
+    assert {key: ours.fields[key].contents() for key in same} == {key: theirs.fields[key].contents() for key in same}
+    assert ours.fields["general.file_type"].contents() == 7
+
+
+def test_export_refuses_what_is_not_the_base_and_leaves_no_file(tmp_path: Path) -> None:
+    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
+    folder = load_student(base, tmp_path / "student")
+    other = write_tiny_gguf(tiny_model("qwen3"), tiny_tokenizer(), tmp_path / "other.gguf")
+    with pytest.raises(UsageError, match="is a 'qwen3' model"):
+        export_gguf(folder, other, tmp_path / "out.gguf", "F16")
+    wide = tiny_model()
+    wide.resize_token_embeddings(320)
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(UsageError, match=r"is not the base of .* token_embd.weight is \(300, 64\)"):
+        export_gguf(tmp_path / "wide", base, tmp_path / "out.gguf", "F16")
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(UsageError, match="cannot export 'mamba' models: supported are llama"):
+        export_gguf(folder, base, tmp_path / "out.gguf", "F16")
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == []
+
+
+def test_export_to_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path: Path) -> None:
+    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
+    folder = load_student(base, tmp_path / "student")
+    (tmp_path / "full.gguf.draft").symlink_to("/dev/full")
+    (tmp_path / "full.gguf").write_text("old")
+    with pytest.raises(CotreeError, match=r"could not write .*full.gguf: .*No space left on device"):
+        export_gguf(folder, base, tmp_path / "full.gguf", "F32")
+    assert (tmp_path / "full.gguf").read_text() == "old"
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    whole = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf").read_bytes()
+    for number, content in enumerate([b"", b"GGUF", b"version https://git-lfs.github.com/spec/v1\n" * 2, whole[:3000]]):
+        path = tmp_path / f"{number}.gguf"
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="cannot read .* as GGUF"):
+            GGUF(path)
+    with pytest.raises(UsageError, match="cannot read .*nowhere.gguf as GGUF"):
+        GGUF(tmp_path / "nowhere.gguf")
+
+
+PIECES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "1", "23", "٣", "²", "½", "abc", "The", "'s", "'LL", "é", "日本"]
+PIECES += [".", "...", "\\boxed{", "}", "_", "😀", *SPECIAL, *TEXT]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_text_is_cut_as_the_engine_cuts_it(pre: str, tmp_path: Path, serve: Callable[[Path], Post]) -> None:
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf", pre)
+    post, ours = serve(file), gguf_tokenizer(GGUF(file))
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(PIECES), max_size=10).map("".join))
+    def check(text: str) -> None:
+        served = post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        assert ours(text, add_special_tokens=False)["input_ids"] == served
+        assert ours.decode(served) == text
+
+    check()
+
+
+def test_other_vocabularies_are_refused_by_name(tmp_path: Path) -> None:
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf", "tekken")
+    with pytest.raises(UsageError, match=r"has a gpt2/tekken vocabulary.*give the model's transformers folder"):
+        gguf_tokenizer(GGUF(file))
