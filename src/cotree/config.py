@@ -92,6 +92,8 @@ class BuildDPO(Section):
 
 
 class Build(Section):
+    """Chains over `max_tokens` (prompt included, student's tokens) are left out and counted, never cut."""
+
     sft: BuildSFT = BuildSFT()
     dpo: BuildDPO = BuildDPO()
     max_tokens: int = Field(512, ge=8)
@@ -145,6 +147,8 @@ class TrainDPO(Optimizer):
 
 
 class Train(Section):
+    """`student` names the model whose weights are trained."""
+
     student: str
     sft: TrainSFT = TrainSFT()
     dpo: TrainDPO = TrainDPO()
@@ -154,9 +158,11 @@ class Eval(Section):
     """Greedy evaluation: every model in one engine, at one GGUF type, with one plain prompt and one max_tokens.
 
     `examples` adds the base model with the search's worked examples; `control` trains and evaluates a student on the
-    same number of unverified chains. Both say how much of a win is merely learning to answer.
+    same number of unverified chains. Both say how much of a win is merely learning to answer. `split: dev` asks the
+    questions of `tasks.dev` instead of the held-out ones of `tasks.eval`: tune with it.
     """
 
+    split: Literal["test", "dev"] = "test"
     max_tokens: int = Field(128, ge=1)
     gguf: GGUFType = "Q8_0"
     examples: bool = True
@@ -164,6 +170,8 @@ class Eval(Section):
 
 
 class Recipe(Section):
+    """A run: models and roles, questions, and one section a stage."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
     models: dict[str, Model]

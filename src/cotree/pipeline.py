@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.config import STAGES, Recipe
 from cotree.errors import CotreeError, UsageError
-from cotree.progress import Output
+from cotree.progress import Output, Update
 from cotree.run_folder import RunFolder, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
 
 if TYPE_CHECKING:
     from cotree.search.driver import Progress
     from cotree.store import StoredTree
-    from cotree.train.trainer import StepLog, TrainResult
+    from cotree.train.trainer import StepLog
 
 
 def run(
@@ -75,7 +76,7 @@ def _preflight(recipe: Recipe) -> None:
         if model.embedded is not None:
             locate(model.embedded)
     _questions(recipe.tasks.train, "train")
-    _questions(recipe.tasks.eval, "test")
+    _eval_questions(recipe)
     asyncio.run(check_servers(recipe.models))
 
 
@@ -83,14 +84,22 @@ def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Questio
     return [(t, q) for name, n in counts.items() for t in [task(name)] for q in t.questions(split, n)]
 
 
+def _eval_questions(recipe: Recipe) -> list[tuple[Task, Question]]:
+    split = recipe.eval.split
+    questions = _questions(recipe.tasks.eval if split == "test" else recipe.tasks.dev, split)
+    if not questions:
+        raise UsageError(f"eval.split is `{split}`, but the recipe's tasks name no such questions")
+    return questions
+
+
 def _says(stage: str, recipe: Recipe) -> str:
     students = "sft and control students" if recipe.eval.control else "sft student"
     return {
-        "search": f"growing {sum(recipe.tasks.train.values())} trees of thought, {recipe.search.rollouts} rollouts each",
+        "search": f"growing {sum(recipe.tasks.train.values())} trees, {recipe.search.rollouts} rollouts each",
         "build": "choosing chains and pairs by relative length",
         "train_sft": f"training the {students} on chains",
         "train_dpo": "training the dpo student on pairs, from the sft checkpoint",
-        "eval": f"asking {sum(recipe.tasks.eval.values())} held-out questions of every model, greedily",
+        "eval": f"asking {len(_eval_questions(recipe))} {recipe.eval.split} questions of every model, greedily",
         "report": "writing report.html",
     }[stage]
 
@@ -188,18 +197,21 @@ def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     base = load_student(_student_source(recipe), run.checkpoint("base") / "model")
     trained = 0
     for name in ("sft", "control") if recipe.eval.control else ("sft",):
-        rows = run.data / name / "train.parquet"
         with output.progress(f"{name} steps") as update:
             trained += train_sft(
-                rows,
+                run.data / name / "train.parquet",
                 base,
                 run.checkpoint(name),
                 recipe.train.sft,
                 seed=recipe.seed,
                 max_tokens=recipe.build.max_tokens,
-                on_step=lambda log, update=update: update(log.step, log.total_steps, f"loss {log.loss:.3f}"),
+                on_step=partial(_show_step, update),
             ).tokens
     result["tokens"] = {"trained": trained}
+
+
+def _show_step(update: Update, log: StepLog) -> None:
+    update(log.step, log.total_steps, f"loss {log.loss:.3f}")
 
 
 def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
@@ -214,7 +226,7 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
             recipe.train.dpo,
             seed=recipe.seed,
             max_tokens=recipe.build.max_tokens,
-            on_step=lambda log: update(log.step, log.total_steps, f"loss {log.loss:.3f}"),
+            on_step=partial(_show_step, update),
         )
     result["tokens"] = {"trained": trained.tokens}
 
@@ -229,7 +241,7 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     settings = recipe.eval
     source = _student_source(recipe)
     tokenizer = load_tokenizer(source)
-    questions = _questions(recipe.tasks.eval, "test")
+    questions = _eval_questions(recipe)
     models = [("base", "base", False), ("base+examples", "base", True), ("control", "control", False)]
     models += [("sft", "sft", False), ("dpo", "dpo", False)]
     rows: list[dict[str, Any]] = []
@@ -252,11 +264,11 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
             )
         prompt += sum(sample.prompt_tokens for sample in samples)
         completion += sum(sample.tokens for sample in samples)
-        for task_name in recipe.tasks.eval:
+        for task_name in dict.fromkeys(t.name for t, _ in questions):
             judged = [sample.judged() for sample in samples if sample.task == task_name]
             rows.append({"model": name, "task": task_name, **summarize(judged), "max_tokens": settings.max_tokens})
     baselines = []
-    for task_name in recipe.tasks.eval:
+    for task_name in dict.fromkeys(t.name for t, _ in questions):
         answer, accuracy = constant_baseline([question.gold for t, question in questions if t.name == task_name])
         baselines.append({"task": task_name, "answer": answer, "accuracy": accuracy})
     write_json(run.path / "eval" / "results.json", rows)

@@ -1,4 +1,4 @@
-"""Tiny students: random weights of every family, a tokenizer built here, and the same as GGUF files."""
+"""Fixtures of the training tests: a tiny student on disk, rows for it, and the engine to serve GGUF files."""
 
 from __future__ import annotations
 
@@ -8,132 +8,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-from cotree.train.families import FAMILIES, gguf_name, rotary_heads, to_pairs
-
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
-    "+ NEWLINE }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEXT = [
-    "Firstly, I need to break down this task. Tom has 12 apples and 3 boxes.",
-    "The answer is: \\boxed{42}. Now, I need to check whether all requirements are met.",
-    "Let's check the result. Wait! something is wrong: 3 + 4 = 7, it's 17 minus 10.\n\nIt's they're We'll",
-]
+from tests.train.tiny_student import Post, dpo_row, sft_row, tiny_model, tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 
-def tiny_tokenizer(newline: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 tokens, split like SmolLM2's, its ids starting with the special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=TEMPLATE.replace("NEWLINE", "'\n'" if newline else "''"),
-    )
-
-
-def tiny_config(model_type: str, tied: bool = True, **changes: Any) -> Any:
-    sizes = {
-        "vocab_size": 300,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.25,
-    }
-    if model_type == "mistral":
-        sizes["sliding_window"] = None
-    return AutoConfig.for_model(model_type, **(sizes | changes))
-
-
-def tiny_model(model_type: str = "llama", tied: bool = True, seed: int = 0) -> Any:
-    """Random weights, wide enough that tokens differ clearly; norms and biases random too, so that none is neutral."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, tied), attn_implementation="eager")
-    with torch.no_grad():
-        for name, values in model.named_parameters():
-            if values.ndim == 1:
-                values.copy_(torch.randn_like(values) * 0.3 + (1.0 if "norm" in name else 0.0))
-    return model
-
-
-def write_tiny_gguf(model: Any, tokenizer: PreTrainedTokenizerFast, path: Path, pre: str = "smollm") -> Path:
-    """A GGUF (F32) of a tiny model, written with the gguf package alone."""
-    config, family = model.config, FAMILIES[model.config.model_type]
-    writer = gguf.GGUFWriter(str(path), family.gguf)
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(0)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
-    for name, values in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = values.numpy().astype(np.float32)
-        heads = rotary_heads(name, config.num_attention_heads, config.num_key_value_heads)
-        if family.rotates_pairs and heads is not None:
-            array = np.ascontiguousarray(to_pairs(array, heads))
-        writer.add_tensor(gguf_name(name), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose much to them on a busy machine."""
+    threads = torch.get_num_threads()
+    if "real" not in request.keywords:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -150,28 +40,6 @@ def student(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     return folder
 
 
-def message(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
-
-
-def sft_row(index: int) -> dict[str, Any]:
-    return {
-        "prompt": message("user", f"Tom has {index} apples and buys {index % 7}."),
-        "completion": message("assistant", "apples " * (index % 5) + f"Now {index} + {index % 7} = {index + index % 7}"),
-        "tree_id": str(index),
-    }
-
-
-def dpo_row(index: int) -> dict[str, Any]:
-    start = "Firstly, I need to break down this task. " + "So " * (index % 4)
-    return {
-        "prompt": message("user", f"Tom has {index} apples and buys {index % 7}."),
-        "chosen": message("assistant", start + f"It is {index + index % 7}"),
-        "rejected": message("assistant", start + f"{index} no, " * (1 + index % 3) + "boxed"),
-        "tree_id": str(index),
-    }
-
-
 @pytest.fixture(scope="session")
 def sft_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "sft.parquet"
@@ -186,9 +54,6 @@ def dpo_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Post = Callable[[str, dict[str, Any]], dict[str, Any]]
-
-
 @pytest.fixture
 def serve(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[Path], Post]]:
     """Serve GGUF files with llama.cpp on loopback; a call gives a function that posts to the server."""
@@ -201,6 +66,8 @@ def serve(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[Path], Post]]
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.cache_ram_mib, params.n_gpu_layers = 512, 1, 0, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.port, params.verbosity, params.warmup = 0, -1, False
         server = xllamacpp.Server(params)
         servers.append(server)

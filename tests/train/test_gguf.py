@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import SPECIAL, TEXT, Post, tiny_model, tiny_tokenizer, write_tiny_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.train.tiny_student import SPECIAL, TEXT, Post, check_served, tiny_model, tiny_tokenizer, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.errors import CotreeError, UsageError
@@ -49,7 +48,9 @@ def test_export_is_exact_for_every_family(
     model_type: str, tied: bool, tmp_path: Path, serve: Callable[[Path], Post]
 ) -> None:
     """base GGUF -> folder -> changed weights -> GGUF: the engine's log-probabilities are transformers' own."""
-    base = write_tiny_gguf(tiny_model(model_type, tied), tiny_tokenizer(), tmp_path / "base.gguf")
+    # ASCII only: the engine reports no log-probability for a token that is half a character.
+    vocabulary = tiny_tokenizer(ascii_only=True)
+    base = write_tiny_gguf(tiny_model(model_type, tied), vocabulary, tmp_path / "base.gguf")
     folder = load_student(base, tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.model_type == ("llama" if model_type == "mistral" else model_type)
@@ -58,25 +59,9 @@ def test_export_is_exact_for_every_family(
 
     trained = tiny_model(model_type, tied, seed=1)
     trained.save_pretrained(folder)
-    for kind, tolerance in (("F32", 2e-3), ("F16", 2e-2)):
+    for kind, tolerance in (("F32", 1e-4), ("F16", 2e-2)):
         out = export_gguf(folder, base, tmp_path / f"{kind}.gguf", kind)  # type: ignore[arg-type]
-        assert greedy_difference(trained, AutoTokenizer.from_pretrained(folder), serve(out), PROMPT) < tolerance
-
-
-def greedy_difference(model: Any, tokenizer: Any, post: Post, prompt: str, tokens: int = 24) -> float:
-    """Decode greedily with the engine, check that transformers decodes the same, return the largest logp difference."""
-    answer = post(
-        "/completion",
-        {"prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": 1, "post_sampling_probs": False},
-    )
-    served = [(each["id"], each["logprob"]) for each in answer["completion_probabilities"]]
-    assert len(served) >= 1
-    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = start + [token for token, _ in served]
-    with torch.no_grad():
-        logps = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)[len(start) - 1 : -1]
-    assert logps.argmax(-1).tolist() == [token for token, _ in served]
-    return max(abs(float(row[token]) - logp) for row, (token, logp) in zip(logps, served, strict=True))
+        check_served(trained, AutoTokenizer.from_pretrained(folder), serve(out), PROMPT, tolerance)
 
 
 def test_q8_0_is_what_the_gguf_package_quantises_and_metadata_is_untouched(tmp_path: Path) -> None:
@@ -127,13 +112,32 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     for number, content in enumerate([b"", b"GGUF", b"version https://git-lfs.github.com/spec/v1\n" * 2, whole[:3000]]):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(content)
-        with pytest.raises(UsageError, match="cannot read .* as GGUF"):
+        with pytest.raises(UsageError, match=r"cannot read .* as GGUF"):
             GGUF(path)
-    with pytest.raises(UsageError, match="cannot read .*nowhere.gguf as GGUF"):
+    with pytest.raises(UsageError, match=r"cannot read .*nowhere.gguf as GGUF"):
         GGUF(tmp_path / "nowhere.gguf")
 
 
-PIECES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "1", "23", "٣", "²", "½", "abc", "The", "'s", "'LL", "é", "日本"]
+PIECES = [
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "\u00a0",
+    "1",
+    "23",
+    "٣",
+    "²",
+    "½",
+    "abc",
+    "The",
+    "'s",
+    "'LL",
+    "é",
+    "日本",
+]
 PIECES += [".", "...", "\\boxed{", "}", "_", "😀", *SPECIAL, *TEXT]
 
 

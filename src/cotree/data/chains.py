@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A finished chain as the student would be trained on it; `tokens` are the completion's ids, end of turn included."""
+    """A finished chain as the student is trained on it; `tokens` are the completion's ids, end of turn included."""
 
     tree_id: str
     leaf_id: int
@@ -73,11 +73,11 @@ def by_length(chains: Iterable[Chain], length: Length, seed: int) -> list[Chain]
     """Chains in order of preference: nearest to the wanted relative length first, ties by seed."""
     found = list(chains)
     median = sorted(len(chain.tokens) for chain in found)[len(found) // 2] if found else 0
-    distance = {
-        "longest": lambda chain: -len(chain.tokens),
-        "shortest": lambda chain: len(chain.tokens),
-        "medium": lambda chain: abs(len(chain.tokens) - median),
-    }[length]
+
+    def distance(chain: Chain) -> int:
+        tokens = len(chain.tokens)
+        return {"longest": -tokens, "shortest": tokens, "medium": abs(tokens - median)}[length]
+
     return sorted(found, key=lambda chain: (distance(chain), draw(f"{seed}/{chain.tree_id}/{chain.leaf_id}", 2**32)))
 
 

@@ -19,8 +19,8 @@ from cotree.eval.metrics import Sample
 from cotree.llm.client import Client, Request
 from cotree.llm.embedded import serve
 from cotree.search.prompts import example_messages, render
-from cotree.search.thoughts import PATTERNS
 from cotree.tasks import Question, Task
+from cotree.tasks.base import VerdictKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,13 +39,13 @@ class EvalSample:
     finish_reason: str
     tokens: int
     prompt_tokens: int
-    kind: str
+    kind: VerdictKind
     answer: str | None
     gold: str
 
     def judged(self) -> Sample:
         """As the metrics take it."""
-        return Sample(self.kind, self.tokens, self.finish_reason)  # type: ignore[arg-type]
+        return Sample(self.kind, self.tokens, self.finish_reason)
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
     """Ask a GGUF every question greedily and judge; `samples` (JSONL) is both output and memory.
 
     Args:
-        examples: put the search's worked examples (plain pattern) before the question.
+        examples: put the search's worked examples before the question.
         on_sample: called with (done, wanted, remark) after each.
     """
     done = {(s.task, s.id): s for s in read_samples(samples)}
@@ -91,7 +91,7 @@ async def _ask(
     ) as client:
 
         async def one(task: Task, question: Question) -> None:
-            shown = example_messages(task.worked_examples(question), PATTERNS["plain"]) if examples else []
+            shown = example_messages(task.worked_examples(question)) if examples else []
             prompt = render(tokenizer, [*shown, *question.messages])
             completion = await client.complete(Request(prompt, 1, max_tokens, 0.0, 1.0, 0, ()))
             choice = completion.choices[0]

@@ -17,7 +17,7 @@ from cotree.config import Search
 from cotree.llm.client import Completion, Request
 from cotree.llm.endpoints import Endpoint
 from cotree.search.mcts import Rollout, Thought, TreeSearch
-from cotree.search.prompts import STOPS, continuation, search_prompt, thought_text
+from cotree.search.prompts import ANSWER_STOPS, THOUGHT_STOPS, continuation, search_prompt, thought_text
 from cotree.search.thoughts import PATTERNS, PREFIXES, ThoughtType, draw
 from cotree.store import StoredNode, StoredTree, TreeStore
 from cotree.tasks import Question, Task, Verdict
@@ -94,8 +94,8 @@ class Grower:
         """Grow one tree a question, `trees_in_flight` at once; trees that the store has are not grown again."""
         finished = self.store.finished(self.config)
         left = [(task, question) for task, question in questions if (question.task, question.id) not in finished]
-        # Questions with the same worked examples in a row: the servers' prefix caches stay warm from tree to tree.
-        left.sort(key=lambda item: (item[0].name, item[1].family, self._pattern(item[1])))
+        # Family after family: its trees share their worked examples, which then stay warm in the servers' caches.
+        left.sort(key=lambda item: (item[0].name, item[1].family))
         progress = Progress(trees_wanted=len(questions), trees=len(questions) - len(left))
         gate = asyncio.Semaphore(self.settings.trees_in_flight)
 
@@ -124,10 +124,7 @@ class Grower:
         tree_id = self._tree_id(question)
         name = self._pattern(question)
         examples = task.worked_examples(question)
-        prompts = {
-            model: search_prompt(endpoint.tokenizer, question, examples, PATTERNS[name])
-            for model, endpoint in self.endpoints.items()
-        }
+        prompts = {m: search_prompt(endpoint.tokenizer, examples, question) for m, endpoint in self.endpoints.items()}
         search = TreeSearch(
             PATTERNS[name],
             f"{self.seed}/{tree_id}",
@@ -173,7 +170,7 @@ class Grower:
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 seed=seed,
-                stop=STOPS[answer],
+                stop=ANSWER_STOPS if answer else THOUGHT_STOPS,
             )
             completion = await self._complete(model, request, tree_id, progress)
             spent.add(completion)

@@ -103,14 +103,14 @@ class Rollout:
     def feed(self, thoughts: Sequence[Thought], model: str, seed: int, seconds: float) -> None:
         """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
 
-        Equal texts are one thought: a second sample that says the same opens nothing new.
+        Equal texts are one thought and a text without words is none: neither opens anything new.
         """
         if self.wanted is None:
             raise ValueError("this rollout has already reached a judged leaf")
         parent, slot, prefix = self.wanted.node, self.slot, self.wanted.prefix
         siblings: dict[str, Node] = {}
         for i, thought in enumerate(thoughts):
-            if thought.text in siblings:
+            if thought.text in siblings or not thought.text:
                 continue
             path = f"{parent.path}{slot.index}.{i}/"
             siblings[thought.text] = Node(

@@ -1,4 +1,4 @@
-"""What a model is asked during search: worked examples that show the pattern, the question, the chain so far, a prefix.
+"""What a model is asked during search: worked examples, the question, the chain so far, a prefix.
 
 Invariant: the prompt of a child begins with the prompt of its parent, so a server's prefix cache stays warm, and the
 model continues the very words that it (or another model) wrote. The worked examples are for search only: the student
@@ -11,21 +11,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cotree.search.mcts import Node
-from cotree.search.thoughts import PREFIXES, Pattern, ThoughtType
+from cotree.search.thoughts import PREFIXES, ThoughtType
 from cotree.tasks.base import Message, Question, WorkedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# One thought is one line; an answer is written into the box and ends with it.
-STOPS: dict[bool, tuple[str, ...]] = {False: ("\n",), True: ("}", "\n")}
+# One thought is one line and does not answer before its turn; an answer is written into the box and ends with it.
+THOUGHT_STOPS = ("\n", "The answer is")
+ANSWER_STOPS = ("}", "\n")
 
 
-def search_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: Question, examples: Sequence[WorkedExample], pattern: Pattern
-) -> str:
+def search_prompt(tokenizer: PreTrainedTokenizerBase, examples: Sequence[WorkedExample], question: Question) -> str:
     """Worked examples and question through the chat template, up to where the assistant begins."""
-    return render(tokenizer, [*example_messages(examples, pattern), *question.messages])
+    return render(tokenizer, [*example_messages(examples), *question.messages])
 
 
 def continuation(base: str, node: Node, prefix: str) -> str:
@@ -38,31 +37,19 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> s
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
-def example_messages(examples: Sequence[WorkedExample], pattern: Pattern) -> list[Message]:
-    """The examples as earlier turns, each assistant turn one thought a line along the pattern's main line."""
+def example_messages(examples: Sequence[WorkedExample]) -> list[Message]:
+    """The examples as earlier turns: sub_task, thinking, answer, one thought a line.
+
+    They are the same for every pattern, so that a family's trees share one beginning, which a server evaluates once;
+    a type that they do not show is asked for by its prefix.
+    """
     messages: list[Message] = []
     for example in examples:
-        steps = {**example.steps, "answer": f"{example.answer}}}"}
-        turn = [thought_line(kind, PREFIXES[kind][0], steps[kind]) for kind in pattern_path(pattern)]
+        sub_task = f"{PREFIXES['sub_task'][0]} {example.steps['sub_task']}"
+        answer = f"{PREFIXES['answer'][0]}{example.answer}}}"
         messages.append({"role": "user", "content": example.question})
-        messages.append({"role": "assistant", "content": "\n".join(turn)})
+        messages.append({"role": "assistant", "content": "\n".join([sub_task, example.steps["thinking"], answer])})
     return messages
-
-
-def thought_line(kind: ThoughtType, prefix: str, text: str) -> str:
-    """Prefix and text as one line: a box takes its content directly, words are parted by a space."""
-    return f"{prefix}{text}" if kind == "answer" or not prefix else f"{prefix} {text}"
-
-
-def pattern_path(pattern: Pattern) -> list[ThoughtType]:
-    """The pattern's main line from the root to an answer: the first type of each row that is not a repetition."""
-    path: list[ThoughtType] = []
-    kind: str = "root"
-    while kind != "answer":
-        following = next(k for k in pattern[kind] if k != kind)
-        path.append(following)
-        kind = following
-    return path
 
 
 def thought_text(kind: ThoughtType, prefix: str, written: str) -> str:

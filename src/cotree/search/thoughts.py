@@ -17,28 +17,28 @@ PREFIXES: Mapping[ThoughtType, tuple[str, ...]] = {
     "thinking": ("",),
     "sub_task": (
         "Firstly, I need to break down this task.",
-        "First, I break this task into steps.",
-        "Let me split this task into parts.",
+        "First, I need to break down this task.",
+        "I need to break down this task.",
     ),
     "reflection": (
         "Let's check the result. Wait! something is wrong...",
-        "Wait! Let me look at this again, something is wrong...",
-        "Hmm, this result cannot be right...",
+        "Wait! something is wrong...",
+        "Let me check the result. Something is wrong...",
     ),
     "hypothesis": (
         "I propose the following hypothesis:",
-        "My hypothesis is this:",
-        "Let me suppose the following:",
+        "I propose this hypothesis:",
+        "My hypothesis:",
     ),
     "double_check": (
         "Now, I need to check whether all requirements are met.",
-        "Let me check whether this meets all requirements.",
-        "Before I answer, I check the result.",
+        "Now I check whether all requirements are met.",
+        "I need to check the result.",
     ),
     "reclarify": (
         "To ensure clarity, let me restate...",
-        "Let me restate the question:",
-        "In other words:",
+        "Let me restate...",
+        "To be clear:",
     ),
     "answer": ("The answer is: \\boxed{",),
 }

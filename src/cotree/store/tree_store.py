@@ -179,7 +179,7 @@ class TreeStore:
                 )  # fmt: skip
                 if done.rowcount:
                     self._db.executemany(
-                        f"INSERT INTO nodes VALUES ({','.join('?' * 17)})",
+                        "INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                         [
                             (
                                 tree.tree_id, n.node_id, n.parent_id, n.type, n.text, n.prefix, n.model, n.depth,
@@ -197,19 +197,20 @@ class TreeStore:
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
         """All trees (of one config) in the order of their ids, one at a time."""
-        where = "" if config is None else "WHERE config = ?"
-        arguments = () if config is None else (config,)
+        query = "SELECT tree_id FROM trees WHERE config = coalesce(?, config) ORDER BY tree_id"
         with self._guard():
-            ids = [row[0] for row in self._db.execute(f"SELECT tree_id FROM trees {where} ORDER BY tree_id", arguments)]
+            ids = [row[0] for row in self._db.execute(query, (config,))]
         for tree_id in ids:
             yield self.tree(tree_id)
 
     def tree(self, tree_id: str) -> StoredTree:
         """One tree by its id."""
         with self._guard():
-            row = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,)).fetchone()
+            found = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,))
+            row = found.fetchone()
             if row is None:
                 raise UsageError(f"{self.path} has no tree {tree_id}")
             nodes = self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
-        head, messages, tail = row[:5], json.loads(row[5]), row[6:]
-        return StoredTree(*head, messages, *tail, nodes=[StoredNode(*node[1:]) for node in nodes])
+        fields = dict(zip((column[0] for column in found.description), row, strict=True))
+        fields["messages"] = json.loads(fields["messages"])
+        return StoredTree(**fields, nodes=[StoredNode(*node[1:]) for node in nodes])

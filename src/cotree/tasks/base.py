@@ -41,7 +41,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class WorkedExample:
-    """A solved question, as a user would ask it, with steps by thought type, so that any pattern can be shown with it."""
+    """A solved question, as a user would ask it, with its steps by thought type."""
 
     question: str
     steps: Mapping[str, str]

@@ -17,7 +17,7 @@ _THINKING_TAGS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<Thought>", "</Thought>"),
 )
-_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+_NUMBER = r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?"
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _ANSWER_IS = re.compile(rf"answer\s*(?:is|:)\s*:?\s*\**\s*({_NUMBER}|[A-Za-z]\b)", re.IGNORECASE)
 _LAST_NUMBER = re.compile(_NUMBER)

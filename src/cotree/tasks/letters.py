@@ -26,9 +26,7 @@ def _example(word: str, letter: str) -> WorkedExample:
     return WorkedExample(
         f"{_question(word, letter)} {ANSWER_FORMAT}",
         {
-            "reclarify": f"I count the letter {letter} in {' '.join(word)}.",
             "sub_task": f"I number each {letter} that I find.",
-            "hypothesis": f"The letter {letter} appears at least once.",
             "thinking": ", ".join(f"{i + 1} {letter}" for i in range(n)) + ".",
             "double_check": f"The other letters are not {letter}, so {n} is right.",
         },
@@ -61,7 +59,7 @@ class Letters(Task):
 
     def _build(self, word: str, letter: str) -> Question:
         message = {"role": "user", "content": f"{_question(word, letter)} {ANSWER_FORMAT}"}
-        return Question(f"{word}-{letter}", self.name, (message,), str(word.count(letter)), str(word.count(letter)))
+        return Question(f"{word}-{letter}", self.name, (message,), str(word.count(letter)), "count")
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """One of each count; the words are in no split."""

@@ -1,0 +1,158 @@
+"""The pure search core: hypothesis drives it with random completions, orders and failures, and holds its invariants."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cotree.search.mcts import Node, Rollout, Thought, TreeSearch
+from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, prefix_of
+from cotree.tasks import Verdict
+
+
+def write(rollout: Rollout, noise: int) -> None:
+    """Feed a rollout to its end; the texts are a pure function of what was asked, so order cannot matter."""
+    while (wanted := rollout.wanted) is not None:
+        own = random.Random(f"{wanted.seed_key}-{noise}")
+        thoughts = []
+        for i in range(wanted.n):
+            roll = own.random()
+            if wanted.kind == "answer":
+                kind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
+                verdict = Verdict(kind, float(kind == "correct"))  # type: ignore[arg-type]
+                thoughts.append(Thought(f"answer {own.randint(0, 3)}", 3, "stop", verdict))
+            elif roll < 0.1:
+                thoughts.append(Thought(f"cut {i}", 3, "length", Verdict("no_answer", 0.0)))
+            else:
+                thoughts.append(Thought(f"{wanted.kind} {own.randint(0, 5)}", 3, "stop", None))
+        rollout.feed(thoughts, "model", 0, 0.0)
+
+
+def below(node: Node) -> list[Node]:
+    return [node, *(n for child in node.children for n in below(child))]
+
+
+def shape(search: TreeSearch) -> list[tuple[object, ...]]:
+    return [(n.id, n.parent and n.parent.id, n.kind, n.text, n.path, n.visits, n.value) for n in search.nodes]
+
+
+def new_search(pattern: str, seed: int, rollouts: int = 12) -> TreeSearch:
+    return TreeSearch(PATTERNS[pattern], str(seed), rollouts=rollouts, max_depth=8, max_reflections=3)
+
+
+@given(
+    pattern=st.sampled_from(list(PATTERNS)),
+    seed=st.integers(0, 10_000),
+    rollouts=st.integers(1, 25),
+    k=st.integers(1, 6),
+    failing=st.sets(st.integers(0, 30)),
+)
+@settings(max_examples=150, deadline=None)
+def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, k: int, failing: set[int]) -> None:
+    search, asked, told = new_search(pattern, seed, rollouts), 0, 0
+    while not search.done:
+        batch = search.ask(k)
+        assert 0 < len(batch) <= k
+        assert len({id(r.first) for r in batch}) == len(batch), "two rollouts of a round grow one place"
+        for rollout in batch:
+            if asked in failing:
+                search.fail(rollout)
+            else:
+                write(rollout, seed)
+                search.tell(rollout)
+                told += 1
+            asked += 1
+    assert told <= rollouts
+    for node in search.nodes:
+        judged = [n for n in below(node) if n.verdict is not None]
+        assert node.visits == len(judged)
+        assert node.value == pytest.approx(sum(n.verdict.reward for n in judged if n.verdict))
+        assert 0 <= node.value <= node.visits
+        assert node.virtual == 0
+        assert node.open_below == sum(len(n.slots) for n in below(node))
+        assert not (node.kind == "answer" and node.verdict is None)
+        assert node.depth <= 8
+        assert sum(child.kind == "reflection" for child in node.children) <= 1
+    assert sum(n.kind == "reflection" for n in search.nodes) <= 3
+    assert told == rollouts or search.root.open_below == 0
+    assert [n.id for n in search.nodes] == list(range(len(search.nodes)))
+
+
+@given(pattern=st.sampled_from(list(PATTERNS)), seed=st.integers(0, 10_000), k=st.integers(1, 6), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_tree_does_not_depend_on_the_order_of_completions(
+    pattern: str, seed: int, k: int, data: st.DataObject
+) -> None:
+    trees = []
+    for shuffled in (False, True):
+        search = new_search(pattern, seed)
+        while not search.done:
+            batch = search.ask(k)
+            order = list(batch)
+            if shuffled:
+                order = data.draw(st.permutations(order))
+            for rollout in order:
+                write(rollout, seed)
+            for rollout in batch:
+                search.tell(rollout)
+        trees.append(shape(search))
+    assert trees[0] == trees[1]
+
+
+def test_a_failed_rollout_leaves_no_trace() -> None:
+    search = new_search("plain", 1)
+    before = (shape(search), search.rollouts_left, search.root.open_below)
+    (rollout,) = search.ask(1)
+    assert search.root.virtual == 1
+    search.fail(rollout)
+    assert (shape(search), search.rollouts_left, search.root.open_below) == before
+
+
+def test_ucb_is_the_papers() -> None:
+    search = new_search("plain", 1)
+    node = Node(search.root, "thinking", "t", "0", 1, visits=4, value=3.0)
+    assert search.ucb(node, 9) == pytest.approx(3 / 4 + 1.0 * (2.1972245773362196 / 4) ** 0.5)
+
+
+def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> None:
+    search = TreeSearch(PATTERNS["plain"], "s", rollouts=30, max_reflections=1)
+    while not search.done:
+        for rollout in search.ask(1):
+            while (wanted := rollout.wanted) is not None:
+                verdict = Verdict("wrong", 0.0) if wanted.kind == "answer" else None
+                rollout.feed(
+                    [Thought(f"{wanted.seed_key} {i}", 1, "stop", verdict) for i in range(wanted.n)], "m", 0, 0
+                )
+            search.tell(rollout)
+    (reflection,) = (n for n in search.nodes if n.kind == "reflection")
+    assert reflection.parent is not None
+    assert {child.kind for child in reflection.parent.children} == {"answer", "reflection"}
+    below_it = [node for node in search.nodes if reflection in node.chain()]
+    assert any(node.kind == "answer" for node in below_it)
+    assert all(step.kind != "answer" for node in below_it for step in node.chain()[:-1])
+
+
+def test_patterns_reach_an_answer_from_every_type_and_use_every_thought_type() -> None:
+    used = {"reflection"}
+    for pattern in PATTERNS.values():
+        for row in pattern.values():
+            used |= set(row)
+            assert row
+            assert all(kind == "answer" or kind in pattern for kind in row)
+        seen, frontier = set(), {"root", "reflection"}
+        while frontier:
+            kind = frontier.pop()
+            seen.add(kind)
+            frontier |= {following for following in pattern.get(kind, {}) if following not in seen}
+        assert "answer" in seen
+    assert used == set(THOUGHT_TYPES)
+
+
+def test_prefixes_are_drawn_by_seed_and_the_first_is_the_papers() -> None:
+    assert PREFIXES["sub_task"][0] == "Firstly, I need to break down this task."
+    assert {prefix_of("sub_task", str(i)) for i in range(50)} == set(PREFIXES["sub_task"])
+    assert prefix_of("sub_task", "x") == prefix_of("sub_task", "x")
+    assert draw("a", 1000) == 250  # pinned: a change would silently change every tree

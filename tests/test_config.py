@@ -1,0 +1,68 @@
+"""A recipe is checked before anything is spent, and errors name the fault and the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cotree.config import load_recipe, parse_recipe, recipe_hash, recipe_yaml
+from cotree.errors import UsageError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_recipes_load(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+def test_the_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES / "laptop.yaml", ["search.rollouts=3", "name=x"])
+    assert recipe.search.rollouts == 3
+    (tmp_path / "r.yaml").write_text(recipe_yaml(recipe))
+    assert recipe_hash(load_recipe(tmp_path / "r.yaml")) == recipe_hash(recipe)
+    assert recipe_hash(recipe) != recipe_hash(load_recipe(RECIPES / "laptop.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("search.rolouts=3", r"unknown key `search.rolouts`; did you mean `rollouts`\?"),
+        ("models.smollm2.embeded=x", r"unknown key `models.smollm2.embeded`; did you mean `embedded`\?"),
+        ("serch.rollouts=3", r"unknown key `serch`; did you mean `search`\?"),
+        ("roles.thinker=smollm", r"unknown name `smollm`; did you mean `smollm2`\?"),
+        ("roles={}", "`thinker` is missing"),
+        ("tasks.train.leters=3", r"unknown name `leters`; did you mean `letters`\?"),
+        ("search.patterns=[plane]", r"unknown name `plane`; did you mean `plain`\?"),
+        ("train.student=gpt", "unknown name `gpt`; known: smollm2"),
+        ("search.rollouts=0", "`search.rollouts`: Input should be greater than or equal to 1"),
+        ("train.sft.batch_size=6", "batch_size 6 is no multiple of micro_batch_size 4"),
+        ("models.smollm2.url=http://x", "exactly one of `embedded`"),
+        ("name=a/b", "`name`"),
+        ("search.rollouts", "is no override"),
+        ("name.x.y=1", "is a value, not a section"),
+    ],
+)
+def test_faults_are_named(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_recipe(RECIPES / "laptop.yaml", [override])
+
+
+def test_a_student_must_have_weights_here() -> None:
+    raw = {
+        "name": "a",
+        "models": {"s": {"url": "http://127.0.0.1:1", "tokenizer": "t"}},
+        "roles": {"thinker": "s"},
+        "tasks": {"train": {"letters": 1}, "eval": {"letters": 1}},
+        "train": {"student": "s"},
+    }
+    with pytest.raises(UsageError, match="`s` is a server"):
+        parse_recipe(raw, "x")
+
+
+@pytest.mark.parametrize("text", ["{", "- a\n- b", "just words", "\x00"])
+def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"r\.yaml"):
+        load_recipe(tmp_path / "r.yaml")

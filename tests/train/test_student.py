@@ -1,0 +1,111 @@
+"""The student at the start: a whole folder or none, from GGUF, from a folder, never silently something else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.train.tiny_student import TEMPLATE, tiny_model, tiny_tokenizer, write_tiny_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotree.errors import CotreeError, UsageError
+from cotree.train.student import load_student, whole_folder
+from cotree.train.tokenizer import load_tokenizer
+
+
+def test_a_gguf_loads_as_transformers_own_reader_loads_it(tmp_path: Path) -> None:
+    """Llama only: that reader takes no head size from Qwen files; `test_gguf` has the other families exactly."""
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    folder = load_student(file, tmp_path / "made" / "student")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    assert ours.dtype == torch.float32
+    for (name, mine), (other, values) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(mine, values), name
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    for key in ("rope_parameters", "rms_norm_eps", "head_dim", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+        assert getattr(ours.config, key) == getattr(theirs.config, key), key
+
+
+def test_the_tokenizer_in_the_folder_is_that_of_the_file(tmp_path: Path) -> None:
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    folder = load_student(file, tmp_path / "student")
+    text = "<|im_start|>user\n  12 apples.\n\n3 boxes<|im_end|>"
+    stored = AutoTokenizer.from_pretrained(folder)
+    assert stored(text)["input_ids"] == load_tokenizer(file)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+    assert stored.chat_template == TEMPLATE.replace("NEWLINE", "'\n'")
+    assert (stored.eos_token, stored.pad_token) == ("<|im_end|>", "<|im_end|>")
+
+
+def test_a_folder_in_half_precision_becomes_fp32(student: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(half)
+    tiny_tokenizer().save_pretrained(half)
+    folder = load_student(str(half), tmp_path / "student")
+    weights = load_file(folder / "model.safetensors")
+    assert {values.dtype for values in weights.values()} == {torch.float32}
+    for name, values in load_file(half / "model.safetensors").items():
+        assert torch.equal(weights[name], values.float())
+
+
+def test_a_folder_that_is_there_is_not_written_again(student: Path, tmp_path: Path) -> None:
+    folder = load_student(student, tmp_path / "student")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert load_student("no such thing", folder) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("nowhere.gguf", "cannot read nowhere.gguf as GGUF"),
+        ("./no/such/folder", "cannot load the tokenizer of ./no/such/folder"),
+    ],
+)
+def test_a_source_that_is_none_is_refused_and_leaves_nothing(source: str, fault: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=fault):
+        load_student(source, tmp_path / "student")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_students_that_cannot_be_trained_are_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "base")
+    tiny_model().save_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match="has no chat template: cotree trains chat models"):
+        load_student(tmp_path / "base", tmp_path / "student")
+
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    for old, new, fault in [
+        (b"general.architecture", b"general.archi", "has no general.architecture"),
+        (b"llama", b"mamba", "is a 'mamba' model: supported are llama, mistral, qwen2, qwen3"),
+        (b"blk.1.attn_v.weight", b"blk.1.attn_x.weight", "has a tensor blk.1.attn_x.weight that cotree cannot read"),
+    ]:
+        changed = file.read_bytes().replace(old, new) if len(old) == len(new) else b""
+        (tmp_path / "changed.gguf").write_bytes(changed)
+        with pytest.raises(UsageError, match=fault if changed else "cannot read"):
+            load_student(tmp_path / "changed.gguf", tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+    assert not (tmp_path / "student.draft").exists()
+
+
+def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    (tmp_path / "student.draft").mkdir()
+    (tmp_path / "student.draft" / "half").write_text("")
+    load_student(student, folder)
+    assert not (folder / "half").exists()
+    shutil.rmtree(folder)
+    with (
+        pytest.raises(CotreeError, match=r"could not write .*student: .*No space left on device; free some space"),
+        whole_folder(folder) as draft,
+    ):
+        os.write(os.open("/dev/full", os.O_WRONLY), str(draft).encode())
+    assert list(tmp_path.iterdir()) == []

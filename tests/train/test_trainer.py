@@ -1,0 +1,396 @@
+"""Whole runs on a tiny student: exact steps, kill -9 at any moment, full disks, Ctrl-C, and no memory kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.train.tiny_student import distance, gradients
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotree.config import TrainDPO, TrainSFT
+from cotree.errors import CotreeError, UsageError
+from cotree.train import sft, trainer
+from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps, train_dpo
+from cotree.train.encode import Chain, encode_dpo, encode_sft
+from cotree.train.sft import ChainTrainer, train_sft
+from cotree.train.trainer import (
+    StepLog,
+    fixed_steps,
+    load_model,
+    read_rows,
+    split_step,
+    training_arguments,
+)
+
+SFT = TrainSFT(batch_size=4, micro_batch_size=2, epochs=2.0, learning_rate=1e-3, save_steps=2)
+DPO = TrainDPO(batch_size=4, micro_batch_size=2, epochs=2.0, learning_rate=1e-3, save_steps=2)
+VARIANTS = [
+    DPO,
+    DPO.model_copy(update={"sft_norm": "pair"}),
+    DPO.model_copy(update={"sft_scope": "full"}),
+    DPO.model_copy(update={"mask_prefix": False}),
+    DPO.model_copy(update={"mask_prefix": False, "sft_scope": "suffix", "alpha": 0.0}),
+]
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return dict(load_file(out / "model" / "model.safetensors"))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@given(rows=st.integers(1, 40), batch=st.integers(1, 9), epochs=st.floats(0.1, 3.5), seed=st.integers(0, 9))
+def test_steps_are_fixed_by_the_seed_and_cover_every_row_once_an_epoch(
+    rows: int, batch: int, epochs: float, seed: int
+) -> None:
+    steps = fixed_steps(rows, batch, epochs, seed)
+    assert steps == fixed_steps(rows, batch, epochs, seed)
+    an_epoch = -(-rows // batch)
+    assert len(steps) == -(-epochs * an_epoch // 1)
+    for at in range(0, len(steps) - an_epoch + 1, an_epoch):
+        assert sorted(row for step in steps[at : at + an_epoch] for row in step) == list(range(rows))
+    assert all(len(step) == batch for step in steps if step is not steps[-1] and (steps.index(step) + 1) % an_epoch)
+    if rows > 12:
+        assert steps != fixed_steps(rows, batch, epochs, seed + 1) or epochs * rows < 2
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20), size=st.integers(1, 8))
+def test_micro_batches_hold_each_row_once_and_are_balanced(lengths: list[int], size: int) -> None:
+    rows = [Chain([0] * length, [1]) for length in lengths]
+    parts = split_step(rows, size)
+    assert sorted(id(row) for part in parts for row in part) == sorted(map(id, rows))
+    assert len(parts) == -(-len(rows) // size)
+    assert max(map(len, parts)) <= size
+    totals = [sum(row.tokens for row in part) for part in parts]
+    assert max(totals) - min(totals) <= max(lengths) + 1
+
+
+def referenced(student: Path, rows: Path, settings: TrainDPO) -> list[ReferencedPair]:
+    pairs = encode_dpo(AutoTokenizer.from_pretrained(student), read_rows(rows), 512).rows
+    reference = reference_logps(load_model(student), pairs, settings)
+    return [ReferencedPair(pair, *row) for pair, row in zip(pairs, reference.tolist(), strict=True)]
+
+
+def test_the_micro_batch_size_never_changes_an_sft_gradient(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows[:5]
+    arguments = training_arguments(tmp_path, SFT, 1, 0)
+    expected = None
+    for size in (8, 4, 2, 1):
+        step_trainer = ChainTrainer(load_model(student), [chains], arguments, size)
+        loss, found = gradients(step_trainer, chains)
+        expected = expected or (loss, found)
+        assert loss == pytest.approx(expected[0], rel=1e-6)
+        assert distance(found, expected[1]) < 2e-6
+    model = AutoModelForCausalLM.from_pretrained(student)  # the definition: one mean over all scored tokens
+    total, count = torch.zeros(()), 0
+    for chain in chains:
+        ids = torch.tensor([chain.prompt + chain.completion])
+        logps = model(ids).logits[0, len(chain.prompt) - 1 : -1].log_softmax(-1)
+        total = total - logps.gather(1, ids[0, len(chain.prompt) :, None]).sum()
+        count += len(chain.completion)
+    (total / count).backward()  # type: ignore[no-untyped-call]
+    assert expected is not None
+    assert expected[0] == pytest.approx((total / count).item(), rel=1e-6)
+    assert distance(expected[1], {name: values.grad for name, values in model.named_parameters()}) < 2e-6
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_the_micro_batch_size_never_changes_a_dpo_gradient(
+    settings: TrainDPO, student: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    pairs = referenced(student, dpo_rows, settings)[:5]
+    arguments = training_arguments(tmp_path, settings, 1, 0)
+    moved = load_model(student)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for values in moved.parameters():
+            values += 0.02 * torch.randn_like(values)  # away from d = 0, where every pair weighs the same
+    expected = None
+    for size in (8, 4, 2, 1):
+        step_trainer = PairTrainer(moved, [pairs], arguments, settings.model_copy(update={"micro_batch_size": size}))
+        loss, found = gradients(step_trainer, pairs)
+        gauges = step_trainer.gauges
+        expected = expected or (loss, found, gauges)
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert distance(found, expected[1]) < 1e-5
+        assert gauges == pytest.approx(expected[2], rel=1e-4, abs=1e-5)
+    assert expected is not None
+    joint = expected[2]["dpo_loss"] + settings.alpha * expected[2]["sft_loss"]
+    assert expected[0] == pytest.approx(joint, rel=1e-6)
+
+
+def test_masking_the_prefix_is_a_no_op_in_the_margin_and_real_in_the_sft_term(
+    student: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    found: dict[tuple[bool, str], tuple[dict[str, float], dict[str, Tensor]]] = {}
+    for masked in (True, False):
+        for scope in ("full", "suffix"):
+            for alpha in (0.0, 1.0):
+                settings = TrainDPO(mask_prefix=masked, sft_scope=scope, alpha=alpha, batch_size=8)
+                pairs = referenced(student, dpo_rows, settings)[:8]
+                assert any(pair.pair.prefix for pair in pairs)
+                step_trainer = PairTrainer(
+                    load_model(student), [pairs], training_arguments(tmp_path, settings, 1, 0), settings
+                )
+                with torch.no_grad():
+                    for values in step_trainer.model.parameters():
+                        values *= 1.02
+                _, gradient = gradients(step_trainer, pairs)
+                found[masked, f"{scope} {alpha}"] = (step_trainer.gauges, gradient)
+    for case in ("full 0.0", "suffix 0.0", "full 1.0", "suffix 1.0"):
+        (masked_gauges, masked_gradient), (plain_gauges, plain_gradient) = found[True, case], found[False, case]
+        assert masked_gauges["d"] == pytest.approx(plain_gauges["d"], abs=1e-5)
+        assert masked_gauges["dpo_loss"] == pytest.approx(plain_gauges["dpo_loss"], abs=1e-5)
+        assert distance(masked_gradient, plain_gradient) < 1e-4
+        assert masked_gauges["chosen_logp"] > plain_gauges["chosen_logp"] + 1  # what it does change: logged rewards
+    assert distance(found[True, "suffix 1.0"][1], found[True, "full 1.0"][1]) > 0.1
+    assert TrainDPO().scope == "suffix"
+    assert TrainDPO(mask_prefix=False).scope == "full"
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_every_margin_is_zero_at_step_0(settings: TrainDPO, student: Path, dpo_rows: Path, tmp_path: Path) -> None:
+    logs: list[StepLog] = []
+    done: list[tuple[int, int]] = []
+    train_dpo(dpo_rows, student, tmp_path, settings, 3, 512, logs.append, lambda *at: done.append(at))
+    assert abs(logs[0].gauges["d"]) < 1e-5
+    assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert abs(logs[-1].gauges["d"]) > 1e-3
+    assert done[-1] == (10, 10)
+
+
+def test_a_run_learns_reports_every_step_and_returns_at_once_when_done(
+    student: Path, sft_rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logs: list[StepLog] = []
+    out = tmp_path / "run"
+    result = train_sft(sft_rows, student, out, SFT, 0, 512, logs.append)
+    assert capfd.readouterr() == ("", "")
+    assert [log.step for log in logs] == list(range(1, 7))
+    assert {log.total_steps for log in logs} == {6}
+    assert logs[-1].loss < 0.8 * logs[0].loss
+    assert (result.steps, result.rows, result.too_long) == (6, 11, 0)
+    assert result.first["loss"] == logs[0].loss
+    assert result.final["loss"] == logs[-1].loss
+    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    assert result.tokens == 2 * sum(chain.tokens for chain in chains)
+    assert sum(log.gauges["tokens"] for log in logs) == 2 * sum(len(chain.completion) for chain in chains)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(log.step, log.loss) for log in logs]
+    assert sorted(path.name for path in out.iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
+    stored = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert stored.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(out / "model").chat_template is not None
+    assert train_sft(sft_rows, student, out, SFT, 0, 512, logs.append) == result
+    assert len(logs) == 6
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    student: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_dpo(dpo_rows, student, tmp_path / name, DPO, seed, 512)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from cotree.config import TrainDPO, TrainSFT
+from cotree.train.dpo import train_dpo
+from cotree.train.sft import train_sft
+kind, rows, student, out, settings, pause = sys.argv[1:]
+train, model = (train_sft, TrainSFT) if kind == "sft" else (train_dpo, TrainDPO)
+def on_step(log):
+    print(log.step, flush=True)
+    time.sleep(float(pause))
+train(Path(rows), Path(student), Path(out), model.model_validate_json(settings), 0, 512, on_step)
+"""
+
+
+def start(kind: str, rows: Path, student: Path, out: Path, settings: Any, pause: float) -> subprocess.Popen[str]:
+    arguments = [kind, str(rows), str(student), str(out), settings.model_dump_json(), str(pause)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here (`conftest`), else sums round differently
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, env=one_thread
+    )
+
+
+def kill_after(child: subprocess.Popen[str], step: int, delay: float) -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        if int(line) == step:
+            break
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_killed_run_goes_on_and_ends_in_the_same_weights_bit_for_bit(
+    kind: str, student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    rows: Path = {"sft": sft_rows, "dpo": dpo_rows}[kind]
+    settings: Any = {"sft": SFT, "dpo": DPO}[kind]
+    train: Any = {"sft": train_sft, "dpo": train_dpo}[kind]
+    whole = train(rows, student, tmp_path / "whole", settings, 0, 512)
+    out = tmp_path / "killed"
+    kill_after(start(kind, rows, student, out, settings, 0.05), 5, 0.02)
+    assert not (out / "model").exists()
+    assert [path.name for path in (out / "trainer").iterdir()] == ["checkpoint-4"]
+    torn = out / "trainer" / "checkpoint-6"  # what a kill in the middle of a save leaves
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    before = (out / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0
+
+    logs: list[StepLog] = []
+    stamps: list[int] = []
+
+    def on_step(log: StepLog) -> None:
+        logs.append(log)
+        stamps.append((out / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0)
+
+    resumed = train(rows, student, out, settings, 0, 512, on_step)
+    assert [log.step for log in logs] == list(range(5, resumed.steps + 1))
+    assert set(stamps) == {before}
+    assert same(weights(out), weights(tmp_path / "whole"))
+    assert resumed.final | {"seconds": 0} == whole.final | {"seconds": 0}
+    assert resumed.first | {"seconds": 0} == whole.first | {"seconds": 0}
+    assert resumed.tokens == whole.tokens
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, resumed.steps + 1))
+    assert sorted(path.name for path in out.iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08])
+def test_a_kill_at_any_moment_of_a_save_loses_nothing_before_it(
+    delay: float, student: Path, sft_rows: Path, tmp_path: Path
+) -> None:
+    settings = SFT.model_copy(update={"save_steps": 1})
+    train_sft(sft_rows, student, tmp_path / "whole", settings, 0, 512)
+    kill_after(start("sft", sft_rows, student, tmp_path / "killed", settings, 0.0), 3, delay)
+    logs: list[StepLog] = []
+    train_sft(sft_rows, student, tmp_path / "killed", settings, 0, 512, logs.append)
+    assert all(log.step >= 3 for log in logs)
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_comes_through_and_the_next_call_goes_on(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    def interrupt(log: StepLog) -> None:
+        if log.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 512, interrupt)
+    logs: list[StepLog] = []
+    train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 512, logs.append)
+    assert [log.step for log in logs] == [3, 4, 5, 6]
+    train_sft(sft_rows, student, tmp_path / "whole", SFT, 0, 512)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("limit", "what"), [(100_000, "checkpoint-2"), (500_000, "checkpoint-2")])
+def test_a_full_disk_is_one_line_and_nothing_before_it_is_lost(
+    limit: int, what: str, student: Path, sft_rows: Path, tmp_path: Path
+) -> None:
+    """A file size limit makes the kernel refuse writes: to the weights first, or to the optimizer's state."""
+    size = (student / "model.safetensors").stat().st_size
+    assert 100_000 < size < 500_000 < 2 * size
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(CotreeError, match=f"could not write .*{what}: .*free some space and run the same command"):
+            train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 512)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 512)
+    train_sft(sft_rows, student, tmp_path / "whole", SFT, 0, 512)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(CotreeError, match=r"the loss became (nan|inf) at step \d: lower learning_rate"):
+        train_sft(sft_rows, student, tmp_path, SFT.model_copy(update={"learning_rate": 1e30}), 0, 512)
+    assert not (tmp_path / "model").exists()
+
+
+def test_other_inputs_in_the_same_folder_are_refused(
+    student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    def stop(log: StepLog) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(sft_rows, student, tmp_path, SFT, 0, 512, stop)
+    with pytest.raises(UsageError, match="was begun with other seed: delete it"):
+        train_sft(sft_rows, student, tmp_path, SFT, 1, 512)
+    with pytest.raises(UsageError, match="was begun with other settings, max_tokens"):
+        train_sft(sft_rows, student, tmp_path, SFT.model_copy(update={"epochs": 1.0}), 0, 500)
+    with pytest.raises(UsageError, match="was begun with other settings, rows"):
+        train_dpo(dpo_rows, student, tmp_path, DPO, 0, 512)
+
+
+def test_rows_that_cannot_be_trained_on_are_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot read the rows in .*nowhere"):
+        train_sft(tmp_path / "nowhere", student, tmp_path / "run", SFT, 0, 512)
+    with pytest.raises(UsageError, match=r"all 11 rows are over 8 tokens: raise build.max_tokens"):
+        train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 8)
+    (tmp_path / "text").write_text("no parquet")
+    with pytest.raises(UsageError, match=r"cannot read the rows in .*text"):
+        train_sft(tmp_path / "text", student, tmp_path / "run", SFT, 0, 512)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_no_weights_in_memory(
+    student: Path, sft_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three students are trained in one process: a leaked one costs two gigabytes."""
+    alive: list[weakref.ref[Any]] = []
+
+    def watched(folder: Path) -> Any:
+        model = trainer.load_model(folder)
+        alive.extend(weakref.ref(values) for values in model.parameters())
+        return model
+
+    monkeypatch.setattr(sft, "load_model", watched)
+
+    def interrupt(log: StepLog) -> None:
+        if log.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(sft_rows, student, tmp_path, SFT, 0, 512, interrupt)
+    train_sft(sft_rows, student, tmp_path, SFT, 0, 512)
+    gc.collect()
+    assert len(alive) > 20
+    assert not any(reference() is not None for reference in alive)
+    big = sum(each.nbytes for each in gc.get_objects() if type(each) is Tensor and each.nbytes > 50_000)
+    assert big == 0
+
+
+def test_no_thread_or_file_is_left_open(student: Path, dpo_rows: Path, tmp_path: Path) -> None:
+    train_dpo(dpo_rows, student, tmp_path / "warm", DPO, 0, 512)
+    before = len(os.listdir("/proc/self/fd"))
+    train_dpo(dpo_rows, student, tmp_path / "run", DPO, 0, 512)
+    assert len(os.listdir("/proc/self/fd")) <= before
