@@ -25,7 +25,9 @@ def solve(question: Question) -> str:
         return str(max(numbers))
     if question.family == "product":
         return str(numbers[0] * numbers[1])
-    return str(numbers[0] - numbers[1] if "gives away" in text else numbers[0] + numbers[1])
+    if question.family == "difference":
+        return str(numbers[0] - numbers[1])
+    return str(numbers[0] + numbers[1])
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -16,8 +16,6 @@ from cotree.tasks.base import Question, Split, Task, WorkedExample
 
 ANSWER_FORMAT = "Put the final answer in \\boxed{}."
 _DRAWS = 20_000
-_NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Zoe", "Paul", "Emma")
-_THINGS = ("apples", "books", "coins", "cards", "shells", "stamps", "pens", "eggs", "marbles", "cookies")
 
 
 def split_of(key: str) -> Split:
@@ -29,29 +27,27 @@ def split_of(key: str) -> Split:
 Parts = tuple[str, dict[str, str], int]  # the question, its steps by thought type, the answer
 
 
-def _one_step(rng: random.Random) -> Parts:
-    name, thing, a, b = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(3, 12), rng.randint(1, 9)
-    if rng.random() < 0.5 or b >= a:
-        question, verb, result = f"buys {b} more. How many {thing} does {name} have now?", f"add {a} and {b}", a + b
-        thinking, check = f"{a} + {b} = {result}.", f"{result} - {b} = {a}"
-    else:
-        question, result = f"gives away {b}. How many {thing} does {name} have left?", a - b
-        verb, thinking, check = f"subtract {b} from {a}", f"{a} - {b} = {result}.", f"{result} + {b} = {a}"
-    return f"{name} has {a} {thing} and {question}", _steps(verb, thinking, check, result), result
-
-
-def _product(rng: random.Random) -> Parts:
-    name, thing, a, b = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(2, 9), rng.randint(2, 9)
-    question = f"{name} has {a} boxes with {b} {thing} each. How many {thing} does {name} have?"
-    return question, _steps(f"multiply {a} by {b}", f"{a} * {b} = {a * b}.", f"{a * b} / {a} = {b}", a * b), a * b
-
-
 def _sum(rng: random.Random) -> Parts:
     a, b = rng.randint(11, 50), rng.randint(11, 40)
     return (
         f"What is {a} + {b}?",
         _steps(f"add {a} and {b}", f"{a} + {b} = {a + b}.", f"{a + b} - {b} = {a}", a + b),
         a + b,
+    )
+
+
+def _difference(rng: random.Random) -> Parts:
+    b, c = rng.randint(2, 20), rng.randint(3, 30)
+    a = b + c
+    return f"What is {a} - {b}?", _steps(f"subtract {b} from {a}", f"{a} - {b} = {c}.", f"{c} + {b} = {a}", c), c
+
+
+def _product(rng: random.Random) -> Parts:
+    a, b = rng.randint(2, 19), rng.randint(2, 9)
+    return (
+        f"What is {a} * {b}?",
+        _steps(f"multiply {a} by {b}", f"{a} * {b} = {a * b}.", f"{a * b} / {a} = {b}", a * b),
+        a * b,
     )
 
 
@@ -67,18 +63,18 @@ def _steps(task: str, thinking: str, check: str, result: int) -> dict[str, str]:
 
 
 _FAMILIES: dict[str, Callable[[random.Random], Parts]] = {
-    "one_step": _one_step,
-    "product": _product,
     "sum": _sum,
+    "difference": _difference,
+    "product": _product,
     "largest": _largest,
 }
 
 
 class Arithmetic(Task):
-    """One-step and boxes word problems, two-digit sums, and the largest of three numbers, in equal parts."""
+    """Sums, differences and products of small numbers, and the largest of three, in equal parts."""
 
     name = "arithmetic"
-    description = "generated: one-step and product word problems, two-digit sums, largest of three"
+    description = "generated: sums, differences, products, the largest of three numbers"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """`limit` questions (400 by default), the four families in turn."""
