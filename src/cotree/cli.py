@@ -93,11 +93,11 @@ def main() -> None:
             raise
         _fail(f"the disk is full ({error.filename or ''}); free some space, then re-run the same command to resume", 1)
     except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
+        # typer carries its own copy of click, whose exceptions have no public name.
+        message = getattr(error, "format_message", None)
+        if message is None:
             raise
-        _fail(f"{error.format_message()} (see cotree --help)", UsageError.exit_code)
+        _fail(f"{message()} (see cotree --help)", UsageError.exit_code)
 
 
 def _explain(group: ExceptionGroup[Exception]) -> None:

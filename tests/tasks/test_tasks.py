@@ -36,7 +36,7 @@ def test_golds_are_right_and_splits_disjoint(name: str) -> None:
     texts = [{q.messages[-1]["content"] for q in questions} for questions in splits.values()]
     assert len(set.union(*texts)) == sum(map(len, texts))
     for questions in splits.values():
-        assert len({q.id for q in questions}) == len(questions) >= 80
+        assert len({q.id for q in questions}) == len(questions) >= 48
         for q in questions:
             assert solve(q) == q.gold
             assert task(name).judge(q, f"So \\boxed{{{q.gold}}}").kind == "correct"

@@ -77,17 +77,12 @@ class Arithmetic(Task):
     description = "generated: sums, differences, products, the largest of three numbers"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """`limit` questions (400 by default), the four families in turn."""
-        wanted = 400 if limit is None else limit
-        streams = [self._stream(family, split) for family in _FAMILIES]
-        drawn = [
-            question for row in zip(*(islice(s, -(-wanted // 4)) for s in streams), strict=False) for question in row
-        ]
-        if len(drawn) < wanted:
-            raise UsageError(
-                f"arithmetic has {len(drawn)} questions in split `{split}`, not {wanted}; lower the number"
-            )
-        return drawn[:wanted]
+        """`limit` questions (all by default: as many as the smallest family gives), the four families in turn."""
+        streams = [islice(self._stream(family, split), limit) for family in _FAMILIES]
+        drawn = [question for row in zip(*streams, strict=False) for question in row]
+        if limit is not None and len(drawn) < limit:
+            raise UsageError(f"arithmetic has {len(drawn)} questions in split `{split}`, not {limit}; lower the number")
+        return drawn[:limit]
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three of the question's family, of another seed; one that is the question itself is left out."""
