@@ -157,10 +157,10 @@ def test_masking_the_prefix_is_a_no_op_in_the_margin_and_real_in_the_sft_term(
                 found[masked, f"{scope} {alpha}"] = (step_trainer.gauges, gradient)
     for case in ("full 0.0", "suffix 0.0", "full 1.0", "suffix 1.0"):
         (masked_gauges, masked_gradient), (plain_gauges, plain_gradient) = found[True, case], found[False, case]
-        assert masked_gauges["d"] == pytest.approx(plain_gauges["d"], abs=1e-5)
+        assert masked_gauges["margin"] == pytest.approx(plain_gauges["margin"], abs=1e-5)
         assert masked_gauges["dpo_loss"] == pytest.approx(plain_gauges["dpo_loss"], abs=1e-5)
         assert distance(masked_gradient, plain_gradient) < 1e-4
-        assert masked_gauges["chosen_logp"] > plain_gauges["chosen_logp"] + 1  # what it does change: logged rewards
+        assert masked_gauges["chosen_logps"] > plain_gauges["chosen_logps"] + 1  # what it does change: logged rewards
     assert distance(found[True, "suffix 1.0"][1], found[True, "full 1.0"][1]) > 0.1
     assert TrainDPO().scope == "suffix"
     assert TrainDPO(mask_prefix=False).scope == "full"
@@ -171,9 +171,9 @@ def test_every_margin_is_zero_at_step_0(settings: TrainDPO, student: Path, dpo_r
     logs: list[StepLog] = []
     done: list[tuple[int, int]] = []
     train_dpo(dpo_rows, student, tmp_path, settings, 3, 512, logs.append, lambda *at: done.append(at))
-    assert abs(logs[0].gauges["d"]) < 1e-5
+    assert abs(logs[0].gauges["margin"]) < 1e-5
     assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
-    assert abs(logs[-1].gauges["d"]) > 1e-3
+    assert abs(logs[-1].gauges["margin"]) > 1e-3
     assert done[-1] == (10, 10)
 
 

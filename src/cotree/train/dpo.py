@@ -58,8 +58,8 @@ def train_dpo(
         settings: the recipe's `train.dpo`.
         seed: fixes the order of the pairs.
         max_tokens: pairs with a side of more tokens, prompt included, are left out and counted.
-        on_step: called after each optimizer step. Gauges, means over the step's pairs: `d` (beta times the difference
-            of log-ratios), `accuracy` (share with d > 0), `chosen_logp` and `rejected_logp` (sums over the tokens in
+        on_step: called after each optimizer step. Gauges, means over the step's pairs: `margin` (d: beta times the difference
+            of log-ratios), `accuracy` (share with margin > 0), `chosen_logps` and `rejected_logps` (sums over the tokens in
             the margin), `dpo_loss`, `sft_loss`; and `learning_rate`, `grad_norm`, `seconds`.
         on_reference: called with (pairs done, pairs) while the reference is computed.
 
@@ -156,7 +156,8 @@ class PairTrainer(StepTrainer[ReferencedPair]):
             pairs=step["pairs"],
             tokens=step["tokens"],
         )
-        means = {"d": d, "accuracy": (d > 0).float(), "chosen_logp": policy_chosen, "rejected_logp": policy_rejected}
+        means = {"margin": d, "accuracy": (d > 0).float()}
+        means |= {"chosen_logps": policy_chosen, "rejected_logps": policy_rejected}
         gauges = {name: values.sum() / step["pairs"] for name, values in means.items()}
         return loss, gauges | {"dpo_loss": dpo, "sft_loss": sft}
 
