@@ -166,8 +166,8 @@ def _counts(trees: Sequence[StoredTree]) -> dict[str, Any]:
 
 def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.data.build import build
+    from cotree.llm.tokenizer import load_tokenizer
     from cotree.store import TreeStore
-    from cotree.train.tokenizer import load_tokenizer
 
     recipe = run.recipe
     tokenizer = load_tokenizer(_student_source(recipe))
@@ -234,8 +234,8 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.eval.evaluate import evaluate
     from cotree.eval.metrics import constant_baseline, summarize
+    from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.export_gguf import export_gguf
-    from cotree.train.tokenizer import load_tokenizer
 
     recipe = run.recipe
     settings = recipe.eval

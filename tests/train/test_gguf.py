@@ -15,11 +15,11 @@ from tests.train.tiny_student import SPECIAL, TEXT, Post, check_served, tiny_mod
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.errors import CotreeError, UsageError
+from cotree.llm.gguf_file import GGUF
+from cotree.llm.tokenizer import gguf_tokenizer
 from cotree.train.export_gguf import export_gguf
 from cotree.train.families import FAMILIES, gguf_name, to_halves, to_pairs, transformers_name
-from cotree.train.gguf_file import GGUF
 from cotree.train.student import load_student
-from cotree.train.tokenizer import gguf_tokenizer
 
 PROMPT = "<|im_start|>user\nTom has 12 apples.\n\n3  boxes<|im_end|>\n<|im_start|>assistant\n"
 

@@ -13,8 +13,8 @@ from tests.train.tiny_student import TEMPLATE, tiny_model, tiny_tokenizer, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.errors import CotreeError, UsageError
+from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.student import load_student, whole_folder
-from cotree.train.tokenizer import load_tokenizer
 
 
 def test_a_gguf_loads_as_transformers_own_reader_loads_it(tmp_path: Path) -> None:

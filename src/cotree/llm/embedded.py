@@ -69,7 +69,7 @@ def at_type(source: Path, kind: GGUFType) -> Path:
     Q8_0 is the default because it is the fastest on a CPU: on 2 cores it decodes 1.4 to 1.7 times as many tokens a
     second as the shipped Q4_1 (`python benchmarks/embedded.py`).
     """
-    from cotree.train.gguf_file import F16, F32, GGUF, Q8_0, UINT32, encode, write
+    from cotree.llm.gguf_file import F16, F32, GGUF, Q8_0, UINT32, encode, write
 
     types = {"F32": (F32, 0), "F16": (F16, 1), "Q8_0": (Q8_0, 7)}
     tensor_type, file_type = types[kind]

@@ -45,7 +45,7 @@ async def open_endpoints(models: Mapping[str, Model]) -> AsyncIterator[dict[str,
     Raises:
         UsageError: a model is missing, a server does not answer, or an API key is not in the environment.
     """
-    from cotree.train.tokenizer import load_tokenizer
+    from cotree.llm.tokenizer import load_tokenizer
 
     async with AsyncExitStack() as stack:
         endpoints: dict[str, Endpoint] = {}

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from cotree.config import TrainDPO
 from cotree.errors import UsageError
+from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.encode import Pair, encode_dpo
 from cotree.train.layout import Scored, sequence_logps
 from cotree.train.losses import dpo_loss, joint_loss
 from cotree.train.student import writing
-from cotree.train.tokenizer import load_tokenizer
 from cotree.train.trainer import (
     StepLog,
     StepTrainer,
@@ -58,9 +58,9 @@ def train_dpo(
         settings: the recipe's `train.dpo`.
         seed: fixes the order of the pairs.
         max_tokens: pairs with a side of more tokens, prompt included, are left out and counted.
-        on_step: called after each optimizer step. Gauges, means over the step's pairs: `margin` (d: beta times the difference
-            of log-ratios), `accuracy` (share with margin > 0), `chosen_logps` and `rejected_logps` (sums over the tokens in
-            the margin), `dpo_loss`, `sft_loss`; and `learning_rate`, `grad_norm`, `seconds`.
+        on_step: called after each optimizer step. Gauges, means over the step's pairs: `margin` (beta times the
+            difference of log-ratios), `accuracy` (share with margin > 0), `chosen_logps` and `rejected_logps` (sums
+            over the tokens in the margin), `dpo_loss`, `sft_loss`; and `learning_rate`, `grad_norm`, `seconds`.
         on_reference: called with (pairs done, pairs) while the reference is computed.
 
     Raises:

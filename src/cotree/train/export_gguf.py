@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from cotree.errors import CotreeError, UsageError
-from cotree.train import gguf_file
+from cotree.llm import gguf_file
+from cotree.llm.gguf_file import GGUF
 from cotree.train.families import FAMILIES, gguf_name, rotary_heads, to_pairs
-from cotree.train.gguf_file import GGUF
 from cotree.train.student import writing
 
 # ggml type of matrices, and the number that `general.file_type` gives it.

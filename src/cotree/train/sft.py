@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cotree.config import TrainSFT
 from cotree.errors import UsageError
+from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.encode import Chain, encode_sft
 from cotree.train.layout import Scored, sequence_logps
-from cotree.train.tokenizer import load_tokenizer
 from cotree.train.trainer import (
     StepLog,
     StepTrainer,

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from cotree.errors import CotreeError, UsageError
+from cotree.llm.gguf_file import GGUF
+from cotree.llm.tokenizer import gguf_tokenizer, load_tokenizer
 from cotree.train.families import FAMILIES, family_of, rotary_heads, to_halves, transformers_name
-from cotree.train.gguf_file import GGUF
-from cotree.train.tokenizer import gguf_tokenizer, load_tokenizer
 
 
 def load_student(source: str | Path, folder: Path) -> Path:

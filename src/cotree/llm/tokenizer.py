@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.errors import UsageError
-from cotree.train.gguf_file import GGUF
+from cotree.llm.gguf_file import GGUF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
