@@ -116,6 +116,7 @@ def _fail(message: str, code: int) -> None:
     print(f"cotree: {message}", file=sys.stderr, flush=True)
     # The embedded engine's threads may be inside a long decode; what matters is on disk already.
     if code == 130:
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 

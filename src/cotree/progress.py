@@ -26,7 +26,7 @@ class Output:
             return
         from rich.console import Console
 
-        Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(line)
+        Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()).print(line)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:

@@ -66,8 +66,7 @@ def _from_hub(repo: str, file: str) -> Path:
 def at_type(source: Path, kind: GGUFType) -> Path:
     """The same weights at another GGUF type, made once and kept in the cache folder.
 
-    Q8_0 is the default because it is the fastest on a CPU: on 2 cores it decodes 1.4 to 1.7 times as many tokens a
-    second as the shipped Q4_1 (`python benchmarks/embedded.py`).
+    Q8_0 is the default because it is the fastest on a CPU: `python benchmarks/embedded.py` compares the types.
     """
     from cotree.llm.gguf_file import F16, F32, GGUF, Q8_0, UINT32, encode, write
 
