@@ -16,6 +16,8 @@ import typer
 
 from cotree.errors import CotreeError, UsageError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="cotree",
     no_args_is_help=True,
@@ -77,13 +79,11 @@ def patterns() -> None:
 def main() -> None:
     """The `cotree` command."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer.Abort:
-        _fail("stopped", 130)
-    except KeyboardInterrupt:
-        _fail("stopped; nothing is lost: run the same command again to resume", 130)
+        # typer turns Ctrl-C and exits into a number that it returns.
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:
+            _fail("stopped; nothing is lost: run the same command again to resume", _INTERRUPTED)
+        sys.exit(code if isinstance(code, int) else 0)
     except ExceptionGroup as group:
         _explain(group)
     except CotreeError as error:
@@ -115,7 +115,7 @@ def _explain(group: ExceptionGroup[Exception]) -> None:
 def _fail(message: str, code: int) -> None:
     print(f"cotree: {message}", file=sys.stderr, flush=True)
     # The embedded engine's threads may be inside a long decode; what matters is on disk already.
-    if code == 130:
+    if code == _INTERRUPTED:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
