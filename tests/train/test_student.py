@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.student import load_student, whole_folder
+from cotree.train.durable import whole_folder
+from cotree.train.student import load_student
 
 
 def test_a_gguf_loads_as_transformers_own_reader_loads_it(tmp_path: Path) -> None:

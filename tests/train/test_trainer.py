@@ -257,18 +257,18 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights_bit_for_bit(
     out = tmp_path / "killed"
     kill_after(start(kind, rows, student, out, settings, 0.05), 5, 0.02)
     assert not (out / "model").exists()
-    assert [path.name for path in (out / "trainer").iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in (out / "trainer").glob("checkpoint-*")] == ["checkpoint-4"]
     torn = out / "trainer" / "checkpoint-6"  # what a kill in the middle of a save leaves
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    before = (out / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0
+    before = (out / "trainer" / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0
 
     logs: list[StepLog] = []
     stamps: list[int] = []
 
     def on_step(log: StepLog) -> None:
         logs.append(log)
-        stamps.append((out / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0)
+        stamps.append((out / "trainer" / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0)
 
     resumed = train(rows, student, out, settings, 0, 512, on_step)
     assert [log.step for log in logs] == list(range(5, resumed.steps + 1))

@@ -125,7 +125,8 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     params.port = 0
     params.verbosity = -1
     # llama.cpp cuts unlikely tokens unless told not to; other servers do not, and a temperature should mean one thing.
-    params.sampling.top_k, params.sampling.min_p = 0, 0.0
+    # The 256 likeliest keep that meaning, and sorting the whole vocabulary for every token costs a quarter of the time.
+    params.sampling.top_k, params.sampling.min_p = 256, 0.0
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:

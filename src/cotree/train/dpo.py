@@ -20,15 +20,15 @@ from transformers import PreTrainedModel, TrainingArguments
 from cotree.config import TrainDPO
 from cotree.errors import UsageError
 from cotree.llm.tokenizer import load_tokenizer
+from cotree.train.durable import whole_file
 from cotree.train.encode import Pair, encode_dpo
 from cotree.train.layout import Scored, sequence_logps
 from cotree.train.losses import dpo_loss, joint_loss
-from cotree.train.student import writing
+from cotree.train.resume import claim
 from cotree.train.trainer import (
     StepLog,
     StepTrainer,
     TrainResult,
-    claim,
     finished,
     fixed_steps,
     load_model,
@@ -54,7 +54,7 @@ def train_dpo(
     Args:
         rows: Parquet with `prompt`, `chosen` and `rejected` (messages).
         student: the SFT checkpoint, a transformers folder; it is the reference.
-        out: folder of this run: `model/`, `result.json`, `log.jsonl`; `reference.safetensors` until it is done.
+        out: folder of this run: `model/`, `result.json`, `log.jsonl`.
         settings: the recipe's `train.dpo`.
         seed: fixes the order of the pairs.
         max_tokens: pairs with a side of more tokens, prompt included, are left out and counted.
@@ -82,14 +82,12 @@ def train_dpo(
         model = load_model(student)
         arguments = training_arguments(out, settings, len(steps), seed)
         model.to(arguments.device)
-        pairs = _with_reference(model, encoded.rows, settings, out / "reference.safetensors", on_reference)
+        pairs = _with_reference(model, encoded.rows, settings, out / "trainer" / "reference.safetensors", on_reference)
         trainer = PairTrainer(model, [[pairs[index] for index in step] for step in steps], arguments, settings)
         del model
-        result = run(trainer, tokenizer, out, encoded, began, on_step)
+        return run(trainer, tokenizer, out, encoded, began, on_step)
     finally:
         release(trainer)
-    (out / "reference.safetensors").unlink()
-    return result
 
 
 @dataclass(frozen=True)
@@ -203,10 +201,8 @@ def _with_reference(
     """The pairs with their reference, computed with the model before step 0, and kept at `path` for a resume."""
     if not path.exists():
         logps = reference_logps(model, pairs, settings, on_progress)
-        draft = path.with_name(f"{path.name}.draft")
-        with writing(path):
+        with whole_file(path) as draft:
             save_file({"logps": logps}, draft)
-            draft.rename(path)
     chosen, rejected = load_file(path)["logps"].unbind(1)
     return [ReferencedPair(*row) for row in zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)]
 

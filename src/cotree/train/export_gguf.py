@@ -15,8 +15,8 @@ import numpy as np
 from cotree.errors import CotreeError, UsageError
 from cotree.llm import gguf_file
 from cotree.llm.gguf_file import GGUF
+from cotree.train.durable import whole_file
 from cotree.train.families import FAMILIES, gguf_name, rotary_heads, to_pairs
-from cotree.train.student import writing
 
 # ggml type of matrices, and the number that `general.file_type` gives it.
 _TYPES = {"F32": (gguf_file.F32, 0), "F16": (gguf_file.F16, 1), "Q8_0": (gguf_file.Q8_0, 7)}
@@ -76,14 +76,8 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
         tensors[name] = (tensor.shape, matrices if matrix else gguf_file.F32)
     if "output.weight" in sources and "output.weight" not in tensors:  # the student's head is its own, the base's tied
         tensors["output.weight"] = (tensors["token_embd.weight"][0], matrices)
-    draft = out.with_name(f"{out.name}.draft")
-    try:
-        with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            gguf_file.write(draft, fields, tensors, array, file.alignment)
-            draft.rename(out)
-    finally:
-        draft.unlink(missing_ok=True)
+    with whole_file(out) as draft:
+        gguf_file.write(draft, fields, tensors, array, file.alignment)
     return out
 
 

@@ -14,11 +14,11 @@ from cotree.errors import UsageError
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.encode import Chain, encode_sft
 from cotree.train.layout import Scored, sequence_logps
+from cotree.train.resume import claim
 from cotree.train.trainer import (
     StepLog,
     StepTrainer,
     TrainResult,
-    claim,
     finished,
     fixed_steps,
     load_model,

@@ -8,7 +8,6 @@ never written again. A GGUF is converted here rather than through `from_pretrain
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cotree.errors import CotreeError, UsageError
+from cotree.errors import UsageError
 from cotree.llm.gguf_file import GGUF
 from cotree.llm.tokenizer import gguf_tokenizer, load_tokenizer
+from cotree.train.durable import whole_folder
 from cotree.train.families import FAMILIES, family_of, rotary_heads, to_halves, transformers_name
 
 
@@ -44,43 +44,6 @@ def load_student(source: str | Path, folder: Path) -> Path:
         else:
             _from_transformers(str(source), draft)
     return folder
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder that becomes `folder` when the block ends, and vanishes when it fails.
-
-    Raises:
-        CotreeError: writing failed (disk full, no permission), in one line.
-    """
-    draft = folder.with_name(f"{folder.name}.draft")
-    try:
-        with writing(folder):
-            shutil.rmtree(draft, ignore_errors=True)  # what a killed process left
-            draft.mkdir(parents=True)
-            yield draft
-            draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write (for which safetensors has a name of its own) into one line.
-
-    Raises:
-        CotreeError: in place of OSError or SafetensorError.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CotreeError(
-            f"could not write {path}: {reason}; free some space and run the same command again"
-        ) from error
 
 
 def _from_gguf(file: GGUF, folder: Path) -> None:

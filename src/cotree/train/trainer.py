@@ -1,18 +1,15 @@
 """One training run on transformers.Trainer: exact steps, checkpoints that survive a kill, nothing on the terminal.
 
 Invariants. A dataset item is a whole optimizer step: its rows are fixed by the seed before anything is split, and the
-loss denominators are those of the step, so the micro-batch size changes memory and time, never the gradient. A
-checkpoint counts once its marker file is there, so a kill at any moment leaves the last whole one, and going on from
-it gives the weights of the uninterrupted run, bit for bit (CPU, fp32). `model/` appears last and whole.
+loss denominators are those of the step, so the micro-batch size changes memory and time, never the gradient. Going on
+after a kill gives the weights of the uninterrupted run, bit for bit (CPU, fp32). `model/` appears last and whole.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import math
-import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -40,12 +37,12 @@ from transformers import (
 
 from cotree.config import Optimizer
 from cotree.errors import CotreeError, UsageError
+from cotree.train.durable import whole_file, whole_folder, writing
 from cotree.train.encode import Encoded
 from cotree.train.families import family_of
 from cotree.train.layout import ATTENTION, segment_attention
-from cotree.train.student import quiet, whole_folder, writing
-
-_MARKER = "complete"
+from cotree.train.resume import last_checkpoint, seal_checkpoint
+from cotree.train.student import quiet
 
 
 class Item(Protocol):
@@ -168,17 +165,13 @@ class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with writing(checkpoint):
             try:
                 super()._save_checkpoint(model, trial)
             except RuntimeError as error:  # torch.save's word for a full disk
                 raise OSError(str(error)) from error
-            (checkpoint / _MARKER).touch()
-        for older in folder.glob("checkpoint-*"):
-            if older != checkpoint:
-                shutil.rmtree(older)
+            seal_checkpoint(checkpoint)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
@@ -196,8 +189,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A killed run may have logged steps after its last checkpoint: they are about to be done again.
-        with writing(self.log):
-            _write_whole(self.log, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+        with whole_file(self.log) as draft:
+            draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
         self.before = state.log_history[-1]["seconds"] if state.log_history else 0.0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -262,37 +255,6 @@ def finished(out: Path) -> TrainResult | None:
     return TrainResult(**json.loads((out / "result.json").read_text()))
 
 
-def claim(out: Path, rows: Path, student: Path, settings: Optimizer, seed: int, max_tokens: int) -> dict[str, Any]:
-    """Make `out` the folder of a run on these inputs, or find that it is already.
-
-    Returns:
-        What identifies the run: settings, and hashes of rows and weights.
-
-    Raises:
-        UsageError: `out` holds a run on other inputs, which a resume would mix with these.
-        CotreeError: `out` cannot be written.
-    """
-    inputs = {
-        "settings": settings.model_dump(),
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "rows": _sha256(rows),
-        "student": [_sha256(file) for file in sorted(student.glob("*.safetensors"))],
-    }
-    path = out / "inputs.json"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = json.loads(path.read_text())
-            changed = [name for name, value in inputs.items() if found.get(name) != value]
-            if changed:
-                raise UsageError(
-                    f"{out} was begun with other {', '.join(changed)}: delete it, or choose another folder"
-                )
-        _write_whole(path, json.dumps(inputs))
-    return inputs
-
-
 def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) -> TrainingArguments:
     """Trainer's arguments: bf16 autocast on CUDA, fp32 on CPU; a linear schedule with warm-up; silent."""
     cuda = torch.cuda.is_available()
@@ -319,7 +281,9 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need torchrun; DataParallel would split a step's rows
+    if arguments.world_size > 1:
+        raise UsageError("cotree trains in one process: start it without torchrun or accelerate launch")
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer wraps the model in DataParallel, which splits rows
     return arguments
 
 
@@ -347,7 +311,8 @@ def run(
     progress = _Progress(out / "log.jsonl", began, on_step)
     trainer.add_callback(progress)
     with quiet():
-        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(trainer.args.output_dir)))
+        checkpoint = last_checkpoint(out / "trainer")
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         history = trainer.state.log_history
         result = TrainResult(
             steps=len(trainer.steps),
@@ -361,7 +326,8 @@ def run(
         with whole_folder(out / "model") as draft:
             trainer.model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
-            _write_whole(out / "result.json", json.dumps(asdict(result), indent=2))
+            with whole_file(out / "result.json") as text:
+                text.write_text(json.dumps(asdict(result), indent=2) + "\n")
     shutil.rmtree(out / "trainer", ignore_errors=True)
     return result
 
@@ -370,30 +336,8 @@ def release(trainer: StepTrainer[Row] | None) -> None:
     """Give back the memory of weights, gradients and optimizer, also after an error: Trainer is full of cycles."""
     if trainer is not None:
         trainer.accelerator.free_memory()
-        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-        trainer.callback_handler = None
+        for name in ("model", "model_wrapped", "optimizer", "lr_scheduler", "callback_handler"):
+            setattr(trainer, name, None)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; deletes the torn ones that a kill left."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / _MARKER).exists():
-            whole.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
