@@ -290,6 +290,7 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "name": run.recipe.name,
         "seed": run.recipe.seed,
         "created": run.manifest["created"],
+        "split": run.recipe.eval.split,
         "machine": run.manifest["machine"],
         "eval": run.result("eval")["eval"],
         "baselines": run.result("eval")["baselines"],

@@ -42,6 +42,13 @@ def rendered(summary: dict[str, Any], width: int = 80) -> str:
     return out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("split", "words"), [("test", "held-out questions, greedy"), ("dev", "dev questions (for tuning)")]
+)
+def test_the_table_says_which_questions_were_asked(summary: dict[str, Any], split: str, words: str) -> None:
+    assert words in " ".join(rendered({**summary, "split": split}).split())
+
+
 def test_the_terminal_table_fits_80_columns_and_shows_every_number(summary: dict[str, Any]) -> None:
     text = rendered(summary)
     assert "…" not in text

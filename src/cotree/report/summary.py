@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -105,6 +105,7 @@ class Summary(Part):
     name: str
     seed: int
     created: str
+    split: Literal["test", "dev"] | None = None
     machine: Machine = Machine()
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
@@ -112,6 +113,11 @@ class Summary(Part):
     data: Data = Data()
     seconds: dict[str, float] = {}
     tokens: dict[str, Tokens] = {}
+
+    @property
+    def questions(self) -> str:
+        """What the evaluated questions were, in words."""
+        return {"test": "held-out questions", "dev": "dev questions (for tuning)", None: "questions"}[self.split]
 
     def tasks(self) -> list[str]:
         """The evaluated tasks, in the order of the file."""

@@ -131,8 +131,11 @@ def _rows(summary: Summary) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
 
 def _note(summary: Summary) -> str:
     limits = sorted({row.max_tokens for row in summary.eval})
+    if not limits:
+        return ""
     return (
-        f"max_tokens {', '.join(map(str, limits))}; cut off: no answer because max_tokens came first" if limits else ""
+        f"{summary.questions}, greedy, max_tokens {', '.join(map(str, limits))}; "
+        "cut off: no answer because max_tokens came first"
     )
 
 
