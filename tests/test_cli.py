@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from cotree.cli import main
+from cotree.config import load_recipe
+from cotree.run_folder import open_run
+
 ROOT = Path(__file__).parent.parent
 LAPTOP = str(ROOT / "recipes" / "laptop.yaml")
+
+
+FAR = "{url: 'http://127.0.0.1:9', tokenizer: x}"
+FAR_WITH_KEY = "{url: 'http://127.0.0.1:9', tokenizer: x, api_key_env: NO_KEY}"
 
 
 def cotree(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -19,6 +27,7 @@ def cotree(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
 
 
+@pytest.mark.timed
 def test_help_is_fast_and_loads_nothing_heavy() -> None:
     times = []
     for _ in range(5):
@@ -44,25 +53,54 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["run", LAPTOP, "--only", "build"], "needs `search` first"),
         (["run", LAPTOP, "tasks.train.letters=99999"], "lower the number"),
         (["run", LAPTOP, "eval.split=dev", "tasks.dev={}"], "name no such questions"),
-        (["run", LAPTOP, "models.far={url: 'http://127.0.0.1:9', tokenizer: x}"], "start the server"),
-        (["run", LAPTOP, "models.far={url: 'http://127.0.0.1:9', tokenizer: x, api_key_env: NO_KEY}"], "NO_KEY is not"),
+        (
+            ["run", LAPTOP, "tasks.train.letters=-5"],
+            "`tasks.train.letters`: Input should be greater than or equal to 1",
+        ),
+        (["run", LAPTOP, "tasks.train={}"], "`tasks.train`: Dictionary should have at least 1 item"),
+        (["run", LAPTOP, "tasks.dev.letters=99999"], "lower the number"),
+        (["run", LAPTOP, "search.patterns=[]"], "`search.patterns`: List should have at least 1 item"),
+        (["run", LAPTOP, "train.sft.learning_rate=.inf"], "finite number"),
+        (["run", LAPTOP, "models.smollm2.embedded=not.gguf"], "not.gguf"),
+        (["run", LAPTOP, "search.reward={function: 'nowhere:f'}"], "cannot load nowhere"),
+        (["run", LAPTOP, "search.own_patterns={mine: {root: {thinking: 1}}}"], "`thinking` is a dead end"),
+        (["run", LAPTOP, f"models.far={FAR}", "roles.reflector=far"], "start the server"),
+        (["run", LAPTOP, f"models.far={FAR_WITH_KEY}", "roles.reflector=far"], "NO_KEY is not"),
         (["report", "nowhere"], "does not exist"),
         (["fly"], "No such command"),
         (["run"], "Missing argument"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
-    done = cotree(*words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.startswith("cotree: ")
-    assert len(done.stderr.strip().split("\n")) == 1
-    assert not (tmp_path / "runs" / "laptop" / "trees.db").exists()
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "not.gguf").write_bytes(b"GGUF!!")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cotree", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert message in said
+    assert said.startswith("cotree: ")
+    assert len(said.strip().split("\n")) == 1
+    assert not (tmp_path / "runs").exists(), "nothing is written before the recipe is known to work"
+
+
+def test_the_same_from_a_shell(tmp_path: Path) -> None:
+    done = cotree("run", "no.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "cotree: no recipe at no.yaml; `recipes/laptop.yaml` is a good start\n"
 
 
 def test_a_run_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    assert cotree("run", LAPTOP, "--only", "build", cwd=tmp_path).returncode == 2
-    done = cotree("run", LAPTOP, "--only", "build", "search.rollouts=9", cwd=tmp_path)
+    with open_run(tmp_path / "runs", load_recipe(Path(LAPTOP))):
+        pass
+    done = cotree("run", LAPTOP, "search.rollouts=9", cwd=tmp_path)
     assert done.returncode == 2
     assert "different: search.rollouts" in done.stderr
     assert "name=NEW_NAME" in done.stderr

@@ -49,6 +49,18 @@ def run(
     run_recipe(load_recipe(recipe, overrides or []), runs_dir, only=only, output=Output(quiet=quiet))
 
 
+@app.command(epilog="Example: cotree check recipes/laptop.yaml")
+def check(
+    recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
+) -> None:
+    """Check a recipe, its questions, models and servers, and the disk before anything is spent."""
+    from cotree.check import check as check_recipe
+    from cotree.config import load_recipe
+    from cotree.progress import Output
+
+    check_recipe(load_recipe(recipe, overrides or []), Output(quiet=quiet), runs_dir)
+
+
 @app.command(epilog="Example: cotree report runs/laptop")
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write one self-contained HTML page about a finished run."""

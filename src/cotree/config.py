@@ -12,10 +12,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cotree.errors import UsageError
 
@@ -27,54 +27,178 @@ STAGES = ("search", "build", "train_sft", "train_dpo", "eval", "report")
 class Section(BaseModel):
     """A part of the recipe. Unknown keys are errors; a loaded recipe never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Price(Section):
+    """What a million tokens cost, in any currency; cached prompt tokens cost as much as others unless said."""
+
+    prompt: float = Field(0.0, ge=0)
+    cached: float | None = Field(None, ge=0)
+    completion: float = Field(0.0, ge=0)
 
 
 class Model(Section):
-    """Where text comes from: an OpenAI-compatible server (`url`) or a GGUF in this process (`embedded`).
+    """Where text comes from: OpenAI-compatible servers (`url`) or a GGUF in this process (`embedded`).
 
-    `embedded` is a shipped name (`smollm2-135m-instruct`), a path to a `.gguf` file, or `REPO_ID:FILE.gguf` on the
-    hub. `tokenizer` (a hub id or folder) renders the chat template for `url` models; embedded ones carry their own.
+    `embedded` is a shipped name (`cotree models` lists them), a path to a `.gguf` file, or `REPO_ID:FILE.gguf` on the
+    hub. `url` is one server or a list of servers of the same model: a question stays with one of them, so that its
+    prompts stay warm there. `tokenizer` (a hub id or folder) renders the chat template for `url` models; embedded ones
+    carry their own. `mode: chat` sends the chain so far as an assistant message to be continued, for servers that
+    offer only `/v1/chat/completions`; it needs no tokenizer. `max_in_flight` counts requests a server.
     """
 
     embedded: str | None = None
     gguf: GGUFType = "Q8_0"
-    url: str | None = None
+    url: str | tuple[str, ...] | None = None
     model: str = "default"
     tokenizer: str | None = None
+    mode: Literal["completions", "chat"] = "completions"
     api_key_env: str | None = None
     max_in_flight: int = Field(16, ge=1)
+    price: Price | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
-        if (self.embedded is None) == (self.url is None):
+        if (self.embedded is None) == (not self.urls):
             raise ValueError("give exactly one of `embedded` (a GGUF in this process) or `url` (a server)")
-        if self.url is not None and self.tokenizer is None:
+        if self.embedded is not None and self.mode == "chat":
+            raise ValueError("`mode: chat` is for servers; an embedded model continues text exactly")
+        if self.urls and self.mode == "completions" and self.tokenizer is None:
             raise ValueError("a `url` model needs `tokenizer` (hub id or folder): prompts are rendered on this side")
         return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers, none for an embedded model."""
+        return (self.url,) if isinstance(self.url, str) else self.url or ()
+
+
+class Writer(Section):
+    """A model in a role, and how it samples there; what is not given is the search's."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+
+
+def _writers(value: Any) -> Any:
+    """A role may be given as a name, a writer, or a list of these."""
+    given = value if isinstance(value, list | tuple) else [value]
+    return tuple({"model": writer} if isinstance(writer, str) else writer for writer in given)
+
+
+# Of several writers one is drawn by seed for each request.
+Role = Annotated[tuple[Writer, ...], BeforeValidator(_writers), Field(min_length=1)]
+
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class Tasks(Section):
     """How many questions of each task: `train` is searched, `dev` is for tuning, `eval` is held out."""
 
-    train: dict[str, int]
-    dev: dict[str, int] = {}
-    eval: dict[str, int]
+    train: dict[str, Count] = Field(min_length=1)
+    dev: dict[str, Count] = {}
+    eval: dict[str, Count]
+
+
+class Thought(Section):
+    """How a thought type is written, where that differs from the shipped way.
+
+    text: fixed words; no model is called. prefixes: the words it may begin with, one drawn by seed.
+    in_student: false leaves its text out of what the student is trained on.
+    max_tokens: instead of the search's `max_thought_tokens`.
+    ends: `line` (a thought is a line; one that is cut by max_tokens is a dead end) or `tokens` (a mini-step: it ends
+        after max_tokens tokens, wherever that is, and the next one continues its very words).
+    """
+
+    text: str | None = Field(None, min_length=1)
+    prefixes: tuple[str, ...] | None = Field(None, min_length=1)
+    in_student: bool = True
+    max_tokens: int | None = Field(None, ge=1)
+    ends: Literal["line", "tokens"] = "line"
+
+    def answers(self) -> bool:
+        """Whether an `answer` thought may be written like this: it is judged, and its box ends it."""
+        return self.text is None and self.ends == "line" and self.in_student
+
+    @model_validator(mode="after")
+    def _fixed_or_written(self) -> Thought:
+        if self.text is not None and (self.prefixes or self.max_tokens or self.ends != "line"):
+            raise ValueError("a fixed `text` is not written by a model: leave out prefixes, max_tokens and ends")
+        if self.text is not None and "\n" in self.text.strip():
+            raise ValueError("a fixed `text` is one line")
+        return self
+
+
+class Stop(Section):
+    """When a tree has had enough before its rollouts are spent. Chains count once however often they were written.
+
+    correct, wrong: enough when there are this many distinct correct and this many distinct wrong chains.
+    easy: give up after this many judged chains that are all correct. hopeless: after this many without a correct one.
+    tokens: generated tokens. seconds: a deadline; with one the trees depend on the speed of the machine.
+    """
+
+    correct: int = Field(0, ge=0)
+    wrong: int = Field(0, ge=0)
+    easy: int | None = Field(None, ge=1)
+    hopeless: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    seconds: float | None = Field(None, gt=0)
+
+
+class Reward(Section):
+    """A reward other than the task's rule, in [0, 1], for the search only: verdicts stay the task's.
+
+    function: `module:name` or `path/to/file.py:name`, called as f(question, text, verdict).
+    judge: a model of the recipe that is asked, `samples` times, whether the answer is right; the share of yes.
+    """
+
+    function: str | None = Field(None, pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$")
+    judge: str | None = None
+    samples: int = Field(4, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Reward:
+        if (self.function is None) == (self.judge is None):
+            raise ValueError("give exactly one of `function` (Python) or `judge` (a model)")
+        return self
 
 
 class Search(Section):
-    """Monte Carlo tree search over thoughts (paper, section on MCTS-based CoT data construction)."""
+    """Monte Carlo tree search over thoughts (paper, section on MCTS-based CoT data construction).
+
+    `patterns` are drawn from, a tree each; `own_patterns` defines more: type -> {next type: number of children}.
+    `adaptive` gives the rollouts that stopped trees left over to trees that have both kinds of chains, up to as many
+    again as they had. `baselines` adds best-of-n and self-consistency at equal tokens to the summary.
+    """
 
     rollouts: int = Field(8, ge=1)
     leaves_per_round: int = Field(2, ge=1)
     exploration: float = Field(1.0, ge=0)
-    patterns: list[str] = ["plain", "hypothesis", "double_check", "reclarify"]
+    patterns: list[str] = Field(["plain", "hypothesis", "double_check", "reclarify"], min_length=1)
+    own_patterns: dict[str, dict[str, dict[str, int]]] = {}
+    thoughts: dict[str, Thought] = {}
     temperature: float = Field(0.8, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_thought_tokens: int = Field(64, ge=1)
     max_depth: int = Field(10, ge=3)
     max_reflections: int = Field(2, ge=0)
     trees_in_flight: int = Field(8, ge=1)
+    stop: Stop = Stop()
+    adaptive: bool = False
+    reward: Reward | None = None
+    baselines: bool = True
+
+    @property
+    def widest(self) -> int:
+        """The most samples that one request of a tree asks for."""
+        from cotree.search.thoughts import PATTERNS
+
+        patterns = [self.own_patterns.get(name) or PATTERNS[name] for name in self.patterns]
+        widest = max(count for pattern in patterns for row in pattern.values() for count in row.values())
+        return max(widest, self.reward.samples if self.reward is not None else 1)
 
 
 class BuildSFT(Section):
@@ -175,7 +299,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
     models: dict[str, Model]
-    roles: dict[str, str]
+    roles: dict[str, Role]
     tasks: Tasks
     search: Search = Search()
     build: Build = Build()
@@ -184,20 +308,42 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
-        from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES
+        from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES, check_pattern
         from cotree.tasks import TASKS
 
         if "thinker" not in self.roles:
             raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
         _known("roles", self.roles, ["thinker", "reflector", *THOUGHT_TYPES])
-        _known("models named in roles", self.roles.values(), list(self.models))
+        _known("models named in roles", [w.model for role in self.roles.values() for w in role], list(self.models))
         _known("train.student", [self.train.student], list(self.models))
-        _known("search.patterns", self.search.patterns, list(PATTERNS))
+        search = self.search
+        for name, pattern in search.own_patterns.items():
+            if name in PATTERNS:
+                raise ValueError(f"search.own_patterns: `{name}` is a shipped pattern; give yours another name")
+            check_pattern(name, pattern)
+            if search.max_reflections and "reflection" not in pattern:
+                raise ValueError(
+                    f"pattern `{name}`: the row `reflection` is missing, and a wrong answer adds one; add e.g. "
+                    "reflection: {thinking: 1}, or set search.max_reflections to 0"
+                )
+        _known("search.patterns", search.patterns, [*PATTERNS, *search.own_patterns])
+        _known("search.thoughts", search.thoughts, list(THOUGHT_TYPES))
+        if "answer" in search.thoughts and not search.thoughts["answer"].answers():
+            raise ValueError("search.thoughts.answer: only `prefixes` and `max_tokens` can change; it closes its box")
+        if search.reward is not None and search.reward.judge is not None:
+            _known("search.reward.judge", [search.reward.judge], list(self.models))
         for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):
             _known("tasks", part, list(TASKS))
         if self.models[self.train.student].embedded is None:
             raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
         return self
+
+    def used_models(self) -> dict[str, Model]:
+        """The models that the search asks: those of a role, and the judge."""
+        names = {writer.model for role in self.roles.values() for writer in role}
+        if self.search.reward is not None and self.search.reward.judge is not None:
+            names.add(self.search.reward.judge)
+        return {name: model for name, model in self.models.items() if name in names}
 
 
 def _known(where: str, names: Iterable[str], known: Sequence[str]) -> None:
@@ -273,11 +419,14 @@ def _keys(where: Sequence[str]) -> list[str]:
     section: Any = Recipe
     for part in where:
         fields = getattr(section, "model_fields", {})
-        if part in fields:
-            section = fields[part].annotation
-            if get_args(section):
-                section = get_args(section)[-1]
+        section = _section(fields[part].annotation if part in fields else section)
     return list(getattr(section, "model_fields", {}))
+
+
+def _section(annotation: Any) -> Any:
+    """The section inside dict[str, X], tuple[X, ...], Annotated[X, ...] or X | None."""
+    inner = [_section(part) for part in get_args(annotation)]
+    return next((part for part in inner if hasattr(part, "model_fields")), annotation)
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from cotree.config import STAGES, Recipe
 from cotree.errors import CotreeError, UsageError
 from cotree.progress import Output, Update
-from cotree.run_folder import RunFolder, open_run, write_json
+from cotree.run_folder import RunFolder, find_run, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
 
 if TYPE_CHECKING:
-    from cotree.search.driver import Progress
-    from cotree.store import StoredTree
+    from cotree.search.calls import Progress
     from cotree.train.trainer import StepLog
 
 
@@ -41,15 +39,18 @@ def run(
     output = output or Output()
     if only is not None and only not in STAGES:
         raise UsageError(f"unknown stage `{only}`; stages are {', '.join(STAGES)}")
-    _preflight(recipe)
+    wanted = STAGES if only is None else (only,)
+    before = find_run(runs_dir, recipe)
+    missing = [s for s in STAGES[: STAGES.index(wanted[0])] if not before.done(s)]
+    if missing:
+        raise UsageError(f"stage `{wanted[0]}` needs `{missing[0]}` first; run without --only, or that stage")
+    _preflight(recipe, searches="search" in wanted and not before.done("search"))
     with open_run(runs_dir, recipe) as folder:
-        wanted = STAGES if only is None else (only,)
+        output.log = folder.path / "log.jsonl"
+        output.on_update = lambda: folder.beat()
         if all(folder.done(stage) for stage in wanted):
             output.say(f"{folder.path}: all done ({', '.join(wanted)})")
         for stage in wanted:
-            missing = [s for s in STAGES[: STAGES.index(stage)] if not folder.done(s)]
-            if missing:
-                raise UsageError(f"stage `{stage}` needs `{missing[0]}` first; run without --only, or that stage")
             if folder.done(stage):
                 continue
             output.say(f"{stage}: {_says(stage, recipe)}")
@@ -62,22 +63,30 @@ def run(
         return folder.path
 
 
-def _preflight(recipe: Recipe) -> None:
-    """Everything that can be known to fail before work starts."""
+def _preflight(recipe: Recipe, *, searches: bool) -> None:
+    """Everything that can be known to fail before work starts; models are needed only where the search is ahead."""
     from importlib.util import find_spec
 
     from cotree.llm.embedded import locate
     from cotree.llm.endpoints import check_servers
+    from cotree.llm.tokenizer import load_tokenizer
+    from cotree.search.reward import check_reward
 
     for package, extra in (("xllamacpp", "local"), ("torch", "train"), ("accelerate", "train")):
         if find_spec(package) is None:
             raise UsageError(f"{package} is not installed; pip install 'cotree[{extra}]', or use `make demo`")
-    for model in recipe.models.values():
-        if model.embedded is not None:
-            locate(model.embedded)
     _questions(recipe.tasks.train, "train")
+    _questions(recipe.tasks.dev, "dev")
     _eval_questions(recipe)
-    asyncio.run(check_servers(recipe.models))
+    load_tokenizer(_student_source(recipe))
+    if not searches:
+        return
+    check_reward(recipe.search.reward)
+    asyncio.run(check_servers(recipe.used_models()))
+    for model in recipe.used_models().values():
+        source = model.tokenizer if model.embedded is None else locate(model.embedded)
+        if source is not None:
+            load_tokenizer(source)
 
 
 def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:
@@ -106,62 +115,40 @@ def _says(stage: str, recipe: Recipe) -> str:
 
 def _search(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.llm.endpoints import open_endpoints
+    from cotree.search.baselines import compare
     from cotree.search.driver import Grower
+    from cotree.search.summary import summarize
     from cotree.store import TreeStore
 
     recipe = run.recipe
     questions = _questions(recipe.tasks.train, "train")
-    used = {name: model for name, model in recipe.models.items() if name in recipe.roles.values()}
 
-    async def grow() -> str:
-        async with open_endpoints(used) as endpoints:
+    async def grow(store: TreeStore) -> tuple[str, list[dict[str, Any]]]:
+        async with open_endpoints(recipe.used_models(), widest=recipe.search.widest) as endpoints:
             grower = Grower(store, endpoints, recipe.roles, recipe.search, recipe.seed)
-            started = time.monotonic()
             with output.progress("trees") as update:
-
-                def show(progress: Progress) -> None:
-                    speed = progress.tokens / (time.monotonic() - started)
-                    verdicts = ", ".join(f"{n} {kind}" for kind, n in progress.verdicts.items())
-                    update(progress.trees, progress.trees_wanted, f"{verdicts}; {speed:.0f} tokens/s")
-
-                await grower.grow_all(questions, show)
-            return grower.config
+                await grower.grow_all(questions, partial(_show_search, update))
+            if not recipe.search.baselines:
+                return grower.config, []
+            with output.progress("best-of-n") as update:
+                compared = await compare(grower, questions, update)
+            return grower.config, compared
 
     with TreeStore(run.trees) as store:
-        config = asyncio.run(grow())
-        result.update(_search_summary(store.trees(config)), config=config)
+        config, compared = asyncio.run(grow(store))
+        result.update(summarize(store.trees(config)), config=config, compared=compared)
 
 
-def _search_summary(trees: Any) -> dict[str, Any]:
-    """Counts over the trees of a search, and each task's own."""
-    parts: dict[str, list[StoredTree]] = {}
-    for tree in trees:
-        parts.setdefault(tree.task, []).append(tree)
-    everything = [tree for part in parts.values() for tree in part]
-    return {
-        "counts": {**_counts(everything), "by_task": {name: _counts(part) for name, part in sorted(parts.items())}},
-        "tokens": {
-            "prompt": sum(t.prompt_tokens - t.cached_tokens for t in everything),
-            "cached": sum(t.cached_tokens for t in everything),
-            "completion": sum(t.completion_tokens for t in everything),
-        },
-    }
+def _show_search(update: Update, progress: Progress) -> None:
+    from cotree.report.format import duration
 
-
-def _counts(trees: Sequence[StoredTree]) -> dict[str, Any]:
-    answers = [n for tree in trees for n in tree.nodes if n.type == "answer"]
-    kinds = [{n.verdict for n in tree.nodes if n.verdict} for tree in trees]
-    reflections = [(tree, n) for tree in trees for n in tree.nodes if n.type == "reflection"]
-    return {
-        "trees": len(trees),
-        "thoughts": sum(len(tree.nodes) - 1 for tree in trees),
-        "answers": len(answers),
-        **{kind: sum(n.verdict == kind for n in answers) for kind in ("correct", "wrong", "no_answer")},
-        "questions_with_correct": sum("correct" in found for found in kinds) / max(len(trees), 1),
-        "questions_with_both": sum({"correct", "wrong"} <= found for found in kinds) / max(len(trees), 1),
-        "reflections": len(reflections),
-        "repaired": sum(n.value > 0 for _, n in reflections),
-    }
+    verdicts = ", ".join(f"{n} {kind}" for kind, n in progress.verdicts.items())
+    seconds = max(progress.seconds, 1e-9)
+    speed = f"{progress.thoughts / seconds:.1f} thoughts/s, {progress.tokens / seconds:.0f} tokens/s"
+    cost = f", cost {progress.cost:.2f}" if progress.cost else ""
+    left = progress.trees_wanted - progress.trees
+    until = duration(seconds / max(progress.trees - progress.trees_before, 1) * left)
+    update(progress.trees, progress.trees_wanted, f"{verdicts}; {speed}{cost}; about {until} left")
 
 
 def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
@@ -179,6 +166,7 @@ def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
             run.data,
             seed=recipe.seed,
             control=recipe.eval.control,
+            left_out={kind for kind, thought in recipe.search.thoughts.items() if not thought.in_student},
         )
     result.update(counts=built.counts)
     write_json(run.path / "samples.json", built.samples)
@@ -267,6 +255,10 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
         for task_name in dict.fromkeys(t.name for t, _ in questions):
             judged = [sample.judged() for sample in samples if sample.task == task_name]
             rows.append({"model": name, "task": task_name, **summarize(judged), "max_tokens": settings.max_tokens})
+    # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.
+    folder = run.path / "student" / "transformers"
+    if not folder.is_symlink():
+        folder.symlink_to(Path("..") / run.checkpoint("dpo").relative_to(run.path) / "model")
     baselines = []
     for task_name in dict.fromkeys(t.name for t, _ in questions):
         answer, accuracy = constant_baseline([question.gold for t, question in questions if t.name == task_name])
@@ -278,8 +270,12 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.report.html import write_report
 
-    write_json(run.path / "summary.json", _summary(run))
+    started = time.monotonic()
+    summary = _summary(run)
+    write_json(run.path / "summary.json", summary)
     write_report(run.path)
+    summary["seconds"]["report"] = round(time.monotonic() - started, 1)
+    write_json(run.path / "summary.json", summary)
     result["report"] = "report.html"
 
 
@@ -294,7 +290,7 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "machine": run.manifest["machine"],
         "eval": run.result("eval")["eval"],
         "baselines": run.result("eval")["baselines"],
-        "search": run.result("search")["counts"],
+        "search": {**run.result("search")["counts"], "compared": run.result("search")["compared"]},
         "data": run.result("build")["counts"],
         "seconds": {name: stage["seconds"] for name, stage in stages.items() if stage["done"]},
         "tokens": {name: stage["result"]["tokens"] for name, stage in stages.items() if "tokens" in stage["result"]},
@@ -302,9 +298,10 @@ def _summary(run: RunFolder) -> dict[str, Any]:
 
 
 def _print_result(run: RunFolder, output: Output) -> None:
+    from cotree.report.summary import read_summary
     from cotree.report.table import eval_table, summary_lines
 
-    summary = _summary(run)
+    summary = read_summary(run.path)
     output.say(eval_table(summary))
     for line in summary_lines(summary):
         output.say(line)

@@ -1,27 +1,39 @@
 """Show how far a stage is: a live bar on a terminal, a plain line every few seconds without one.
 
-Invariant: nothing is printed with `quiet`, and what is printed is never needed to understand the result.
+Invariant: nothing is printed with `quiet`, and what is printed is never needed to understand the result. What is said
+is also kept in the run's `log.jsonl`, with the time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 
 Update = Callable[[int, int, str], None]  # done, wanted, a short remark
 _PLAIN_SECONDS = 15.0
 
 
 class Output:
-    """Where a run's words go. `say` prints a line; `progress` shows a counter while a block runs."""
+    """Where a run's words go. `say` prints a line; `progress` shows a counter while a block runs.
+
+    log: a file that keeps what is said, a JSON line each. on_update: called whenever a counter moves.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        self.log: Path | None = None
+        self.on_update: Callable[[], None] = lambda: None
 
     def say(self, line: object = "") -> None:
         """A line, or a rich table."""
+        if isinstance(line, str):
+            self._keep(line)
         if self.quiet:
             return
         from rich.console import Console
@@ -32,7 +44,7 @@ class Output:
     def progress(self, title: str) -> Iterator[Update]:
         """A counter; the yielded function sets what is done, how much there is, and a short remark."""
         if self.quiet:
-            yield lambda done, total, remark: None
+            yield lambda done, total, remark: self.on_update()
         elif sys.stdout.isatty():
             yield from self._bar(title)
         else:
@@ -44,15 +56,30 @@ class Output:
         columns = (TextColumn("  {task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[remark]}"), transient=True) as bar:
             shown = bar.add_task(title, total=None, remark="")
-            yield lambda done, total, remark: bar.update(shown, completed=done, total=total, remark=remark)
+
+            def update(done: int, total: int, remark: str) -> None:
+                bar.update(shown, completed=done, total=total, remark=remark)
+                self.on_update()
+
+            yield update
 
     def _lines(self, title: str) -> Iterator[Update]:
         last = time.monotonic()
 
         def update(done: int, total: int, remark: str) -> None:
             nonlocal last
+            self.on_update()
             if time.monotonic() - last >= _PLAIN_SECONDS:
                 last = time.monotonic()
-                print(f"  {title} {done}/{total}  {remark}", flush=True)
+                line = f"  {title} {done}/{total}  {remark}"
+                self._keep(line)
+                print(line, flush=True)
 
         yield update
+
+    def _keep(self, line: str) -> None:
+        """Append to the log; a log that cannot be written stops nothing."""
+        if self.log is not None:
+            entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "line": line.strip()}
+            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")

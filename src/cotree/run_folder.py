@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,12 @@ import yaml
 from cotree.config import Recipe, parse_recipe, recipe_hash, recipe_yaml
 from cotree.errors import CotreeError, UsageError
 
+_BEAT_SECONDS = 5.0
 _PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
+
+
+def _still() -> None:
+    """No stage is at work."""
 
 
 class RunFolder:
@@ -33,6 +38,8 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path, self.recipe = path, recipe
+        # Called while a stage works: keeps its seconds, so that a kill loses a few of them at most.
+        self.beat: Callable[[], None] = _still
         self.manifest: dict[str, Any] = read_json(path / "manifest.json") or {
             "recipe_hash": recipe_hash(recipe),
             "created": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -67,25 +74,50 @@ class RunFolder:
         return result
 
     def seconds(self) -> dict[str, float]:
-        """Wall seconds by stage, over all attempts that ended by themselves or by Ctrl-C."""
+        """Wall seconds by stage, over all attempts; of a killed one the last few may be missing."""
         return {name: stage["seconds"] for name, stage in self.manifest["stages"].items()}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Work on a stage: fill the yielded result; the stage is done when the block ends without an error."""
         entry = self.manifest["stages"].setdefault(name, {"seconds": 0.0, "done": False, "result": {}})
-        started = time.monotonic()
+        before, started, saved = entry["seconds"], time.monotonic(), time.monotonic()
         result: dict[str, Any] = {}
+
+        def beat() -> None:
+            nonlocal saved
+            if time.monotonic() - saved >= _BEAT_SECONDS:
+                saved = time.monotonic()
+                entry["seconds"] = round(before + saved - started, 1)
+                self.save()
+
+        self.beat = beat
         try:
             yield result
             entry["result"], entry["done"] = result, True
         finally:
-            entry["seconds"] = round(entry["seconds"] + time.monotonic() - started, 1)
+            self.beat = _still
+            entry["seconds"] = round(before + time.monotonic() - started, 1)
             self.save()
 
     def save(self) -> None:
         """Write the manifest."""
         write_json(self.path / "manifest.json", self.manifest)
+
+
+def find_run(runs_dir: Path, recipe: Recipe) -> RunFolder:
+    """The run as it stands, or as it would begin; nothing is written.
+
+    Raises:
+        UsageError: the folder holds another recipe, or something else.
+    """
+    path = runs_dir / recipe.name
+    stored = path / "recipe.yaml"
+    if stored.is_file():
+        _same_recipe(stored, recipe)
+    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise UsageError(f"{path} exists and is no run folder; choose another name= or move it away")
+    return RunFolder(path, recipe)
 
 
 @contextmanager
@@ -96,12 +128,7 @@ def open_run(runs_dir: Path, recipe: Recipe) -> Iterator[RunFolder]:
         UsageError: the folder holds another recipe, something else, or another process works in it.
         CotreeError: it cannot be written.
     """
-    path = runs_dir / recipe.name
-    stored = path / "recipe.yaml"
-    if stored.is_file():
-        _same_recipe(stored, recipe)
-    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
-        raise UsageError(f"{path} exists and is no run folder; choose another name= or move it away")
+    path = find_run(runs_dir, recipe).path
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
@@ -112,7 +139,7 @@ def open_run(runs_dir: Path, recipe: Recipe) -> Iterator[RunFolder]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"another cotree works in {path}; wait for it, or choose another name=") from None
-        write_text(stored, recipe_yaml(recipe))
+        write_text(path / "recipe.yaml", recipe_yaml(recipe))
         run = RunFolder(path, recipe)
         run.save()
         yield run
@@ -199,10 +226,11 @@ def _versions() -> dict[str, str]:
 def _git() -> str | None:
     """The commit of cotree's own checkout, where it is one."""
     here = Path(__file__).resolve().parent
+    if not (here.parents[1] / "pyproject.toml").is_file():
+        return None  # installed: the repository around it, if any, is the user's
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False
-        )
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

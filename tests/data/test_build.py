@@ -24,7 +24,7 @@ def tree(name: str, answers: list[tuple[str, str]]) -> StoredTree:
     nodes = [node(0, None, None, "", None), node(1, 0, "thinking", f"I add {name}.", None)]
     nodes += [node(i + 2, 1, "answer", text, verdict) for i, (text, verdict) in enumerate(answers)]
     prompt = [{"role": "user", "content": f"What is {name}?"}]
-    return StoredTree(name, "arithmetic", name, "c", "sum", prompt, "3", "plain", 1, 1, 0, 1, nodes)
+    return StoredTree(name, "arithmetic", name, 0, "c", "sum", prompt, "3", "plain", 4, "rollouts", 1, 1, 0, 1, nodes)
 
 
 TREES = [
@@ -41,6 +41,7 @@ def test_rows_are_trls_types_and_follow_the_verdicts(tmp_path: Path) -> None:
         [{"role": "assistant", "content": "I add a.\nThe answer is three, 3"}],
         [{"role": "assistant", "content": "I add b.\nThe answer is 3"}],
     ]
+    assert [row["length_rank"] for row in sft] == [3, 1]
     assert all(row["prompt"] == [{"role": "user", "content": f"What is {row['tree_id']}?"}] for row in sft)
     (pair,) = pq.read_table(tmp_path / "dpo" / "train.parquet").to_pylist()
     assert pair["chosen"][0]["content"] == "I add a.\nThe answer is 3"

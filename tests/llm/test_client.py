@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import itertools
 import json
 import subprocess
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +18,13 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fake_server import FakeServer, FakeServerThread, Fault, Kind, count_tokens
+from tests.fake_server import FakeServer, FakeServerThread, Fault, count_tokens
+from tests.llm.asking import client, raw_server, request, texts, until
 
 from cotree.errors import CotreeError, UsageError
-from cotree.llm.client import Choice, Client, Completion, Request
+from cotree.llm.client import Choice, Completion, Request
 
 KEY = "sk-very-secret-0123456789"
-
-
-def request(prompt: str = "two and two", **changes: Any) -> Request:
-    fields: dict[str, Any] = {"n": 2, "max_tokens": 32, "temperature": 0.8, "top_p": 1.0, "seed": 1, "stop": ()}
-    return Request(prompt, **(fields | changes))
-
-
-def client(url: str, **changes: Any) -> Client:
-    options: dict[str, Any] = {"max_in_flight": 8, "count_tokens": count_tokens, "backoff": 0.005}
-    return Client("thinker", url, "fake", **(options | changes))
-
-
-async def until(true: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if true():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came true")
-
-
-async def texts(url: str, *requests: Request) -> list[tuple[str, ...]]:
-    async with client(url) as c:
-        done = await asyncio.gather(*map(c.complete, requests))
-    return [tuple(choice.text for choice in completion.choices) for completion in done]
-
-
-@contextlib.asynccontextmanager
-async def raw_server(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
-    """A server that gives one answer to everything; yields its URL."""
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 # --- requests and completions -------------------------------------------------------------------------------------
@@ -184,17 +143,17 @@ async def test_the_servers_count_wins_where_it_is_complete() -> None:
         one, two = await c.complete(request(n=1)), await c.complete(request())
     assert one.completion_tokens == one.choices[0].tokens == count_tokens(one.choices[0].text) + 1
     assert two.completion_tokens == sum(count_tokens(choice.text) + 1 for choice in two.choices)
-    assert (c.prompt_tokens, c.cached_tokens) == (6, 4)
-    assert c.completion_tokens == one.completion_tokens + two.completion_tokens
+    assert (c.counters.prompt_tokens, c.counters.cached_tokens) == (6, 4)
+    assert c.counters.completion_tokens == one.completion_tokens + two.completion_tokens
 
 
 async def test_counters_add_up_over_requests_and_retries() -> None:
     async with FakeServer(faults={1: "fewer", 2: "500"}) as server, client(server.url) as c:
         done = [await c.complete(request(f"words {i}")) for i in range(3)]
-    assert (c.requests, c.retries, c.abandoned) == (5, 2, 0)
+    assert (c.counters.requests, c.counters.retries, c.counters.abandoned) == (5, 2, 0)
     # The tokens of the reply with too few choices were generated too.
-    assert c.prompt_tokens == sum(d.prompt_tokens for d in done) + 2
-    assert c.completion_tokens > sum(d.completion_tokens for d in done)
+    assert c.counters.prompt_tokens == sum(d.prompt_tokens for d in done) + 2
+    assert c.counters.completion_tokens > sum(d.completion_tokens for d in done)
 
 
 @pytest.mark.parametrize(
@@ -237,160 +196,6 @@ async def test_garbage_is_a_failed_request(body: str) -> None:
             await c.complete(request())
 
 
-# --- faults -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["429", "500", "reset", "half", "garbage", "empty", "fewer"])
-async def test_a_burst_of_faults_is_survived(kind: Kind) -> None:
-    async with FakeServer() as calm:
-        expected = await texts(calm.url, request())
-    async with FakeServer(faults=dict.fromkeys(range(4), kind)) as server, client(server.url) as c:
-        done = await c.complete(request())
-        assert tuple(choice.text for choice in done.choices) == expected[0]
-        assert (server.calls, len(server.answered)) == (5, 1)
-        assert (c.requests, c.retries) == (5, 4)
-        assert c.abandoned == (4 if kind in ("reset", "half") else 0)
-        assert all(body == server.requests[0] for body in server.requests)
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        ("429", r"HTTP 429 \(slow down\)"),
-        ("500", r"HTTP 500 \(CUDA out of memory\)"),
-        ("reset", "the connection broke"),
-        ("half", "the connection broke"),
-        ("hang", "no answer within"),
-        ("garbage", "not JSON"),
-        ("empty", "0 choices came back for n=2"),
-        ("fewer", "1 choices came back for n=2"),
-    ],
-)
-async def test_a_lasting_fault_spends_the_budget_and_says_what_to_do(kind: Kind, says: str) -> None:
-    limit = 0.05 if kind == "hang" else 60.0
-    async with (
-        FakeServer(fault_rate=1.0, fault_kinds=[kind]) as server,
-        client(server.url, attempts=3, timeout=limit, seconds_per_token=0.0) as c,
-    ):
-        with pytest.raises(CotreeError, match=says) as failed:
-            await c.complete(request())
-    line = str(failed.value)
-    assert server.calls == 3
-    assert "\n" not in line
-    for part in ("`thinker`", "(fake)", server.url, "3 attempts", "re-run the same command to resume"):
-        assert part in line
-    assert type(failed.value) is CotreeError
-
-
-async def test_refused_connections_end_in_one_line() -> None:
-    async with FakeServer() as server:
-        pass
-    async with client(server.url, attempts=4) as c:
-        with pytest.raises(CotreeError, match=r"cannot connect .*4 attempts"):
-            await c.complete(request())
-        assert (c.requests, c.abandoned) == (4, 0)
-
-
-async def test_a_server_that_goes_and_comes_back_loses_nothing() -> None:
-    async with FakeServer(latency=0.02) as server:
-        wanted = [request(f"q{i}") for i in range(40)]
-        expected = await texts(server.url, *wanted)
-        before = server.calls
-        async with client(server.url, max_in_flight=4, attempts=100, backoff=0.05) as c:
-            work = asyncio.gather(*map(c.complete, wanted))
-            await asyncio.sleep(0.08)
-            await server.stop()
-            await asyncio.sleep(0.3)
-            await server.start()
-            done = await work
-        assert [tuple(choice.text for choice in d.choices) for d in done] == expected
-        assert c.retries > 0
-        assert len(server.answered) - before >= 40
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-async def test_a_refused_request_is_not_repeated(status: int) -> None:
-    calls = []
-
-    async def answer(_: web.Request) -> web.Response:
-        calls.append(1)
-        return web.json_response({"error": {"message": "\x1b[31mtoo\nlong " + "x" * 900}}, status=status)
-
-    async with raw_server(answer) as url, client(url) as c:
-        with pytest.raises(CotreeError, match=rf"HTTP {status} \(\[31mtoo long x+\)") as failed:
-            await c.complete(request())
-    assert len(calls) == 1
-    assert 200 < str(failed.value).count("x") <= 300
-    assert str(failed.value).isprintable()
-
-
-async def test_redirects_are_not_followed() -> None:
-    async def answer(_: web.Request) -> web.Response:
-        raise web.HTTPFound("/v1/elsewhere")
-
-    async with raw_server(answer) as url, client(url) as c:
-        with pytest.raises(CotreeError, match="HTTP 302"):
-            await c.complete(request())
-
-
-@pytest.mark.parametrize("form", ["seconds", "date"])
-async def test_retry_after_is_honoured(form: str) -> None:
-    started = time.monotonic()
-    # Dates have whole seconds: two ahead is at least one.
-    asked = 0.4 if form == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
-    async with FakeServer(faults={0: Fault("429", asked)}) as server, client(server.url) as c:
-        await c.complete(request())
-    assert time.monotonic() - started >= (0.4 if form == "seconds" else 0.9)
-
-
-async def test_a_wait_beyond_the_budget_is_not_begun() -> None:
-    async with FakeServer(faults={0: Fault("429", 3600)}) as server, client(server.url, patience=30) as c:
-        with pytest.raises(CotreeError, match=r"asks to wait 3600 s \(1 attempt\)"):
-            await asyncio.wait_for(c.complete(request()), 5)
-
-
-async def test_requests_that_fail_together_do_not_come_back_together() -> None:
-    arrivals: list[float] = []
-
-    async def answer(_: web.Request) -> web.Response:
-        arrivals.append(time.monotonic())
-        return web.json_response({}, status=503)
-
-    async with raw_server(answer) as url, client(url, max_in_flight=30, attempts=2, backoff=0.4) as c:
-        await asyncio.gather(*(c.complete(request(f"q{i}")) for i in range(30)), return_exceptions=True)
-    first, second = arrivals[:30], arrivals[30:]
-    assert len(second) == 30
-    assert max(second) - min(first) < 3
-    assert max(second) - min(second) > 0.2 + max(first) - min(first)
-
-
-async def test_an_unreadable_retry_after_is_ignored() -> None:
-    values = ["soon", "nan", "-5", "", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"]
-    faults = {number: Fault("429", value) for number, value in enumerate(values)}
-    async with FakeServer(faults=faults) as server, client(server.url) as c:
-        await asyncio.wait_for(c.complete(request()), 5)
-        assert c.retries == len(values)
-
-
-async def test_patience_counts_from_the_first_failure() -> None:
-    faults = dict.fromkeys(range(100), Fault("500", 0.1))
-    async with FakeServer(faults=faults) as server, client(server.url, patience=0.35, backoff=0.001) as c:
-        with pytest.raises(CotreeError, match=r"HTTP 500.*, asks to wait 0.1 s \(\d attempts\)"):
-            await c.complete(request())
-        assert 2 <= server.calls <= 4
-
-
-async def test_the_timeout_grows_with_the_tokens_asked_for() -> None:
-    pace: dict[str, Any] = {"timeout": 0.05, "seconds_per_token": 0.01, "attempts": 1}
-    async with FakeServer(latency=0.3) as server, client(server.url, **pace) as c:
-        for short in (request(max_tokens=5, n=2), request(max_tokens=10, n=1)):
-            with pytest.raises(CotreeError, match="no answer within"):
-                await c.complete(short)
-        await c.complete(request(max_tokens=10, n=30))
-        await c.complete(request(max_tokens=300, n=1))
-        assert c.abandoned == 2
-
-
 # --- concurrency and cancellation ---------------------------------------------------------------------------------
 
 
@@ -415,7 +220,7 @@ async def test_cancelling_frees_the_slot_and_closes_the_connection() -> None:
         await asyncio.wait_for(asyncio.gather(*waiting[1:]), 5)
         assert [task.cancelled() for task in [*hanging, waiting[0]]] == [True] * 3
         await until(lambda: server.dropped == 2)
-        assert (server.calls, c.abandoned) == (4, 2)
+        assert (server.calls, c.counters.abandoned) == (4, 2)
 
 
 async def test_cancelling_during_the_wait_for_a_retry_frees_the_slot() -> None:
@@ -424,7 +229,7 @@ async def test_cancelling_during_the_wait_for_a_retry_frees_the_slot() -> None:
         await until(lambda: server.calls == 1 and not server.in_flight)
         waiting.cancel()
         await asyncio.wait_for(c.complete(request("next")), 5)
-        assert c.abandoned == 0
+        assert c.counters.abandoned == 0
 
 
 async def test_nothing_is_left_open() -> None:
@@ -498,7 +303,7 @@ def test_a_key_that_no_header_takes_is_a_usage_error() -> None:
 async def test_ready_costs_nothing_when_the_model_is_listed() -> None:
     async with FakeServer() as server, client(server.url) as c:
         await c.ready()
-        assert (server.calls, c.requests) == (0, 0)
+        assert (server.calls, c.counters.requests) == (0, 0)
 
 
 async def test_ready_falls_back_to_health() -> None:
@@ -509,7 +314,7 @@ async def test_ready_falls_back_to_health() -> None:
 async def test_ready_accepts_a_server_that_answers_to_any_name() -> None:
     async with FakeServer(models=["/models/a.gguf"]) as server, client(server.url) as c:
         await c.ready()
-        assert server.requests == [{"model": "fake", "prompt": "Hi", "max_tokens": 1}]
+        assert [(body["prompt"], body["max_tokens"], body["n"]) for body in server.requests] == [("Hi", 1, 1)]
 
 
 async def test_ready_names_the_models_that_there_are() -> None:

@@ -14,18 +14,25 @@ from pathlib import Path
 import pytest
 from tests.fake_server import FakeServerThread, count_tokens
 
-from cotree.config import Search
+from cotree.config import Search, Writer
 from cotree.llm.client import Client
 from cotree.llm.endpoints import Endpoint
-from cotree.search.driver import Grower, role_of
+from cotree.search.driver import Grower
+from cotree.search.growth import writers_of
 from cotree.store import TreeStore
 from cotree.tasks import task
 
 SETTINGS = Search(rollouts=6, leaves_per_round=3, max_reflections=2, trees_in_flight=4)
 
 
+THINKER = {"thinker": (Writer(model="fake"),)}
+
+
 class PlainTemplate:
     """The least a tokenizer must do for prompts."""
+
+    chat_template = "its own"
+    bos_token = None
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
         return "".join(f"[{m['role']}] {m['content']}\n" for m in messages) + "[assistant] "
@@ -51,9 +58,9 @@ async def grow(url: str, path: Path, settings: Search = SETTINGS, questions: int
     """Grow the trees of the letters task; returns (calls made, calls recalled)."""
     letters = task("letters")
     async with Client("fake", url, "fake", max_in_flight=64, count_tokens=count_tokens, backoff=0.01) as client:
-        endpoint = Endpoint(client, PlainTemplate(), "fake")
+        endpoint = Endpoint("fake", (client,), PlainTemplate(), "fake")
         with TreeStore(path) as store:
-            grower = Grower(store, {"fake": endpoint}, {"thinker": "fake"}, settings, seed=3)
+            grower = Grower(store, {"fake": endpoint}, THINKER, settings, seed=3)
             progress = await grower.grow_all([(letters, q) for q in letters.questions("train", questions)])
     return progress.calls, progress.recalled
 
@@ -130,9 +137,10 @@ def test_no_completed_call_is_made_twice(tmp_path: Path) -> None:
 
 
 def test_roles() -> None:
-    roles = {"thinker": "a", "reflector": "b", "hypothesis": "c"}
-    assert [role_of(kind, roles) for kind in ("thinking", "reflection", "double_check", "hypothesis")] == [*"abbc"]
-    assert role_of("reflection", {"thinker": "a"}) == "a"
+    roles = {role: (Writer(model=name),) for role, name in (("thinker", "a"), ("reflector", "b"), ("hypothesis", "c"))}
+    kinds = ("thinking", "reflection", "double_check", "hypothesis")
+    assert "".join(writers_of(kind, roles)[0].model for kind in kinds) == "abbc"
+    assert writers_of("reflection", {"thinker": roles["thinker"]}) == roles["thinker"]
 
 
 if __name__ == "__main__":

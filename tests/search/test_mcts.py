@@ -24,6 +24,8 @@ def write(rollout: Rollout, noise: int) -> None:
                 kind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
                 verdict = Verdict(kind, float(kind == "correct"))  # type: ignore[arg-type]
                 thoughts.append(Thought(f"answer {own.randint(0, 3)}", 3, "stop", verdict))
+            elif roll < 0.05 or own.random() < 0.1:
+                thoughts.append(Thought("", 1, "stop", None))
             elif roll < 0.1:
                 thoughts.append(Thought(f"cut {i}", 3, "length", Verdict("no_answer", 0.0)))
             else:
@@ -62,10 +64,13 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
                 search.fail(rollout)
             else:
                 write(rollout, seed)
+                assert any(n.verdict is not None for n in rollout.written), "a rollout ends at a judged leaf"
                 search.tell(rollout)
                 told += 1
             asked += 1
     assert told <= rollouts
+    assert search.rollouts == told
+    assert all(node.text for node in search.nodes[1:])
     for node in search.nodes:
         judged = [n for n in below(node) if n.verdict is not None]
         assert node.visits == len(judged)

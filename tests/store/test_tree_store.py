@@ -22,11 +22,14 @@ def tree(tree_id: str = "t1", question: str = "q1") -> StoredTree:
         tree_id,
         "letters",
         question,
+        0,
         "c",
         "count",
         [{"role": "user", "content": "?"}],
         "2",
         "plain",
+        6,
+        "rollouts",
         3,
         100,
         50,
@@ -42,7 +45,7 @@ def test_round_trip(tmp_path: Path) -> None:
         assert list(store.trees("other")) == []
         assert [n.node_id for n in store.tree("t1").chain(2)] == [1, 2]
     with TreeStore(tmp_path / "t.db") as store:
-        assert store.finished("c") == {("letters", "q1")}
+        assert store.finished("c") == {"t1": 6}
 
 
 def test_a_tree_that_is_there_stays_as_it_is(tmp_path: Path) -> None:

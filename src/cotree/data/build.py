@@ -6,7 +6,7 @@ Invariant: the same store and settings give the same bytes; what was left out is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -37,8 +37,11 @@ def build(
     *,
     seed: int,
     control: bool,
+    left_out: Collection[str] = frozenset(),
 ) -> Built:
     """Select rows from trees and write `folder/{sft,dpo,control}/train.parquet`.
+
+    left_out: thought types whose text the student does not see.
 
     Raises:
         CotreeError: no tree gave a correct chain, or none gave both a correct and a wrong one.
@@ -51,7 +54,7 @@ def build(
     too_long = 0
     for tree in trees:
         prompts[tree.tree_id], tasks[tree.tree_id] = tree.messages, tree.task
-        found = chains_of(tree, tokenizer)
+        found = chains_of(tree, tokenizer, left_out)
         chains = [c for c in found if c.prompt_tokens + len(c.tokens) <= settings.max_tokens]
         too_long += len(found) - len(chains)
         usable.append(chains)
@@ -62,11 +65,16 @@ def build(
     if not pairs:
         raise CotreeError("no tree has both a correct and a wrong chain, so there are no pairs; raise search.rollouts")
 
-    _write(folder / "sft", [_sft_row(chain, prompts) for chain in sft])
+    ranks = {
+        (chain.tree_id, chain.leaf_id): rank
+        for chains in usable
+        for rank, chain in enumerate(sorted(chains, key=lambda chain: len(chain.tokens)), 1)
+    }
+    _write(folder / "sft", [_sft_row(chain, prompts, ranks) for chain in sft])
     _write(folder / "dpo", [_dpo_row(pair, prompts) for pair in pairs])
     drawn = select_control(usable, len(sft), seed) if control else []
     if drawn:
-        _write(folder / "control", [_sft_row(chain, prompts) for chain in drawn])
+        _write(folder / "control", [_sft_row(chain, prompts, ranks) for chain in drawn])
     counts = {
         "chains": sum(map(len, usable)),
         "too_long": too_long,
@@ -96,13 +104,17 @@ def _assistant(chain: Chain) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": chain.text}]
 
 
-def _sft_row(chain: Chain, prompts: Mapping[str, list[dict[str, str]]]) -> dict[str, Any]:
+def _sft_row(
+    chain: Chain, prompts: Mapping[str, list[dict[str, str]]], ranks: Mapping[tuple[str, int], int]
+) -> dict[str, Any]:
+    """`length_rank` is the chain's place among its tree's chains by length, 1 for the shortest."""
     return {
         "prompt": prompts[chain.tree_id],
         "completion": _assistant(chain),
         "tree_id": chain.tree_id,
         "leaf_id": chain.leaf_id,
         "length_tokens": len(chain.tokens),
+        "length_rank": ranks[chain.tree_id, chain.leaf_id],
         "pattern": chain.pattern,
         "reward": chain.reward,
     }

@@ -7,11 +7,12 @@ no pair and no SFT chain comes twice; ties fall by seed. Lengths are student tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cotree.config import BuildDPO, BuildSFT, Length
+from cotree.search.prompts import chain_text
 from cotree.search.thoughts import draw
 from cotree.store import StoredTree
 from cotree.train.encode import encode_chains, prefix_tokens
@@ -43,12 +44,17 @@ class Pair:
     prefix_tokens: int
 
 
-def chains_of(tree: StoredTree, tokenizer: PreTrainedTokenizerBase) -> list[Chain]:
-    """All chains that end in a judged `answer` with a closed box, once each by text, in leaf order."""
+def chains_of(
+    tree: StoredTree, tokenizer: PreTrainedTokenizerBase, left_out: Collection[str] = frozenset()
+) -> list[Chain]:
+    """All chains that end in a judged `answer` with a closed box, once each by text, in leaf order.
+
+    left_out: thought types whose text the student does not see.
+    """
     leaves = [n for n in tree.nodes if n.type == "answer" and n.verdict in ("correct", "wrong")]
     texts: dict[str, int] = {}
     for leaf in leaves:
-        text = "\n".join(node.text for node in tree.chain(leaf.node_id))
+        text = chain_text(node for node in tree.chain(leaf.node_id) if node.type not in left_out)
         texts.setdefault(text, leaf.node_id)
     encoded = encode_chains(tokenizer, [(tree.messages, [{"role": "assistant", "content": text}]) for text in texts])
     chains = []

@@ -7,6 +7,7 @@ judged, so an interrupted evaluation goes on where it stopped and its numbers ar
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.errors import CotreeError
 from cotree.eval.metrics import Sample
+from cotree.llm.chat import render
 from cotree.llm.client import Client, Request
 from cotree.llm.embedded import serve
-from cotree.search.prompts import example_messages, render
+from cotree.search.prompts import example_messages
 from cotree.tasks import Question, Task
 from cotree.tasks.base import VerdictKind
 
@@ -123,12 +125,17 @@ def read_samples(path: Path) -> list[EvalSample]:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write."""
+    """Append one JSON line, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+            before = os.fstat(descriptor).st_size
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+            # A nearly full disk takes a part and says so only by the count.
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
     except OSError as error:

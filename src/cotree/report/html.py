@@ -16,6 +16,7 @@ from cotree.errors import UsageError
 from cotree.report import format as show
 from cotree.report.plots import interval_axis, interval_plot, training_figures
 from cotree.report.reading import reading
+from cotree.report.search_lines import model_lines, share, verdict
 from cotree.report.summary import Search, SearchCounts, Summary, read_log, read_manifest, read_samples, read_summary
 from cotree.report.table import length_gap, tokens_per_second
 
@@ -60,6 +61,9 @@ def write_report(run: Path) -> Path:
         interval_axis=interval_axis,
         figures=training_figures({name: read_log(run / "checkpoints" / name / "log.jsonl") for name in LOGS}),
         search=_search(summary.search),
+        share=share,
+        verdict=verdict(summary.search.compared) if summary.search.compared else "",
+        models=model_lines(summary.search),
         gap=length_gap(summary),
         stages=[
             (stage, seconds, summary.tokens.get(stage), tokens_per_second(summary, stage))
@@ -111,7 +115,7 @@ def _search(search: Search) -> dict[str, Any]:
     columns: dict[str, SearchCounts] = {"all": search} if len(search.by_task) != 1 else {}
     columns |= search.by_task
 
-    def share(part: int | None, whole: int | None) -> str:
+    def of(part: int | None, whole: int | None) -> str:
         return (
             f"{show.number(part)} ({show.percent(part / whole)}%)" if part is not None and whole else show.number(part)
         )
@@ -120,14 +124,16 @@ def _search(search: Search) -> dict[str, Any]:
         "trees": [show.number(c.trees) for c in columns.values()],
         "thoughts": [show.number(c.thoughts) for c in columns.values()],
         "answers": [show.number(c.answers) for c in columns.values()],
-        "correct": [share(c.correct, c.answers) for c in columns.values()],
-        "wrong": [share(c.wrong, c.answers) for c in columns.values()],
-        "no answer": [share(c.no_answer, c.answers) for c in columns.values()],
+        "correct": [of(c.correct, c.answers) for c in columns.values()],
+        "wrong": [of(c.wrong, c.answers) for c in columns.values()],
+        "no answer": [of(c.no_answer, c.answers) for c in columns.values()],
+        "other thoughts cut by max_tokens": [show.number(c.cut) for c in columns.values()],
+        "rollouts": [show.number(c.rollouts) for c in columns.values()],
         "questions with a correct chain, %": [show.percent(c.questions_with_correct) for c in columns.values()],
         "questions with a correct and a wrong chain, %": [
             show.percent(c.questions_with_both) for c in columns.values()
         ],
         "reflections": [show.number(c.reflections) for c in columns.values()],
-        "reflections that led to a correct answer": [share(c.repaired, c.reflections) for c in columns.values()],
+        "reflections that led to a correct answer": [of(c.repaired, c.reflections) for c in columns.values()],
     }
     return {"columns": list(columns), "rows": rows} if search.trees is not None else {"columns": [], "rows": {}}

@@ -58,7 +58,7 @@ class Baseline(Part):
 
 
 class SearchCounts(Part):
-    """What the search found; `answers` splits into `correct`, `wrong` and `no_answer`."""
+    """What the search found; `answers` splits into `correct`, `wrong` and `no_answer`; `cut` are other thoughts."""
 
     trees: int | None = None
     thoughts: int | None = None
@@ -66,16 +66,44 @@ class SearchCounts(Part):
     correct: int | None = None
     wrong: int | None = None
     no_answer: int | None = None
+    cut: int | None = None
     questions_with_correct: float | None = None
     questions_with_both: float | None = None
     reflections: int | None = None
     repaired: int | None = None
+    rollouts: int | None = None
+    stopped: dict[str, int] | None = None
+
+
+class ModelCounts(Part):
+    """What one model wrote; `repaired` are its reflections that a correct answer follows."""
+
+    thoughts: int
+    tokens: int
+    reflections: int
+    repaired: int
+
+
+class Worth(Part):
+    """What one method bought with the same generated tokens; shares are (share, low, high) over questions."""
+
+    method: str
+    questions: int
+    correct: list[float]
+    both: list[float]
+    vote: list[float]
+    pairs_per_question: float
+    tokens: int
+    uncached_prompt_tokens: int
+    tokens_per_pair: float | None
 
 
 class Search(SearchCounts):
-    """The counts over all tasks, and each task's own."""
+    """The counts over all tasks, each task's and each model's own, and the comparison with best-of-n."""
 
     by_task: dict[str, SearchCounts] = {}
+    by_model: dict[str, ModelCounts] = {}
+    compared: list[Worth] = []
 
 
 class Data(Part):

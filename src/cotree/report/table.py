@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cotree.report.format import duration, interval, number, percent, signed
+from cotree.report.search_lines import comparison_lines, model_lines
 from cotree.report.summary import MODELS, Summary
 
 if TYPE_CHECKING:
@@ -59,12 +60,14 @@ def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
             f"search: {number(search.trees)} trees, {number(search.thoughts)} thoughts, "
             f"{number(search.answers)} answers "
             f"({number(search.correct)} correct, {number(search.wrong)} wrong, {number(search.no_answer)} no answer)"
+            + (f", {number(search.cut)} thoughts cut" if search.cut is not None else "")
         )
         lines.append(
             f"        {percent(search.questions_with_correct)}% of questions have a correct chain, "
             f"{percent(search.questions_with_both)}% both kinds; "
             f"{number(search.reflections)} reflections, {number(search.repaired)} repaired"
         )
+        lines += [f"        {line}" for line in [*model_lines(search), *comparison_lines(search)]]
     if data.sft_rows is not None:
         lines.append(
             f"data:   {number(data.sft_rows)} SFT rows ({number(data.mean_sft_tokens)} tokens), "

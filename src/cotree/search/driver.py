@@ -1,8 +1,7 @@
-"""Grow trees: ask the search for places, the models for text, the verifier for verdicts, and store what came.
+"""Grow the trees of many questions at once, spend the budget where it pays, and store what came.
 
-Invariant: within a tree the rounds are serial and a round's rollouts are told in the order they were asked, so which
-text stands where does not depend on latency or on how many trees grow at once. Every completion is journalled before
-it is used.
+Invariant: the content of the store depends on recipe, seed and completions, not on latency, on how many trees grow at
+once, or on how often the process was killed on the way (a deadline in the recipe is the one exception).
 """
 
 from __future__ import annotations
@@ -11,64 +10,28 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
-from cotree.config import Search
-from cotree.llm.client import Completion, Request
+from cotree.config import Role, Search
 from cotree.llm.endpoints import Endpoint
-from cotree.search.mcts import Rollout, Thought, TreeSearch
-from cotree.search.prompts import ANSWER_STOPS, THOUGHT_STOPS, continuation, search_prompt, thought_text
-from cotree.search.thoughts import PATTERNS, PREFIXES, ThoughtType, draw
-from cotree.store import StoredNode, StoredTree, TreeStore
-from cotree.tasks import Question, Task, Verdict
+from cotree.search.calls import Calls, Progress
+from cotree.search.growth import Growth, patterns_of, prefixes_of
+from cotree.search.reward import check_reward
+from cotree.store import StoredTree, TreeStore
+from cotree.tasks import Question, Task
+
+Asked = tuple[Task, Question]
 
 
-@dataclass
-class Spent:
-    """What one tree cost, journalled calls included; the model's own count of generated tokens."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-    def add(self, completion: Completion) -> None:
-        """Count one completion."""
-        self.calls += 1
-        self.prompt_tokens += completion.prompt_tokens
-        self.cached_tokens += completion.cached_tokens
-        self.completion_tokens += completion.completion_tokens
-
-
-@dataclass
-class Progress:
-    """What a search has done so far in this process, for whoever shows it."""
-
-    trees_wanted: int
-    trees: int = 0
-    thoughts: int = 0
-    calls: int = 0
-    recalled: int = 0
-    tokens: int = 0
-    verdicts: dict[str, int] = field(default_factory=lambda: {"correct": 0, "wrong": 0, "no_answer": 0})
-
-
-def role_of(kind: ThoughtType, roles: Mapping[str, str]) -> str:
-    """The model's name for a thought type: its own role, else the reflector's for checking types, else the thinker."""
-    if kind in roles:
-        return roles[kind]
-    if kind in ("reflection", "double_check") and "reflector" in roles:
-        return roles["reflector"]
-    return roles["thinker"]
-
-
-def config_hash(settings: Search, roles: Mapping[str, str], identities: Mapping[str, str], seed: int) -> str:
+def config_hash(settings: Search, roles: Mapping[str, Role], identities: Mapping[str, str], seed: int) -> str:
     """Names everything that decides a tree: search settings, prefixes, patterns, who writes what, and the seed."""
     grown = {
-        "search": settings.model_dump(exclude={"trees_in_flight"}),
-        "patterns": {name: PATTERNS[name] for name in settings.patterns},
-        "prefixes": dict(PREFIXES),
-        "roles": {role: identities[model] for role, model in roles.items()},
+        "search": settings.model_dump(exclude={"trees_in_flight", "baselines"}),
+        "patterns": patterns_of(settings),
+        "prefixes": prefixes_of(settings),
+        "roles": {
+            role: [writer.model_dump() | {"model": identities[writer.model]} for writer in writers]
+            for role, writers in roles.items()
+        },
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(grown, sort_keys=True).encode()).hexdigest()[:16]
@@ -81,152 +44,138 @@ class Grower:
         self,
         store: TreeStore,
         endpoints: Mapping[str, Endpoint],
-        roles: Mapping[str, str],
+        roles: Mapping[str, Role],
         settings: Search,
         seed: int,
     ) -> None:
-        self.store, self.endpoints, self.roles, self.settings, self.seed = store, endpoints, roles, settings, seed
+        self.store, self.roles, self.settings, self.seed = store, roles, settings, seed
         self.config = config_hash(settings, roles, {name: e.identity for name, e in endpoints.items()}, seed)
+        self.progress = Progress()
+        self.calls = Calls(store, endpoints, self.progress)
+        self._reward = check_reward(settings.reward)
+
+    def grown(self, questions: Sequence[Asked]) -> list[tuple[Task, Question, StoredTree]]:
+        """Every question, later turns included, with its stored tree."""
+        pairs: list[tuple[Task, Question, StoredTree]] = []
+        for task, first in questions:
+            question: Question | None = first
+            while question is not None:
+                tree = self.store.tree(self.tree_id(question))
+                pairs.append((task, question, tree))
+                question = question.follow_up(best_answer(tree))
+        return pairs
 
     async def grow_all(
-        self, questions: Sequence[tuple[Task, Question]], on_progress: Callable[[Progress], None] | None = None
+        self, questions: Sequence[Asked], on_progress: Callable[[Progress], None] | None = None
     ) -> Progress:
-        """Grow one tree a question, `trees_in_flight` at once; trees that the store has are not grown again."""
-        finished = self.store.finished(self.config)
-        left = [(task, question) for task, question in questions if (question.task, question.id) not in finished]
-        # Family after family: its trees share their worked examples, which then stay warm in the servers' caches.
-        left.sort(key=lambda item: (item[0].name, item[1].family))
-        progress = Progress(trees_wanted=len(questions), trees=len(questions) - len(left))
-        gate = asyncio.Semaphore(self.settings.trees_in_flight)
+        """Grow one tree a question and turn, `trees_in_flight` at once; trees that the store has are not grown again.
 
-        async def one(task: Task, question: Question) -> None:
-            async with gate:
-                await self.grow(task, question, progress)
-            progress.trees += 1
+        A later turn's question holds the reply of the tree before, so the turns go one after another.
+        """
+        progress = self.progress
+        # Family after family: its trees share their worked examples, which then stay warm in the servers' caches.
+        turn = sorted(questions, key=lambda asked: (asked[0].name, asked[1].family))
+        progress.trees_wanted = sum(1 + len(question.later) for _, question in turn)
+        while turn:
+            await self._grow_turn(turn, on_progress)
+            turn = [
+                (task, following)
+                for task, question in turn
+                if question.later
+                and (following := question.follow_up(best_answer(self.store.tree(self.tree_id(question))))) is not None
+            ]
+        return progress
+
+    async def _grow_turn(self, questions: Sequence[Asked], on_progress: Callable[[Progress], None] | None) -> None:
+        finished = self.store.finished(self.config)
+        before = sum(self.tree_id(question) in finished for _, question in questions)
+        self.progress.trees += before
+        self.progress.trees_before += before
+        left = [asked for asked in questions if self.tree_id(asked[1]) not in finished]
+        gate = asyncio.Semaphore(self.settings.trees_in_flight)
+        wanting: list[Growth] = []
+
+        def store(growth: Growth) -> None:
+            self.store.put(growth.stored(self.config))
+            finished[growth.tree_id] = growth.search.rollouts
+            self.progress.trees += 1
             if on_progress is not None:
-                on_progress(progress)
+                on_progress(self.progress)
+
+        async def grow(task: Task, question: Question) -> None:
+            async with gate:
+                growth = self._growth(task, question)
+                await growth.run()
+            if self.settings.adaptive and self._could_use_more(growth):
+                wanting.append(growth)
+            else:
+                store(growth)
+
+        async def grow_more(growth: Growth, rollouts: int) -> None:
+            async with gate:
+                growth.extend(rollouts)
+                await growth.run()
+            store(growth)
 
         async with asyncio.TaskGroup() as group:
             for task, question in left:
-                group.create_task(one(task, question))
-        return progress
-
-    def _tree_id(self, question: Question) -> str:
-        return hashlib.sha256(f"{question.task}/{question.id}/{self.config}".encode()).hexdigest()[:16]
-
-    def _pattern(self, question: Question) -> str:
-        """The pattern's name, drawn by seed for each tree."""
-        return self.settings.patterns[draw(f"pattern/{self._tree_id(question)}", len(self.settings.patterns))]
-
-    async def grow(self, task: Task, question: Question, progress: Progress) -> None:
-        """Grow one question's tree and store it."""
-        settings = self.settings
-        tree_id = self._tree_id(question)
-        name = self._pattern(question)
-        examples = task.worked_examples(question)
-        prompts = {m: search_prompt(endpoint.tokenizer, examples, question) for m, endpoint in self.endpoints.items()}
-        search = TreeSearch(
-            PATTERNS[name],
-            f"{self.seed}/{tree_id}",
-            rollouts=settings.rollouts,
-            exploration=settings.exploration,
-            max_depth=settings.max_depth,
-            max_reflections=settings.max_reflections,
-        )
-        spent = Spent()
-        while not search.done:
-            rollouts = search.ask(settings.leaves_per_round)
+                group.create_task(grow(task, question))
+        if wanting:
+            more = self._share(questions, finished, wanting)
             async with asyncio.TaskGroup() as group:
-                for rollout in rollouts:
-                    group.create_task(self._roll(rollout, task, question, prompts, tree_id, spent, progress))
-            for rollout in rollouts:
-                search.tell(rollout)
-                for node in rollout.written:
-                    progress.thoughts += 1
-                    if node.verdict is not None:
-                        progress.verdicts[node.verdict.kind] += 1
-        self.store.put(_stored(search, question, tree_id, self.config, name, spent))
+                for growth in wanting:
+                    group.create_task(grow_more(growth, more))
 
-    async def _roll(
-        self,
-        rollout: Rollout,
-        task: Task,
-        question: Question,
-        prompts: Mapping[str, str],
-        tree_id: str,
-        spent: Spent,
-        progress: Progress,
-    ) -> None:
-        """Write one rollout's thoughts until it has reached a judged leaf."""
-        settings = self.settings
-        while (wanted := rollout.wanted) is not None:
-            answer = wanted.kind == "answer"
-            model = role_of(wanted.kind, self.roles)
-            seed = draw(f"request:{wanted.seed_key}", 2**31)
-            request = Request(
-                prompt=continuation(prompts[model], wanted.node, wanted.prefix),
-                n=wanted.n,
-                max_tokens=settings.max_thought_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=seed,
-                stop=ANSWER_STOPS if answer else THOUGHT_STOPS,
-            )
-            completion = await self._complete(model, request, tree_id, progress)
-            spent.add(completion)
-            thoughts = []
-            for choice in completion.choices:
-                text = thought_text(wanted.kind, wanted.prefix, choice.text)
-                verdict: Verdict | None = None
-                if choice.finish_reason == "length":
-                    verdict = Verdict("no_answer", 0.0, None, "thought cut by max_thought_tokens")
-                elif answer:
-                    verdict = task.judge(question, text)
-                thoughts.append(Thought(text, choice.tokens, choice.finish_reason, verdict))
-            rollout.feed(thoughts, model, seed, completion.seconds)
+    def tree_id(self, question: Question) -> str:
+        """The same for the same question (turn) under the same config, always."""
+        turn = f"/{question.turn}" if question.turn else ""
+        return hashlib.sha256(f"{question.task}/{question.id}{turn}/{self.config}".encode()).hexdigest()[:16]
 
-    async def _complete(self, model: str, request: Request, tree_id: str, progress: Progress) -> Completion:
-        """From the journal, or from the model and then into the journal."""
-        endpoint = self.endpoints[model]
-        key = request.key(endpoint.identity)
-        recalled = self.store.recall(key)
-        if recalled is not None:
-            progress.recalled += 1
-            return Completion.from_json(recalled)
-        completion = await endpoint.client.complete(request)
-        self.store.journal(key, tree_id, model, completion.to_json())
-        progress.calls += 1
-        progress.tokens += completion.completion_tokens
-        return completion
-
-
-def _stored(
-    search: TreeSearch, question: Question, tree_id: str, config: str, pattern: str, spent: Spent
-) -> StoredTree:
-    nodes = []
-    for node in search.nodes:
-        verdict = node.verdict
-        nodes.append(
-            StoredNode(
-                node_id=node.id,
-                parent_id=None if node.parent is None else node.parent.id,
-                type=node.kind,
-                text=node.text,
-                prefix=node.prefix,
-                model=node.model,
-                depth=node.depth,
-                visits=node.visits,
-                value=node.value,
-                verdict=None if verdict is None else verdict.kind,
-                reward=None if verdict is None else verdict.reward,
-                answer=None if verdict is None else verdict.answer,
-                tokens=node.tokens,
-                finish_reason=node.finish_reason,
-                seed=node.seed,
-                seconds=node.seconds,
-            )
+    def _growth(self, task: Task, question: Question) -> Growth:
+        return Growth(
+            task,
+            question,
+            self.tree_id(question),
+            self.calls,
+            self.roles,
+            self.settings,
+            self.seed,
+            self._reward,
         )
-    return StoredTree(
-        tree_id, question.task, question.id, config, question.family, list(question.messages), question.gold, pattern,
-        spent.calls, spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens, nodes,
-    )  # fmt: skip
+
+    def _could_use_more(self, growth: Growth) -> bool:
+        """Both kinds of chains were found, and the tree ended for want of rollouts alone."""
+        return growth.tally.promising and growth.stopped is None and growth.search.root.open_below > 0
+
+    def _share(self, questions: Sequence[Asked], finished: Mapping[str, int], wanting: Sequence[Growth]) -> int:
+        """Extra rollouts for each tree that could use them: an equal part of what the others left over.
+
+        A tree gets at most as many again as it had. Journalled before it is spent, so that a resume, which finds some
+        of these trees finished, shares as the first run did.
+        """
+        key = f"share/{self.config}/{questions[0][1].turn}"
+        shared = self.store.recall(key)
+        if shared is None:
+            base = self.settings.rollouts
+            ids = [self.tree_id(question) for _, question in questions]
+            pool = sum(base - finished[tree] for tree in ids if tree in finished)
+            shared = str(min(base, pool // len(wanting)))
+            self.store.journal(key, "", "", shared)
+        return int(shared)
+
+
+def best_answer(tree: StoredTree) -> str:
+    """What the assistant says to a turn in the next one, the thinking left out.
+
+    The answer thought of highest reward, then of the highest mean v/n on its way, then the first; empty without any.
+    """
+    answers = [node for node in tree.nodes if node.type == "answer"]
+    if not answers:
+        return ""
+
+    def worth(leaf: int) -> tuple[float, float]:
+        chain = tree.chain(leaf)
+        return float(chain[-1].reward or 0.0), sum(n.value / n.visits for n in chain if n.visits) / len(chain)
+
+    best = max(answers, key=lambda node: (*worth(node.node_id), -node.node_id))
+    return best.text

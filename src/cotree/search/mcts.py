@@ -13,10 +13,10 @@ exists without a verdict. All operations cost O(depth x branching).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cotree.search.thoughts import Pattern, ThoughtType, prefix_of
+from cotree.search.thoughts import PREFIXES, Pattern, prefix_of
 from cotree.tasks.base import Verdict
 
 
@@ -24,7 +24,7 @@ from cotree.tasks.base import Verdict
 class Slot:
     """A child type of a node that is still to be written: `n` samples in one request."""
 
-    kind: ThoughtType
+    kind: str
     n: int
     index: int
     in_flight: bool = False
@@ -35,7 +35,7 @@ class Node:
     """One thought. `path` is its place ("0.1/2.0": slot.sample at each depth) and seeds whatever grows below it."""
 
     parent: Node | None
-    kind: ThoughtType | None
+    kind: str | None
     text: str
     path: str
     depth: int
@@ -46,6 +46,7 @@ class Node:
     seed: int = 0
     seconds: float = 0.0
     verdict: Verdict | None = None
+    reward: float = 0.0
     id: int = -1
     visits: int = 0
     value: float = 0.0
@@ -54,6 +55,11 @@ class Node:
     slots_made: int = 0
     open_below: int = 0
     children: list[Node] = field(default_factory=list)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its line goes on: a mini-step that ended by its token count and not by itself."""
+        return self.finish_reason == "length" and self.verdict is None
 
     def chain(self) -> list[Node]:
         """The thoughts from the first below the root down to this one."""
@@ -67,12 +73,23 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """What came for one sample: the whole text with its prefix, and for a leaf (an answer, a cut text) its verdict."""
+    """What came for one sample: the whole text with its prefix, and for a leaf (an answer, a cut text) its verdict.
+
+    `reward` is what a leaf is worth to the search, in [0, 1]; None: the verdict's.
+    """
 
     text: str
     tokens: int
     finish_reason: str
     verdict: Verdict | None
+    reward: float | None = None
+
+    @property
+    def worth(self) -> float:
+        """The reward that counts; 0 for a thought that is no leaf."""
+        if self.reward is not None:
+            return self.reward
+        return 0.0 if self.verdict is None else self.verdict.reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +97,7 @@ class Wanted:
     """A request for text: `n` thoughts of one type that follow `node`'s chain."""
 
     node: Node
-    kind: ThoughtType
+    kind: str
     n: int
     prefix: str
     seed_key: str
@@ -98,12 +115,15 @@ class Rollout:
 
     def _want(self, node: Node, slot: Slot) -> Wanted:
         key = f"{self._search.seed}/{node.path}/{slot.index}:{slot.kind}"
-        return Wanted(node, slot.kind, slot.n, prefix_of(slot.kind, key), key)
+        # A mini-step that broke off inside a line is continued word by word, so no prefix comes between.
+        prefix = "" if node.is_open and slot.kind == node.kind else prefix_of(slot.kind, key, self._search.prefixes)
+        return Wanted(node, slot.kind, slot.n, prefix, key)
 
     def feed(self, thoughts: Sequence[Thought], model: str, seed: int, seconds: float) -> None:
         """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
 
-        Equal texts are one thought and a text without words is none: neither opens anything new.
+        Equal texts are one thought and a text without words is none. Where nothing came, an answer is asked for in its
+        place, so that every rollout ends at a judged leaf.
         """
         if self.wanted is None:
             raise ValueError("this rollout has already reached a judged leaf")
@@ -115,9 +135,13 @@ class Rollout:
             path = f"{parent.path}{slot.index}.{i}/"
             siblings[thought.text] = Node(
                 parent, slot.kind, thought.text, path, parent.depth + 1, prefix, model, thought.tokens,
-                thought.finish_reason, seed, seconds, thought.verdict,
+                thought.finish_reason, seed, seconds, thought.verdict, thought.worth,
             )  # fmt: skip
         new = list(siblings.values())
+        if not new and slot.kind != "answer":
+            self.slot = Slot("answer", 1, slot.index)
+            self.wanted = self._want(parent, self.slot)
+            return
         for node in new:
             if node.verdict is None:
                 node.slots = self._search.row(node)
@@ -133,7 +157,10 @@ class Rollout:
 
 
 class TreeSearch:
-    """One question's tree. `rollouts` bounds the descents, `max_reflections` the second chances in the whole tree."""
+    """One question's tree. `rollouts` bounds the descents, `max_reflections` the second chances in the whole tree.
+
+    `rollouts_left` is what may still be asked, `rollouts` what was asked and has not failed.
+    """
 
     def __init__(
         self,
@@ -144,10 +171,12 @@ class TreeSearch:
         exploration: float = 1.0,
         max_depth: int = 10,
         max_reflections: int = 2,
+        prefixes: Mapping[str, Sequence[str]] = PREFIXES,
     ) -> None:
-        self.pattern, self.seed = pattern, seed
+        self.pattern, self.seed, self.prefixes = pattern, seed, prefixes
         self.exploration, self.max_depth = exploration, max_depth
         self.rollouts_left, self.reflections_left = rollouts, max_reflections
+        self.rollouts = 0
         self.in_flight = 0
         self.root = Node(None, None, "", "", 0, id=0)
         self.root.slots = self.row(self.root)
@@ -159,6 +188,14 @@ class TreeSearch:
     def done(self) -> bool:
         """No rollout is under way, and the budget is spent or nothing is left to grow."""
         return self.in_flight == 0 and (self.rollouts_left == 0 or self.root.open_below == 0)
+
+    def stop(self) -> None:
+        """Ask for nothing more; rollouts under way are still told."""
+        self.rollouts_left = 0
+
+    def extend(self, rollouts: int) -> None:
+        """Go on with a larger budget, from where the tree stands."""
+        self.rollouts_left += rollouts
 
     def row(self, node: Node) -> list[Slot]:
         """What may follow a node by the pattern; near `max_depth` only an answer."""
@@ -176,6 +213,7 @@ class TreeSearch:
             slot.in_flight = True
             self._add(node, open_below=-1, virtual=1)
             self.rollouts_left -= 1
+            self.rollouts += 1
             self.in_flight += 1
             asked.append(Rollout(self, node, slot))
         return asked
@@ -194,7 +232,7 @@ class TreeSearch:
             node.parent.children.append(node)
             self._add(node, open_below=len(node.slots))
             if node.verdict is not None:
-                self._add(node, visits=1, value=node.verdict.reward)
+                self._add(node, visits=1, value=node.reward)
                 if node.kind == "answer" and node.verdict.kind == "wrong":
                     self._reflect(node.parent)
 
@@ -203,6 +241,7 @@ class TreeSearch:
         rollout.first.in_flight = False
         self._add(rollout.start, open_below=1, virtual=-1)
         self.rollouts_left += 1
+        self.rollouts -= 1
         self.in_flight -= 1
 
     def _reflect(self, parent: Node) -> None:

@@ -7,34 +7,38 @@ is trained and evaluated on the plain question.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from cotree.search.mcts import Node
-from cotree.search.thoughts import PREFIXES, ThoughtType
+from cotree.search.thoughts import PREFIXES
+from cotree.store import StoredNode
 from cotree.tasks.base import Message, Question, WorkedExample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # One thought is one line and does not answer before its turn; an answer is written into the box and ends with it.
 THOUGHT_STOPS = ("\n", "The answer is")
 ANSWER_STOPS = ("}", "\n")
 
 
-def search_prompt(tokenizer: PreTrainedTokenizerBase, examples: Sequence[WorkedExample], question: Question) -> str:
-    """Worked examples and question through the chat template, up to where the assistant begins."""
-    return render(tokenizer, [*example_messages(examples), *question.messages])
+def search_messages(examples: Sequence[WorkedExample], question: Question) -> list[Message]:
+    """Worked examples, then the question, up to where the assistant begins."""
+    return [*example_messages(examples), *question.messages]
 
 
-def continuation(base: str, node: Node, prefix: str) -> str:
-    """The prompt that continues `node`'s chain with a thought that begins with `prefix`."""
-    return "".join([base, *(f"{step.text}\n" for step in node.chain()), prefix])
+def chain_text(thoughts: Iterable[Node | StoredNode]) -> str:
+    """A chain as the assistant's words: a thought a line; a mini-step that broke off is continued in its line."""
+    text, is_open = "", False
+    for thought in thoughts:
+        goes_on = not text or text.endswith("\n") or (is_open and not thought.prefix)
+        text += thought.text if goes_on else f"\n{thought.text}"
+        is_open = thought.is_open
+    return text
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """A conversation as text, ending where the assistant's turn begins."""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+def continuation(node: Node, prefix: str) -> str:
+    """The assistant's words up to a thought that follows `node` and begins with `prefix`."""
+    text = chain_text(node.chain())
+    in_line = not text or text.endswith("\n") or (node.is_open and not prefix)
+    return f"{text}{prefix}" if in_line else f"{text}\n{prefix}"
 
 
 def example_messages(examples: Sequence[WorkedExample]) -> list[Message]:
@@ -52,8 +56,18 @@ def example_messages(examples: Sequence[WorkedExample]) -> list[Message]:
     return messages
 
 
-def thought_text(kind: ThoughtType, prefix: str, written: str) -> str:
-    """A thought as it stands in the chain: prefix and text in one line, an answer's box closed."""
+def thought_text(kind: str, prefix: str, written: str, *, in_line: bool = False, is_open: bool = False) -> str:
+    """A thought as it stands in the chain: prefix and text in one line, an answer's box closed.
+
+    Where the model wrote nothing there is no thought, whatever the prefix says: "" (a check that checks nothing is the
+    formalistic thinking that the data should be free of).
+    in_line: it continues an open line, so its first space counts; is_open: its own line goes on, so its last one does.
+    """
     if kind == "answer":
         return f"{prefix}{written.strip()}}}"
-    return f"{prefix}{written}".strip()
+    if not written.strip():
+        # The end of an open line is a step of its own, though it has no words.
+        return "\n" if in_line else ""
+    text = f"{prefix}{written}"
+    text = text if in_line else text.lstrip()
+    return text if is_open else text.rstrip()

@@ -6,14 +6,15 @@ Prefixes: the first of each type is the paper's (thought node table); the others
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 ThoughtType = Literal["thinking", "sub_task", "reflection", "hypothesis", "double_check", "reclarify", "answer"]
 THOUGHT_TYPES: tuple[ThoughtType, ...] = get_args(ThoughtType)
 
-PREFIXES: Mapping[ThoughtType, tuple[str, ...]] = {
+PREFIXES: Mapping[str, tuple[str, ...]] = {
     "thinking": ("",),
     "sub_task": (
         "Firstly, I need to break down this task.",
@@ -43,7 +44,8 @@ PREFIXES: Mapping[ThoughtType, tuple[str, ...]] = {
     "answer": ("The answer is: \\boxed{",),
 }
 
-Row = Mapping[ThoughtType, int]
+# A row is read as {next type: how many}; the types are checked once, when the recipe loads.
+Row = Mapping[str, int]
 Pattern = Mapping[str, Row]
 
 # A row's order is the order in which a node's children are written, and a node's chain ends with `answer`. After a
@@ -85,7 +87,48 @@ def draw(seed: str, options: int) -> int:
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) % options
 
 
-def prefix_of(kind: ThoughtType, seed: str) -> str:
+def check_pattern(name: str, pattern: Pattern) -> None:
+    """That a pattern leads from the root to an answer whatever happens on the way.
+
+    Raises:
+        ValueError: an unknown type, a dead end, a type without a way to `answer`, a row that nothing leads to, a count
+            below 1; each with the fix.
+    """
+    where = f"pattern `{name}`"
+    if not pattern.get("root"):
+        raise ValueError(f"{where}: the row `root` is missing; say what comes first, e.g. root: {{sub_task: 1}}")
+    for kind, row in pattern.items():
+        for following, count in row.items():
+            if following not in THOUGHT_TYPES:
+                near = difflib.get_close_matches(following, THOUGHT_TYPES, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"types are {', '.join(THOUGHT_TYPES)}"
+                raise ValueError(f"{where}: row `{kind}` leads to the unknown type `{following}`; {hint}")
+            if count < 1:
+                raise ValueError(f"{where}: row `{kind}`: {following}: {count}; a count is at least 1, or left out")
+            if following != "answer" and not pattern.get(following):
+                raise ValueError(
+                    f"{where}: `{following}` is a dead end; add a row for it, e.g. {following}: {{answer: 1}}"
+                )
+    if "answer" in pattern:
+        raise ValueError(f"{where}: nothing comes after an answer; delete its row `answer`")
+    # A wrong answer adds a reflection by itself, so its row needs nobody to lead to it.
+    reached, new = {"root", "reflection"}, ["root", "reflection"]
+    while new:
+        following_kinds = [kind for kind in pattern.get(new.pop(), {}) if kind not in reached]
+        reached.update(following_kinds)
+        new.extend(following_kinds)
+    for kind in pattern:
+        if kind not in reached:
+            raise ValueError(f"{where}: nothing leads to `{kind}`; name it in another row, or delete its own")
+    ending = {"answer"}
+    while more := [kind for kind, row in pattern.items() if kind not in ending and ending & row.keys()]:
+        ending.update(more)
+    for kind in pattern:
+        if kind not in ending:
+            raise ValueError(f"{where}: from `{kind}` no answer can be reached; add `answer: 1` to a row after it")
+
+
+def prefix_of(kind: str, seed: str, prefixes: Mapping[str, Sequence[str]] = PREFIXES) -> str:
     """The prefix of one thought."""
-    variants = PREFIXES[kind]
+    variants = prefixes[kind]
     return variants[draw(f"prefix:{seed}", len(variants))]

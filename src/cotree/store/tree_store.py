@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cotree.errors import CotreeError, UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS calls (          -- the journal
@@ -30,16 +30,19 @@ CREATE TABLE IF NOT EXISTS trees (
   tree_id TEXT PRIMARY KEY,                 -- sha256 of task, question and config, 16 hex digits
   task TEXT NOT NULL,
   question_id TEXT NOT NULL,
+  turn INTEGER NOT NULL,                    -- 0; more for the later turns of a conversation
   config TEXT NOT NULL,                     -- hash of everything that decides the tree
   family TEXT NOT NULL,
   messages TEXT NOT NULL,                   -- JSON: the plain prompt
   gold TEXT NOT NULL,
   pattern TEXT NOT NULL,
+  rollouts INTEGER NOT NULL,                -- descents to a judged leaf
+  stopped TEXT NOT NULL,                    -- why: rollouts, exhausted, enough, easy, hopeless, tokens, deadline
   calls INTEGER NOT NULL,
   prompt_tokens INTEGER NOT NULL,
   cached_tokens INTEGER NOT NULL,
   completion_tokens INTEGER NOT NULL,       -- all that was generated, duplicates dropped from the tree included
-  UNIQUE (task, question_id, config)
+  UNIQUE (task, question_id, turn, config)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS nodes (
   tree_id TEXT NOT NULL REFERENCES trees,
@@ -85,6 +88,11 @@ class StoredNode:
     seed: int
     seconds: float
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its line goes on: a mini-step that ended by its token count and not by itself."""
+        return self.finish_reason == "length" and self.verdict is None
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTree:
@@ -93,11 +101,14 @@ class StoredTree:
     tree_id: str
     task: str
     question_id: str
+    turn: int
     config: str
     family: str
     messages: list[dict[str, str]]
     gold: str
     pattern: str
+    rollouts: int
+    stopped: str
     calls: int
     prompt_tokens: int
     cached_tokens: int
@@ -158,11 +169,11 @@ class TreeStore:
         with self._guard():
             self._db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?)", (key, tree_id, model, completion))
 
-    def finished(self, config: str) -> set[tuple[str, str]]:
-        """(task, question id) of the trees grown under a config."""
+    def finished(self, config: str) -> dict[str, int]:
+        """The ids of the trees grown under a config, and the rollouts of each."""
         with self._guard():
-            rows = self._db.execute("SELECT task, question_id FROM trees WHERE config = ?", (config,))
-            return {(str(task), str(question)) for task, question in rows}
+            rows = self._db.execute("SELECT tree_id, rollouts FROM trees WHERE config = ?", (config,))
+            return {str(tree_id): int(rollouts) for tree_id, rollouts in rows}
 
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
@@ -170,11 +181,11 @@ class TreeStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 done = self._db.execute(
-                    "INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (
-                        tree.tree_id, tree.task, tree.question_id, tree.config, tree.family, json.dumps(tree.messages),
-                        tree.gold, tree.pattern, tree.calls, tree.prompt_tokens, tree.cached_tokens,
-                        tree.completion_tokens,
+                        tree.tree_id, tree.task, tree.question_id, tree.turn, tree.config, tree.family,
+                        json.dumps(tree.messages), tree.gold, tree.pattern, tree.rollouts, tree.stopped, tree.calls,
+                        tree.prompt_tokens, tree.cached_tokens, tree.completion_tokens,
                     ),
                 )  # fmt: skip
                 if done.rowcount:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
@@ -95,7 +96,9 @@ class Arithmetic(Task):
         seen: set[str] = set()
         for i in range(_DRAWS):
             text, _, answer = _FAMILIES[family](random.Random(f"{family}-{i}"))
-            if text in seen or (split is not None and split_of(text) != split):
+            # The same numbers in another order are nearly the same question, so they go to the same split.
+            numbers = sorted(map(int, re.findall(r"\d+", text)))
+            if text in seen or (split is not None and split_of(f"{family}/{numbers}") != split):
                 continue
             seen.add(text)
             message = {"role": "user", "content": f"{text} {ANSWER_FORMAT}"}

@@ -6,27 +6,57 @@ decided by extraction alone, before the verifier looks.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cotree.tasks.extract import Mode, extract_answer
 
+_NUMBER = re.compile(
+    r"\$?(?P<sign>[+-]?)\$?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?(?:\s*[A-Za-z]+(?: [A-Za-z]+)*)?"
+)
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]
 Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A later turn of a conversation: what the user says, and what is right to answer."""
+
+    text: str
+    gold: str
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
-    """One item of a task. `id` is the source's own id; `messages` is the plain prompt that also evaluates."""
+    """One item of a task. `id` is the source's own id; `messages` is the plain prompt that also evaluates.
+
+    A conversation has its later turns in `later`; `turn` counts those that are already part of `messages`.
+    """
 
     id: str
     task: str
     messages: tuple[Message, ...]
     gold: str
     family: str = ""
+    later: tuple[Turn, ...] = ()
+    turn: int = 0
+
+    def follow_up(self, reply: str) -> Question | None:
+        """The next turn's question, after the assistant said `reply` (its thinking left out); None after the last."""
+        if not self.later:
+            return None
+        asked = ({"role": "assistant", "content": reply}, {"role": "user", "content": self.later[0].text})
+        return replace(
+            self,
+            messages=(*self.messages, *asked),
+            gold=self.later[0].gold,
+            later=self.later[1:],
+            turn=self.turn + 1,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +106,13 @@ class Task(ABC):
 
 
 def normalise_number(text: str) -> str:
-    r"""`\$1,204.` and `1204` name the same number: drop spaces, dollar signs, digit commas, a trailing dot.
+    r"""`\$1,204.`, `1204.0` and `1204 apples` name the same number; a text that is no single number stays as it is.
 
-    Also drops a unit after a leading number (`12 apples`) and `+`/leading zeros, as integers print them.
+    Dollar signs, commas between thousands, a trailing dot, zeros after the point and a unit of letters are dropped.
     """
-    kept = text.strip().strip("$").replace("\\$", "").replace("\\,", "").replace(",", "").rstrip(".").strip()
-    head = kept.split(" ")[0] if kept else kept
-    number = head.lstrip("$")
-    sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)
-    return sign + str(int(digits)) if digits.isascii() and digits.isdigit() else kept
+    kept = text.strip().strip("$").replace("\\$", "").replace("\\,", ",").rstrip(".").strip()
+    match = _NUMBER.fullmatch(kept)
+    if match is None:
+        return kept
+    sign, digits = match["sign"].replace("+", ""), match["digits"].replace(",", "")
+    return f"{sign}{int(digits)}"

@@ -19,7 +19,7 @@ _THINKING_TAGS = (
 )
 _NUMBER = r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?"
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_ANSWER_IS = re.compile(rf"answer\s*(?:is|:)\s*:?\s*\**\s*({_NUMBER}|[A-Za-z]\b)", re.IGNORECASE)
+_ANSWER_IS = re.compile(rf"answer\s*(?:is|:)\s*:?\s*\**\s*({_NUMBER})\**(?!\s*[-+*/=\d])", re.IGNORECASE)
 _LAST_NUMBER = re.compile(_NUMBER)
 
 

@@ -1,0 +1,70 @@
+"""What select, expand and backpropagate cost a thought in trees of growing size, and the memory a thought.
+
+Only the tree works here: the texts are ready before it asks. CPU time, so a busy machine does not count.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+from cotree.search.mcts import Thought, TreeSearch
+from cotree.search.thoughts import draw
+from cotree.tasks import Verdict
+
+# Answers come early and thinking goes on for ever, so that the tree can have any size.
+ENDLESS = {"root": {"thinking": 4}, "thinking": {"answer": 1, "thinking": 4}, "reflection": {"thinking": 1}}
+TEXT = "a thought of some hundred characters, as long as a small model's are when it counts letters in a word "
+THOUGHTS_TIMED = 20_000
+
+
+def new_tree(seed: int) -> TreeSearch:
+    """An empty endless tree."""
+    return TreeSearch(ENDLESS, f"{seed}", rollouts=10**9, max_depth=40, max_reflections=10**9)
+
+
+def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
+    """Rounds of `leaves` rollouts until the tree has `size` thoughts; half of the answers are right."""
+    number: Iterator[int] = count(len(search.nodes))
+    while len(search.nodes) <= size:
+        rollouts = search.ask(leaves)
+        for rollout in rollouts:
+            while (wanted := rollout.wanted) is not None:
+                texts = [f"{TEXT}{next(number)}" for _ in range(wanted.n)]
+                right = draw(wanted.seed_key, 2)
+                verdict = Verdict("correct" if right else "wrong", float(right)) if wanted.kind == "answer" else None
+                rollout.feed([Thought(text, 24, "stop", verdict, float(right)) for text in texts], "stub", 0, 0.05)
+        for rollout in rollouts:
+            search.tell(rollout)
+
+
+def milliseconds(sizes: Sequence[int], seed: int) -> dict[int, float]:
+    """CPU ms a thought while trees grow from half of each size to the size; small trees are grown many times."""
+    grow(new_tree(seed), 1000)
+    found: dict[int, float] = {}
+    for size in sizes:
+        seconds, thoughts = 0.0, 0
+        for repeat in range(max(1, 2 * THOUGHTS_TIMED // size)):
+            search = new_tree(seed + repeat)
+            grow(search, size // 2)
+            before, started = len(search.nodes), time.process_time()
+            grow(search, size)
+            seconds += time.process_time() - started
+            thoughts += len(search.nodes) - before
+        found[size] = 1000 * seconds / thoughts
+    return found
+
+
+def bytes_a_thought(size: int, seed: int) -> float:
+    """Memory a thought of a tree with `size` thoughts, its text of 100 characters included."""
+    gc.collect()
+    tracemalloc.start()
+    search = new_tree(seed)
+    grow(search, size)
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return held / len(search.nodes)

@@ -1,0 +1,261 @@
+"""What goes to an OpenAI-compatible server and what comes back: requests, completions, JSON bodies. No I/O.
+
+Invariant: a `Request` holds everything that decides the text, so its key names the completion in the journal. A reply
+is read into n whole choices or into a problem; a malformed one is never half used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from cotree.config import Price
+
+# What servers say about a choice's end. Anything else ("abort", "tool_calls", null) is a reply that broke off.
+_FINISH: dict[str, Literal["stop", "length"]] = {
+    "stop": "stop",
+    "eos_token": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+    "content_filter": "length",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything that decides the text: n samples that continue `prompt`, each up to `max_tokens` or a stop string.
+
+    With `messages` ((role, content) pairs) the server renders the conversation, and `prompt` is how its assistant's
+    turn begins ("": it has not begun).
+    """
+
+    prompt: str
+    n: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    messages: tuple[tuple[str, str], ...] = ()
+
+    def key(self, model: str) -> str:
+        """The sha256 (hex) of the fields and the model's name: equal requests to equal models have equal keys."""
+        decisive: dict[str, Any] = {
+            "model": model,
+            "prompt": self.prompt,
+            "n": int(self.n),
+            "max_tokens": int(self.max_tokens),
+            # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
+            "temperature": float(self.temperature) + 0.0,
+            "top_p": float(self.top_p) + 0.0,
+            "seed": int(self.seed),
+            "stop": self.stop,
+        }
+        if self.messages:
+            decisive["messages"] = self.messages
+        canonical = json.dumps(decisive, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def body(self, model: str) -> bytes:
+        """The JSON to post: to `/v1/chat/completions` with messages, to `/v1/completions` without."""
+        body: dict[str, Any] = {"model": model}
+        if self.messages:
+            turns = [{"role": role, "content": content} for role, content in self.messages]
+            if self.prompt:
+                turns.append({"role": "assistant", "content": self.prompt})
+                # vLLM, SGLang and llama.cpp refuse or ignore the one flag without the other.
+                body |= {"add_generation_prompt": False, "continue_final_message": True}
+            body["messages"] = turns
+        else:
+            body["prompt"] = self.prompt
+        body |= {
+            "n": self.n,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "stop": self.stop or None,  # some servers refuse an empty list
+        }
+        return json.dumps(body).encode()
+
+    def prompt_text(self) -> str:
+        """All that the model reads, as far as this side knows it."""
+        return "\n".join([*(content for _, content in self.messages), self.prompt])
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sample. `text` is without the stop string; `tokens` counts what was generated, the stop token included."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to a `Request`: n choices in the server's order.
+
+    `prompt_tokens` counts the prompt once, `cached_tokens` is the part of it that the server had warm.
+    `completion_tokens` is what was generated for all choices, at least the sum of theirs. `seconds` is the wall time
+    of the attempt that succeeded, without the wait for a free slot or for earlier attempts.
+    """
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    def to_json(self) -> str:
+        """One line for the journal."""
+        line = {
+            "choices": [[c.text, c.finish_reason, c.tokens] for c in self.choices],
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "seconds": self.seconds,
+        }
+        return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Completion:
+        """The inverse of `to_json`."""
+        found = json.loads(line)
+        found["choices"] = tuple(Choice(*choice) for choice in found["choices"])
+        return cls(**found)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was asked of a server and what it took.
+
+    requests and retries count attempts sent. `abandoned` of them were evaluated, or may have been, but brought no
+    readable reply (timeout, reset, cancelled, garbage): what was generated for them is unknown, their prompts are in
+    `prompt_tokens` and, apart, in `abandoned_tokens`. The other tokens are what the server reported, those of replies
+    that could not be used included.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    abandoned: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    abandoned_tokens: int = 0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counters)))
+
+    def cost(self, price: Price) -> float:
+        """In the price's currency. What abandoned attempts generated is unknown and not in it."""
+        cached = price.prompt if price.cached is None else price.cached
+        spent = (self.prompt_tokens - self.cached_tokens) * price.prompt
+        return (spent + self.cached_tokens * cached + self.completion_tokens * price.completion) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a reply with HTTP 200 says. `problem` is "" when its choices are whole.
+
+    counted: the reply was readable enough to count its tokens. lasting: another attempt would bring the same problem.
+    """
+
+    problem: str
+    choices: tuple[Choice, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    counted: bool = True
+    lasting: bool = False
+
+
+def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> Reply:
+    """Check a reply and count its tokens, by `count_tokens` where the server does not."""
+    payload = parse_json(content)
+    if not isinstance(payload, dict) or not isinstance(payload.get("choices"), list):
+        return Reply("the reply is not JSON with choices", counted=False)
+    usage = payload.get("usage")
+    prompt_tokens = _count(usage, "prompt_tokens")
+    if prompt_tokens is None:
+        prompt_tokens = count_tokens(request.prompt_text())
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached_tokens = min(_count(details, "cached_tokens") or 0, prompt_tokens)
+    reported = _count(usage, "completion_tokens") or 0
+
+    choices: list[Choice] = []
+    problem, lasting = "", False
+    for entry in payload["choices"][: request.n]:
+        entry = entry if isinstance(entry, dict) else {}
+        text, finish = _text(entry, request), _FINISH.get(str(entry.get("finish_reason")))
+        if text is None or finish is None:
+            problem = "a choice of the reply has no text or did not finish"
+            break
+        if not text and _reasoning(entry):
+            problem = "the server keeps the reasoning apart from the text; start it without a reasoning parser"
+            lasting = True
+            break
+        # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
+        tokens = reported if request.n == 1 else 0
+        choices.append(Choice(text, finish, tokens or count_tokens(text) + (finish == "stop")))
+    if not problem and len(choices) < request.n:
+        problem = f"{len(choices)} choices came back for n={request.n}"
+    completion_tokens = max(reported, sum(choice.tokens for choice in choices))
+    return Reply(problem, tuple(choices), prompt_tokens, cached_tokens, completion_tokens, lasting=lasting)
+
+
+def _text(entry: dict[str, Any], request: Request) -> str | None:
+    """A choice's text, without the assistant's words that the server was given and repeats."""
+    text = entry.get("text")
+    if request.messages:
+        message = entry.get("message")
+        text = message.get("content") if isinstance(message, dict) else None
+        if isinstance(text, str) and request.prompt:
+            text = text.removeprefix(request.prompt)
+    if not isinstance(text, str):
+        return None
+    # Half of a surrogate pair is valid JSON, but no file or database takes it.
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _reasoning(entry: dict[str, Any]) -> bool:
+    message = entry.get("message")
+    return isinstance(message, dict) and bool(message.get("reasoning_content") or message.get("reasoning"))
+
+
+def _count(mapping: object, key: str) -> int | None:
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def model_names(content: bytes) -> list[str]:
+    """The ids of a `/v1/models` reply, empty for anything else."""
+    payload = parse_json(content)
+    entries = payload.get("data") if isinstance(payload, dict) else None
+    return [str(e["id"]) for e in entries if isinstance(e, dict) and "id" in e] if isinstance(entries, list) else []
+
+
+def error_message(content: bytes) -> str:
+    """What an error reply says, in one line."""
+    message = payload = parse_json(content)
+    if isinstance(payload, dict):
+        message = payload.get("error", payload)
+    if isinstance(message, dict):
+        message = message.get("message") or message.get("detail") or message
+    return one_line(str(message or content.decode("utf-8", "replace")))
+
+
+def parse_json(content: bytes) -> Any:
+    """The parsed content, None for garbage (endless brackets included)."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def one_line(text: str) -> str:
+    """Printable characters only: what a server says must not drive the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -1,0 +1,65 @@
+"""The search in words: which model wrote what, and whether the tree was worth its tokens.
+
+Invariant: a method is called ahead only where its 95% interval lies wholly above the other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cotree.eval.metrics import wilson
+from cotree.report.format import number, percent
+from cotree.report.summary import ModelCounts, Search, Worth
+
+
+def model_lines(search: Search) -> list[str]:
+    """Who wrote what, where more than one model wrote."""
+    if len(search.by_model) < 2:
+        return []
+    return [
+        f"{name} wrote {number(own.thoughts)} thoughts ({number(own.tokens)} tokens); "
+        f"a correct answer followed {repair_rate(own)} of its reflections"
+        for name, own in search.by_model.items()
+    ]
+
+
+def repair_rate(own: ModelCounts) -> str:
+    """Repaired reflections of all, as a share with its interval."""
+    if not own.reflections:
+        return "–"
+    low, high = wilson(own.repaired, own.reflections)
+    share = percent(own.repaired / own.reflections)
+    return f"{number(own.repaired)} of {number(own.reflections)} ({share}%, {percent(low)}–{percent(high)})"
+
+
+def comparison_lines(search: Search) -> list[str]:
+    """The search beside best-of-n at equal generated tokens: what each found, and who is ahead where one is."""
+    lines = [
+        f"{row.method:<9}  correct chain {share(row.correct)}  both kinds {share(row.both)}  "
+        f"vote {share(row.vote)}  pairs a question {row.pairs_per_question:.2f}  tokens a pair "
+        f"{number(row.tokens_per_pair and round(row.tokens_per_pair))}  ({number(row.tokens)} tokens)"
+        for row in search.compared
+    ]
+    return [*lines, verdict(search.compared)] if len(lines) == 2 else lines
+
+
+def verdict(compared: Sequence[Worth]) -> str:
+    """Where one method is ahead of the other with intervals that do not overlap; that none is, otherwise."""
+    mcts, other = compared
+    ahead = []
+    for name, ours, theirs in (
+        ("questions with a correct chain", mcts.correct, other.correct),
+        ("questions with both kinds", mcts.both, other.both),
+        ("majority vote", mcts.vote, other.vote),
+    ):
+        if ours[1] > theirs[2]:
+            ahead.append(f"{mcts.method} is ahead in {name}")
+        elif theirs[1] > ours[2]:
+            ahead.append(f"{other.method} is ahead in {name}")
+    return "; ".join(ahead) if ahead else "at equal tokens no interval tells the two apart"
+
+
+def share(values: Sequence[float]) -> str:
+    """A share with its interval, in percent."""
+    share, low, high = values
+    return f"{percent(share)}% ({percent(low)}–{percent(high)})"
