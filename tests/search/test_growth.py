@@ -314,7 +314,7 @@ def test_of_several_writers_one_is_drawn_by_seed_and_the_summary_says_who_wrote(
     assert sum(own["thoughts"] for own in by_model.values()) == sum(len(tree.nodes) - 1 for tree in trees)
 
 
-def test_best_of_n_spends_at_most_the_trees_tokens_and_is_journalled(tmp_path: Path) -> None:
+def test_best_of_n_spends_what_the_trees_spent_and_is_journalled(tmp_path: Path) -> None:
     def whole(prompt: str, seed: int, index: int) -> str:
         if prompt.endswith(("{", "[assistant] ")) or "\n" in prompt[-40:]:
             return reply(prompt, seed, index)
@@ -328,7 +328,9 @@ def test_best_of_n_spends_at_most_the_trees_tokens_and_is_journalled(tmp_path: P
                 await grower.grow_all(asked)
                 grown = grower.grown(asked)
                 found = await best_of_n(grower.calls, ONE, grower.settings, grown, lambda *_: None)
-                assert all(f.tokens <= tree.completion_tokens for f, (_, _, tree) in zip(found, grown, strict=True))
+                chain = 2 * max(n.tokens for _, _, tree in grown for n in tree.nodes) + 12
+                for f, (_, _, tree) in zip(found, grown, strict=True):
+                    assert abs(f.tokens - tree.completion_tokens) <= chain, "to the nearest chain"
                 rows = await compare(grower, asked, lambda *_: None)
         return rows, grower.progress.calls
 
@@ -338,7 +340,7 @@ def test_best_of_n_spends_at_most_the_trees_tokens_and_is_journalled(tmp_path: P
         assert asyncio.run(both(server.url)) == (rows, 0)
     mcts, other = rows
     assert (mcts["method"], other["method"]) == ("mcts", "best_of_n")
-    assert 0 < other["tokens"] <= mcts["tokens"]
+    assert abs(other["tokens"] - mcts["tokens"]) < 0.2 * mcts["tokens"]
     assert mcts["questions"] == other["questions"] == 6
     share, low, high = other["correct"]
     assert low <= share <= high

@@ -1,7 +1,8 @@
 """Is the search worth it? Best-of-n and self-consistency beside it, at the same number of generated tokens.
 
-Invariant: a question's baseline gets the same worked examples, first prefix, thinker and sampling as its tree, and at
-most as many generated tokens (reflector's and judge's included) as the tree cost; samples past that are not counted.
+Invariant: a question's baseline gets the same worked examples, first prefix, thinker and sampling as its tree, and as
+many generated tokens as the tree cost (reflector's and judge's included), to the nearest whole chain; every token that
+it generates is counted.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from cotree.search.prompts import search_messages
 from cotree.search.thoughts import draw, prefix_of
 from cotree.store import StoredTree
 from cotree.tasks import Question, Task
-
-_FIRST_SAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ async def best_of_n(
     asked: Sequence[tuple[Task, Question, StoredTree]],
     on_question: Callable[[int, int, str], None],
 ) -> list[Found]:
-    """Independent whole chains for each question, until its tree's generated tokens are spent."""
+    """Independent whole chains for each question, as many as its tree's generated tokens buy."""
     gate = asyncio.Semaphore(settings.trees_in_flight)
     done = 0
 
@@ -88,8 +87,8 @@ async def _sample(
     writers = writers_of(first, roles)
     prefixes = prefixes_of(settings)
     budget = tree.completion_tokens
-    tokens = spent = uncached = rounds = samples = 0
-    n = min(_FIRST_SAMPLES, settings.widest)
+    tokens = uncached = rounds = samples = 0
+    n = 1
     chains: dict[str, str] = {}
     answers: list[tuple[str, bool]] = []
     while n > 0:
@@ -112,9 +111,6 @@ async def _sample(
         uncached += completion.prompt_tokens - completion.cached_tokens
         for choice in completion.choices:
             samples += 1
-            spent += choice.tokens
-            if spent > budget:
-                break
             tokens += choice.tokens
             text = f"{prefix}{choice.text}"
             # The stop string took the box's brace with it.
@@ -124,8 +120,8 @@ async def _sample(
             if verdict.answer is not None:
                 chains[text] = verdict.kind
                 answers.append((verdict.answer, verdict.kind == "correct"))
-        # As many more as fit, by the mean of those so far.
-        n = min(settings.widest, int((budget - spent) * samples / max(spent, 1)))
+        # As many more as come nearest to the budget, by the mean of those so far.
+        n = min(settings.widest, round((budget - tokens) * samples / max(tokens, 1)))
     return _found(chains, answers, tokens, uncached)
 
 
