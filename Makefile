@@ -1,7 +1,7 @@
 # cotree from a fresh clone: needs Python >= 3.11 with pip and venv, and make. `make` lists the targets.
 #
 # All targets share one .venv. PYTHON=... picks the interpreter, TORCH_INDEX=URL the package index of torch's builds,
-# ARGS="..." is passed on: make demo ARGS="search.rollouts=16", make test ARGS="-k wilson -x".
+# ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
 .PHONY: help demo two-models test check slow bench-search clean

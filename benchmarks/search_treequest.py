@@ -54,7 +54,7 @@ def _body(prompt: str, seed: int) -> bytes:
 def _rollout(question: Question, parent: str | None, seed: int) -> tuple[list[tuple[str, int]], str]:
     """The three requests' prefixes with their seeds, and the prompt that they continue."""
     start = f"{question.messages[-1]['content']}\n{parent or ''}"
-    return [(PREFIXES[kind][0], draw(f"{question.id}/{seed}/{kind}", 2**31)) for kind in STEPS], start  # type: ignore[index]
+    return [(PREFIXES[kind][0], draw(f"{question.id}/{seed}/{kind}", 2**31)) for kind in STEPS], start
 
 
 def _judge(question: Question, text: str) -> Score:

@@ -171,7 +171,11 @@ class Search(Section):
 
     `patterns` are drawn from, a tree each; `own_patterns` defines more: type -> {next type: number of children}.
     `adaptive` gives the rollouts that stopped trees left over to trees that have both kinds of chains, up to as many
-    again as they had. `baselines` adds best-of-n and self-consistency at equal tokens to the summary.
+    again as they had. `baselines` adds best-of-n and its majority vote at equal tokens to the summary.
+
+    rollouts: descents to a judged leaf, at most. leaves_per_round: how many go at once, kept apart by virtual loss.
+    exploration: C of UCB. temperature, top_p: of every writer that names none. trees_in_flight: trees at once; changes
+    the speed and nothing else.
     """
 
     rollouts: int = Field(8, ge=1)

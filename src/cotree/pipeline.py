@@ -60,6 +60,8 @@ def run(
             output.say(f"  {stage} done in {time.monotonic() - started:.0f} s")
         if folder.done("report"):
             _print_result(folder, output)
+        elif folder.done("search"):
+            _print_search(folder, output)
         return folder.path
 
 
@@ -86,7 +88,7 @@ def _preflight(recipe: Recipe, *, searches: bool) -> None:
     for model in recipe.used_models().values():
         source = model.tokenizer if model.embedded is None else locate(model.embedded)
         if source is not None:
-            load_tokenizer(source)
+            load_tokenizer(source, chats=False)
 
 
 def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:
@@ -104,7 +106,7 @@ def _eval_questions(recipe: Recipe) -> list[tuple[Task, Question]]:
 def _says(stage: str, recipe: Recipe) -> str:
     students = "sft and control students" if recipe.eval.control else "sft student"
     return {
-        "search": f"growing {sum(recipe.tasks.train.values())} trees, {recipe.search.rollouts} rollouts each",
+        "search": f"growing {sum(recipe.tasks.train.values())} trees, up to {recipe.search.rollouts} rollouts each",
         "build": "choosing chains and pairs by relative length",
         "train_sft": f"training the {students} on chains",
         "train_dpo": "training the dpo student on pairs, from the sft checkpoint",
@@ -142,7 +144,8 @@ def _search(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 def _show_search(update: Update, progress: Progress) -> None:
     from cotree.report.format import duration
 
-    verdicts = ", ".join(f"{n} {kind}" for kind, n in progress.verdicts.items())
+    names = {"correct": "correct", "wrong": "wrong", "no_answer": "cut or without answer"}
+    verdicts = ", ".join(f"{n} {names[kind]}" for kind, n in progress.verdicts.items())
     seconds = max(progress.seconds, 1e-9)
     speed = f"{progress.thoughts / seconds:.1f} thoughts/s, {progress.tokens / seconds:.0f} tokens/s"
     cost = f", cost {progress.cost:.2f}" if progress.cost else ""
@@ -306,6 +309,22 @@ def _print_result(run: RunFolder, output: Output) -> None:
     for line in summary_lines(summary):
         output.say(line)
     output.say(f"report: {run.path / 'report.html'}")
+
+
+def _print_search(run: RunFolder, output: Output) -> None:
+    """What is known after a part of the stages: the search, and where its trees are."""
+    from cotree.report.table import summary_lines
+
+    found = run.result("search")
+    summary = {
+        "name": run.recipe.name,
+        "seed": run.recipe.seed,
+        "created": run.manifest["created"],
+        "search": {**found["counts"], "compared": found["compared"]},
+    }
+    for line in summary_lines(summary):
+        output.say(line)
+    output.say(f"trees: {run.trees}; go on with the same command without --only")
 
 
 def _student_source(recipe: Recipe) -> Path:

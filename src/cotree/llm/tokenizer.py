@@ -9,6 +9,7 @@ spaces: it differs wherever a digit follows two spaces or two newlines.) Imports
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedToken
     from transformers import AutoTokenizer
 
     if str(source).endswith(".gguf"):
-        tokenizer = gguf_tokenizer(GGUF(Path(source)))
+        path = Path(source).absolute()
+        tokenizer = _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source))
@@ -52,6 +54,12 @@ def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedToken
     if chats and not tokenizer.chat_template:
         raise UsageError(f"{source} has no chat template: cotree trains chat models; take an instruct variant")
     return tokenizer
+
+
+@lru_cache(maxsize=4)
+def _read_once(path: Path, changed: int) -> PreTrainedTokenizerBase:
+    """Gemma's 262,144 pieces take seconds to read, and a run asks for them again and again; nobody changes them."""
+    return gguf_tokenizer(GGUF(path))
 
 
 def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:

@@ -37,7 +37,8 @@ def comparison_lines(search: Search) -> list[str]:
     lines = [
         f"{row.method:<9}  correct chain {share(row.correct)}  both kinds {share(row.both)}  "
         f"vote {share(row.vote)}  pairs a question {row.pairs_per_question:.2f}  tokens a pair "
-        f"{number(row.tokens_per_pair and round(row.tokens_per_pair))}  ({number(row.tokens)} tokens)"
+        f"{number(row.tokens_per_pair and round(row.tokens_per_pair))}  ({number(row.tokens)} generated, "
+        f"{number(row.uncached_prompt_tokens)} prompt tokens)"
         for row in search.compared
     ]
     return [*lines, verdict(search.compared)] if len(lines) == 2 else lines

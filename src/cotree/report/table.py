@@ -68,6 +68,9 @@ def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
             f"{number(search.reflections)} reflections, {number(search.repaired)} repaired"
         )
         lines += [f"        {line}" for line in [*model_lines(search), *comparison_lines(search)]]
+        if search.stopped:
+            ended = ", ".join(f"{number(count)} {reason}" for reason, count in search.stopped.items())
+            lines.append(f"        trees ended: {ended} ({number(search.rollouts)} rollouts)")
     if data.sft_rows is not None:
         lines.append(
             f"data:   {number(data.sft_rows)} SFT rows ({number(data.mean_sft_tokens)} tokens), "
