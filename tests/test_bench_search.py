@@ -26,6 +26,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_tiny_form_writes_every_key_with_real_numbers(tmp_path: Path) -> None:
     out = tmp_path / "search.json"
