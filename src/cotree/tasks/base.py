@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from cotree.tasks.extract import Mode, extract_answer
 
@@ -28,13 +28,15 @@ class Turn:
 
     text: str
     gold: str
+    spec: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One item of a task. `id` is the source's own id; `messages` is the plain prompt that also evaluates.
 
-    A conversation has its later turns in `later`; `turn` counts those that are already part of `messages`.
+    `gold` is the reference answer as people read it; `spec` is what else a verifier needs (instructions, a planning
+    problem). A conversation has its later turns in `later`; `turn` counts those that are already part of `messages`.
     """
 
     id: str
@@ -44,6 +46,7 @@ class Question:
     family: str = ""
     later: tuple[Turn, ...] = ()
     turn: int = 0
+    spec: Mapping[str, Any] = field(default_factory=dict)
 
     def follow_up(self, reply: str) -> Question | None:
         """The next turn's question, after the assistant said `reply` (its thinking left out); None after the last."""
@@ -56,6 +59,7 @@ class Question:
             gold=self.later[0].gold,
             later=self.later[1:],
             turn=self.turn + 1,
+            spec=self.later[0].spec,
         )
 
 
