@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cotree.errors import CotreeError, UsageError
-from cotree.store import StoredNode, StoredTree, TreeStore
+from cotree.store import Call, StoredNode, StoredTree, TreeStore
 
 
 def node(node_id: int, parent: int | None, text: str = "x") -> StoredNode:
@@ -67,11 +67,24 @@ def test_a_tree_that_breaks_half_way_leaves_nothing(tmp_path: Path) -> None:
 
 def test_journal(tmp_path: Path) -> None:
     with TreeStore(tmp_path / "t.db") as store:
-        assert store.recall("k") is None
-        store.journal("k", "t1", "m", "text")
-        store.journal("k", "t1", "m", "another")
+        assert store.recall(b"k") is None
+        store.journal([Call(b"k", "t1", "m", "text"), Call(b"l", "t1", "m", "beside it")])
+        store.journal([Call(b"k", "t1", "m", "another")])
+        assert store.recall(b"k") == "text"
     with TreeStore(tmp_path / "t.db") as store:
-        assert store.recall("k") == "text"
+        assert store.recall(b"k") == "text"
+        assert store.recall(b"l") == "beside it"
+        assert store.recall(b"m") is None
+
+
+def test_completions_are_journalled_all_or_none(tmp_path: Path) -> None:
+    half = [Call(b"k", "t1", "m", "text"), Call(b"l", "t1", "m", object())]  # type: ignore[arg-type]
+    with TreeStore(tmp_path / "t.db") as store:
+        with pytest.raises(UsageError, match="binding"):
+            store.journal(half)
+        assert store.recall(b"k") is None
+    with TreeStore(tmp_path / "t.db") as store:
+        assert store.recall(b"k") is None
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path: Path) -> None:
@@ -81,7 +94,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path: Path) -> None
 
         def fill() -> None:
             for i in range(1000):
-                store.journal(str(i), "t", "m", "x" * 1000)
+                store.journal([Call(str(i).encode(), "t", "m", "x" * 1000)])
 
         with pytest.raises(CotreeError, match="full; free some space, then re-run the same command to resume"):
             fill()

@@ -20,6 +20,7 @@ from cotree.eval.metrics import Sample
 from cotree.llm.chat import render
 from cotree.llm.client import Client, Request
 from cotree.llm.embedded import serve
+from cotree.llm.tokenizer import token_counter
 from cotree.search.prompts import example_messages
 from cotree.tasks import Question, Task
 from cotree.tasks.base import VerdictKind
@@ -85,11 +86,8 @@ async def _ask(
     wanted: int,
     on_sample: Callable[[int, int, str], None] | None,
 ) -> None:
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     async with Client(
-        "student", url, "default", max_in_flight=_SLOTS, count_tokens=count_tokens, timeout=600.0
+        "student", url, "default", max_in_flight=_SLOTS, count_tokens=token_counter(tokenizer), timeout=600.0
     ) as client:
 
         async def one(task: Task, question: Question) -> None:

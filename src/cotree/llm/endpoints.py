@@ -145,17 +145,17 @@ def _client(
     timeout: float,
     attempts: int | None,
 ) -> Client:
-    def count_tokens(text: str) -> int:
-        if tokenizer is None:
-            return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    from cotree.llm.tokenizer import token_counter
+
+    def guess(text: str) -> int:
+        return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
 
     return Client(
         name,
         url,
         "default" if model.embedded is not None else model.model,
         max_in_flight=model.max_in_flight,
-        count_tokens=count_tokens,
+        count_tokens=guess if tokenizer is None else token_counter(tokenizer),
         api_key=_api_key(name, model),
         timeout=timeout,
         **({} if attempts is None else {"attempts": attempts}),

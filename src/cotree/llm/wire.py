@@ -41,23 +41,13 @@ class Request:
     stop: tuple[str, ...]
     messages: tuple[tuple[str, str], ...] = ()
 
-    def key(self, model: str) -> str:
-        """The sha256 (hex) of the fields and the model's name: equal requests to equal models have equal keys."""
-        decisive: dict[str, Any] = {
-            "model": model,
-            "prompt": self.prompt,
-            "n": int(self.n),
-            "max_tokens": int(self.max_tokens),
-            # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
-            "temperature": float(self.temperature) + 0.0,
-            "top_p": float(self.top_p) + 0.0,
-            "seed": int(self.seed),
-            "stop": self.stop,
-        }
-        if self.messages:
-            decisive["messages"] = self.messages
-        canonical = json.dumps(decisive, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    def key(self, model: str) -> bytes:
+        """The sha256 of the fields and the model's name: equal requests to equal models have equal keys."""
+        # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
+        numbers = (int(self.n), int(self.max_tokens), float(self.temperature) + 0.0, float(self.top_p) + 0.0)
+        head = json.dumps([model, *numbers, int(self.seed), self.stop, self.messages], allow_nan=False)
+        # The prompt is the long part, and goes in as it is: a line end cannot stand in the JSON before it.
+        return hashlib.sha256(f"{head}\n{self.prompt}".encode("utf-8", "surrogatepass")).digest()
 
     def body(self, model: str) -> bytes:
         """The JSON to post: to `/v1/chat/completions` with messages, to `/v1/completions` without."""

@@ -6,13 +6,15 @@ completed call.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cotree.errors import CotreeError
 from cotree.llm.client import Completion, Request
 from cotree.llm.endpoints import Endpoint
-from cotree.store import TreeStore
+from cotree.store import Call, TreeStore
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Calls:
 
     def __init__(self, store: TreeStore, endpoints: Mapping[str, Endpoint], progress: Progress) -> None:
         self.store, self.endpoints, self.progress = store, endpoints, progress
+        self._arrived: list[tuple[Call, asyncio.Future[None]]] = []
 
     async def complete(self, model: str, request: Request, tree_id: str) -> Completion:
         """The completion of a request. Requests of one tree go to one server, where its prompts are warm."""
@@ -51,8 +54,32 @@ class Calls:
             self.progress.recalled += 1
             return Completion.from_json(recalled)
         completion = await endpoint.client(tree_id).complete(request)
-        self.store.journal(key, tree_id, model, completion.to_json())
+        await self._commit(Call(key, tree_id, model, completion.to_json()))
         self.progress.calls += 1
         self.progress.tokens += completion.completion_tokens
         self.progress.cost = sum(endpoint.cost or 0.0 for endpoint in self.endpoints.values())
         return completion
+
+    async def _commit(self, call: Call) -> None:
+        """Return when the call is in the journal. What arrives in one turn of the event loop is one transaction."""
+        loop = asyncio.get_running_loop()
+        if not self._arrived:
+            loop.call_soon(self._commit_arrived)
+        committed: asyncio.Future[None] = loop.create_future()
+        self._arrived.append((call, committed))
+        await committed
+
+    def _commit_arrived(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        failure: CotreeError | None = None
+        try:
+            self.store.journal([call for call, _ in arrived])
+        except CotreeError as error:
+            failure = error
+        for _, committed in arrived:
+            if committed.cancelled():
+                continue
+            if failure is None:
+                committed.set_result(None)
+            else:
+                committed.set_exception(failure)

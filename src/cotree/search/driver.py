@@ -16,7 +16,7 @@ from cotree.llm.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
 from cotree.search.growth import Growth, patterns_of, prefixes_of
 from cotree.search.reward import check_reward
-from cotree.store import StoredTree, TreeStore
+from cotree.store import Call, StoredTree, TreeStore
 from cotree.tasks import Question, Task
 
 Asked = tuple[Task, Question]
@@ -153,14 +153,14 @@ class Grower:
         A tree gets at most as many again as it had. Journalled before it is spent, so that a resume, which finds some
         of these trees finished, shares as the first run did.
         """
-        key = f"share/{self.config}/{questions[0][1].turn}"
+        key = f"share/{self.config}/{questions[0][1].turn}".encode()
         shared = self.store.recall(key)
         if shared is None:
             base = self.settings.rollouts
             ids = [self.tree_id(question) for _, question in questions]
             pool = sum(base - finished[tree] for tree in ids if tree in finished)
             shared = str(min(base, pool // len(wanting)))
-            self.store.journal(key, "", "", shared)
+            self.store.journal([Call(key, "", "", shared)])
         return int(shared)
 
 

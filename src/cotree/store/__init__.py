@@ -1,5 +1,5 @@
 """Where trees are kept."""
 
-from cotree.store.tree_store import StoredNode, StoredTree, TreeStore
+from cotree.store.tree_store import Call, StoredNode, StoredTree, TreeStore
 
-__all__ = ["StoredNode", "StoredTree", "TreeStore"]
+__all__ = ["Call", "StoredNode", "StoredTree", "TreeStore"]

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cotree.errors import CotreeError, UsageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS calls (          -- the journal
-  key TEXT PRIMARY KEY,                     -- sha256 of request and model
+  key BLOB PRIMARY KEY,                     -- sha256 of request and model
   tree_id TEXT NOT NULL,
   model TEXT NOT NULL,
   completion TEXT NOT NULL                  -- JSON: choices, token counts, seconds
-) WITHOUT ROWID;
+);
 CREATE TABLE IF NOT EXISTS trees (
   tree_id TEXT PRIMARY KEY,                 -- sha256 of task, question and config, 16 hex digits
   task TEXT NOT NULL,
@@ -65,6 +66,15 @@ CREATE TABLE IF NOT EXISTS nodes (
   PRIMARY KEY (tree_id, node_id)
 ) WITHOUT ROWID;
 """
+
+
+class Call(NamedTuple):
+    """A row of `calls`."""
+
+    key: bytes
+    tree_id: str
+    model: str
+    completion: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,9 @@ class TreeStore:
         if int(version) != SCHEMA_VERSION:
             self._db.close()
             raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}")
+        # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a call say which do.
+        with self._guard():
+            self._journalled = {key for (key,) in self._db.execute("SELECT key FROM calls")}
 
     def __enter__(self) -> TreeStore:
         return self
@@ -158,16 +171,31 @@ class TreeStore:
         except sqlite3.DatabaseError as error:
             raise UsageError(f"{self.path} is not a tree store ({error}); move it away or name another run") from None
 
-    def recall(self, key: str) -> str | None:
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All that is written in the block, or nothing of it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def recall(self, key: bytes) -> str | None:
         """The journalled completion of a request, as JSON, or None."""
+        if key not in self._journalled:
+            return None
         with self._guard():
             row = self._db.execute("SELECT completion FROM calls WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
+        return str(row[0])
 
-    def journal(self, key: str, tree_id: str, model: str, completion: str) -> None:
-        """Keep a completion for good; committed when this returns."""
-        with self._guard():
-            self._db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?)", (key, tree_id, model, completion))
+    def journal(self, calls: Sequence[Call]) -> None:
+        """Keep completions for good; committed, all or none, when this returns."""
+        with self._guard(), self._transaction():
+            self._db.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?)", calls)
+        self._journalled.update(call.key for call in calls)
 
     def finished(self, config: str) -> dict[str, int]:
         """The ids of the trees grown under a config, and the rollouts of each."""
@@ -177,34 +205,27 @@ class TreeStore:
 
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
-        with self._guard():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                done = self._db.execute(
-                    "INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                    (
-                        tree.tree_id, tree.task, tree.question_id, tree.turn, tree.config, tree.family,
-                        json.dumps(tree.messages), tree.gold, tree.pattern, tree.rollouts, tree.stopped, tree.calls,
-                        tree.prompt_tokens, tree.cached_tokens, tree.completion_tokens,
-                    ),
+        with self._guard(), self._transaction():
+            done = self._db.execute(
+                "INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    tree.tree_id, tree.task, tree.question_id, tree.turn, tree.config, tree.family,
+                    json.dumps(tree.messages), tree.gold, tree.pattern, tree.rollouts, tree.stopped, tree.calls,
+                    tree.prompt_tokens, tree.cached_tokens, tree.completion_tokens,
+                ),
+            )  # fmt: skip
+            if done.rowcount:
+                self._db.executemany(
+                    "INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    [
+                        (
+                            tree.tree_id, n.node_id, n.parent_id, n.type, n.text, n.prefix, n.model, n.depth,
+                            n.visits, n.value, n.verdict, n.reward, n.answer, n.tokens, n.finish_reason, n.seed,
+                            n.seconds,
+                        )
+                        for n in tree.nodes
+                    ],
                 )  # fmt: skip
-                if done.rowcount:
-                    self._db.executemany(
-                        "INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                        [
-                            (
-                                tree.tree_id, n.node_id, n.parent_id, n.type, n.text, n.prefix, n.model, n.depth,
-                                n.visits, n.value, n.verdict, n.reward, n.answer, n.tokens, n.finish_reason, n.seed,
-                                n.seconds,
-                            )
-                            for n in tree.nodes
-                        ],
-                    )  # fmt: skip
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
         """All trees (of one config) in the order of their ids, one at a time."""
