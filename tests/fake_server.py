@@ -97,6 +97,7 @@ class FakeServer:
     ignores: parts of a request that are not heeded. keeps_stop: a stop string stays in the text.
     chat_only: there is no `/v1/completions`.
     models: what `/v1/models` lists (None: no such page). Any model's name is answered unless `only_listed`.
+    step: what ends a step in a conversation that `/pooling` scores.
     api_key: what clients must send; a refusal quotes what they sent. log: a file that gets each body as a line.
     """
 
@@ -118,6 +119,7 @@ class FakeServer:
         models: Sequence[str] | None = ("fake",),
         only_listed: bool = False,
         api_key: str | None = None,
+        step: str = "<extra_0>",
         port: int = 0,
         log: str | None = None,
     ) -> None:
@@ -126,6 +128,7 @@ class FakeServer:
         self.usage, self.cached_tokens = usage, cached_tokens
         self.habit, self.ignores, self.keeps_stop, self.chat_only = habit, ignores, keeps_stop, chat_only
         self.models, self.only_listed, self.api_key = models, only_listed, api_key
+        self.step = step
         self.port, self.log = port, log
         self.requests: list[dict[str, Any]] = []
         self.answered: list[dict[str, Any]] = []
@@ -147,6 +150,7 @@ class FakeServer:
         if not self.chat_only:
             app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._completions)
+        app.router.add_post("/pooling", self._completions)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         # Handlers are cancelled when their client goes away, as a server that frees its slot does.
@@ -202,7 +206,8 @@ class FakeServer:
         if self.only_listed and body.get("model") not in (self.models or ()):
             return _error(404, f"The model `{body.get('model')}` does not exist.")
         chat = "messages" in body
-        if chat and (refused := _refused(body)):
+        scores = request.path == "/pooling"
+        if chat and not scores and (refused := _refused(body)):
             return _error(400, refused)
         seconds = self.latency
         if not isinstance(seconds, int | float):
@@ -223,7 +228,11 @@ class FakeServer:
             return _cut(request)
         if kind == "garbage":
             return web.Response(text='{"choices": [{"text": "we', content_type="application/json")
-        payload = self._payload(body, {"empty": 0, "fewer": body.get("n", 1) - 1}.get(str(kind)))
+        payload = (
+            self._scores(body)
+            if scores
+            else self._payload(body, {"empty": 0, "fewer": body.get("n", 1) - 1}.get(str(kind)))
+        )
         content = json.dumps(payload).encode()
         if kind == "half":
             response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -268,6 +277,15 @@ class FakeServer:
         }
         kind = "chat.completion" if chat else "text_completion"
         return {"object": kind, "model": body.get("model"), "choices": choices, "usage": usage}
+
+    def _scores(self, body: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's pooling reply of a step pooler: (bad, good) for each step, good for those of three words or more."""
+        last = body["messages"][-1]["content"]
+        steps = last.split(self.step)[:-1] if self.step in last else [last]
+        good = [0.875 if count_tokens(step) > 2 else 0.25 for step in steps]
+        pooled = [[1 - score, score] for score in good]
+        usage = {"prompt_tokens": count_tokens(_render(body["messages"]))}
+        return {"object": "list", "data": [{"index": 0, "object": "pooling", "data": pooled}], "usage": usage}
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         if self._is_stranger(request):

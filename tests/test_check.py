@@ -144,6 +144,24 @@ def test_a_template_that_drops_words_is_found(tokenizer: str, tmp_path: Path) ->
     assert "no system role" in found["template"]
 
 
+def test_a_process_reward_model_is_asked_for_a_score_a_step() -> None:
+    search = {"reward": {"process": "m1"}}
+    with FakeServerThread(reply=tell) as server:
+        scoring = {"url": server.url, "model": "fake", "mode": "pooling"}
+        assert problems(chat(server.url), scoring, search=search) == {}
+    with FakeServerThread(reply=tell, step="<other>") as server:
+        scoring = {"url": server.url, "model": "fake", "mode": "pooling"}
+        assert "1 scores came for 2 thoughts" in problems(chat(server.url), scoring, search=search)["scores"]
+
+
+def test_a_pooling_model_has_no_role_and_only_one_gives_process_rewards() -> None:
+    scoring = {"url": "http://127.0.0.1:1", "mode": "pooling"}
+    with pytest.raises(UsageError, match="`m0` is `mode: pooling`, which scores and writes nothing"):
+        recipe(scoring)
+    with pytest.raises(UsageError, match=r"search.reward.process .*unknown name `m0`"):
+        recipe(chat("http://127.0.0.1:1"), search={"reward": {"process": "m0"}})
+
+
 def test_an_empty_reply_is_found() -> None:
     with FakeServerThread(reply=lambda prompt, seed, index: " ") as server:
         assert "is empty" in problems(chat(server.url))["usage"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import shutil
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from cotree.config import Recipe
+from cotree.config import Recipe, Reward
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.client import Client, Completion, Request
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.progress import Output
-from cotree.tasks import Split, task
+from cotree.search.reward import combined, steps_messages
+from cotree.tasks import Question, Split, task
 
 _QUESTION = {"role": "user", "content": "Count from one to thirty in words, separated by commas."}
 # No reply to the question begins like this, so only a server that reads it goes on from it; it ends amid a word.
@@ -140,9 +142,25 @@ async def _models(recipe: Recipe, note: Note) -> None:
                 remark = "loaded" if model.embedded else f"{servers} server{'s' * (servers > 1)} ready"
                 note(Finding(subject, "reach", remark=remark))
                 for client in endpoint.clients:
-                    await _server(endpoint, client, f"{subject} at {client.url}" if servers > 1 else subject, note)
+                    where = f"{subject} at {client.url}" if servers > 1 else subject
+                    if model.mode == "pooling":
+                        await _scoring(client, recipe.search.reward or Reward(process=name), where, note)
+                    else:
+                        await _server(endpoint, client, where, note)
         except CotreeError as error:
             note(Finding(subject, "reach", str(error)))
+
+
+async def _scoring(client: Client, reward: Reward, subject: str, note: Note) -> None:
+    """That a process reward model gives each step a score."""
+    asked = Question("check", "check", (_QUESTION,), "")
+    messages = steps_messages(asked, ["One.", "Two."], reward.separator)
+    try:
+        completion = await client.complete(Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True))
+        worth = combined(json.loads(completion.choices[0].text), 2, reward.combine)
+        note(Finding(subject, "scores", remark=f"2 for 2 steps, worth {worth:.2f}"))
+    except CotreeError as error:
+        note(Finding(subject, "scores", str(error)))
 
 
 async def _server(endpoint: Endpoint, client: Client, subject: str, note: Note) -> None:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cotree.errors import UsageError
 
 GGUFType = Literal["F32", "F16", "Q8_0"]
+Mode = Literal["completions", "chat", "pooling"]
 Length = Literal["longest", "medium", "shortest"]
 STAGES = ("search", "build", "train_sft", "train_dpo", "eval", "report")
 
@@ -45,7 +46,8 @@ class Model(Section):
     hub. `url` is one server or a list of servers of the same model: a question stays with one of them, so that its
     prompts stay warm there. `tokenizer` (a hub id or folder) renders the chat template for `url` models; embedded ones
     carry their own. `mode: chat` sends the chain so far as an assistant message to be continued, for servers that
-    offer only `/v1/chat/completions`; it needs no tokenizer. `max_in_flight` counts requests a server.
+    offer only `/v1/chat/completions`; it needs no tokenizer. `mode: pooling` is a process reward model behind vLLM's
+    `/pooling`, which writes nothing and scores the steps of a chain. `max_in_flight` counts requests a server.
     """
 
     embedded: str | None = None
@@ -53,7 +55,7 @@ class Model(Section):
     url: str | tuple[str, ...] | None = None
     model: str = "default"
     tokenizer: str | None = None
-    mode: Literal["completions", "chat"] = "completions"
+    mode: Mode = "completions"
     api_key_env: str | None = None
     max_in_flight: int = Field(16, ge=1)
     price: Price | None = None
@@ -62,8 +64,8 @@ class Model(Section):
     def _one_source(self) -> Model:
         if (self.embedded is None) == (not self.urls):
             raise ValueError("give exactly one of `embedded` (a GGUF in this process) or `url` (a server)")
-        if self.embedded is not None and self.mode == "chat":
-            raise ValueError("`mode: chat` is for servers; an embedded model continues text exactly")
+        if self.embedded is not None and self.mode != "completions":
+            raise ValueError(f"`mode: {self.mode}` is for servers; an embedded model continues text exactly")
         if self.urls and self.mode == "completions" and self.tokenizer is None:
             raise ValueError("a `url` model needs `tokenizer` (hub id or folder): prompts are rendered on this side")
         return self
@@ -153,16 +155,21 @@ class Reward(Section):
 
     function: `module:name` or `path/to/file.py:name`, called as f(question, text, verdict).
     judge: a model of the recipe that is asked, `samples` times, whether the answer is right; the share of yes.
+    process: a process reward model of the recipe (`mode: pooling`); it scores each thought of the chain, which
+        `separator` ends, and `combine` makes one number of them: the least, their product, or the last one's.
     """
 
     function: str | None = Field(None, pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$")
     judge: str | None = None
     samples: int = Field(4, ge=1)
+    process: str | None = None
+    separator: str = Field("<extra_0>", min_length=1)
+    combine: Literal["least", "product", "last"] = "least"
 
     @model_validator(mode="after")
     def _one_source(self) -> Reward:
-        if (self.function is None) == (self.judge is None):
-            raise ValueError("give exactly one of `function` (Python) or `judge` (a model)")
+        if sum(source is not None for source in (self.function, self.judge, self.process)) != 1:
+            raise ValueError("give exactly one of `function` (Python), `judge` or `process` (a model)")
         return self
 
 
@@ -320,6 +327,9 @@ class Recipe(Section):
         _known("roles", self.roles, ["thinker", "reflector", *THOUGHT_TYPES])
         _known("models named in roles", [w.model for role in self.roles.values() for w in role], list(self.models))
         _known("train.student", [self.train.student], list(self.models))
+        for name in sorted({writer.model for role in self.roles.values() for writer in role}):
+            if self.models[name].mode == "pooling":
+                raise ValueError(f"roles: `{name}` is `mode: pooling`, which scores and writes nothing")
         search = self.search
         for name, pattern in search.own_patterns.items():
             if name in PATTERNS:
@@ -335,7 +345,11 @@ class Recipe(Section):
         if "answer" in search.thoughts and not search.thoughts["answer"].answers():
             raise ValueError("search.thoughts.answer: only `prefixes` and `max_tokens` can change; it closes its box")
         if search.reward is not None and search.reward.judge is not None:
-            _known("search.reward.judge", [search.reward.judge], list(self.models))
+            writing = [name for name, model in self.models.items() if model.mode != "pooling"]
+            _known("search.reward.judge", [search.reward.judge], writing)
+        if search.reward is not None and search.reward.process is not None:
+            scoring = [name for name, model in self.models.items() if model.mode == "pooling"]
+            _known("search.reward.process (a model with `mode: pooling`)", [search.reward.process], scoring)
         for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):
             _known("tasks", part, list(TASKS))
         if self.models[self.train.student].embedded is None:
@@ -343,10 +357,10 @@ class Recipe(Section):
         return self
 
     def used_models(self) -> dict[str, Model]:
-        """The models that the search asks: those of a role, and the judge."""
-        names = {writer.model for role in self.roles.values() for writer in role}
-        if self.search.reward is not None and self.search.reward.judge is not None:
-            names.add(self.search.reward.judge)
+        """The models that the search asks: those of a role, and the one that gives the reward."""
+        names: set[str | None] = {writer.model for role in self.roles.values() for writer in role}
+        if self.search.reward is not None:
+            names |= {self.search.reward.judge, self.search.reward.process}
         return {name: model for name, model in self.models.items() if name in names}
 
 

@@ -75,7 +75,7 @@ async def test_a_server_without_chat_completions_says_so() -> None:
 
 async def test_ready_asks_the_way_that_will_be_used() -> None:
     async with FakeServer(models=["a.gguf"], chat_only=True) as server, client(server.url) as c:
-        await c.ready(chat=True)
+        await c.ready("chat")
         assert server.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
         with pytest.raises(UsageError, match="HTTP 404"):
             await c.ready()

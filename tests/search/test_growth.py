@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -299,6 +300,28 @@ def test_a_judge_is_asked_about_every_answer_and_its_share_of_yes_is_the_reward(
     assert {n.reward for n in answers} == {0.75}
     assert {n.verdict for n in answers} == {"correct", "wrong"}
     assert sum(tree.calls for tree in trees) > len(answers), "the judge's calls are counted"
+
+
+@pytest.mark.parametrize("combine", ["least", "product", "last"])
+def test_a_process_reward_model_scores_every_thought_of_a_chain(tmp_path: Path, combine: str) -> None:
+    search = settings(reward=Reward.model_validate({"process": "judge", "combine": combine}))
+    trees, _ = run(tmp_path, search)
+    seen = set()
+    for tree in trees:
+        for leaf in (n for n in tree.nodes if n.type == "answer"):
+            scores = [0.875 if count_tokens(n.text) > 2 else 0.25 for n in tree.chain(leaf.node_id)]
+            least, product = min(scores), math.prod(scores)
+            assert leaf.reward == {"least": least, "product": product, "last": scores[-1]}[combine]
+            seen.add((leaf.reward, leaf.verdict))
+    assert len({reward for reward, _ in seen}) > (combine == "product"), "rewards differ with the text"
+    assert {verdict for _, verdict in seen} == {"correct", "wrong"}, "verdicts stay the task's"
+
+
+def test_a_process_reward_model_that_scores_other_than_each_thought_is_one_line(tmp_path: Path) -> None:
+    search = settings(reward=Reward(process="judge", separator="<step>"))
+    with pytest.raises(ExceptionGroup) as caught:
+        run(tmp_path, search)
+    assert "1 scores came for 2 thoughts; set `separator`" in str(caught.value.exceptions[0].exceptions[0])
 
 
 def test_of_several_writers_one_is_drawn_by_seed_and_the_summary_says_who_wrote(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The client of one model server: `/v1/completions`, or `/v1/chat/completions` for requests with messages.
+"""The client of one model server: `/v1/completions`, `/v1/chat/completions` for requests with messages, `/pooling` for
+scores.
 
 Invariant: `complete` returns n whole choices or raises; a failed, cut or malformed reply is never half used. Every
 token that a server reports is counted, those of discarded replies too, and every attempt whose tokens are unknown is
@@ -20,6 +21,7 @@ from typing import Self
 import aiohttp
 from yarl import URL
 
+from cotree.config import Mode
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.wire import Choice, Completion, Counters, Request, error_message, model_names, one_line, read_reply
 
@@ -76,6 +78,7 @@ class Client:
         self.name, self.url, self.model = name, str(base), model
         self.counters = Counters()
         self._completions, self._chat = base / "v1/completions", base / "v1/chat/completions"
+        self._pooling = base / "pooling"
         self._models, self._health = base / "v1/models", base / "health"
         self._count_tokens = count_tokens
         self._api_key = api_key
@@ -131,10 +134,10 @@ class Client:
         tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
         raise CotreeError(f"{self}: {result.what} ({tried}); fix that, then re-run the same command to resume")
 
-    async def ready(self, *, chat: bool = False) -> None:
+    async def ready(self, mode: Mode = "completions") -> None:
         """Ask the server whether it is there and serves the model, before work starts.
 
-        chat: the model will be asked through `/v1/chat/completions`.
+        mode: how the model will be asked.
 
         Raises UsageError with one line that names the model, the URL and the fix. Costs no tokens unless the server
         does not list the model: some (llama.cpp, Ollama) answer to other names too, so one token is asked for.
@@ -155,7 +158,10 @@ class Client:
             raise UsageError(f"{self}: {problem}; {fix}, then run the same command again")
         served = model_names(content)
         if served and self.model not in served:
-            probe = Request("" if chat else "Hi", 1, 1, 1.0, 1.0, 0, (), (("user", "Hi"),) if chat else ())
+            said = (("user", "Hi"),)
+            probe = Request("", 1, 1, 1.0, 1.0, 0, (), said, mode == "pooling")
+            if mode == "completions":
+                probe = Request("Hi", 1, 1, 1.0, 1.0, 0, ())
             result = await self._attempt(probe, limits)
             if isinstance(result, _Failure):
                 raise UsageError(f"{self}: {result.what}; the server lists {', '.join(served[:8])}: set `model` to one")
@@ -164,7 +170,8 @@ class Client:
         """Send once. Only being cancelled raises."""
         self.counters.requests += 1
         started = time.perf_counter()
-        url, body = self._chat if request.messages else self._completions, request.body(self.model)
+        url = self._pooling if request.scores else self._chat if request.messages else self._completions
+        body = request.body(self.model)
         try:
             # A redirected POST would become a GET, and the key would go wherever it points.
             async with self._session.post(url, data=body, timeout=limits, allow_redirects=False) as reply:

@@ -65,8 +65,8 @@ def identity(model: Model) -> str:
     """What decides a model's text, without its address: two servers of one model are one model."""
     if model.embedded:
         return f"{model.embedded}@{model.gguf}"
-    # In chat mode the server's template decides what the model reads, so it is another writer.
-    return f"{model.model} (chat)" if model.mode == "chat" else f"{model.model}"
+    # In the other modes the server's template decides what the model reads, so it is another writer.
+    return model.model if model.mode == "completions" else f"{model.model} ({model.mode})"
 
 
 @asynccontextmanager
@@ -96,7 +96,7 @@ async def open_endpoints(
                 await stack.enter_async_context(client)
             if model.embedded is None:
                 await _all_ready(clients, model)
-            rendering = None if model.mode == "chat" else tokenizer
+            rendering = tokenizer if model.mode == "completions" else None
             endpoints[name] = Endpoint(name, tuple(clients), rendering, identity(model), model.price)
         yield endpoints
 
@@ -117,7 +117,7 @@ async def check_servers(models: Mapping[str, Model]) -> None:
 
 async def _all_ready(clients: Sequence[Client], model: Model) -> None:
     """Ask all servers of a model at once; one line names every one that is not ready."""
-    asked = (client.ready(chat=model.mode == "chat") for client in clients)
+    asked = (client.ready(model.mode) for client in clients)
     results = await asyncio.gather(*asked, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, UsageError):

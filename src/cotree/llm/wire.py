@@ -29,7 +29,8 @@ class Request:
     """Everything that decides the text: n samples that continue `prompt`, each up to `max_tokens` or a stop string.
 
     With `messages` ((role, content) pairs) the server renders the conversation, and `prompt` is how its assistant's
-    turn begins ("": it has not begun).
+    turn begins ("": it has not begun). With `scores` nothing is written: the conversation's steps are scored, and the
+    one choice's text is the JSON list of the scores.
     """
 
     prompt: str
@@ -40,17 +41,19 @@ class Request:
     seed: int
     stop: tuple[str, ...]
     messages: tuple[tuple[str, str], ...] = ()
+    scores: bool = False
 
     def key(self, model: str) -> bytes:
         """The sha256 of the fields and the model's name: equal requests to equal models have equal keys."""
         # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
         numbers = (int(self.n), int(self.max_tokens), float(self.temperature) + 0.0, float(self.top_p) + 0.0)
-        head = json.dumps([model, *numbers, int(self.seed), self.stop, self.messages], allow_nan=False)
+        head = json.dumps([model, *numbers, int(self.seed), self.stop, self.messages, self.scores], allow_nan=False)
         # The prompt is the long part, and goes in as it is: a line end cannot stand in the JSON before it.
         return hashlib.sha256(f"{head}\n{self.prompt}".encode("utf-8", "surrogatepass")).digest()
 
     def body(self, model: str) -> bytes:
-        """The JSON to post: to `/v1/chat/completions` with messages, to `/v1/completions` without."""
+        """The JSON to post: to `/v1/chat/completions` with messages, to `/v1/completions` without, to `/pooling` for
+        scores."""
         body: dict[str, Any] = {"model": model}
         if self.messages:
             turns = [{"role": role, "content": content} for role, content in self.messages]
@@ -61,6 +64,8 @@ class Request:
             body["messages"] = turns
         else:
             body["prompt"] = self.prompt
+        if self.scores:
+            return json.dumps(body).encode()
         body |= {
             "n": self.n,
             "max_tokens": self.max_tokens,
@@ -166,6 +171,8 @@ class Reply:
 def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> Reply:
     """Check a reply and count its tokens, by `count_tokens` where the server does not."""
     payload = parse_json(content)
+    if request.scores:
+        return _read_scores(payload, request, count_tokens)
     if not isinstance(payload, dict) or not isinstance(payload.get("choices"), list):
         return Reply("the reply is not JSON with choices", counted=False)
     usage = payload.get("usage")
@@ -195,6 +202,22 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
         problem = f"{len(choices)} choices came back for n={request.n}"
     completion_tokens = max(reported, sum(choice.tokens for choice in choices))
     return Reply(problem, tuple(choices), prompt_tokens, cached_tokens, completion_tokens, lasting=lasting)
+
+
+def _read_scores(payload: Any, request: Request, count_tokens: Callable[[str], int]) -> Reply:
+    """vLLM's pooling reply: a row for each step, a probability or the probabilities of (bad, good)."""
+    try:
+        rows = payload["data"][0]["data"]
+        scores = [float(row[-1] if isinstance(row, list) else row) for row in rows]
+    except (TypeError, ValueError, LookupError):
+        return Reply("the reply is not JSON with pooled data", counted=False)
+    prompt_tokens = _count(payload.get("usage"), "prompt_tokens")
+    if prompt_tokens is None:
+        prompt_tokens = count_tokens(request.prompt_text())
+    if not all(0.0 <= score <= 1.0 for score in scores):
+        problem = "the scores are no probabilities; serve a process reward model with its own pooler"
+        return Reply(problem, prompt_tokens=prompt_tokens, lasting=True)
+    return Reply("", (Choice(json.dumps(scores), "stop", 0),), prompt_tokens)
 
 
 def _text(entry: dict[str, Any], request: Request) -> str | None:

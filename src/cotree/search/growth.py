@@ -7,11 +7,12 @@ where does not depend on latency or on how many trees grow at once. A round that
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cotree.config import Role, Search, Writer
+from cotree.config import Reward, Role, Search, Writer
 from cotree.config import Thought as ThoughtSettings
 from cotree.llm.client import Completion, Request
 from cotree.llm.endpoints import Prompt
@@ -25,7 +26,15 @@ from cotree.search.prompts import (
     search_messages,
     thought_text,
 )
-from cotree.search.reward import JUDGE_PREFIX, RewardFunction, call, judge_messages, share_of_yes
+from cotree.search.reward import (
+    JUDGE_PREFIX,
+    RewardFunction,
+    call,
+    combined,
+    judge_messages,
+    share_of_yes,
+    steps_messages,
+)
 from cotree.search.stopping import Tally
 from cotree.search.thoughts import PATTERNS, PREFIXES, draw
 from cotree.store import StoredNode, StoredTree
@@ -214,6 +223,8 @@ class Growth:
         text = f"{before}\n{answer}" if before else answer
         if self.reward is not None:
             return call(self.reward, self.question, text, verdict)
+        if settings.process is not None:
+            return await self._score(settings, settings.process, [n.text for n in wanted.node.chain()] + [answer])
         assert settings.judge is not None
         completion = await self._ask(
             Writer(model=settings.judge),
@@ -225,6 +236,14 @@ class Growth:
             stop=("\n",),
         )
         return share_of_yes([choice.text for choice in completion.choices])
+
+    async def _score(self, settings: Reward, model: str, thoughts: Sequence[str]) -> float:
+        """The process reward of a chain."""
+        messages = steps_messages(self.question, thoughts, settings.separator)
+        request = Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True)
+        completion = await self.calls.complete(model, request, self.tree_id)
+        self.spent.add(completion)
+        return combined(json.loads(completion.choices[0].text), len(thoughts), settings.combine)
 
     def stored(self, config: str) -> StoredTree:
         """The tree as the store keeps it."""

@@ -1,4 +1,4 @@
-"""What a judged leaf is worth to the search: the task's rule, a Python function, or a model that is asked.
+"""What a judged leaf is worth to the search: the task's rule, a Python function, or a model that judges or scores it.
 
 Invariant: a reward is a number in [0, 1] and never changes a verdict; a thought without an answer is worth 0 and nobody
 is asked about it.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cotree.config import Reward
 from cotree.errors import CotreeError, UsageError
@@ -76,6 +76,26 @@ def share_of_yes(replies: list[str]) -> float:
     """The judge's reward: how many of its samples begin with yes (or true)."""
     yes = [reply.strip().lower().startswith(("yes", "true")) for reply in replies]
     return sum(yes) / len(yes)
+
+
+def steps_messages(question: Question, thoughts: Sequence[str], separator: str) -> tuple[tuple[str, str], ...]:
+    """What a process reward model reads: the question, and the chain with `separator` after each thought."""
+    asked = tuple((message["role"], message["content"]) for message in question.messages)
+    return (*asked, ("assistant", "".join(f"{thought}{separator}" for thought in thoughts)))
+
+
+def combined(scores: Sequence[float], steps: int, how: Literal["least", "product", "last"]) -> float:
+    """One reward of the scores of a chain's steps.
+
+    Raises:
+        CotreeError: there is not one score a step.
+    """
+    if len(scores) != steps:
+        raise CotreeError(
+            f"search.reward.process: {len(scores)} scores came for {steps} thoughts; set `separator` to the model's "
+            "step token, and serve it with a pooler that returns that token's score"
+        )
+    return {"least": min(scores), "product": math.prod(scores), "last": scores[-1]}[how]
 
 
 def check_reward(reward: Reward | None) -> RewardFunction | None:
