@@ -9,8 +9,11 @@ from cotree.errors import UsageError
 from cotree.tasks.arithmetic import Arithmetic
 from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample
 from cotree.tasks.letters import Letters
+from cotree.tasks.mathematics import AIME24, AIME25, GSM8K, MATH500, MATHTraining
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, Letters)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (GSM8K, MATH500, MATHTraining, AIME24, AIME25, Arithmetic, Letters)
+}
 
 
 def task(name: str, data: str | Path | None = None) -> Task:

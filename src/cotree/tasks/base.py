@@ -89,13 +89,14 @@ class WorkedExample:
 class Task(ABC):
     """A family of questions. A generated task draws its splits from disjoint parameters; a benchmark has a `source`.
 
-    data: where a benchmark's rows are (see `loading.load_rows`). `blocking`: a verdict may wait for another process, so
-    an event loop asks for it through `judge_async`.
+    data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
+    `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
     """
 
     name: str
     description: str
-    source: ClassVar[Source | None] = None
+    prompt_version: str
+    source: Source | None = None
     blocking: ClassVar[bool] = False
 
     def __init__(self, data: str | Path | None = None) -> None:
