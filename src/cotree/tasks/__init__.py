@@ -17,15 +17,24 @@ TASKS: dict[str, type[Task]] = {
 
 
 def task(name: str, data: str | Path | None = None) -> Task:
-    """The task of that name; UsageError with the nearest known name otherwise.
+    """The task of that name, of a YAML file, or of a class (`file.py:Class`); else UsageError with the nearest name.
 
     data: where a benchmark's rows are (file, folder or hub id); by default the folder in COTREE_DATA, else the hub.
     """
+    if is_own(name):
+        from cotree.tasks.own import own_task
+
+        return own_task(name, data)
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(TASKS)}"
         raise UsageError(f"unknown task `{name}`; {hint}")
     return TASKS[name](data)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is that of a user's file: `task.yaml` or `file.py:Class`."""
+    return name.endswith((".yaml", ".yml")) or ".py:" in name
 
 
 def listing() -> str:
@@ -39,4 +48,4 @@ def listing() -> str:
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-__all__ = ["TASKS", "Message", "Question", "Split", "Task", "Verdict", "WorkedExample", "listing", "task"]
+__all__ = ["TASKS", "Message", "Question", "Split", "Task", "Verdict", "WorkedExample", "is_own", "listing", "task"]

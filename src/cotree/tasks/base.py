@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from cotree.errors import UsageError
 from cotree.tasks.extract import Mode, extract_answer
@@ -97,7 +97,7 @@ class Task(ABC):
     description: str
     prompt_version: str
     source: Source | None = None
-    blocking: ClassVar[bool] = False
+    blocking: bool = False
 
     def __init__(self, data: str | Path | None = None) -> None:
         if data is not None and self.source is None:

@@ -51,7 +51,7 @@ _MATHS = (
 _SIGNS = r"[\d+*/=^_(){}\[\]|!<>,.;:'% -]"
 # What may stand after it: a number, delimited maths, bold words, or maths without delimiters.
 _VALUE = re.compile(
-    rf"""  \$\$?(?P<dollars>(?!\s)[^$\n]{{1,300}}(?<!\s))\$(?!\d)
+    rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d)
          | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)
          | \\\[\s*+(?P<display>.{{1,300}}?)\s*\\\]
          | (?P<number>{_NUMBER})(?:\\?%)?+\**+(?![_^\\({{[]|[A-Za-z](?![A-Za-z])|[ ]*+[-+*/=]|,?+[ ]*+-?\d)

@@ -1,8 +1,8 @@
-"""One process that compares mathematical answers: `python -m cotree.tasks.math_worker`, spoken to by `math_verdicts`.
+"""The process that compares mathematical answers: `python -m cotree.tasks.math_worker FD...`, run by `math_verdicts`.
 
-Invariant: one JSON line in, `{"gold": ..., "answer": ...}`, one line out: `true`, `false`, or `null` for a comparison
-that was stopped. A forked child compares, and the kernel ends it at the limit, so that neither C code nor a number that
-fills the memory can hold it up; the next child is there in milliseconds, with the libraries loaded.
+Invariant: on each socket FD one JSON line in, `[gold, answer]`, and one line out: `true`, `false`, or `null` for a
+comparison that was stopped. A forked child serves each socket, and the kernel ends it at the limit, so that neither C
+code nor a number that fills the memory can hold it up; the next child is there in milliseconds, libraries loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from functools import lru_cache
 from typing import Any
@@ -20,35 +21,48 @@ SECONDS = 3.0
 BYTES = 2 << 30
 
 
-def main() -> None:
-    """Keep a comparing child until the input ends. The first line out, `ready`, says that the libraries are loaded."""
+def main(descriptors: list[int]) -> None:
+    """Keep a child for each socket until all are closed. A line `ready` says that the libraries are loaded."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A power tower or a factorial asks for all the memory there is.
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
-    # What a library prints must not look like a verdict.
-    out = os.dup(1)
-    os.dup2(2, 1)
     equal("1", r"\frac{2}{2}")
-    os.write(out, b"ready\n")
-    while (child := os.fork()) != 0:
-        _, status = os.waitpid(child, 0)
-        if status == 0:
-            return
-        os.write(out, b"null\n")
-    _serve(out)
-    os._exit(0)
+    print("ready", flush=True)
+    sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+    children = {_fork(served, sockets): served for served in sockets}
+    while children:
+        child, status = os.wait()
+        served = children.pop(child)
+        try:
+            if status != 0:
+                served.sendall(b"null\n")
+                children[_fork(served, sockets)] = served
+        except OSError:
+            # Whoever asked has gone.
+            continue
 
 
-def _serve(out: int) -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
+def _fork(served: socket.socket, sockets: list[socket.socket]) -> int:
+    child = os.fork()
+    if child == 0:
+        # A socket ends for its other side when nobody holds it any more.
+        for other in sockets:
+            if other is not served:
+                other.close()
+        _serve(served)
+        os._exit(0)
+    return child
+
+
+def _serve(served: socket.socket) -> None:
+    for line in served.makefile():
         # SIGALRM, unhandled, ends the process in whatever it is doing.
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        result = equal(request["gold"], request["answer"])
+        result = equal(*json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        os.write(out, json.dumps(result).encode() + b"\n")
+        served.sendall(json.dumps(result).encode() + b"\n")
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -73,4 +87,4 @@ def _parsed(text: str) -> list[Any]:
 _parsed_gold = lru_cache(256)(_parsed)
 
 if __name__ == "__main__":
-    main()
+    main([int(word) for word in sys.argv[1:]])
