@@ -171,6 +171,23 @@ def test_a_process_that_is_killed_is_replaced_and_says_nothing_about_the_answer(
     assert verdicts._workers is not first
 
 
+def test_a_comparison_that_loses_its_process_is_asked_again() -> None:
+    assert compare("a+b", "b+a") == (True, "")
+    first = verdicts._workers
+    assert first is not None
+    pid = first.process.pid
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(compare, "a+b", "b+3a-2a")
+        time.sleep(0.3)
+        first.close()
+        assert asked.result(60) == (True, "")
+    for child in children:
+        os.kill(child, signal.SIGCONT)
+
+
 SCRIPT = """
 import asyncio, os, threading, cotree
 task = cotree.task("math500")
@@ -183,11 +200,13 @@ def judge(): seen.append(task.judge(question, "\\\\boxed{(x+1)(x-1)}").kind)
 threads = [threading.Thread(target=judge) for _ in range(4)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
 print(seen)
+from cotree.tasks import math_verdicts
+first = math_verdicts._workers.process.pid
 if os.fork() == 0:
-    print(task.judge(question, "\\\\boxed{x^2 - 2}").kind, flush=True)
+    print(task.judge(question, "\\\\boxed{x^2 - 2}").kind, math_verdicts._workers.process.pid != first, flush=True)
     os._exit(0)
 os.wait()
-print(task.judge(question, "\\\\boxed{-1 + x^2}").kind)
+print(task.judge(question, "\\\\boxed{-1 + x^2}").kind, math_verdicts._workers.process.pid == first)
 """
 
 
@@ -198,7 +217,7 @@ def test_judging_works_from_stdin_in_threads_in_a_loop_and_after_a_fork(tmp_path
     found = subprocess.run(run, input=SCRIPT, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120)
     lines = found.stdout.split("\n")
     assert lines[0] == "['wrong', 'correct', 'wrong', 'wrong']"
-    assert lines[1:4] == [str(["correct"] * 4), "wrong", "correct"]
+    assert lines[1:4] == [str(["correct"] * 4), "wrong True", "correct True"]
     assert found.stderr == ""
 
 

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -119,6 +120,7 @@ class _Workers:
         except BaseException:
             # The next line on this socket would be this one's reply.
             self.close()
+            ours.close()
             raise
         finally:
             self._free.put(ours)
@@ -127,10 +129,15 @@ class _Workers:
 
     def close(self) -> None:
         """End the process; comparisons in other threads fail."""
-        for ours in self.sockets:
-            ours.close()
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        # Its children hold the other end until they notice, so nobody waits for the end of what it says.
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        for ours in self.sockets:
+            # Not closed here: a thread that waits for its reply would go on waiting, on a number that others may get.
+            with suppress(OSError):
+                ours.shutdown(socket.SHUT_RDWR)
 
 
 _starting = threading.Lock()
@@ -164,6 +171,8 @@ def _after_fork() -> None:
 def _at_exit() -> None:
     if _workers is not None:
         _workers.close()
+        for ours in _workers.sockets:
+            ours.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -99,31 +99,6 @@ class GSM8K(Mathematics):
         return super()._gold(row).rpartition("####")[2].strip().replace(",", "")
 
 
-_MATH_EXAMPLES = (
-    _example(
-        "Solve $\\frac{x}{3} + \\frac{1}{2} = 2$ for $x$.",
-        "I bring the constant to the right, then multiply.",
-        "$\\frac{x}{3} = 2 - \\frac{1}{2} = \\frac{3}{2}$, so $x = \\frac{9}{2}$.",
-        "$\\frac{9}{2} \\cdot \\frac{1}{3} + \\frac{1}{2} = \\frac{3}{2} + \\frac{1}{2} = 2$, as it should be.",
-        "\\frac{9}{2}",
-    ),
-    _example(
-        "For which real $x$ is $x^2 - 4x < 0$? Give the answer as an interval.",
-        "I factor and look at the signs between the roots.",
-        "$x^2 - 4x = x(x - 4)$ is negative where exactly one factor is, that is for $0 < x < 4$.",
-        "At $x = 1$ it is $-3 < 0$, at $x = 5$ it is $5 > 0$, and at the ends it is $0$, so the interval is open.",
-        "(0,4)",
-    ),
-    _example(
-        "Two fair dice are rolled. What is the probability that the sum is 10?",
-        "I count the pairs with sum 10 among all pairs.",
-        "The pairs are $(4,6), (5,5), (6,4)$, so $3$ of $36$, which is $\\frac{1}{12}$.",
-        "No other pair of numbers up to 6 has the sum 10, and $3/36 = 1/12$.",
-        "\\frac{1}{12}",
-    ),
-)
-
-
 class MATH500(Mathematics):
     r"""`math500`: 500 competition problems of the MATH test set (Hendrycks et al. 2021; choice: Lightman et al. 2023).
 
@@ -140,7 +115,32 @@ class MATH500(Mathematics):
     description = "competition mathematics with LaTeX answers"
     prompt_version = "math500/boxed-1"
     source = Source("math500.jsonl", "HuggingFaceH4/MATH-500", "MIT", 500, (), "test")
-    examples = _MATH_EXAMPLES
+    examples = (
+        _example(
+            "Solve $\\frac{x}{3} + \\frac{1}{2} = 2$ for $x$.",
+            "I bring the constant to the right, then multiply.",
+            "$\\frac{x}{3} = 2 - \\frac{1}{2} = \\frac{3}{2}$, so $x = \\frac{9}{2}$.",
+            "$\\frac{9}{2} \\cdot \\frac{1}{3} + \\frac{1}{2} = \\frac{3}{2} + \\frac{1}{2} = 2$, as it should be.",
+            "\\frac{9}{2}",
+        ),
+        _example(
+            "For which real $x$ is $x^2 - 4x < 0$? Give the answer as an interval.",
+            "I factor and look at the signs between the roots.",
+            "$x^2 - 4x = x(x - 4)$ is negative where exactly one factor is, that is for $0 < x < 4$.",
+            "At $x = 1$ it is $-3 < 0$, at $x = 5$ it is $5 > 0$, and at the ends it is $0$, so the interval is open.",
+            "(0,4)",
+        ),
+        _example(
+            "Two fair dice are rolled. What is the probability that the sum is 10?",
+            "I count the pairs with sum 10 among all pairs.",
+            "The pairs are $(4,6), (5,5), (6,4)$, so $3$ of $36$, which is $\\frac{1}{12}$.",
+            "No other pair of numbers up to 6 has the sum 10, and $3/36 = 1/12$.",
+            "\\frac{1}{12}",
+        ),
+    )
+
+
+_SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 
 
 class MATHTraining(Mathematics):
@@ -158,19 +158,11 @@ class MATHTraining(Mathematics):
         "EleutherAI/hendrycks_math",
         "MIT",
         7500,
-        (
-            "algebra",
-            "counting_and_probability",
-            "geometry",
-            "intermediate_algebra",
-            "number_theory",
-            "prealgebra",
-            "precalculus",
-        ),
+        tuple(_SUBJECTS.split()),
         "train",
         "math-train",
     )
-    examples = _MATH_EXAMPLES
+    examples = MATH500.examples
 
     def _gold(self, row: Row) -> str:
         if row.get("answer") is not None:
@@ -179,32 +171,6 @@ class MATHTraining(Mathematics):
         if boxed is None:
             raise UsageError("a row of `math` has neither an `answer` nor a \\boxed{} in its `solution`")
         return boxed.strip()
-
-
-_AIME_EXAMPLES = (
-    _example(
-        "Find the number of positive divisors of $2^3 \\cdot 3^4 \\cdot 5$ that are multiples of $6$.",
-        "I choose the exponents of each prime, those of 2 and 3 being at least one.",
-        "The exponent of $2$ is $1$ to $3$, of $3$ is $1$ to $4$, of $5$ is $0$ or $1$: $3 \\cdot 4 \\cdot 2 = 24$.",
-        "Dividing by $6$ leaves the divisors of $2^2 \\cdot 3^3 \\cdot 5$, and $3 \\cdot 4 \\cdot 2 = 24$ again.",
-        "24",
-    ),
-    _example(
-        "The real numbers $a$ and $b$ satisfy $a + b = 9$ and $ab = 8$. Find $a^3 + b^3$.",
-        "I write the sum of cubes with the sum and the product.",
-        "$a^3 + b^3 = (a + b)^3 - 3ab(a + b) = 729 - 216 = 513$.",
-        "$a$ and $b$ are $1$ and $8$, and $1 + 512 = 513$.",
-        "513",
-    ),
-    _example(
-        "A fair coin is tossed $6$ times. The probability of exactly $2$ heads is $\\frac{m}{n}$ with $m$ and $n$ "
-        "relatively prime positive integers. Find $m + n$.",
-        "I count the sequences with two heads, cancel, and add.",
-        "$\\binom{6}{2} = 15$ of $2^6 = 64$ sequences, and $15/64$ cannot be cancelled, so $m + n = 79$.",
-        "$15$ is odd and $64$ is a power of two, so the fraction is in lowest terms and $15 + 64 = 79$.",
-        "79",
-    ),
-)
 
 
 class AIME24(Mathematics):
@@ -222,14 +188,36 @@ class AIME24(Mathematics):
     description = "AIME 2024 I and II; integers from 0 to 999"
     prompt_version = "aime24/boxed-1"
     source = Source("aime_2024.jsonl", "HuggingFaceH4/aime_2024", "problems: MAA", 30)
-    examples = _AIME_EXAMPLES
+    examples = (
+        _example(
+            "Find the number of positive divisors of $2^3 \\cdot 3^4 \\cdot 5$ that are multiples of $6$.",
+            "I choose the exponents of each prime, those of 2 and 3 being at least one.",
+            "The exponent of $2$ is $1$ to $3$, of $3$ $1$ to $4$, of $5$ is $0$ or $1$; $3 \\cdot 4 \\cdot 2 = 24$.",
+            "Dividing by $6$ leaves the divisors of $2^2 \\cdot 3^3 \\cdot 5$, and $3 \\cdot 4 \\cdot 2 = 24$ again.",
+            "24",
+        ),
+        _example(
+            "The real numbers $a$ and $b$ satisfy $a + b = 9$ and $ab = 8$. Find $a^3 + b^3$.",
+            "I write the sum of cubes with the sum and the product.",
+            "$a^3 + b^3 = (a + b)^3 - 3ab(a + b) = 729 - 216 = 513$.",
+            "$a$ and $b$ are $1$ and $8$, and $1 + 512 = 513$.",
+            "513",
+        ),
+        _example(
+            "A fair coin is tossed $6$ times. The probability of exactly $2$ heads is $\\frac{m}{n}$ with $m$ and $n$ "
+            "relatively prime positive integers. Find $m + n$.",
+            "I count the sequences with two heads, cancel, and add.",
+            "$\\binom{6}{2} = 15$ of $2^6 = 64$ sequences, and $15/64$ cannot be cancelled, so $m + n = 79$.",
+            "$15$ is odd and $64$ is a power of two, so the fraction is in lowest terms and $15 + 64 = 79$.",
+            "79",
+        ),
+    )
 
 
-class AIME25(Mathematics):
+class AIME25(AIME24):
     """`aime25`: the 30 problems of AIME 2025 I and II. Prompt (`aime25/boxed-1`) and rule are those of `aime24`."""
 
     name = "aime25"
     description = "AIME 2025 I and II; integers from 0 to 999"
     prompt_version = "aime25/boxed-1"
     source = Source("aime_2025.jsonl", "math-ai/aime25", "problems: MAA", 30)
-    examples = _AIME_EXAMPLES

@@ -111,16 +111,12 @@ class FileTask(Task):
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """The file's examples, in the prompt's words; the question itself is left out."""
-        asked = question.messages[-1]["content"]
+        steps = {"sub_task", "thinking", "double_check"}
         shown = [
-            WorkedExample(
-                _filled(self.own.prompt, {"question": example.question}),
-                {"sub_task": example.sub_task, "thinking": example.thinking, "double_check": example.double_check},
-                example.answer,
-            )
-            for example in self.own.examples
+            WorkedExample(_filled(self.own.prompt, {"question": e.question}), e.model_dump(include=steps), e.answer)
+            for e in self.own.examples
         ]
-        return [example for example in shown if example.question != asked]
+        return [example for example in shown if example.question != question.messages[-1]["content"]]
 
 
 def own_task(name: str, data: str | Path | None) -> Task:
