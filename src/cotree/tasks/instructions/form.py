@@ -27,98 +27,93 @@ _BULLET: Mapping[str, re.Pattern[str]] = {
 }
 _TITLE: Mapping[str, tuple[str, str]] = {"": ("<<", ">>"), "fr": ("##", "##"), "ja": ("『", "』")}
 _NUMBERED = re.compile(r"\d+\.(?:\s|$)")
-_LIST_MARK = re.compile(r"[^\S\n]*(?:\d+\.|[-*])[^\S\n]*")
+_LIST_MARK = re.compile(r"^[^\S\n]*(?:\d+\.|[-*])[^\S\n]*", re.MULTILINE)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Marks that may stand before a paragraph's first word in Japanese: quotes, headings, lists, emphasis, brackets.
 _JAPANESE_OPENING = re.compile(r"(?:[\s\u3000>#*_`・「『（(《〈-]|\d+[.)]\s)+")
 
 
-def _of(table: Mapping[str, Sequence[str]], locale: str) -> Sequence[str]:
-    return table.get(locale, table[""])
-
-
 def _prose(text: str, locale: str) -> str:
     """The text that is counted: M-IFEval leaves the marks of Spanish lists out."""
-    return (
-        "\n".join(_LIST_MARK.sub("", line, count=1) if _LIST_MARK.match(line) else line for line in text.split("\n"))
-        if locale == "es"
-        else text
-    )
+    return _LIST_MARK.sub("", text) if locale == "es" else text
 
 
 @checker("length_constraints:number_sentences")
-def number_sentences(response: str, *, num_sentences: int, relation: str, locale: str) -> bool:
-    """So many sentences."""
+def _number_sentences(response: str, *, num_sentences: int, relation: str, locale: str) -> bool:
     language = locale if locale in ("es", "fr", "ja") else ""
     return holds(len(sentences(_prose(response, locale), language)), relation, num_sentences)
 
 
 @checker("length_constraints:number_words")
-def number_words(response: str, *, num_words: int, relation: str, locale: str) -> bool:
-    """So many words."""
+def _number_words(response: str, *, num_words: int, relation: str, locale: str) -> bool:
     return holds(len(words(_prose(response, locale))), relation, num_words)
 
 
 @checker("length_constraints:number_letters", "ja")
-def number_letters(response: str, *, num_letters: int, relation: str) -> bool:
-    """So many characters."""
+def _number_letters(response: str, *, num_letters: int, relation: str) -> bool:
     return holds(len(response), relation, num_letters)
 
 
 @checker("length_constraints:number_paragraphs")
-def number_paragraphs(response: str, *, num_paragraphs: int) -> bool:
-    """Exactly so many paragraphs between `***`, none empty (but before the first and after the last mark)."""
-    parts = [part.strip() for part in response.split("***")]
-    parts = parts[not parts[0] : len(parts) - (len(parts) > 1 and not parts[-1])]
-    return all(parts) and len(parts) == num_paragraphs
+def _number_paragraphs(response: str, *, num_paragraphs: int) -> bool:
+    return _filled(response, "***", num_paragraphs) is not None
+
+
+@checker("combination:two_responses")
+def _two_responses(response: str) -> bool:
+    parts = _filled(response, "******", 2)
+    return parts is not None and parts[0] != parts[1]
+
+
+def _filled(response: str, mark: str, wanted: int) -> list[str] | None:
+    """The parts between marks if there are as many as wanted; an empty one may stand before the first mark or last."""
+    parts = [part.strip() for part in response.split(mark)]
+    filled = [part for part in parts if part]
+    return filled if len(filled) == wanted and all(parts[1:-1]) else None
 
 
 @checker("length_constraints:nth_paragraph_first_word")
-def nth_paragraph_first_word(
+def _nth_paragraph_first_word(
     response: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str, locale: str
 ) -> bool:
-    """Exactly so many paragraphs between blank lines, and the nth begins with the word (Spanish: with the words)."""
     parts = response.split("\n\n")
     wanted = first_word.lower()
     if sum(bool(part.strip()) for part in parts) != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
     paragraph = parts[nth_paragraph - 1].strip().lower()
     if locale == "ja":
-        return _JAPANESE_OPENING.sub("", paragraph, count=1).startswith(wanted) if paragraph else False
+        return bool(paragraph) and _JAPANESE_OPENING.sub("", paragraph, count=1).startswith(wanted)
     found = paragraph.split()
     if locale == "es":
-        bare = [word.translate(str.maketrans("", "", string.punctuation)) for word in found]
+        # M-IFEval gives Spanish first words of several words.
+        bare = [word.translate(_NO_PUNCTUATION) for word in found]
         return bare[: len(wanted.split())] == wanted.split()
     return bool(found) and re.split(r"[.,?!'\"]", found[0].lstrip("'").lstrip('"'))[0] == wanted
 
 
 @checker("detectable_content:number_placeholders")
-def number_placeholders(response: str, *, num_placeholders: int, relation: str = "at least") -> bool:
-    """At least so many `[placeholders]`."""
+def _number_placeholders(response: str, *, num_placeholders: int, relation: str = "at least") -> bool:
     return holds(len(re.findall(r"\[[^\[\]\n]*\]", response)), relation, num_placeholders)
 
 
 @checker("detectable_format:number_bullet_lists")
-def number_bullets(response: str, *, num_bullets: int, locale: str) -> bool:
-    """Exactly so many bullet points."""
+def _number_bullets(response: str, *, num_bullets: int, locale: str) -> bool:
     bullet = _BULLET.get(locale, _BULLET[""])
     return sum(bullet.match(line.lstrip() + "\n") is not None for line in response.split("\n")) == num_bullets
 
 
 @checker("detectable_format:number_numbered_lists", "ja")
-def number_numbered(response: str, *, num_items: int) -> bool:
-    """Exactly so many numbered points."""
+def _number_numbered(response: str, *, num_items: int) -> bool:
     return sum(_NUMBERED.match(line.lstrip()) is not None for line in response.split("\n")) == num_items
 
 
 @checker("detectable_format:constrained_response")
-def is_constrained(response: str, *, locale: str) -> bool:
-    """Holds one of the answers that the prompt offers."""
-    return any(option in response for option in _of(_OPTIONS, locale))
+def _is_constrained(response: str, *, locale: str) -> bool:
+    return any(option in response for option in _OPTIONS.get(locale, _OPTIONS[""]))
 
 
 @checker("detectable_format:number_highlighted_sections")
-def number_highlights(response: str, *, num_highlights: int, locale: str, relation: str = "at least") -> bool:
-    """At least so many parts in `*` or `**` (Japanese: in 《》) that are not blank."""
+def _number_highlights(response: str, *, num_highlights: int, locale: str, relation: str = "at least") -> bool:
     if locale == "ja":
         found = re.findall(r"《([^\n《》]*)》", response)
     else:
@@ -127,18 +122,16 @@ def number_highlights(response: str, *, num_highlights: int, locale: str, relati
 
 
 @checker("detectable_format:multiple_sections")
-def number_sections(
+def _number_sections(
     response: str, *, section_spliter: str, num_sections: int, locale: str, relation: str = "at least"
 ) -> bool:
-    """At least so many numbered sections: the word, then a number (Japanese: 第, a number, the word)."""
     word = re.escape(section_spliter.strip())
     pattern = rf"第\d+{word}" if locale == "ja" else rf"{word}\s?\d+"
     return holds(len(re.findall(pattern, response)), relation, num_sections)
 
 
 @checker("detectable_format:title")
-def has_title(response: str, *, locale: str) -> bool:
-    """A title in `<<` and `>>` (French: in `##`, Japanese: in 『』) on one line, not blank."""
+def _has_title(response: str, *, locale: str) -> bool:
     opening, closing = _TITLE.get(locale, _TITLE[""])
     for line in response.split("\n"):
         start, end = line.find(opening), line.rfind(closing)
@@ -148,8 +141,7 @@ def has_title(response: str, *, locale: str) -> bool:
 
 
 @checker("detectable_format:json_format")
-def is_json(response: str) -> bool:
-    """The whole response is JSON, in a code block or not."""
+def _is_json(response: str) -> bool:
     text = response.strip()
     for fence in ("```json", "```Json", "```JSON", "```"):
         text = text.removeprefix(fence)
@@ -158,11 +150,3 @@ def is_json(response: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-@checker("combination:two_responses")
-def two_responses(response: str) -> bool:
-    """Two different responses with `******` between them."""
-    parts = [part.strip() for part in response.split("******")]
-    filled = [part for part in parts if part]
-    return len(filled) == 2 and all(parts[1:-1]) and filled[0] != filled[1]

@@ -71,7 +71,8 @@ def sentences(text: str, language: str = "") -> list[str]:
     ends = _ENDS.get("characters" if language in ("ja", "zh") else language)
     if ends is not None:
         return [part for part in ends.findall(text) if _HAS_WORD.search(part)]
-    return _punkt(_PUNKT.get(language, "english"))(text)
+    found: list[str] = _punkt(_PUNKT.get(language, "english"))(text)
+    return found
 
 
 def _script(text: str) -> str:
