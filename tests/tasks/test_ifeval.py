@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 import time
@@ -17,7 +16,7 @@ import pytest
 from cotree.errors import UsageError
 from cotree.tasks import Question, task
 from cotree.tasks.ifeval import spec_of
-from cotree.tasks.instructions import Followed, if_scores, instruction_results, loose, strict
+from cotree.tasks.instructions import Followed, if_scores, instruction_results, strict
 
 NO_COMMA, QUOTED, TITLE = "punctuation:no_comma", "startend:quotation", "detectable_format:title"
 
@@ -41,7 +40,7 @@ IFEVAL_HUB = {
     "instruction_id_list": [QUOTED, "keywords:existence"],
     "kwargs": [{"keywords": None, "num_words": None}, {"keywords": ["quay"], "num_words": None}],
 }
-TURNS = [
+TURNS: list[tuple[str, list[str], list[dict[str, Any]]]] = [
     ("Describe a quay.", [NO_COMMA], [{}]),
     ("Quote it.", [NO_COMMA, QUOTED], [{}, {}]),
     ("Title it.", [NO_COMMA, QUOTED, TITLE], [{}, {}, {}]),
@@ -81,6 +80,10 @@ def test_a_row_that_nobody_can_judge_is_named_before_work(tmp_path: Path) -> Non
     row = IFEVAL_HUB | {"instruction_id_list": ["startend:quotations", NO_COMMA]}
     with pytest.raises(UsageError, match="unknown instruction `startend:quotations`; the nearest known is"):
         task("ifeval", written(tmp_path / "x.jsonl", row)).questions()
+    with pytest.raises(UsageError, match=r"2 instructions .* with 1 kwargs"):
+        task("ifeval", written(tmp_path / "y.jsonl", IFEVAL_HUB | {"kwargs": [{}]})).questions()
+    with pytest.raises(UsageError, match="holds JSON in facebook/Multi-IF, not 'Describe"):
+        task("multi_if", written(tmp_path / "z.jsonl", MULTI_HUB | {"turn_1_prompt": "Describe."})).questions()
 
 
 def conversation(tmp_path: Path) -> Question:
@@ -132,24 +135,14 @@ def test_scores_are_shares_by_group_and_turn() -> None:
 
         return Followed(group, turn, ("x",) * len(strictly), told(strictly), told(loosely))
 
-    scores = if_scores(
-        [
-            one("IF(En)", 1, "+", "+"),
-            one("IF(En)", 1, "+--", "+++"),
-            one("IF(En)", 2, "--", "+-"),
-            one("IF(Zh)", 1, "+", "+"),
-        ]
-    )
+    english = [one("IF(En)", 1, "+", "+"), one("IF(En)", 1, "+--", "+++"), one("IF(En)", 2, "--", "+-")]
+    scores = if_scores([*english, one("IF(Zh)", 1, "+", "+")])
     assert [(s.group, s.turn, s.prompts) for s in scores] == [
         ("IF(Zh)", 1, 1), ("IF(En)", 1, 2), ("IF(En)", 2, 1), ("IF(En)", None, 3),
     ]  # fmt: skip
     first, second, mean = scores[1:]
-    assert (first.prompt_strict, first.instruction_strict, first.prompt_loose, first.instruction_loose) == (
-        0.5,
-        0.5,
-        1,
-        1,
-    )
+    assert (first.prompt_strict, first.instruction_strict) == (0.5, 0.5)
+    assert (first.prompt_loose, first.instruction_loose) == (1.0, 1.0)
     assert first.average == 0.75
     assert second.average == pytest.approx((0 + 0 + 0 + 0.5) / 4)
     assert mean.average == pytest.approx((first.average + second.average) / 2)
@@ -208,18 +201,17 @@ def test_all_english_and_chinese_conversations_are_judged_offline() -> None:
             seen.append(instruction_results(question, texts[i % len(texts)]))
             question = question.follow_up("ok")
     assert len(seen) == sum(1 + len(q.later) for q in english + chinese)
-    assert {(s.group, s.turn) for s in if_scores(seen)} == {
-        (g, t) for g in ("IF(En)", "IF(Zh)") for t in (1, 2, 3, None)
-    }
+    rows = {(score.group, score.turn) for score in if_scores(seen)}
+    assert rows == {(group, turn) for group in ("IF(En)", "IF(Zh)") for turn in (1, 2, 3, None)}
     assert {name for s in seen for name in s.instructions} >= {NO_COMMA, QUOTED, TITLE}
 
 
 def test_the_chinese_conversation_can_be_followed() -> None:
     (question,) = task("multi_if", data("multi_if_zh_sample.jsonl")).questions()
-    body = "*一*。*二*。*三*。" + "这是关于十字军的概述。" * 30
+    body = "*一*。*二*。*三*。" + "这是一段简短的概述。" * 40
     assert task("multi_if").judge(question, body).kind == "correct"
     assert task("multi_if").judge(question, body[:150]).detail == "not followed: length_constraints:number_words"
-    assert task("multi_if").judge(question, body.replace("关于", "，关于")).detail == f"not followed: {NO_COMMA}"
+    assert task("multi_if").judge(question, body.replace("简短", "，简短")).detail == f"not followed: {NO_COMMA}"
 
 
 def test_spanish_french_and_japanese_rows_are_judged_offline() -> None:
@@ -240,11 +232,9 @@ def test_verdicts_are_fast() -> None:
             assert len(verdicts) / (time.perf_counter() - started) > 50
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed (pip install lm_eval)"
-)
 def test_verdicts_equal_those_of_lm_eval() -> None:
-    registry = pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry")
+    module = "lm_eval.tasks.ifeval.instructions_registry"
+    registry = pytest.importorskip(module, reason="lm_eval is not installed")
     different = Counter[str]()
     for question, row in published():
         for name, arguments in question.spec["instructions"]:
@@ -253,10 +243,10 @@ def test_verdicts_equal_those_of_lm_eval() -> None:
             if "prompt" in (theirs.get_instruction_args() or {}):
                 theirs.build_description(prompt=question.messages[0]["content"])
             response = row["response"]
-            different[name] += strict(name, arguments, response) != bool(
-                response.strip() and theirs.check_following(response)
-            )
-            assert not strict(name, arguments, response) or loose(name, arguments, response)
+            try:
+                follows = bool(response.strip()) and theirs.check_following(response)
+            except LookupError:
+                pytest.skip("lm_eval needs nltk's model punkt_tab, which is not installed")
+            different[name] += strict(name, arguments, response) != follows
     # It draws letters by chance too; see above.
-    assert different["keywords:letter_frequency"] <= 6
-    assert different.total() == different["keywords:letter_frequency"]
+    assert (+different).keys() <= {"keywords:letter_frequency"}

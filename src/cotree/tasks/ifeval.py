@@ -50,7 +50,7 @@ def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any]], langua
     Falsy arguments are dropped: the hub's rows hold a null for each argument of every other instruction.
 
     Raises:
-        UsageError: an instruction that nobody checks, with the nearest known; arguments that it does not take, or not one for each.
+        UsageError: an instruction that nobody checks, with the nearest known; arguments that it does not take.
     """
     if len(names) != len(arguments):
         raise UsageError(

@@ -1,15 +1,16 @@
 """What a word, a sentence and a language are, in the scripts that the benchmarks use.
 
-Invariant: nothing here depends on chance or the network. Words: a run of letters, digits and their combining marks;
-a Han or kana character each is one, as Multi-IF counts them; Thai by dictionary (newmm, the algorithm that Multi-IF
-uses). Sentences: Punkt with the language's model where a period is ambiguous, the script's own marks where not.
+Invariant: nothing here depends on chance or the network. Words: a run of letters, digits and their combining marks; a
+Han or kana character each is one, as Multi-IF counts them; Thai by the dictionary that Multi-IF asks, PyThaiNLP's.
+Sentences: Punkt with the language's model where a period is ambiguous, the script's own marks where it is not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache, lru_cache
+from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 import regex
@@ -26,6 +27,8 @@ _SCRIPTS = regex.compile(
     rf"(?P<characters>[{CHARACTER_SCRIPTS}])|(?P<hi>\p{{Devanagari}})|(?P<th>\p{{Thai}})|(?P<ru>\p{{Cyrillic}})|(?P<rest>\p{{L}})"
 )
 _THAI = regex.compile(r"\p{Thai}+")
+# More than the words of any run, so that as little as possible is left over.
+_UNKNOWN = 1_000_000
 _THAI_CONSONANT = re.compile("[ก-ฮ]")
 _ENDS = {
     "characters": regex.compile(r"[^\n。！？!?．]*[。！？!?．]+[」』”’）》】\"']*|[^\n。！？!?．]+"),
@@ -48,18 +51,32 @@ def words(text: str) -> list[str]:
     return [part for word in found for part in (_thai_words(word) if _THAI.search(word) else (word,))]
 
 
-def _thai_words(run: str) -> Iterator[str]:
-    from newmm_tokenizer.tokenizer import word_tokenize
+def _thai_words(run: str) -> list[str]:
+    """The fewest dictionary words that a run can be cut into; letters that are in none are a word of their own."""
+    known, longest = _thai_dictionary()
+    # For each end: the cost of the best cut up to it, and where its last piece begins.
+    best = [(0, 0)]
+    for end in range(1, len(run) + 1):
+        options = [(best[end - 1][0] + _UNKNOWN, end - 1)]
+        options += [(best[i][0] + 1, i) for i in range(max(0, end - longest), end) if run[i:end] in known]
+        best.append(min(options))
+    cuts, end = [], len(run)
+    while end > 0:
+        cuts.append((best[end][1], end))
+        end = best[end][1]
+    pieces: list[str] = []
+    for in_dictionary, group in groupby(reversed(cuts), key=lambda cut: run[slice(*cut)] in known):
+        found = list(group)
+        pieces += [run[slice(*cut)] for cut in (found if in_dictionary else [(found[0][0], found[-1][1])])]
+    # Every Thai word has a consonant; what has none repeats or marks the word before it.
+    return [piece for piece in pieces if _THAI_CONSONANT.search(piece) or not _THAI.search(piece)]
 
-    start = 0
-    for match in _THAI.finditer(run):
-        if match.start() > start:
-            yield run[start : match.start()]
-        # Every Thai word has a consonant; what has none repeats or marks the word before it.
-        yield from (word for word in word_tokenize(match[0]) if _THAI_CONSONANT.search(word))
-        start = match.end()
-    if start < len(run):
-        yield run[start:]
+
+@cache
+def _thai_dictionary() -> tuple[frozenset[str], int]:
+    text = files("newmm_tokenizer").joinpath("words_th.txt").read_text(encoding="utf-8-sig")
+    known = frozenset(text.split())
+    return known, max(map(len, known))
 
 
 def sentences(text: str, language: str = "") -> list[str]:
