@@ -313,7 +313,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES, check_pattern
-        from cotree.tasks import TASKS
+        from cotree.tasks import TASKS, is_own
 
         if "thinker" not in self.roles:
             raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
@@ -337,7 +337,7 @@ class Recipe(Section):
         if search.reward is not None and search.reward.judge is not None:
             _known("search.reward.judge", [search.reward.judge], list(self.models))
         for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):
-            _known("tasks", part, list(TASKS))
+            _known("tasks", [name for name in part if not is_own(name)], list(TASKS))
         if self.models[self.train.student].embedded is None:
             raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
         return self

@@ -27,6 +27,7 @@ class Rhymes(Task):
 
     name = "rhymes"
     description = "generated: a number of lines"
+    prompt_version = "1"
     answer_form = "text"
 
     def questions(self, split: object = None, limit: int | None = None) -> list[Question]:

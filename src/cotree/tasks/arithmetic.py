@@ -75,6 +75,7 @@ class Arithmetic(Task):
     """Sums, differences and products of small numbers, and the largest of three, in equal parts."""
 
     name = "arithmetic"
+    prompt_version = "arithmetic/boxed-1"
     description = "sums, differences, products, the largest of three numbers"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:

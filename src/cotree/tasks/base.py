@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from cotree.errors import UsageError
 from cotree.tasks.extract import Mode, answer_text, extract_answer
@@ -90,16 +90,18 @@ class WorkedExample:
 class Task(ABC):
     """A family of questions. A generated task draws its splits from disjoint parameters; a benchmark has a `source`.
 
-    data: where a benchmark's rows are (see `loading.load_rows`). `blocking`: a verdict may wait for another process, so
-    an event loop asks for it through `judge_async`. `answer_form`: an answer is written in a box on one line, or as
-    free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
+    data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
+    `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
+    `answer_form`: an answer is written in a box on one line, or as free text of several lines up to the end of the
+    turn, of which all that follows the answer tag is judged.
     """
 
     name: str
     description: str
-    source: ClassVar[Source | None] = None
-    blocking: ClassVar[bool] = False
-    answer_form: ClassVar[AnswerForm] = "boxed"
+    prompt_version: str
+    source: Source | None = None
+    blocking: bool = False
+    answer_form: AnswerForm = "boxed"
 
     def __init__(self, data: str | Path | None = None) -> None:
         if data is not None and self.source is None:

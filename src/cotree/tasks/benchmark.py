@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from typing import ClassVar
 
 from cotree.errors import UsageError
 from cotree.tasks.base import Question, Split, Task
@@ -23,8 +22,8 @@ class Benchmark(Task):
     A task that has rows for training only sets `source` to the same object as `training`.
     """
 
-    source: ClassVar[Source]
-    training: ClassVar[Source | None] = None
+    source: Source
+    training: Source | None = None
 
     @abstractmethod
     def question(self, row: Row, index: int) -> Question:
@@ -41,7 +40,10 @@ class Benchmark(Task):
             raise UsageError(f"{self.name} has a test set only, no `{split}` split; train on another task")
         if split == "test" and source is self.training:
             raise UsageError(f"{self.name} is for training and has no test split; evaluate on another task")
-        questions = [self.question(row, index) for index, row in enumerate(load_rows(source, self.data))]
+        rows = load_rows(source, self.data)
+        if source.ids:
+            rows = [{"id": f"{source.ids}-{index}"} | row for index, row in enumerate(rows)]
+        questions = [self.question(row, index) for index, row in enumerate(rows)]
         if split in ("train", "dev"):
             questions = [question for question in questions if _is_dev(question.id) == (split == "dev")]
         if limit is not None and limit > len(questions):

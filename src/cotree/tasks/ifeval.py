@@ -1,6 +1,6 @@
 r"""`ifeval`, `multi_if`, `m_ifeval`: instructions that a program can check, in one turn or three, in many languages.
 
-The evaluation prompt (version 1) is the row's own text and nothing else, as in google-research's and Multi-IF's code.
+The evaluation prompt (`row-1`) is the row's own text and nothing else, as in google-research's and Multi-IF's code.
 An invented item of the same shape:
 
     Describe a harbour at night. Do not use any commas. Highlight at least 2 sections with markdown, for example
@@ -70,6 +70,7 @@ class IFEval(Benchmark):
     name = "ifeval"
     description = "verifiable instructions, English (IFEval)"
     source = Source("ifeval.jsonl", "google/IFEval", "Apache-2.0", 541)
+    prompt_version = "ifeval/row-1"
     answer_form = "text"
 
     def question(self, row: Row, index: int) -> Question:
@@ -98,6 +99,7 @@ class MIFEval(IFEval):
 
     name = "m_ifeval"
     description = "verifiable instructions, Spanish, French, Japanese (M-IFEval; rows on GitHub, not on the hub)"
+    prompt_version = "m_ifeval/row-1"
     source = Source("mifeval_es_fr_ja.jsonl", "lightblue-tech/M-IFEval", "Apache-2.0", 522)
 
     def question(self, row: Row, index: int) -> Question:
@@ -110,6 +112,7 @@ class MultiIF(IFEval):
 
     name = "multi_if"
     description = "verifiable instructions over three turns, eight languages (Multi-IF)"
+    prompt_version = "multi_if/row-1"
     source = Source("multi_if_en.jsonl", "facebook/Multi-IF", "CC-BY-NC-2.0", 4501)
 
     def question(self, row: Row, index: int) -> Question:

@@ -38,6 +38,7 @@ class Letters(Task):
     """Count a letter in an English word of 4 to 8 letters; golds 1, 2, 3 in turn."""
 
     name = "letters"
+    prompt_version = "letters/boxed-1"
     description = "count a letter in a spelled-out word, counts drawn balanced"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:

@@ -27,7 +27,7 @@ class Source:
     """One set of rows: its file name in a data folder, and its place on the hub.
 
     size: rows of the full set, as published. configs: hub configurations, joined in this order; none: the only one.
-    split: the hub's split; None: the only one.
+    split: the hub's split; None: the only one. ids: what ids begin with, for rows that have none.
     """
 
     file: str
@@ -36,6 +36,7 @@ class Source:
     size: int
     configs: tuple[str, ...] = ()
     split: str | None = None
+    ids: str = ""
 
 
 def load_rows(source: Source, data: str | Path | None = None) -> list[Row]:
