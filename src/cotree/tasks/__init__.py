@@ -8,11 +8,13 @@ from pathlib import Path
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import Arithmetic
 from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample
+from cotree.tasks.ifeval import IFEval, MIFEval, MultiIF
 from cotree.tasks.letters import Letters
 from cotree.tasks.mathematics import AIME24, AIME25, GSM8K, MATH500, MATHTraining
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (GSM8K, MATH500, MATHTraining, AIME24, AIME25, Arithmetic, Letters)
+    task.name: task
+    for task in (GSM8K, MATH500, MATHTraining, AIME24, AIME25, IFEval, MultiIF, MIFEval, Arithmetic, Letters)
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cotree.errors import UsageError
-from cotree.tasks.extract import Mode, extract_answer
+from cotree.tasks.extract import Mode, answer_text, extract_answer
 from cotree.tasks.loading import Source
 
 _NUMBER = re.compile(
@@ -23,6 +23,7 @@ _NUMBER = re.compile(
 )
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]
+AnswerForm = Literal["boxed", "text"]
 Message = dict[str, str]
 
 
@@ -91,6 +92,8 @@ class Task(ABC):
 
     data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
     `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
+    `answer_form`: an answer is written in a box on one line, or as free text of several lines up to the end of the
+    turn, of which all that follows the answer tag is judged.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Task(ABC):
     prompt_version: str
     source: Source | None = None
     blocking: bool = False
+    answer_form: AnswerForm = "boxed"
 
     def __init__(self, data: str | Path | None = None) -> None:
         if data is not None and self.source is None:
@@ -114,6 +118,8 @@ class Task(ABC):
 
     def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
         """The final answer in a completion as written, None when there is none."""
+        if self.answer_form == "text":
+            return answer_text(completion, finish_reason)
         return extract_answer(completion, finish_reason, mode)
 
     def verify(self, answer: str, question: Question) -> Verdict:

@@ -13,6 +13,9 @@ from typing import Literal
 
 Mode = Literal["strict", "lenient"]
 
+# The line after which a free text is the answer. Thoughts never hold these words, so its first place is the tag.
+ANSWER_TAG = "The answer is:"
+
 # What opens thinking, and what closes it; an answer tag closes it too.
 _THINKING_TAGS = (
     ("<think>", ("</think>",)),
@@ -21,6 +24,7 @@ _THINKING_TAGS = (
     ("<Thought>", ("</Thought>", "<Output>")),
     ("[THINK]", ("[/THINK]",)),
 )
+_TEXT_TAG = re.compile(rf"^{ANSWER_TAG}[ \t]*+\n", re.MULTILINE)
 _ANSWER_TAGS = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\[{}]|[{}]")
 # `\boxed 5$`, as the MATH authors' own extractor takes it.
@@ -85,6 +89,18 @@ def extract_answer(completion: str, finish_reason: str = "stop", mode: Mode = "s
         if numbers:
             return str(numbers[-1])
     return None
+
+
+def answer_text(completion: str, finish_reason: str = "stop") -> str | None:
+    """The answer that is a free text, or None where it is empty, cut by length, or thinking was never closed."""
+    return None if finish_reason == "length" else spoken(completion) or None
+
+
+def spoken(completion: str) -> str:
+    """What the user is told: the text after thinking and after the answer tag, if there is one; it may be empty."""
+    text = after_thinking(completion) or ""
+    tag = _TEXT_TAG.search(text)
+    return text[tag.end() if tag else 0 :].strip()
 
 
 def after_thinking(completion: str) -> str | None:

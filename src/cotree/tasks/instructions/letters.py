@@ -1,0 +1,129 @@
+"""Checkers of which characters a response has: punctuation, case, accents (Spanish, French), the Japanese scripts.
+
+Semantics are those of google-research's instruction_following_eval and of M-IFEval (both Apache-2.0). Patterns are
+linear: no part of one can match what the part after it needs.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from functools import partial
+
+import regex
+
+from cotree.tasks.instructions.registry import LOCALES, checker, holds
+from cotree.tasks.instructions.scripts import detect, words
+
+_KANJI = "[\u4e00-\u9faf]"
+_JA = ("ja",)
+# (instruction, locales, pattern, whether it must occur or must not). The originals know the ASCII comma, and in
+# Japanese the ideographic one.
+_PATTERNS = (
+    ("punctuation:no_comma", tuple(locale for locale in LOCALES if locale != "ja"), "[,，،]", False),
+    ("punctuation:no_comma", _JA, "[、，]", False),
+    ("punctuation:no_period", _JA, "。", False),
+    ("punctuation:question_marks", ("es",), r"¿\s*[^¿?\s][^¿?]*\?", True),
+    ("punctuation:exclamation_marks", ("es",), r"¡\s*[^¡!\s][^¡!]*!", True),
+    ("detectable_content:informal_address", ("fr",), r"(?i)\b(?:tu|te|toi|ton|ta|tes)\b|\bt['’]", True),
+    ("detectable_content:no_digits", ("fr",), r"\d", False),
+    ("letters:kansuuji", _JA, r"\d", False),
+    ("letters:no_hiragana", _JA, "[ぁ-ゖ]", False),
+    ("letters:no_katakana", _JA, "[ァ-ヺｦ-ﾟ]", False),
+    ("letters:hiragana_only", _JA, r"[\p{L}--[ぁ-んー]]", False),
+    ("letters:katakana_only", _JA, r"[\p{L}--[ァ-ンー・ｦ-ﾟ]]", False),
+    # A run of kanji without its reading in hiragana and full-width brackets behind it.
+    ("letters:furigana", _JA, f"(?<!{_KANJI}){_KANJI}++(?!（[ぁ-ん]+）)", False),
+)
+# (instruction, locales, language, whether in capitals)
+_CASES = (
+    ("change_case:english_capital", LOCALES, "en", True),
+    ("change_case:english_lowercase", LOCALES, "en", False),
+    ("change_case:spanish_capital", ("es",), "es", True),
+    ("change_case:spanish_lowercase", ("es",), "es", False),
+    ("change_case:french_capital", ("fr",), "fr", True),
+    ("change_case:french_lowercase", ("fr",), "fr", False),
+)
+# Exactly so many words have one of these letters.
+_SPANISH_LETTERS = (("special_character:enie", "ñÑ"), ("special_character:dieresis", "üÜ"))
+_QUOTED = regex.compile("「[^「」\n]*」|『[^『』\n]*』")
+# A sentence with any other hiragana at its end ends in a verb, an adjective or a particle. This stands in for the
+# morphological dictionary that M-IFEval asks.
+_NOUN_END = regex.compile(
+    r"(?:[\p{Han}\p{Katakana}ー\p{Latin}\p{N}]|こと|もの|とき|ところ|ため|わけ|はず|つもり|ほう|まま|うち|あと"
+    r"|そこ|ここ|これ|それ|みんな|おかげ|すべて)[。！？]"
+)
+# How nltk's word tokenizer cuts a text, as far as capital letters go: at spaces and punctuation, before a contraction.
+_TOKEN = regex.compile(r"[^\s()\[\]{}<>\"“”«»„`*;:,@#$%&?!¿¡…'’]+(?:['’]\p{L}*)?")
+
+
+def _finds(response: str, *, pattern: regex.Pattern[str], wanted: bool) -> bool:
+    return (pattern.search(response) is not None) == wanted
+
+
+def _in_case(response: str, *, language: str, capital: bool) -> bool:
+    # M-IFEval detects the language of small letters, IFEval that of the text as it is.
+    text = response if language == "en" else response.lower()
+    return (response.isupper() if capital else response.islower()) and detect(text) in (language, None)
+
+
+def _words_with(response: str, letters: str) -> int:
+    return sum(any(letter in letters for letter in word) for word in words(unicodedata.normalize("NFC", response)))
+
+
+def _exactly(response: str, *, let_frequency: int, letters: str) -> bool:
+    return _words_with(response, letters) == let_frequency
+
+
+for _name, _locales, _text, _wanted in _PATTERNS:
+    checker(_name, *_locales)(partial(_finds, pattern=regex.compile(_text, regex.V1), wanted=_wanted))
+for _name, _locales, _language, _capital in _CASES:
+    checker(_name, *_locales)(partial(_in_case, language=_language, capital=_capital))
+for _name, _text in _SPANISH_LETTERS:
+    checker(_name, "es")(partial(_exactly, letters=_text))
+
+
+@checker("change_case:capital_word_frequency")
+def _capital_words(response: str, *, capital_frequency: int, capital_relation: str) -> bool:
+    return holds(sum(token.isupper() for token in _TOKEN.findall(response)), capital_relation, capital_frequency)
+
+
+@checker("special_character:tildes", "es")
+def _words_with_accent(response: str, *, num_words: int, relation: str) -> bool:
+    return holds(_words_with(response, "áéíóúÁÉÍÓÚ"), relation, num_words)
+
+
+@checker("special_character:ethel_or_cedilla", "fr")
+def _without_character(response: str, *, forbidden_char: str) -> bool:
+    return forbidden_char.lower() not in response.lower()
+
+
+@checker("special_character:no_accents", "fr")
+def _no_accents(response: str) -> bool:
+    return _bare(response) == unicodedata.normalize("NFD", response)
+
+
+@checker("special_character:accents", "fr")
+def _accents_restored(response: str, *, word_to_accentuate: Mapping[str, str]) -> bool:
+    found = words(unicodedata.normalize("NFC", response).lower())
+    return all(word == word_to_accentuate.get(_bare(word), word) for word in found)
+
+
+def _bare(text: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
+
+
+@checker("letters:kanji", "ja")
+def _number_kanji(response: str, *, kanji_limit: int, relation: str) -> bool:
+    return holds(len(regex.findall(_KANJI, response)), relation, kanji_limit)
+
+
+@checker("startend:sentence_unified_end", "ja")
+def _unified_end(response: str, *, ending: str) -> bool:
+    parts = [part.strip() for part in regex.split("[。！？]", _QUOTED.sub("", response))]
+    return all(part.endswith(ending) for part in parts if part)
+
+
+@checker("detectable_format:nominal_ending", "ja")
+def _nominal_endings(response: str, *, count: int) -> bool:
+    return len(_NOUN_END.findall(_QUOTED.sub("", response))) >= count
