@@ -120,7 +120,7 @@ class Thought(Section):
     ends: Literal["line", "tokens"] = "line"
 
     def answers(self) -> bool:
-        """Whether an `answer` thought may be written like this: it is judged, and its box ends it."""
+        """Whether an `answer` thought may be written like this: it is judged, and ends by itself."""
         return self.text is None and self.ends == "line" and self.in_student
 
     @model_validator(mode="after")
@@ -333,7 +333,7 @@ class Recipe(Section):
         _known("search.patterns", search.patterns, [*PATTERNS, *search.own_patterns])
         _known("search.thoughts", search.thoughts, list(THOUGHT_TYPES))
         if "answer" in search.thoughts and not search.thoughts["answer"].answers():
-            raise ValueError("search.thoughts.answer: only `prefixes` and `max_tokens` can change; it closes its box")
+            raise ValueError("search.thoughts.answer: only `prefixes` and `max_tokens` can change; it ends by itself")
         if search.reward is not None and search.reward.judge is not None:
             _known("search.reward.judge", [search.reward.judge], list(self.models))
         for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):

@@ -47,7 +47,7 @@ class Pair:
 def chains_of(
     tree: StoredTree, tokenizer: PreTrainedTokenizerBase, left_out: Collection[str] = frozenset()
 ) -> list[Chain]:
-    """All chains that end in a judged `answer` with a closed box, once each by text, in leaf order.
+    """All chains that end in a judged `answer`, once each by text, in leaf order.
 
     left_out: thought types whose text the student does not see.
     """

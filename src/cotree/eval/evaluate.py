@@ -93,7 +93,7 @@ async def _ask(
     ) as client:
 
         async def one(task: Task, question: Question) -> None:
-            shown = example_messages(task.worked_examples(question)) if examples else []
+            shown = example_messages(task.worked_examples(question), task.answer_form) if examples else []
             prompt = render(tokenizer, [*shown, *question.messages])
             completion = await client.complete(Request(prompt, 1, max_tokens, 0.0, 1.0, 0, ()))
             choice = completion.choices[0]

@@ -86,6 +86,7 @@ async def _sample(
     first = next(iter(patterns_of(settings)[tree.pattern]["root"]))
     writers = writers_of(first, roles)
     prefixes = prefixes_of(settings)
+    free_text = task.answer_form == "text"
     budget = tree.completion_tokens
     tokens = uncached = rounds = samples = 0
     n = 1
@@ -94,7 +95,7 @@ async def _sample(
     while n > 0:
         seed = f"best_of_n/{tree.tree_id}/{rounds}"
         writer = writers[draw(f"writer:{seed}", len(writers))]
-        prompt = calls.endpoints[writer.model].begin(search_messages(task.worked_examples(question), question))
+        prompt = calls.endpoints[writer.model].begin(search_messages(task, question))
         prefix = prefix_of(first, seed, prefixes)
         request = Request(
             prompt=prompt.text + prefix,
@@ -103,7 +104,7 @@ async def _sample(
             temperature=settings.temperature if writer.temperature is None else writer.temperature,
             top_p=settings.top_p if writer.top_p is None else writer.top_p,
             seed=draw(f"request:{seed}", 2**31),
-            stop=("}\n",),
+            stop=() if free_text else ("}\n",),
             messages=prompt.messages,
         )
         completion = await calls.complete(writer.model, request, tree.tree_id)
@@ -114,7 +115,7 @@ async def _sample(
             tokens += choice.tokens
             text = f"{prefix}{choice.text}"
             # The stop string took the box's brace with it.
-            if choice.finish_reason == "stop" and text.count("{") > text.count("}"):
+            if not free_text and choice.finish_reason == "stop" and text.count("{") > text.count("}"):
                 text += "}"
             verdict = task.judge(question, text, choice.finish_reason)
             if verdict.answer is not None:

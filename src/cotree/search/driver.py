@@ -18,6 +18,7 @@ from cotree.search.growth import Growth, patterns_of, prefixes_of
 from cotree.search.reward import check_reward
 from cotree.store import StoredTree, TreeStore
 from cotree.tasks import Question, Task
+from cotree.tasks.extract import spoken
 
 Asked = tuple[Task, Question]
 
@@ -165,7 +166,7 @@ class Grower:
 
 
 def best_answer(tree: StoredTree) -> str:
-    """What the assistant says to a turn in the next one, the thinking left out.
+    """What the assistant says to a turn in the next one, the thinking and a free text's tag left out.
 
     The answer thought of highest reward, then of the highest mean v/n on its way, then the first; empty without any.
     """
@@ -178,4 +179,4 @@ def best_answer(tree: StoredTree) -> str:
         return float(chain[-1].reward or 0.0), sum(n.value / n.visits for n in chain if n.visits) / len(chain)
 
     best = max(answers, key=lambda node: (*worth(node.node_id), -node.node_id))
-    return best.text
+    return spoken(best.text)

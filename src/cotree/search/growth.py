@@ -18,7 +18,6 @@ from cotree.llm.endpoints import Prompt
 from cotree.search.calls import Calls
 from cotree.search.mcts import Rollout, Thought, TreeSearch, Wanted
 from cotree.search.prompts import (
-    ANSWER_STOPS,
     THOUGHT_STOPS,
     chain_text,
     continuation,
@@ -27,9 +26,10 @@ from cotree.search.prompts import (
 )
 from cotree.search.reward import JUDGE_PREFIX, RewardFunction, call, judge_messages, share_of_yes
 from cotree.search.stopping import Tally
-from cotree.search.thoughts import PATTERNS, PREFIXES, draw
+from cotree.search.thoughts import ANSWERS, PATTERNS, PREFIXES, draw
 from cotree.store import StoredNode, StoredTree
 from cotree.tasks import Question, Task, Verdict
+from cotree.tasks.base import AnswerForm
 
 _AS_SHIPPED = ThoughtSettings()
 
@@ -65,10 +65,13 @@ def patterns_of(settings: Search) -> dict[str, Mapping[str, Mapping[str, int]]]:
     return {name: settings.own_patterns.get(name) or PATTERNS[name] for name in settings.patterns}
 
 
-def prefixes_of(settings: Search) -> dict[str, tuple[str, ...]]:
-    """The words each thought type may begin with, the recipe's own in place of the shipped ones."""
+def prefixes_of(settings: Search, form: AnswerForm = "boxed") -> dict[str, tuple[str, ...]]:
+    """The words each thought type may begin with, the recipe's own in place of the shipped ones.
+
+    A free text always begins after its tag, by which the verifier finds it; an own answer prefix opens a box.
+    """
     own = {kind: thought.prefixes for kind, thought in settings.thoughts.items() if thought.prefixes}
-    return {**PREFIXES, **own}
+    return {**PREFIXES, **own, **({"answer": (ANSWERS[form].prefix,)} if form == "text" else {})}
 
 
 class Growth:
@@ -96,12 +99,12 @@ class Growth:
             exploration=settings.exploration,
             max_depth=settings.max_depth,
             max_reflections=settings.max_reflections,
-            prefixes=prefixes_of(settings),
+            prefixes=prefixes_of(settings, task.answer_form),
         )
         self.tally = Tally()
         self.spent = Spent()
         self.stopped: str | None = None
-        self._messages = search_messages(task.worked_examples(question), question)
+        self._messages = search_messages(task, question)
         self._prompts: dict[str, Prompt] = {}
 
     async def run(self) -> None:
@@ -156,7 +159,7 @@ class Growth:
                 n=wanted.n,
                 max_tokens=how.max_tokens or self.settings.max_thought_tokens,
                 seed=seed,
-                stop=ANSWER_STOPS if wanted.kind == "answer" else THOUGHT_STOPS,
+                stop=ANSWERS[self.task.answer_form].stops if wanted.kind == "answer" else THOUGHT_STOPS,
             )
             thoughts = [
                 await self._thought(wanted, how, choice.text, choice.tokens, choice.finish_reason)
@@ -197,7 +200,8 @@ class Growth:
         in_line = wanted.node.is_open and wanted.kind == wanted.node.kind and not wanted.prefix
         cut = finish_reason == "length"
         is_open = cut and how.ends == "tokens"
-        text = thought_text(wanted.kind, wanted.prefix, written, in_line=in_line, is_open=is_open)
+        form = self.task.answer_form
+        text = thought_text(wanted.kind, wanted.prefix, written, form, in_line=in_line, is_open=is_open)
         if cut and not is_open:
             verdict = Verdict("no_answer", 0.0, None, "thought cut by max_tokens")
             return Thought(text, tokens, finish_reason, verdict)

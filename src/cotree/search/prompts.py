@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from cotree.search.mcts import Node
-from cotree.search.thoughts import PREFIXES
+from cotree.search.thoughts import ANSWERS, PREFIXES
 from cotree.store import StoredNode
-from cotree.tasks.base import Message, Question, WorkedExample
+from cotree.tasks.base import AnswerForm, Message, Question, Task, WorkedExample
 
-# One thought is one line and does not answer before its turn; an answer is written into the box and ends with it.
+# One thought is one line and does not answer before its turn.
 THOUGHT_STOPS = ("\n", "The answer is")
-ANSWER_STOPS = ("}", "\n")
 
 
-def search_messages(examples: Sequence[WorkedExample], question: Question) -> list[Message]:
+def search_messages(task: Task, question: Question) -> list[Message]:
     """Worked examples, then the question, up to where the assistant begins."""
-    return [*example_messages(examples), *question.messages]
+    return [*example_messages(task.worked_examples(question), task.answer_form), *question.messages]
 
 
 def chain_text(thoughts: Iterable[Node | StoredNode]) -> str:
@@ -41,7 +40,7 @@ def continuation(node: Node, prefix: str) -> str:
     return f"{text}{prefix}" if in_line else f"{text}\n{prefix}"
 
 
-def example_messages(examples: Sequence[WorkedExample]) -> list[Message]:
+def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> list[Message]:
     """The examples as earlier turns: sub_task, thinking, answer, one thought a line.
 
     They are the same for every pattern, so that a family's trees share one beginning, which a server evaluates once;
@@ -50,21 +49,23 @@ def example_messages(examples: Sequence[WorkedExample]) -> list[Message]:
     messages: list[Message] = []
     for example in examples:
         sub_task = f"{PREFIXES['sub_task'][0]} {example.steps['sub_task']}"
-        answer = f"{PREFIXES['answer'][0]}{example.answer}}}"
+        answer = f"{ANSWERS[form].prefix}{example.answer}{ANSWERS[form].close}"
         messages.append({"role": "user", "content": example.question})
         messages.append({"role": "assistant", "content": "\n".join([sub_task, example.steps["thinking"], answer])})
     return messages
 
 
-def thought_text(kind: str, prefix: str, written: str, *, in_line: bool = False, is_open: bool = False) -> str:
-    """A thought as it stands in the chain: prefix and text in one line, an answer's box closed.
+def thought_text(
+    kind: str, prefix: str, written: str, form: AnswerForm, *, in_line: bool = False, is_open: bool = False
+) -> str:
+    """A thought as it stands in the chain: prefix and text in one line, a boxed answer closed, a free one as it is.
 
     Where the model wrote nothing there is no thought, whatever the prefix says: "" (a check that checks nothing is the
     formalistic thinking that the data should be free of).
     in_line: it continues an open line, so its first space counts; is_open: its own line goes on, so its last one does.
     """
     if kind == "answer":
-        return f"{prefix}{written.strip()}}}"
+        return f"{prefix}{written.strip()}{ANSWERS[form].close}"
     if not written.strip():
         # The end of an open line is a step of its own, though it has no words.
         return "\n" if in_line else ""

@@ -9,7 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
+
+from cotree.tasks.base import AnswerForm
+from cotree.tasks.extract import ANSWER_TAG
 
 ThoughtType = Literal["thinking", "sub_task", "reflection", "hypothesis", "double_check", "reclarify", "answer"]
 THOUGHT_TYPES: tuple[ThoughtType, ...] = get_args(ThoughtType)
@@ -42,6 +46,21 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
         "To be clear:",
     ),
     "answer": ("The answer is: \\boxed{",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an answer is written: what it begins with, what stops its writer, what is then put after it."""
+
+    prefix: str
+    stops: tuple[str, ...]
+    close: str
+
+
+ANSWERS: Mapping[AnswerForm, Answer] = {
+    "boxed": Answer(PREFIXES["answer"][0], ("}", "\n"), "}"),
+    "text": Answer(f"{ANSWER_TAG}\n", (), ""),
 }
 
 # A row is read as {next type: how many}; the types are checked once, when the recipe loads.

@@ -19,6 +19,7 @@ _NUMBER = re.compile(
 )
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]
+AnswerForm = Literal["boxed", "text"]
 Message = dict[str, str]
 
 
@@ -83,10 +84,15 @@ class WorkedExample:
 
 
 class Task(ABC):
-    """A family of questions. A generated task draws its splits from disjoint parameters."""
+    """A family of questions. A generated task draws its splits from disjoint parameters.
+
+    `answer_form` says how an answer is written in a chain: in a box on one line, or as free text of several lines up to
+    the end of the turn. A task of the second form judges `answer_text` of a completion.
+    """
 
     name: str
     description: str
+    answer_form: AnswerForm = "boxed"
 
     @abstractmethod
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:

@@ -12,12 +12,16 @@ from typing import Literal
 
 Mode = Literal["strict", "lenient"]
 
+# The line after which a free text is the answer. Thoughts never hold these words, so its first place is the tag.
+ANSWER_TAG = "The answer is:"
+
 _THINKING_TAGS = (
     ("<think>", "</think>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<Thought>", "</Thought>"),
 )
 _NUMBER = r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?"
+_TEXT_TAG = re.compile(rf"^{ANSWER_TAG}[ \t]*\n", re.MULTILINE)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _ANSWER_IS = re.compile(rf"answer\s*(?:is|:)\s*:?\s*\**\s*({_NUMBER})\**(?!\s*[-+*/=\d])", re.IGNORECASE)
 _LAST_NUMBER = re.compile(_NUMBER)
@@ -45,6 +49,18 @@ def extract_answer(completion: str, finish_reason: str = "stop", mode: Mode = "s
         if numbers:
             return str(numbers[-1])
     return None
+
+
+def answer_text(completion: str, finish_reason: str = "stop") -> str | None:
+    """The answer that is a free text, or None where it is empty, cut by length, or thinking was never closed."""
+    return None if finish_reason == "length" else spoken(completion) or None
+
+
+def spoken(completion: str) -> str:
+    """What the user is told: the text after thinking and after the answer tag, if there is one; it may be empty."""
+    text = after_thinking(completion) or ""
+    tag = _TEXT_TAG.search(text)
+    return text[tag.end() if tag else 0 :].strip()
 
 
 def after_thinking(completion: str) -> str | None:

@@ -1,0 +1,135 @@
+"""Answers that are free text: several lines after a tag, ended by the model alone, and judged without the tag."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tests.fake_server import FakeServerThread, count_tokens
+from tests.search.test_driver import PlainTemplate, content
+from tests.search.test_growth import ONE, grow, settings
+
+from cotree.llm.client import Client
+from cotree.llm.endpoints import Endpoint
+from cotree.search.baselines import best_of_n
+from cotree.search.driver import Grower
+from cotree.search.prompts import chain_text
+from cotree.store import TreeStore
+from cotree.tasks import Question, Task, Verdict
+from cotree.tasks.base import Turn, WorkedExample
+from cotree.tasks.extract import Mode, answer_text, spoken
+
+
+class Rhymes(Task):
+    """Write so many lines; the second turn asks for one more."""
+
+    name = "rhymes"
+    description = "generated: a number of lines"
+    answer_form = "text"
+
+    def questions(self, split: object = None, limit: int | None = None) -> list[Question]:
+        def ask(n: int) -> str:
+            return f"Write {n} lines."
+
+        return [
+            Question(
+                f"q{n}", self.name, ({"role": "user", "content": ask(n)},), str(n), later=(Turn("One more.", "3"),)
+            )
+            for n in (1, 2, 3, 4)
+        ]
+
+    def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
+        steps = {"sub_task": "I count lines.", "thinking": "Two are wanted."}
+        return [WorkedExample("Write 2 lines.", steps, "one line\n\nanother {line}")]
+
+    def judge(self, question: Question, completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> Verdict:
+        answer = answer_text(completion, finish_reason)
+        if answer is None:
+            return Verdict("no_answer", 0.0)
+        correct = len(answer.splitlines()) == int(question.gold)
+        return Verdict("correct" if correct else "wrong", float(correct), answer)
+
+
+def poem(prompt: str, seed: int, index: int) -> str:
+    """One to three lines with braces and words that would stop a thought; a thought is a line."""
+    lines = ["a {b}", "The answer is c", "d"][: 1 + (seed + index) % 3]
+    if prompt.endswith("The answer is:\n"):
+        return "\n".join(lines)
+    return f" step {(seed + 7 * index) % 11}\nThe answer is:\n" + "\n".join(lines)
+
+
+def test_a_text_answer_keeps_its_lines_and_is_judged_without_its_tag(tmp_path: Path) -> None:
+    asked = [(Rhymes(), q) for q in Rhymes().questions()]
+    with FakeServerThread(reply=poem) as server:
+        trees, _ = asyncio.run(grow(server.url, tmp_path / "t.db", settings(rollouts=8), asked))
+        answering = [r for r in server.requests if r["prompt"].endswith("The answer is:\n")]
+        thinking = [r for r in server.requests if not r["prompt"].endswith("The answer is:\n")]
+        before, calls = content(tmp_path / "t.db"), server.calls
+        asyncio.run(grow(server.url, tmp_path / "t.db", settings(rollouts=8), asked))
+        assert (content(tmp_path / "t.db"), server.calls) == (before, calls)
+    assert answering and thinking
+    assert not any(r.get("stop") for r in answering)
+    assert all(r["stop"] for r in thinking)
+    assert all("The answer is:\none line\n\nanother {line}\n" in r["prompt"] for r in server.requests)
+    answers = [(tree, n) for tree in trees for n in tree.nodes if n.type == "answer"]
+    assert {n.verdict for _, n in answers} == {"correct", "wrong"}
+    for tree, node in answers:
+        assert node.text == f"The answer is:\n{node.answer}"
+        assert (node.verdict == "correct") == (len((node.answer or "").splitlines()) == int(tree.gold))
+        chain = chain_text(tree.chain(node.node_id))
+        assert chain.endswith(f"\n{node.text}")
+        assert spoken(chain) == node.answer
+        assert Rhymes().judge(asked[0][1], chain).answer == node.answer
+    second = [tree for tree in trees if tree.turn == 1]
+    assert len(second) == 4
+    assert not any(m["content"].startswith("The answer is") for tree in second for m in tree.messages)
+    assert {len(tree.messages) for tree in second} == {3}
+
+
+def test_a_text_answer_that_is_cut_or_empty_is_no_answer(tmp_path: Path) -> None:
+    asked = [(Rhymes(), q) for q in Rhymes().questions()[:2]]
+
+    def rambling(prompt: str, seed: int, index: int) -> str:
+        return (
+            ("so on\n" * 99 if (seed + index) % 2 else " \n") if prompt.endswith(":\n") else poem(prompt, seed, index)
+        )
+
+    with FakeServerThread(reply=rambling) as server:
+        trees, _ = asyncio.run(grow(server.url, tmp_path / "t.db", settings(rollouts=8), asked))
+    answers = [n for tree in trees for n in tree.nodes if n.type == "answer"]
+    assert {(n.verdict, n.answer) for n in answers} == {("no_answer", None)}
+    assert {n.finish_reason for n in answers} == {"length", "stop"}
+
+
+def test_best_of_n_does_not_stop_in_a_text_answer(tmp_path: Path) -> None:
+    async def both(url: str) -> int:
+        asked = [(Rhymes(), q) for q in Rhymes().questions()]
+        async with Client("one", url, "one", max_in_flight=64, count_tokens=count_tokens) as client:
+            with TreeStore(tmp_path / "t.db") as store:
+                grower = Grower(store, {"one": Endpoint("one", (client,), PlainTemplate(), "one")}, ONE, settings(), 3)
+                await grower.grow_all(asked)
+                found = await best_of_n(grower.calls, ONE, grower.settings, grower.grown(asked), lambda *_: None)
+        return sum(f.correct for f in found)
+
+    with FakeServerThread(reply=poem) as server:
+        assert asyncio.run(both(server.url)) > 0
+        assert any(not r.get("stop") and not r["prompt"].endswith(":\n") for r in server.requests)
+
+
+@pytest.mark.parametrize(
+    ("completion", "finish", "answer"),
+    [
+        ("a\n\nb\n", "stop", "a\n\nb"),
+        ("First...\nThe answer is:\na\nThe answer is:\nb", "stop", "a\nThe answer is:\nb"),
+        ("The answer is: a\nb", "stop", "The answer is: a\nb"),
+        ("<think>x\nThe answer is:\ny</think>\n\nz", "stop", "z"),
+        ("<think>x\nThe answer is:\ny", "stop", None),
+        ("The answer is:\n \n", "stop", None),
+        ("a", "length", None),
+        ("", "stop", None),
+    ],
+)
+def test_the_text_that_is_judged(completion: str, finish: str, answer: str | None) -> None:
+    assert answer_text(completion, finish) == answer
