@@ -71,11 +71,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
 
 @app.command(epilog="Example: cotree tasks")
 def tasks() -> None:
-    """List the tasks."""
-    from cotree.tasks import TASKS
+    """List the tasks with size, licence and source."""
+    from cotree.tasks import listing
 
-    for name, kind in TASKS.items():
-        typer.echo(f"{name:12} {kind.description}")
+    typer.echo(listing())
 
 
 @app.command(epilog="Example: cotree patterns")

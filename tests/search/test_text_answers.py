@@ -19,7 +19,7 @@ from cotree.search.prompts import chain_text
 from cotree.store import TreeStore
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import Turn, WorkedExample
-from cotree.tasks.extract import Mode, answer_text, spoken
+from cotree.tasks.extract import answer_text, spoken
 
 
 class Rhymes(Task):
@@ -44,10 +44,7 @@ class Rhymes(Task):
         steps = {"sub_task": "I count lines.", "thinking": "Two are wanted."}
         return [WorkedExample("Write 2 lines.", steps, "one line\n\nanother {line}")]
 
-    def judge(self, question: Question, completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> Verdict:
-        answer = answer_text(completion, finish_reason)
-        if answer is None:
-            return Verdict("no_answer", 0.0)
+    def verify(self, answer: str, question: Question) -> Verdict:
         correct = len(answer.splitlines()) == int(question.gold)
         return Verdict("correct" if correct else "wrong", float(correct), answer)
 

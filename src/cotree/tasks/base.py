@@ -6,13 +6,17 @@ decided by extraction alone, before the verifier looks.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from cotree.tasks.extract import Mode, extract_answer
+from cotree.errors import UsageError
+from cotree.tasks.extract import Mode, answer_text, extract_answer
+from cotree.tasks.loading import Source
 
 _NUMBER = re.compile(
     r"\$?(?P<sign>[+-]?)\$?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?(?:\s*[A-Za-z]+(?: [A-Za-z]+)*)?"
@@ -84,15 +88,23 @@ class WorkedExample:
 
 
 class Task(ABC):
-    """A family of questions. A generated task draws its splits from disjoint parameters.
+    """A family of questions. A generated task draws its splits from disjoint parameters; a benchmark has a `source`.
 
-    `answer_form` says how an answer is written in a chain: in a box on one line, or as free text of several lines up to
-    the end of the turn. A task of the second form judges `answer_text` of a completion.
+    data: where a benchmark's rows are (see `loading.load_rows`). `blocking`: a verdict may wait for another process, so
+    an event loop asks for it through `judge_async`. `answer_form`: an answer is written in a box on one line, or as
+    free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
     """
 
     name: str
     description: str
-    answer_form: AnswerForm = "boxed"
+    source: ClassVar[Source | None] = None
+    blocking: ClassVar[bool] = False
+    answer_form: ClassVar[AnswerForm] = "boxed"
+
+    def __init__(self, data: str | Path | None = None) -> None:
+        if data is not None and self.source is None:
+            raise UsageError(f"{self.name} is generated and takes no data; leave out data={data}")
+        self.data = data
 
     @abstractmethod
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
@@ -102,17 +114,29 @@ class Task(ABC):
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Worked examples for the search prompt of this question; never used by plain evaluation."""
 
-    def verify(self, answer: str, gold: str) -> bool:
-        """Whether an extracted answer equals the gold one."""
-        return answer == gold
+    def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
+        """The final answer in a completion as written, None when there is none."""
+        if self.answer_form == "text":
+            return answer_text(completion, finish_reason)
+        return extract_answer(completion, finish_reason, mode)
+
+    def verify(self, answer: str, question: Question) -> Verdict:
+        """The verdict on an extracted answer: `correct` or `wrong`."""
+        correct = normalise_number(answer) == normalise_number(question.gold)
+        return Verdict("correct" if correct else "wrong", float(correct), answer)
 
     def judge(self, question: Question, completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> Verdict:
         """Extract, then verify. A completion cut by length has an answer only if it closed one."""
-        answer = extract_answer(completion, finish_reason, mode)
+        answer = self.extract(completion, finish_reason, mode)
         if answer is None:
             return Verdict("no_answer", 0.0, None, "cut by length" if finish_reason == "length" else "no closed answer")
-        correct = self.verify(normalise_number(answer), normalise_number(question.gold))
-        return Verdict("correct" if correct else "wrong", float(correct), answer)
+        return self.verify(answer, question)
+
+    async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
+        """`judge` that does not hold up the event loop."""
+        if self.blocking:
+            return await asyncio.to_thread(self.judge, question, completion, finish_reason)
+        return self.judge(question, completion, finish_reason)
 
 
 def normalise_number(text: str) -> str:
