@@ -8,9 +8,10 @@ from pathlib import Path
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import Arithmetic
 from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample
+from cotree.tasks.blocksworld import Blocksworld, BlocksworldOneShot
 from cotree.tasks.letters import Letters
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, Letters)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, Letters, Blocksworld, BlocksworldOneShot)}
 
 
 def task(name: str, data: str | Path | None = None) -> Task:

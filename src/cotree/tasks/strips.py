@@ -18,7 +18,7 @@ Action = tuple[str, ...]  # ("stack", "a", "b")
 TABLE = ""
 _HAND = "hand"
 _BLOCKS_OF = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
-_Form = tuple[tuple[tuple[int, int], ...], ...]
+Form = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,36 +88,28 @@ def fault(problem: Problem, plan: Sequence[Action]) -> str | None:
 
 
 def optimal_plan(problem: Problem) -> list[Action]:
-    """A shortest plan, by A*; the same one every time. The bound on the rest: a block that must move costs two actions.
-
-    UsageError for a goal that no state fulfils.
-    """
+    """A shortest plan, the same one every time, by A* with `_bound`; UsageError for a goal that no state fulfils."""
     blocks = sorted(problem.below)
     start = tuple(problem.below[block] for block in blocks)
-    came: dict[tuple[str, ...], tuple[tuple[str, ...], Action] | None] = {start: None}
-    cost = {start: 0}
-    queue = [(_bound(blocks, start, problem.goal), 0, start)]
+    done: set[tuple[str, ...]] = set()
+    queue: list[tuple[int, int, tuple[str, ...], tuple[Action, ...]]] = [(0, 0, start, ())]
     while queue:
-        _, negative_depth, state = heappop(queue)
-        depth = -negative_depth
-        if depth > cost[state]:
+        _, _, state, plan = heappop(queue)
+        if state in done:
             continue
-        if all(state[blocks.index(block)] == under for block, under in problem.goal.items()):
-            plan = []
-            while (step := came[state]) is not None:
-                state, action = step
-                plan.append(action)
-            return plan[::-1]
+        done.add(state)
+        if problem.goal.items() <= dict(zip(blocks, state, strict=True)).items():
+            return list(plan)
         for action, following in _successors(blocks, state):
-            if depth + 1 < cost.get(following, depth + 2):
-                cost[following], came[following] = depth + 1, (state, action)
-                # Among equal bounds the deepest state comes first, so that the search runs straight to the goal.
-                heappush(queue, (depth + 1 + _bound(blocks, following, problem.goal), -depth - 1, following))
+            if following not in done:
+                bound = len(plan) + 1 + _bound(blocks, following, problem.goal)
+                # Among equal bounds the longest plan comes first, so that the search runs straight to the goal.
+                heappush(queue, (bound, -len(plan), following, (*plan, action)))
     raise UsageError(f"blocksworld goal cannot be reached: {', '.join(problem.goal_atoms())}")
 
 
 def _successors(blocks: list[str], state: tuple[str, ...]) -> Iterator[tuple[Action, tuple[str, ...]]]:
-    """Each possible action and the state after it; a state says for each block what it stands on, or that it is held."""
+    """Each possible action and the state after it; a state says what each block stands on, or that it is held."""
     held = state.index(_HAND) if _HAND in state else None
     for i, block in enumerate(blocks):
         if block in state:
@@ -132,10 +124,10 @@ def _successors(blocks: list[str], state: tuple[str, ...]) -> Iterator[tuple[Act
 
 
 def _bound(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str]) -> int:
-    """Actions that are surely still needed.
+    """Actions that are surely still needed: it never falls by more than one a step, so A* need not visit a state twice.
 
-    A block must move if it stands where the goal does not want it, where the goal wants another, or above one that must
-    move: it is lifted and set down; a held block is set down.
+    A block must move (two actions) if it stands where the goal does not want it, where the goal wants another, or above
+    one that must move; a held block must be set down (one action).
     """
     below = dict(zip(blocks, state, strict=True))
     wanted_on = {under: block for block, under in goal.items() if under}
@@ -151,40 +143,26 @@ def _bound(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str]) -
     return 2 * sum(map(must_move, blocks)) + (_HAND in state)
 
 
-def canonical_form(problem: Problem) -> _Form:
+def canonical_form(problem: Problem) -> Form:
     """The problem without its blocks' names: equal for two problems exactly if renaming blocks makes them the same.
 
     Blocks are linked to what they stand on, now and in the goal, and to what stands on them: at most four neighbours,
-    each of another kind, so a walk from one block numbers its whole component in one way. A component's form is the
-    smallest over the blocks to start from.
+    each of another kind, so a walk from one block numbers all that hang together with it in one way. Each such group
+    gives the smallest code over the blocks to start from.
     """
-    goal = problem.goal
-    links: list[dict[str, str]] = []
-    for placed in (problem.below, goal):
-        links.append({block: under for block, under in placed.items() if under})
-        links.append({under: block for block, under in placed.items() if under})
-    seen: set[str] = set()
-    forms = []
-    for block in problem.below:
-        if block not in seen:
-            component = _walk(block, links)
-            seen.update(component)
-            forms.append(min(_numbered(_walk(start, links), problem) for start in component))
-    return tuple(sorted(forms))
-
-
-def _walk(start: str, links: list[dict[str, str]]) -> list[str]:
-    found = [start]
-    for block in found:
-        for link in links:
-            if block in link and link[block] not in found:
-                found.append(link[block])
-    return found
-
-
-def _numbered(found: list[str], problem: Problem) -> tuple[tuple[int, int], ...]:
-    number = {block: i for i, block in enumerate(found)} | {TABLE: -1}
-    return tuple((number[problem.below[b]], number[problem.goal[b]] if b in problem.goal else -2) for b in found)
+    placed = (problem.below, problem.goal)
+    down = [{block: under for block, under in below.items() if under} for below in placed]
+    links = [*down, *({under: block for block, under in below.items()} for below in down)]
+    codes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    groups: dict[frozenset[str], list[str]] = {}
+    for start in problem.below:
+        walk = [start]
+        for block in walk:
+            walk += dict.fromkeys(link[block] for link in links if block in link and link[block] not in walk)
+        number = {block: i for i, block in enumerate(walk)} | {TABLE: -1}
+        codes[start] = tuple(tuple(number[below[b]] if b in below else -2 for below in placed) for b in walk)
+        groups.setdefault(frozenset(walk), []).append(start)
+    return tuple(sorted(min(codes[start] for start in group) for group in groups.values()))
 
 
 def random_state(rng: random.Random, blocks: Sequence[str]) -> dict[str, str]:
