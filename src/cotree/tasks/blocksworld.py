@@ -23,7 +23,8 @@ from cotree.tasks.strips import Action, Form, Problem, canonical_form, fault, op
 
 _DOMAINS = ("blocksworld", "blocksworld_3")
 _BLOCKS, _SIZES, _DRAWS = "abcdefg", (3, 4, 5, 6, 7), 1000
-# PlanBench has at most five blocks, so problems of six are none of its own.
+# PlanBench's problems have no more blocks, so those of six are none of its own.
+_LARGEST = 5
 _EXAMPLES = (
     Problem({"a": "", "b": "", "c": "b", "d": "", "e": "d", "f": ""}, {"f": "a"}),
     Problem({"a": "", "b": "a", "c": "", "d": "c", "e": "", "f": ""}, {"c": "e"}),
@@ -61,9 +62,9 @@ class Blocksworld(Benchmark):
     plan is correct if each action's preconditions hold in turn and the goal holds at the end; it need not be short. The
     verdict's detail begins with `optimal` for a shortest plan. Strict and lenient judge alike.
 
-    Splits `train` and `dev` are generated, 3 to 7 blocks in turn. The benchmark holds all 22 problems that three blocks
-    allow in its form, so generated ones of three blocks ask for blocks on the table. What is left out are the rows that
-    can be loaded: what a partial file lacks is not known.
+    Splits `train` and `dev` are generated, 3 to 7 blocks in turn. Up to five blocks, the sizes of PlanBench, a goal
+    says where every block stands, the table too, as no goal of PlanBench does: so no row equals one, even a
+    row that the data at hand lacks. With the table's facts left out they still differ from every row at hand.
     """
 
     name = "blocksworld"
@@ -103,8 +104,9 @@ class Blocksworld(Benchmark):
         for i in range(_DRAWS):
             for size in _SIZES:
                 rng = random.Random(f"blocksworld-{size}-{i}")
-                problem = random_problem(rng, rng.sample(_BLOCKS, size))
-                form, text = canonical_form(problem), zero_shot(problem)
+                problem = random_problem(rng, rng.sample(_BLOCKS, size), whole=size <= _LARGEST)
+                on = {block: under for block, under in problem.goal.items() if under}
+                form, text = canonical_form(Problem(problem.below, on)), zero_shot(problem)
                 if form not in known and text not in seen and (split_of(str(form)) == "dev") == dev:
                     seen.add(text)
                     yield self._ask(f"generated-{size}-{i}", problem, optimal_plan(problem))

@@ -65,7 +65,8 @@ _ACTION = (
     r"(?:[ \t]*\([^()\n]*\))?[ \t,\])]*(?:(?:from|off|on|onto|upon|top|of|to|over|up|down|the)\b[ \t\[(]*)*+"
     rf"(?:{_BLOCK}|table\b)?"
 )
-_LINE, _NEXT = re.compile(f"^{_ACTION}", re.MULTILINE), re.compile(_ACTION)
+_LINE = re.compile(f"^{_ACTION}", re.MULTILINE)
+_NEXT = re.compile(rf"[ \t]*+(?=[,;.)\]\d]|->|and\b|then\b){_ACTION}")
 _HEADING = re.compile(r"\b(?:plan|actions|answer|solution|follows)[^\w\n.!?]*$", re.MULTILINE)
 _VERBS = {"pick": "pick-up", "put": "put-down"}
 
@@ -131,18 +132,24 @@ def extract_plan(completion: str, finish_reason: str = "stop") -> list[Action] |
         return None
     text = text.rpartition("[plan]")[2] if closed else text.partition("[statement]")[0]
     plan: list[Action] = []
-    end, number = 0, None
+    end, last = 0, None
     for line in _LINE.finditer(text):
-        if plan and ((line[1] == "1" and number != "1") or _HEADING.search(text, end, line.start())):
+        number, verb, block, under = line.groups()
+        if plan and ((number == "1" and last != "1") or _HEADING.search(text, end, line.start())):
             plan = []
-        elif plan and number and not line[1]:
+        elif plan and last and not number:
+            # Below a numbered step stands what explains it.
+            end = line.end()
             continue
-        number = line[1]
-        match: re.Match[str] | None = line
-        while match is not None:
-            names = [name for name in match.group(3, 4) if name]
-            blocks = [(plan[-1][1] if plan and name == "it" else _LETTERS.get(name, name)) for name in names]
-            plan.append((_VERBS.get(match[2], match[2]), *blocks))
-            end = match.end()
-            match = _NEXT.match(text, end)
+        last = number
+        while True:
+            blocks = [
+                plan[-1][1] if name == "it" and plan else _LETTERS.get(name, name) for name in (block, under) if name
+            ]
+            plan.append((_VERBS.get(verb, verb), *blocks))
+            end = line.end()
+            following = _NEXT.match(text, end)
+            if following is None:
+                break
+            line, (_, verb, block, under) = following, following.groups()
     return plan or None

@@ -179,15 +179,13 @@ def random_state(rng: random.Random, blocks: Sequence[str]) -> dict[str, str]:
     return {block: TABLE if i in bottoms else order[i - 1] for i, block in enumerate(order)}
 
 
-def random_problem(rng: random.Random, blocks: Sequence[str]) -> Problem:
-    """A uniform first state and a goal that it does not fulfil, from a second uniform state.
+def random_problem(rng: random.Random, blocks: Sequence[str], whole: bool) -> Problem:
+    """A uniform first state, and as its goal a second uniform state that does not hold yet.
 
-    The goal says what stands on what, as PlanBench's goals do; where that holds from the start, also what stands on the
-    table.
+    whole: the goal says of every block where it stands; else, as in PlanBench, only what stands on what.
     """
     while True:
         below, end = random_state(rng, blocks), random_state(rng, blocks)
-        on = {block: under for block, under in end.items() if under}
-        for goal in (on, end):
-            if any(below[block] != under for block, under in goal.items()):
-                return Problem(below, goal)
+        problem = Problem(below, end if whole else {block: under for block, under in end.items() if under})
+        if not problem.goal.items() <= below.items():
+            return problem
