@@ -61,12 +61,12 @@ _BLOCK = (
 )
 _ACTION = (
     r"[^\w\n]*+(?:(?:step|action|plan|so|the|answer|is|boxed|first|then|next|now|finally|and|i|(\d++))\b[^\w\n]*+)*+"
-    rf"(pick|put|unstack|stack)(?:[ \t-]*(?:up|down)\b)?[ \t(\[:]+{_BLOCK}"
-    r"(?:[ \t]*\([^()\n]*\))?[ \t,\])]*(?:(?:from|off|on|onto|upon|top|of|to|over|up|down|the)\b[ \t\[(]*)*+"
-    rf"(?:{_BLOCK}|table\b)?"
+    rf"(pick|put|unstack|stack)(?:[ \t-]*(?:up|down)\b)?[ \t(\[:]+{_BLOCK}(?:[ \t]+(?:up|down)\b)?"
+    r"(?:(?:[ \t]*\([^()\n]*\))?[ \t,\])]*(?:(?:from|off|on|onto|upon|top|of|to|over|the)\b[ \t\[(]*)*+"
+    rf"(?:{_BLOCK}|table\b))?"
 )
 _LINE = re.compile(f"^{_ACTION}", re.MULTILINE)
-_NEXT = re.compile(rf"[ \t]*+(?=[,;.)\]\d]|->|and\b|then\b){_ACTION}")
+_NEXT = re.compile(rf"(?=\)[ \t]*\(|\)?[ \t]*(?:[,;.\d]|->|and\b|then\b)){_ACTION}")
 _HEADING = re.compile(r"\b(?:plan|actions|answer|solution|follows)[^\w\n.!?]*$", re.MULTILINE)
 _VERBS = {"pick": "pick-up", "put": "put-down"}
 
