@@ -69,8 +69,9 @@ def by_id() -> dict[str, Question]:
 
 def own_rows(folder: Path) -> Path:
     """A tiny benchmark of invented rows, for tests of what needs one."""
-    row = {"id": "own-1", "init": ["on b a", "ontable a"], "goal": ["ontable b"], "ground_truth_plan": ["unstack b a"]}
-    (folder / "own.jsonl").write_text(json.dumps(row | {"ground_truth_plan": ["unstack b a", "put-down b"]}) + "\n")
+    plan = ["unstack b a", "put-down b", "pick-up b", "put-down b"]
+    row = {"id": "mine", "init": ["on b a", "ontable a"], "goal": ["ontable b"], "ground_truth_plan": plan}
+    (folder / "own.jsonl").write_text(json.dumps(row) + "\n")
     return folder / "own.jsonl"
 
 
@@ -199,6 +200,10 @@ def test_unreachable_and_unknown_goals_are_a_users_error() -> None:
         optimal_plan(Problem(tower("a") | tower("b"), {"a": "b", "b": "a"}))
     with pytest.raises(UsageError, match="goal `clear a`"):
         Problem.from_atoms(["ontable a", "handempty"], ["clear a"])
+    with pytest.raises(UsageError, match="block `b`: blocks are named a to l and all stand somewhere"):
+        Problem.from_atoms(["ontable a"], ["on a b", "ontable b"])
+    with pytest.raises(UsageError, match="block `b1`"):
+        Problem.from_atoms(["ontable b1"], ["ontable b1"])
 
 
 def renamed(problem: Problem, order: tuple[str, ...]) -> Problem:
@@ -404,6 +409,22 @@ def test_rows_as_the_hub_has_them(tmp_path: Path) -> None:
     assert [problem_of(q) for q in questions] == [four, THREE]
     assert questions[1].gold == "\n".join(f"({' '.join(action)})" for action in THREE_PLAN)
     assert questions[0].messages[0]["content"] == zero_shot(four)
+
+
+def test_a_longer_gold_plan_is_not_called_optimal(tmp_path: Path) -> None:
+    question = task("blocksworld", own_rows(tmp_path)).questions()[0]
+    assert Blocksworld().judge(question, question.gold).detail == "4 steps, 2 would do"
+
+
+def test_one_shot_shows_an_invented_problem_where_the_one_before_is_missing(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        (question,) = task("blocksworld_one_shot", own_rows(tmp_path)).questions(split, 1)
+        shown, asked_last = question.messages[0]["content"].split("[STATEMENT]")[1:]
+        problem = problem_in(f"[STATEMENT]{shown}")
+        plan = extract_plan(shown.partition("My plan")[2])
+        assert plan is not None
+        assert fault(problem, plan) is None and len(problem.below) == 6
+        assert problem_in(f"[STATEMENT]{asked_last}") == problem_of(question)
 
 
 def test_worked_examples_are_solved_and_asked_like_the_question(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import split_of
@@ -30,7 +31,6 @@ _EXAMPLES = (
     Problem({"a": "", "b": "a", "c": "", "d": "c", "e": "", "f": ""}, {"c": "e"}),
     Problem({"a": "", "b": "", "c": "a", "d": "", "e": "b", "f": ""}, {"a": "b", "d": "a"}),
 )
-
 
 _problem = lru_cache(4096)(Problem.from_atoms)
 
@@ -63,8 +63,8 @@ class Blocksworld(Benchmark):
     verdict's detail begins with `optimal` for a shortest plan. Strict and lenient judge alike.
 
     Splits `train` and `dev` are generated, 3 to 7 blocks in turn. Up to five blocks, the sizes of PlanBench, a goal
-    says where every block stands, the table too, as no goal of PlanBench does: so no row equals one, even a
-    row that the data at hand lacks. With the table's facts left out they still differ from every row at hand.
+    says where every block stands, the table too, as no goal of PlanBench does: so no row equals one, even a row that
+    the data at hand lacks. With the table's facts left out they still differ from every row at hand.
     """
 
     name = "blocksworld"
@@ -83,7 +83,8 @@ class Blocksworld(Benchmark):
         found = row.get("id") or f"{group}-{value(row, 'instance_id')}"
         gold = value(row, "ground_truth_plan")
         plan = _steps(gold.strip() if isinstance(gold, str) else "\n".join(gold))
-        return self._ask(str(found), problem, plan, row.get("rap_split_v1_step"))
+        steps = len(optimal_plan(problem))
+        return self._ask(str(found), problem, plan, {"optimal_steps": steps, "rap_group": row.get("rap_split_v1_step")})
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The benchmark's rows (split `test` or none), or generated problems that the benchmark does not have."""
@@ -109,15 +110,11 @@ class Blocksworld(Benchmark):
                 form, text = canonical_form(Problem(problem.below, on)), zero_shot(problem)
                 if form not in known and text not in seen and (split_of(str(form)) == "dev") == dev:
                     seen.add(text)
-                    yield self._ask(f"generated-{size}-{i}", problem, optimal_plan(problem))
+                    plan = optimal_plan(problem)
+                    yield self._ask(f"generated-{size}-{i}", problem, plan, {"optimal_steps": len(plan)})
 
-    def _ask(self, name: str, problem: Problem, gold: Sequence[Action], group: int | None = None) -> Question:
-        spec = {
-            "init": tuple(problem.init_atoms()),
-            "goal": tuple(problem.goal_atoms()),
-            "optimal_steps": len(gold),
-            "rap_group": group,
-        }
+    def _ask(self, name: str, problem: Problem, gold: Sequence[Action], known: dict[str, Any]) -> Question:
+        spec = {"init": tuple(problem.init_atoms()), "goal": tuple(problem.goal_atoms()), **known}
         message = {"role": "user", "content": zero_shot(problem)}
         return Question(name, self.name, (message,), _pddl(gold), f"{len(problem.below)} blocks", spec=spec)
 
@@ -157,7 +154,7 @@ class BlocksworldOneShot(Blocksworld):
         asked = []
         for question in super().questions(split, limit):
             group, _, number = question.id.rpartition("-")
-            before = solved.get(f"{group}-{int(number) - 1}")
+            before = solved.get(f"{group}-{int(number) - 1}") if number.isdecimal() else None
             example = problem_of(before) if before else _EXAMPLES[0]
             plan = _steps(before.gold) if before else optimal_plan(example)
             message = {"role": "user", "content": one_shot(problem_of(question), example, plan)}

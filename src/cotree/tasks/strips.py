@@ -17,6 +17,7 @@ from cotree.errors import UsageError
 Action = tuple[str, ...]  # ("stack", "a", "b")
 TABLE = ""
 _HAND = "hand"
+_BLOCKS = frozenset("abcdefghijkl")  # those that PlanBench has a colour for
 _BLOCKS_OF = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
 Form = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -34,7 +35,13 @@ class Problem:
         for atom in goal:
             if not atom.startswith(("on ", "ontable ")):
                 raise UsageError(f"blocksworld goal `{atom}`: a goal says `on X Y` or `ontable X`")
-        return cls(_placed(init), _placed(goal))
+        problem = cls(_placed(init), _placed(goal))
+        for block in (*problem.below, *problem.goal):
+            if block not in _BLOCKS or block not in problem.below:
+                raise UsageError(
+                    f"blocksworld block `{block}`: blocks are named a to l and all stand somewhere at first"
+                )
+        return problem
 
     def init_atoms(self) -> list[str]:
         """The first state in full, in PlanBench's order (sorted)."""
