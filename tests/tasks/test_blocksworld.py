@@ -186,10 +186,13 @@ def test_why_a_plan_fails(plan: list[Action], reason: str) -> None:
     assert fault(THREE, THREE_PLAN) is None
 
 
+# The examples are problems where a bound twice as high misses the shortest plan.
 @given(st.integers(0, 10**6), st.integers(2, 4), st.booleans())
+@example(35, 5, False)
+@example(1168, 5, True)
 @settings(max_examples=60, deadline=None)
 def test_solver_finds_shortest_plans(seed: int, size: int, whole: bool) -> None:
-    problem = random_problem(random.Random(seed), "abcd"[:size], whole)
+    problem = random_problem(random.Random(seed), "abcde"[:size], whole)
     plan = optimal_plan(problem)
     assert fault(problem, plan) is None
     assert len(plan) == shortest(problem)
@@ -278,6 +281,7 @@ IN_WORDS = "\n".join(plan_in_words(PLAN))
     [
         IN_WORDS,
         f"{IN_WORDS}\n[PLAN END]\n\n[STATEMENT]\nAs initial conditions\n\n[PLAN]\npick up the red block\n[PLAN END]",
+        f"{IN_WORDS}\n\n[STATEMENT]\nAs initial conditions\n\nMy plan is as follows:\n\n[PLAN]\npick up the red block\n",
         f"Sure.\n[PLAN]\n{IN_WORDS}\n[PLAN END]\nStack the red block on top of the blue block.",
         f"<think>\npick up the red block\n</think>\n{IN_WORDS}",
         f"So I pick up red first.\nThe answer is:\n{IN_WORDS}\n",
@@ -365,11 +369,12 @@ def test_any_text_gets_a_verdict(text: str) -> None:
 @pytest.mark.parametrize(
     "piece",
     ["the ", "pick up the red block ", "pick up red (", "1. ", "1", " ", "\n", "stack a on ", "* ", "plan ", "plan",
-     "\t(", "1. stack a b\npick up c\n", "stack a b, and ", "[PLAN]", "step 1: stack a b\nplan:\n", "the answer is:\n"],
+     "\t(", "1. stack a b\npick up c\n", "stack a b, and ", "stack a b\n", "[PLAN]", "step 1: stack a b\nplan:\n", "the answer is:\n"],
 )  # fmt: skip
-def test_long_texts_take_time_in_proportion(piece: str) -> None:
+@pytest.mark.parametrize("first", ["", "1. stack a b\n"])
+def test_long_texts_take_time_in_proportion(first: str, piece: str) -> None:
     def seconds(length: int) -> float:
-        text, taken = piece * (length // len(piece)), []
+        text, taken = first + piece * (length // len(piece)), []
         for _ in range(3):
             begun = time.process_time()
             extract_plan(text)

@@ -68,6 +68,7 @@ class Blocksworld(Benchmark):
     """
 
     name = "blocksworld"
+    prompt_version = "blocksworld/planbench-zero-shot-1"
     description = "PlanBench: plans to restack 3 to 5 blocks, run in a simulator; training problems are generated"
     source = Source("blocksworld.jsonl", "tasksource/planbench", "MIT", 600, ("task_1_plan_generation",), "train")
     answer_form = "text"
@@ -146,6 +147,7 @@ class BlocksworldOneShot(Blocksworld):
     """
 
     name = "blocksworld_one_shot"
+    prompt_version = "blocksworld/planbench-one-shot-1"
     description = "the same with a solved problem in the prompt, as PlanBench's one-shot results have it"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
