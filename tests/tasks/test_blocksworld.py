@@ -281,7 +281,7 @@ IN_WORDS = "\n".join(plan_in_words(PLAN))
     [
         IN_WORDS,
         f"{IN_WORDS}\n[PLAN END]\n\n[STATEMENT]\nAs initial conditions\n\n[PLAN]\npick up the red block\n[PLAN END]",
-        f"{IN_WORDS}\n\n[STATEMENT]\nAs initial conditions\n\nMy plan is as follows:\n\n[PLAN]\npick up the red block\n",
+        f"{IN_WORDS}\n\n[STATEMENT]\nAs initial conditions\n\nMy plan is as follows:\n\n[PLAN]\npick up the red block",
         f"Sure.\n[PLAN]\n{IN_WORDS}\n[PLAN END]\nStack the red block on top of the blue block.",
         f"<think>\npick up the red block\n</think>\n{IN_WORDS}",
         f"So I pick up red first.\nThe answer is:\n{IN_WORDS}\n",
@@ -369,7 +369,8 @@ def test_any_text_gets_a_verdict(text: str) -> None:
 @pytest.mark.parametrize(
     "piece",
     ["the ", "pick up the red block ", "pick up red (", "1. ", "1", " ", "\n", "stack a on ", "* ", "plan ", "plan",
-     "\t(", "1. stack a b\npick up c\n", "stack a b, and ", "stack a b\n", "[PLAN]", "step 1: stack a b\nplan:\n", "the answer is:\n"],
+     "\t(", "1. stack a b\npick up c\n", "stack a b, and ", "stack a b\n", "[PLAN]", "step 1: stack a b\nplan:\n",
+     "the answer is:\n"],
 )  # fmt: skip
 @pytest.mark.parametrize("first", ["", "1. stack a b\n"])
 def test_long_texts_take_time_in_proportion(first: str, piece: str) -> None:

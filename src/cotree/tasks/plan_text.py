@@ -52,7 +52,7 @@ _WORDS = {
     "stack": "stack the {} block on top of the {} block",
     "unstack": "unstack the {} block from on top of the {} block",
 }
-_FACT = re.compile(r"the (\w+) block is (?:on top of the (\w+) block|(on the table))")
+_FACT = re.compile(r"the (\w+) block is (?:on top of the (\w+) block|on the table)")
 
 # One action with what may stand before it in its line. A name is a colour, a letter, "it", or "the ANYTHING block".
 _BLOCK = (
@@ -113,7 +113,7 @@ def problem_in(prompt: str) -> Problem:
 
 
 def _stated(facts: str) -> dict[str, str]:
-    return {_LETTERS[block]: _LETTERS[under] if under else TABLE for block, under, _ in _FACT.findall(facts)}
+    return {_LETTERS[block]: _LETTERS[under] if under else TABLE for block, under in _FACT.findall(facts)}
 
 
 def extract_plan(completion: str, finish_reason: str = "stop") -> list[Action] | None:
