@@ -33,15 +33,13 @@ from cotree.tasks.strips import (
 )
 
 # What PlanBench's labels say and this judge does not, response by response.
-SOLVED_FIRST = (
-    "its first plan, closed by [PLAN END], is valid; the label is about a mix of it and a later invented problem"
-)
+SOLVED_FIRST = "its first plan, closed by [PLAN END], is valid; the label's plan lacks actions or is of a later problem"
 SOLVED_SECOND = "no marker; it plans the prompt's example, then the problem, validly; the label is about the first plan"
 CLOSED_WRONG = "its first plan, closed by [PLAN END], is impossible; the label is about a later attempt"
 FIRST_LOST = "the plan is valid; the label's plan lacks its first action"
 DISAGREEMENTS = {
     **dict.fromkeys([24, 121, 135, 185, 208, 261, 290, 295, 426, 471], SOLVED_FIRST),
-    **dict.fromkeys([64, 158, 366, 407, 495], SOLVED_SECOND),
+    **dict.fromkeys([158, 366, 407, 495], SOLVED_SECOND),
     **dict.fromkeys([235, 306, 368], CLOSED_WRONG),
 }
 DISAGREEMENTS_BY_ID = {("qwen-qwq", f"blocksworld-{n}"): why for n, why in DISAGREEMENTS.items()}
@@ -304,6 +302,8 @@ IN_WORDS = "\n".join(plan_in_words(PLAN))
         "2. **PutDown(orange)**\n   (Put down orange to free the hand)\n"
         "3. **PickUp(blue)**\n   - Pick up the blue block.\n"
         "4. **Stack(blue, orange)**: stack the blue block on the orange block\nSo each block is where it should be.",
+        "1. Unstack orange from red\n2. Stack orange on blue\nNo. So, the plan is:\n\n- unstack orange from red\n"
+        "- put down orange\n- pick up blue\n- stack blue on orange",
         "- pick up red\n\nActions:\n- unstack orange (the clear block) from red\n- put down orange\n- pick up blue\n"
         "- stack blue (in hand) on top of orange",
         f"So the plan is: \\boxed{{{', '.join(plan_in_words(PLAN))}}}",

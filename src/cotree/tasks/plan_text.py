@@ -67,7 +67,7 @@ _ACTION = (
 )
 _LINE = re.compile(f"^{_ACTION}", re.MULTILINE)
 _NEXT = re.compile(rf"(?=\)[ \t]*\(|\)?[ \t]*(?:[,;.\d]|->|and\b|then\b)){_ACTION}")
-_HEADING = re.compile(r"\b(?:plan|actions|answer|solution|follows)[^\w\n.!?]*$", re.MULTILINE)
+_HEADING = re.compile(r"\b(?:plan|actions|steps|answer|solution|plan is|follows)[^\w\n.!?]*$", re.MULTILINE)
 _VERBS = {"pick": "pick-up", "put": "put-down"}
 
 
