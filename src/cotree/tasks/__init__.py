@@ -8,14 +8,16 @@ from pathlib import Path
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import Arithmetic
 from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample
+from cotree.tasks.blocksworld import Blocksworld, BlocksworldOneShot
 from cotree.tasks.ifeval import IFEval, MIFEval, MultiIF
 from cotree.tasks.letters import Letters
 from cotree.tasks.mathematics import AIME24, AIME25, GSM8K, MATH500, MATHTraining
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (GSM8K, MATH500, MATHTraining, AIME24, AIME25, IFEval, MultiIF, MIFEval, Arithmetic, Letters)
-}
+_KINDS: tuple[type[Task], ...] = (
+    GSM8K, MATH500, MATHTraining, AIME24, AIME25, Blocksworld, BlocksworldOneShot, IFEval, MultiIF, MIFEval, Arithmetic,
+    Letters,
+)  # fmt: skip
+TASKS: dict[str, type[Task]] = {kind.name: kind for kind in _KINDS}
 
 
 def task(name: str, data: str | Path | None = None) -> Task:

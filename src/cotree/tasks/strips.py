@@ -1,0 +1,198 @@
+"""Blocksworld with four actions: a simulator that says why a plan fails, an optimal solver, and random problems.
+
+Invariant: the simulator and the solver follow PlanBench's `blocksworld-4ops` domain to the letter: pick-up and put-down
+take one block, stack and unstack two, the hand holds one block, and a goal holds at the end of the plan or not at all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import comb, factorial
+
+from cotree.errors import UsageError
+
+Action = tuple[str, ...]  # ("stack", "a", "b")
+TABLE = ""
+_HAND = "hand"
+_BLOCKS = frozenset("abcdefghijkl")  # those that PlanBench has a colour for
+_BLOCKS_OF = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
+Form = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What each block stands on at first (a block or TABLE), and what some of them must stand on in the end."""
+
+    below: Mapping[str, str]
+    goal: Mapping[str, str]
+
+    @classmethod
+    def from_atoms(cls, init: Iterable[str], goal: Iterable[str]) -> Problem:
+        """From ground atoms (`on a b`, `ontable b`; `clear` and `handempty` follow from them in `init`)."""
+        for atom in goal:
+            if not atom.startswith(("on ", "ontable ")):
+                raise UsageError(f"blocksworld goal `{atom}`: a goal says `on X Y` or `ontable X`")
+        problem = cls(_placed(init), _placed(goal))
+        for block in (*problem.below, *problem.goal):
+            if block not in _BLOCKS or block not in problem.below:
+                raise UsageError(
+                    f"blocksworld block `{block}`: blocks are named a to l and all stand somewhere at first"
+                )
+        return problem
+
+    def init_atoms(self) -> list[str]:
+        """The first state in full, in PlanBench's order (sorted)."""
+        covered = set(self.below.values())
+        clear = [f"clear {block}" for block in self.below if block not in covered]
+        return sorted([*clear, "handempty", *_atoms(self.below)])
+
+    def goal_atoms(self) -> list[str]:
+        """The goal, sorted."""
+        return sorted(_atoms(self.goal))
+
+
+def _placed(atoms: Iterable[str]) -> dict[str, str]:
+    words = [atom.split() for atom in atoms]
+    return {w[1]: w[2] if w[0] == "on" else TABLE for w in words if w[0] in ("on", "ontable")}
+
+
+def _atoms(below: Mapping[str, str]) -> list[str]:
+    return [f"on {block} {under}" if under else f"ontable {block}" for block, under in below.items()]
+
+
+def fault(problem: Problem, plan: Sequence[Action]) -> str | None:
+    """Why the plan does not solve the problem (its first impossible step, or the goals it misses); None if it does."""
+    below, held = dict(problem.below), ""
+    for step, action in enumerate(plan, 1):
+        reason = ""
+        name, block = action[0], action[1]
+        if len(action) - 1 != _BLOCKS_OF[name]:
+            reason = f"{name} takes {_BLOCKS_OF[name]} block{'s' if _BLOCKS_OF[name] > 1 else ''}"
+        elif name in ("pick-up", "unstack"):
+            under = TABLE if name == "pick-up" else action[2]
+            if held:
+                reason = f"the hand holds {held}"
+            elif below.get(block) != under:
+                reason = f"{block} is not on {under or 'the table'}"
+            elif block in below.values():
+                reason = f"{block} is not clear"
+            else:
+                held = block
+                del below[block]
+        elif held != block:
+            reason = f"not holding {block}"
+        elif name == "stack" and (action[2] not in below or action[2] in below.values()):
+            reason = f"{action[2]} is not clear"
+        else:
+            below[block], held = TABLE if name == "put-down" else action[2], ""
+        if reason:
+            return f"step {step}: ({' '.join(action)}): {reason}"
+    missed = {block: under for block, under in problem.goal.items() if below.get(block) != under}
+    return f"goal not reached: {', '.join(sorted(_atoms(missed)))}" if missed else None
+
+
+def optimal_plan(problem: Problem) -> list[Action]:
+    """A shortest plan, the same one every time, by A* with `_bound`; UsageError for a goal that no state fulfils."""
+    blocks = sorted(problem.below)
+    start = tuple(problem.below[block] for block in blocks)
+    done: set[tuple[str, ...]] = set()
+    queue: list[tuple[int, int, tuple[str, ...], tuple[Action, ...]]] = [(0, 0, start, ())]
+    while queue:
+        _, _, state, plan = heappop(queue)
+        if state in done:
+            continue
+        done.add(state)
+        if problem.goal.items() <= dict(zip(blocks, state, strict=True)).items():
+            return list(plan)
+        for action, following in _successors(blocks, state):
+            if following not in done:
+                bound = len(plan) + 1 + _bound(blocks, following, problem.goal)
+                # Among equal bounds the longest plan comes first, so that the search runs straight to the goal.
+                heappush(queue, (bound, -len(plan), following, (*plan, action)))
+    raise UsageError(f"blocksworld goal cannot be reached: {', '.join(problem.goal_atoms())}")
+
+
+def _successors(blocks: list[str], state: tuple[str, ...]) -> Iterator[tuple[Action, tuple[str, ...]]]:
+    """Each possible action and the state after it; a state says what each block stands on, or that it is held."""
+    held = state.index(_HAND) if _HAND in state else None
+    for i, block in enumerate(blocks):
+        if block in state:
+            continue
+        if held is None:
+            action = ("pick-up", block) if state[i] == TABLE else ("unstack", block, state[i])
+            yield action, (*state[:i], _HAND, *state[i + 1 :])
+        elif i == held:
+            yield ("put-down", block), (*state[:i], TABLE, *state[i + 1 :])
+        else:
+            yield ("stack", blocks[held], block), (*state[:held], block, *state[held + 1 :])
+
+
+def _bound(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str]) -> int:
+    """Actions that are surely still needed: it never falls by more than one a step, so A* need not visit a state twice.
+
+    A block must move (two actions) if it stands where the goal does not want it, where the goal wants another, or above
+    one that must move; a held block must be set down (one action).
+    """
+    below = dict(zip(blocks, state, strict=True))
+    wanted_on = {under: block for block, under in goal.items() if under}
+    moves: dict[str, bool] = {TABLE: False, _HAND: False}
+
+    def must_move(block: str) -> bool:
+        if block not in moves:
+            under = below[block]
+            wrong = goal.get(block, under) != under or wanted_on.get(under, block) != block
+            moves[block] = under != _HAND and (wrong or must_move(under))
+        return moves[block]
+
+    return 2 * sum(map(must_move, blocks)) + (_HAND in state)
+
+
+def canonical_form(problem: Problem) -> Form:
+    """The problem without its blocks' names: equal for two problems exactly if renaming blocks makes them the same.
+
+    Blocks are linked to what they stand on, now and in the goal, and to what stands on them: at most four neighbours,
+    each of another kind, so a walk from one block numbers all that hang together with it in one way. Each such group
+    gives the smallest code over the blocks to start from.
+    """
+    placed = (problem.below, problem.goal)
+    down = [{block: under for block, under in below.items() if under} for below in placed]
+    links = [*down, *({under: block for block, under in below.items()} for below in down)]
+    codes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    groups: dict[frozenset[str], list[str]] = {}
+    for start in problem.below:
+        walk = [start]
+        for block in walk:
+            walk += dict.fromkeys(link[block] for link in links if block in link and link[block] not in walk)
+        number = {block: i for i, block in enumerate(walk)} | {TABLE: -1}
+        codes[start] = tuple(tuple(number[below[b]] if b in below else -2 for below in placed) for b in walk)
+        groups.setdefault(frozenset(walk), []).append(start)
+    return tuple(sorted(min(codes[start] for start in group) for group in groups.values()))
+
+
+def random_state(rng: random.Random, blocks: Sequence[str]) -> dict[str, str]:
+    """What each block stands on, uniform over all states of these blocks with an empty hand.
+
+    k towers of n blocks can stand in C(n-1, k-1) n!/k! ways (Lah numbers): k is drawn by these weights, then a
+    permutation of the blocks and the k-1 places where a new tower begins.
+    """
+    n = len(blocks)
+    ways = [comb(n - 1, k - 1) * factorial(n) // factorial(k) for k in range(1, n + 1)]
+    towers = rng.choices(range(1, n + 1), ways)[0]
+    order = rng.sample(list(blocks), n)
+    bottoms = {0, *rng.sample(range(1, n), towers - 1)}
+    return {block: TABLE if i in bottoms else order[i - 1] for i, block in enumerate(order)}
+
+
+def random_problem(rng: random.Random, blocks: Sequence[str], whole: bool) -> Problem:
+    """A uniform first state, and as its goal a second uniform state that does not hold yet.
+
+    whole: the goal says of every block where it stands; else, as in PlanBench, only what stands on what.
+    """
+    while True:
+        below, end = random_state(rng, blocks), random_state(rng, blocks)
+        problem = Problem(below, end if whole else {block: under for block, under in end.items() if under})
+        if not problem.goal.items() <= below.items():
+            return problem
