@@ -18,7 +18,7 @@ from cotree.search.driver import Grower
 from cotree.search.prompts import chain_text
 from cotree.store import TreeStore
 from cotree.tasks import Question, Task, Verdict
-from cotree.tasks.base import Turn, WorkedExample
+from cotree.tasks.base import AnswerForm, Turn, WorkedExample
 from cotree.tasks.extract import answer_text, spoken
 
 
@@ -28,7 +28,7 @@ class Rhymes(Task):
     name = "rhymes"
     description = "generated: a number of lines"
     prompt_version = "1"
-    answer_form = "text"
+    answer_form: AnswerForm = "text"
 
     def questions(self, split: object = None, limit: int | None = None) -> list[Question]:
         def ask(n: int) -> str:
@@ -56,6 +56,42 @@ def poem(prompt: str, seed: int, index: int) -> str:
     if prompt.endswith("The answer is:\n"):
         return "\n".join(lines)
     return f" step {(seed + 7 * index) % 11}\nThe answer is:\n" + "\n".join(lines)
+
+
+class Halves(Rhymes):
+    """Half of a number, in LaTeX."""
+
+    name = "halves"
+    answer_form = "boxed"
+
+    def verify(self, answer: str, question: Question) -> Verdict:
+        correct = answer == rf"\frac{{{question.gold}}}{{2}}"
+        return Verdict("correct" if correct else "wrong", float(correct), answer)
+
+
+@pytest.mark.parametrize("after", ["", "}", "}. So it is.", "} and {more}\nThe end.", "} " + "on " * 80])
+def test_a_boxed_answer_may_have_braces_of_its_own(tmp_path: Path, after: str) -> None:
+    def fraction(prompt: str, seed: int, index: int) -> str:
+        if prompt.endswith("{"):
+            return rf"\frac{{{1 + (seed + index) % 4}}}{{2}}{after}"
+        return f" step {(seed + 7 * index) % 11}"
+
+    asked = [(Halves(), q) for q in Halves().questions()]
+    with FakeServerThread(reply=fraction) as server:
+        trees, _ = asyncio.run(grow(server.url, tmp_path / "t.db", settings(rollouts=8), asked))
+    answers = [n for tree in trees for n in tree.nodes if n.type == "answer"]
+    assert {n.verdict for n in answers} == {"correct", "wrong"}
+    assert all(n.text == f"The answer is: \\boxed{{{n.answer}}}" and (n.answer or "").endswith("{2}") for n in answers)
+
+
+def test_a_boxed_answer_that_is_cut_before_its_brace_is_no_answer(tmp_path: Path) -> None:
+    def endless(prompt: str, seed: int, index: int) -> str:
+        return r"\frac{1 + " + "1 + " * 200 if prompt.endswith("{") else f" step {(seed + 7 * index) % 11}"
+
+    asked = [(Halves(), q) for q in Halves().questions()]
+    with FakeServerThread(reply=endless) as server:
+        trees, _ = asyncio.run(grow(server.url, tmp_path / "t.db", settings(rollouts=8), asked))
+    assert {n.verdict for tree in trees for n in tree.nodes if n.type == "answer"} == {"no_answer"}
 
 
 def test_a_text_answer_keeps_its_lines_and_is_judged_without_its_tag(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cotree.search.prompts import (
     THOUGHT_STOPS,
     chain_text,
     continuation,
+    in_box,
     search_messages,
     thought_text,
 )
@@ -207,9 +208,10 @@ class Growth:
         self, wanted: Wanted, how: ThoughtSettings, written: str, tokens: int, finish_reason: str
     ) -> Thought:
         in_line = wanted.node.is_open and wanted.kind == wanted.node.kind and not wanted.prefix
-        cut = finish_reason == "length"
-        is_open = cut and how.ends == "tokens"
         form = self.task.answer_form
+        closed = wanted.kind == "answer" and form == "boxed" and in_box(written)[1]
+        cut = finish_reason == "length" and not closed
+        is_open = cut and how.ends == "tokens"
         text = thought_text(wanted.kind, wanted.prefix, written, form, in_line=in_line, is_open=is_open)
         if cut and not is_open:
             verdict = Verdict("no_answer", 0.0, None, "thought cut by max_tokens")

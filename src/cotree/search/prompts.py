@@ -55,6 +55,16 @@ def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> lis
     return messages
 
 
+def in_box(written: str) -> tuple[str, bool]:
+    """What of a text stands in a box that it begins in, and whether the box is closed: at the first brace too many."""
+    depth = 1
+    for position, character in enumerate(written):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return written[:position], True
+    return written, False
+
+
 def thought_text(
     kind: str, prefix: str, written: str, form: AnswerForm, *, in_line: bool = False, is_open: bool = False
 ) -> str:
@@ -65,7 +75,8 @@ def thought_text(
     in_line: it continues an open line, so its first space counts; is_open: its own line goes on, so its last one does.
     """
     if kind == "answer":
-        return f"{prefix}{written.strip()}{ANSWERS[form].close}"
+        kept = in_box(written)[0] if form == "boxed" else written
+        return f"{prefix}{kept.strip()}{ANSWERS[form].close}"
     if not written.strip():
         # The end of an open line is a step of its own, though it has no words.
         return "\n" if in_line else ""

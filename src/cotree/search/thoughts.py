@@ -59,7 +59,9 @@ class Answer:
 
 
 ANSWERS: Mapping[AnswerForm, Answer] = {
-    "boxed": Answer(PREFIXES["answer"][0], ("}", "\n"), "}"),
+    # LaTeX has braces of its own: which one ends the box is seen when the line has come (`prompts.in_box`).
+    "boxed": Answer(PREFIXES["answer"][0], ("\n",), "}"),
+    "number": Answer(PREFIXES["answer"][0], ("}", "\n"), "}"),
     "text": Answer(f"{ANSWER_TAG}\n", (), ""),
 }
 

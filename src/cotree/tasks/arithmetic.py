@@ -76,6 +76,7 @@ class Arithmetic(Task):
 
     name = "arithmetic"
     prompt_version = "arithmetic/boxed-1"
+    answer_form = "number"
     description = "sums, differences, products, the largest of three numbers"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:

@@ -23,7 +23,7 @@ _NUMBER = re.compile(
 )
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]
-AnswerForm = Literal["boxed", "text"]
+AnswerForm = Literal["boxed", "number", "text"]
 Message = dict[str, str]
 
 
@@ -92,8 +92,8 @@ class Task(ABC):
 
     data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
     `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
-    `answer_form`: an answer is written in a box on one line, or as free text of several lines up to the end of the
-    turn, of which all that follows the answer tag is judged.
+    `answer_form`: an answer is written in a box on one line (`number`: has no brace of its own, so the first one ends
+    it), or as free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
     """
 
     name: str

@@ -39,6 +39,7 @@ class Letters(Task):
 
     name = "letters"
     prompt_version = "letters/boxed-1"
+    answer_form = "number"
     description = "count a letter in a spelled-out word, counts drawn balanced"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
