@@ -167,8 +167,8 @@ def test_a_summary_adds_up(samples: list[Sample], rng: random.Random) -> None:
 def test_a_summary_by_hand() -> None:
     row = summarize(
         [
-            Sample("correct", 10, "stop"),
-            Sample("wrong", 20, "length"),
+            Sample("correct", 10, "stop", "7"),
+            Sample("wrong", 20, "length", "2"),
             Sample("no_answer", 64, "length"),
             Sample("no_answer", 6, "stop"),
         ]
@@ -184,6 +184,8 @@ def test_a_summary_by_hand() -> None:
         "finished_without_answer": 0.25,
         "accuracy_answered": 0.5,
         "mean_tokens": 25.0,
+        "commonest": "2",
+        "commonest_share": 0.5,
     }
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cotree.eval.metrics import minimum_detectable_difference, wilson
+from cotree.eval.metrics import Sample, minimum_detectable_difference, summarize, wilson
 from cotree.report.format import duration, listed, paper_form, percent, signed
 from cotree.report.reading import overlap, reading
 from cotree.report.summary import MODELS, EvalRow, Summary
@@ -140,6 +140,17 @@ def test_the_reading_compares_with_the_constant_answer(correct: int, verdict: st
     baselines = [{"task": "t", "answer": "3", "accuracy": 0.45}]
     text = " ".join(reading(summary_of(row("base", 2, 100), row("dpo", correct, 100), baselines=baselines))["t"])
     assert f"Its interval {verdict} the best constant answer, “3” (45.0%)." in text
+
+
+@pytest.mark.parametrize(("twos", "said"), [(20, "everything"), (19, "95% of all"), (17, "")])
+def test_a_row_that_gives_one_answer_to_everything_is_called_that(twos: int, said: str) -> None:
+    given = ["2"] * twos + [str(i) for i in range(20 - twos)]
+    samples = [Sample("correct" if answer == "2" else "wrong", 9, "stop", answer) for answer in given]
+    content = summary_of({"model": "dpo", "task": "t", "max_tokens": 9, **summarize(samples)})
+    sentences, note = " ".join(reading(content)["t"]), eval_table_text(content)
+    expected = f"dpo answers “2” to {said} that it answers"
+    assert (expected in sentences) == (expected in note) == bool(said)
+    assert ("dpo answers" in note) == bool(said)
 
 
 def test_one_row_alone_is_compared_with_nothing() -> None:

@@ -48,7 +48,7 @@ class EvalSample:
 
     def judged(self) -> Sample:
         """As the metrics take it."""
-        return Sample(self.kind, self.tokens, self.finish_reason)
+        return Sample(self.kind, self.tokens, self.finish_reason, self.answer)
 
 
 def evaluate(

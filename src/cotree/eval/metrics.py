@@ -16,15 +16,21 @@ from typing import Literal, TypedDict
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One judged completion: the verdict's kind, its generated tokens, and why the server stopped ("length": cut)."""
+    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), and the
+    answer that was extracted."""
 
     kind: Literal["correct", "wrong", "no_answer"]
     tokens: int
     finish_reason: str
+    answer: str | None = None
 
 
 class Metrics(TypedDict):
-    """One row of the table; fractions in [0, 1]. `accuracy_answered` is None when no sample has an answer."""
+    """One row of the table; fractions in [0, 1]. `accuracy_answered` is None when no sample has an answer.
+
+    `commonest` is the answer given most often and `commonest_share` its share of the samples with an answer: near 1, a
+    model has learnt a constant. None without answers.
+    """
 
     n: int
     accuracy: float
@@ -35,6 +41,8 @@ class Metrics(TypedDict):
     finished_without_answer: float
     accuracy_answered: float | None
     mean_tokens: float
+    commonest: str | None
+    commonest_share: float | None
 
 
 def summarize(samples: Sequence[Sample]) -> Metrics:
@@ -50,6 +58,8 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
     cut = sum(sample.kind == "no_answer" and sample.finish_reason == "length" for sample in samples)
     low, high = wilson(kinds["correct"], n)
     answered = n - kinds["no_answer"]
+    answers = [sample.answer for sample in samples if sample.answer is not None]
+    commonest, share = constant_baseline(answers) if answers else (None, None)
     return Metrics(
         n=n,
         accuracy=kinds["correct"] / n,
@@ -60,6 +70,8 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
         finished_without_answer=(kinds["no_answer"] - cut) / n,
         accuracy_answered=kinds["correct"] / answered if answered else None,
         mean_tokens=sum(sample.tokens for sample in samples) / n,
+        commonest=commonest,
+        commonest_share=share,
     )
 
 

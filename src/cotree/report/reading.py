@@ -50,6 +50,7 @@ def _task(summary: Summary, task: str) -> list[str]:
         sentences.append(
             f"Its interval {place} the best constant answer, “{baseline.answer}” ({percent(baseline.accuracy)}%)."
         )
+    sentences += [f"{row.constant}: it has learnt to answer, not what." for row in rows if row.constant]
     if others:
         sentences.append(_resolution(rows))
     return sentences

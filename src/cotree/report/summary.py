@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotree.errors import UsageError
 
+# From this share of one answer on, a row is called constant.
+CONSTANT = 0.9
 MODELS = ("base", "base+examples", "control", "sft", "dpo")
 
 
@@ -47,6 +49,16 @@ class EvalRow(Part):
     accuracy_answered: float | None = None
     mean_tokens: float
     max_tokens: int
+    commonest: str | None = None
+    commonest_share: float | None = None
+
+    @property
+    def constant(self) -> str:
+        """What is to be said of a row that gives nearly one answer to everything; "" otherwise."""
+        if self.commonest_share is None or self.commonest_share < CONSTANT or self.n * (1 - self.no_answer) < 10:
+            return ""
+        share = "everything" if self.commonest_share == 1 else f"{100 * self.commonest_share:.0f}% of all"
+        return f"{self.model} answers “{self.commonest}” to {share} that it answers"
 
 
 class Baseline(Part):
