@@ -117,9 +117,11 @@ def main() -> None:
     result = measure(TINY if options.tiny else TREES)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['trees']:,} trees of {THOUGHTS} thoughts, {result['chains']:,} chains -> {result['rows']:,} rows "
-          f"in {result['seconds']:.0f} s: {result['rows_per_second']:.0f} rows/s, "
-          f"{result['trees_per_second']:.0f} trees/s, peak {result['peak_mb']:.0f} MB ({result['peak_mb_tenth']:.0f} MB for a tenth of the trees)")  # fmt: skip
+    print(
+        f"{result['trees']:,} trees of {THOUGHTS} thoughts, {result['chains']:,} chains -> {result['rows']:,} rows in "
+        f"{result['seconds']:.0f} s: {result['rows_per_second']:.0f} rows/s, {result['trees_per_second']:.0f} trees/s, "
+        f"peak {result['peak_mb']:.0f} MB ({result['peak_mb_tenth']:.0f} MB for a tenth of the trees)"
+    )
 
 
 if __name__ == "__main__":
