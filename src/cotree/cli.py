@@ -110,12 +110,13 @@ def import_(
     student: Annotated[str, typer.Option(help="Whose tokens count: an embedded name, a .gguf, a folder or a hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file of SFT rows.")],
     task: Annotated[str | None, typer.Option(help="The task that verifies where a gold answer is known.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="A task whose questions must not be in it.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Rows over this many tokens are left out and counted.")] = 16_384,
 ) -> None:
     """Turn long chains of thought that others distilled into SFT rows, gated and verified."""
     from cotree.data.external import import_file
 
-    typer.echo(import_file(file, student, out, task, max_tokens))
+    typer.echo(import_file(file, student, out, task, held_out or [], max_tokens))
 
 
 @app.command(epilog="Example: cotree export runs/laptop/data --to llamafactory -o LLaMA-Factory/data")
@@ -153,11 +154,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
 
 @app.command(epilog="Example: cotree tasks")
 def tasks() -> None:
-    """List the tasks."""
-    from cotree.tasks import TASKS
+    """List the tasks with size, licence and source."""
+    from cotree.tasks import listing
 
-    for name, kind in TASKS.items():
-        typer.echo(f"{name:12} {kind.description}")
+    typer.echo(listing())
 
 
 @app.command(epilog="Example: cotree patterns")

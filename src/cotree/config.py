@@ -240,12 +240,15 @@ class BuildStepwise(Section):
 class Gates(Section):
     """What keeps a chain or a row out of the datasets; every gate counts what it removed.
 
+    contamination: trees whose question repeats one of `tasks.eval` or `tasks.dev` (13-grams of words; a generated
+        question as a whole).
     loops, language: chains that repeat themselves, and chains in a script that their question does not use.
     duplicates: the same prompt and completion from another tree. rows_per_question: over all its trees and turns.
     balance: no group (task, difficulty, or both) has more than `at_most` times the rows of the smallest one; difficulty
         is the tree's pass rate in thirds.
     """
 
+    contamination: bool = True
     loops: bool = True
     language: bool = True
     duplicates: bool = True
@@ -361,7 +364,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES, check_pattern
-        from cotree.tasks import TASKS
+        from cotree.tasks import TASKS, is_own
 
         if "thinker" not in self.roles:
             raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
@@ -385,7 +388,7 @@ class Recipe(Section):
         if search.reward is not None and search.reward.judge is not None:
             _known("search.reward.judge", [search.reward.judge], list(self.models))
         for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):
-            _known("tasks", part, list(TASKS))
+            _known("tasks", [name for name in part if not is_own(name)], list(TASKS))
         if self.models[self.train.student].embedded is None:
             raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
         return self

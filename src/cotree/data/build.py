@@ -87,11 +87,13 @@ def build(
     control: bool = False,
     reading: Reading = PLAIN,
     kinds: Collection[str] = ("sft", "dpo", "step_pairs", "stepwise"),
+    contaminated: Collection[tuple[str, str]] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Built:
     """Select rows from trees and write `folder/KIND/train.parquet` and the datasets' card.
 
     reading: how chains are read out of trees. control: also rows for a control student, as many as SFT has.
+    contaminated: (task, question id) of questions that repeat an evaluation question; their trees give nothing.
     about: what the card says of the run (`name`, `recipe`, `models`).
 
     Raises:
@@ -103,6 +105,9 @@ def build(
         for tree in trees:
             found, no_answer = chains_of(tree, tokenizer, reading)
             removed["no_answer"] += no_answer
+            if (tree.task, tree.question_id) in contaminated:
+                removed["contaminated"] += len(found)
+                continue
             prompt = "\n\n".join(message["content"] for message in tree.messages)
             usable = [chain for chain in found if passes(chain, prompt, settings, removed)]
             chains += len(usable)

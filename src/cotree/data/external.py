@@ -7,7 +7,7 @@ counted by the same gates as our own chains.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from cotree.llm.embedded import locate
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.tasks import Question, Task
 from cotree.tasks import task as find_task
+from cotree.tasks.decontamination import contaminated
 from cotree.train.encode import encode_chains, template_hash
 
 if TYPE_CHECKING:
@@ -34,22 +35,31 @@ _RESPONSES = ("response", "completion", "generation", "output", "solution")
 _GOLDS = ("gold", "answer", "final_answer", "ground_truth")
 
 
-def import_file(source: Path, student: str, out: Path, task: str | None, max_tokens: int) -> str:
-    """As `import_rows`, by the names of student and task; says what was done."""
+def import_file(
+    source: Path, student: str, out: Path, task: str | None, held_out: Sequence[str], max_tokens: int
+) -> str:
+    """As `import_rows`, by the names of student and tasks; says what was done."""
     folder_or_hub = Path(student).is_dir() or ("/" in student and not student.endswith(".gguf"))
     tokenizer = load_tokenizer(student if folder_or_hub else locate(student))
     judge = None if task is None else find_task(task)
-    counts = import_rows(source, tokenizer, out, Build(max_tokens=max_tokens), judge)
+    questions = [question for name in held_out for question in find_task(name).questions()]
+    counts = import_rows(source, tokenizer, out, Build(max_tokens=max_tokens), judge, questions)
     return f"{out}: {', '.join(f'{n} {name}' for name, n in counts.items())}"
 
 
 def import_rows(
-    source: Path, tokenizer: PreTrainedTokenizerBase, out: Path, settings: Build, task: Task | None = None
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    settings: Build,
+    task: Task | None = None,
+    held_out: Sequence[Question] = (),
 ) -> dict[str, int]:
     """Read a file of long chains, gate them, and write SFT rows to `out` (Parquet).
 
     The forms: `conversations` ({from, value}: Sky-T1, ShareGPT, OpenThoughts), `messages` ({role, content}: OpenR1),
     and prompt and response columns. task: judges each row whose gold is in the row, or whose question is the task's.
+    held_out: evaluation questions; rows that repeat one are left out.
 
     Returns:
         How many were `written`, and how many of them were `verified`; the rest is what was left out, and why.
@@ -60,6 +70,12 @@ def import_rows(
     counts: Counter[str] = Counter()
     golds = {_plain(q.messages[-1]["content"]): q for q in task.questions()} if task is not None else {}
 
+    asked = [] if not held_out else [
+        Question(str(index), "import", tuple(_conversation(raw, f"{source}: row {index}")[0]), "")
+        for index, raw in enumerate(read_rows(source))
+    ]  # fmt: skip
+    repeated = contaminated(asked, held_out)
+
     def rows() -> Iterator[Row]:
         seen = set[int]()
         for index, raw in enumerate(read_rows(source)):
@@ -67,9 +83,10 @@ def import_rows(
             key = hash((str(prompt), text))
             verdict = _verdict(raw, prompt, text, task, golds)
             found = diagnose(text, answered=None if verdict is None else verdict != "no_answer")
-            reason = "duplicate" if key in seen else "no_answer" if found.no_answer else None
-            if reason is not None or verdict == "wrong":
-                counts[reason or "wrong"] += 1
+            reasons = {"contaminated": str(index) in repeated, "duplicate": key in seen, "wrong": verdict == "wrong",
+                       "no_answer": found.no_answer}  # fmt: skip
+            if any(reasons.values()):
+                counts[next(name for name, holds in reasons.items() if holds)] += 1
                 continue
             seen.add(key)
             (ids,) = encode_chains(tokenizer, [(prompt, [{"role": "assistant", "content": text}])])

@@ -23,6 +23,7 @@ from cotree.run_folder import RunFolder
 from cotree.search.thoughts import PATTERNS
 from cotree.store import StoredTree, TreeStore
 from cotree.tasks import Verdict, task
+from cotree.tasks.decontamination import contaminated
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -53,6 +54,7 @@ def build_run(recipe: Recipe, store: Path, config: str, folder: Path) -> Built:
             seed=recipe.seed,
             control=recipe.eval.control,
             reading=reading,
+            contaminated=contaminated_questions(recipe) if recipe.build.gates.contamination else (),
             about=about,
         )
 
@@ -80,6 +82,18 @@ def preview_run(recipe: Recipe, runs_dir: Path, kind: str, rows: int) -> Text:
 def student_source(recipe: Recipe) -> Path:
     """The student's GGUF; a recipe's student is always embedded."""
     return locate(str(recipe.models[recipe.train.student].embedded))
+
+
+def contaminated_questions(recipe: Recipe) -> set[tuple[str, str]]:
+    """(task, id) of the training questions that repeat a dev or held-out question."""
+    held_out = [q for name, n in recipe.tasks.eval.items() for q in task(name).questions("test", n)]
+    held_out += [q for name, n in recipe.tasks.dev.items() for q in task(name).questions("dev", n)]
+    found: set[tuple[str, str]] = set()
+    for name, n in recipe.tasks.train.items():
+        asked = task(name)
+        generated = [name] if asked.source is None else []
+        found |= {(name, id) for id in contaminated(asked.questions("train", n), held_out, generated=generated)}
+    return found
 
 
 def judge_of(recipe: Recipe) -> Judge:
