@@ -25,46 +25,28 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _BATCH = 1_024
 _FAULTS_SHOWN = 20
-_COMMON = {"tree_id": "string", "task": "string", "question_id": "string", "pass_rate": "float64"}
-_SFT = {
-    "prompt": "messages",
-    "completion": "messages",
-    "leaf_id": "int64",
-    "length_tokens": "int64",
-    "length_rank": "int64",
-    "pattern": "string",
-    "reward": "float64",
-    "value": "float64",
-    **_COMMON,
-}
-_DPO = {
-    "prompt": "messages",
-    "chosen": "messages",
-    "rejected": "messages",
-    "chosen_leaf": "int64",
-    "rejected_leaf": "int64",
-    "prefix_tokens": "int64",
-    "chosen_tokens": "int64",
-    "rejected_tokens": "int64",
-    **_COMMON,
-}
-_STEP = {f"{side}_{part}": kind for side in ("chosen", "rejected") for part, kind in (
-    ("step", "string"), ("value", "float64"), ("visits", "int64"))}  # fmt: skip
+
+
+def _columns(spec: str) -> dict[str, str]:
+    """Column name -> type, from `type: names; type: names`."""
+    parts = (part.split(":") for part in spec.split(";"))
+    return {name: kind.strip() for kind, names in parts for name in names.split()}
+
+
+_COMMON = "; string: tree_id task question_id; double: pass_rate"
+_SFT = "messages: prompt completion; int64: leaf_id length_tokens length_rank; string: pattern; double: reward value"
+_DPO = "messages: prompt chosen rejected; int64: chosen_leaf rejected_leaf prefix_tokens chosen_tokens rejected_tokens"
+_STEP = (
+    "; string: step_type prefix chosen_step rejected_step; double: chosen_value rejected_value; int64: chosen_visits"
+)
+_REWARDS = "string: prompt; list<string>: completions; list<bool>: labels; list<double>: values; list<int64>: visits"
 # TRL's types: conversational prompt-completion and preference, and stepwise supervision; the other columns go along.
 COLUMNS: Mapping[str, Mapping[str, str]] = {
-    "sft": _SFT,
-    "control": _SFT,
-    "dpo": _DPO,
-    "step_pairs": {**_DPO, "step_type": "string", "prefix": "string", **_STEP},
-    "stepwise": {
-        "prompt": "string",
-        "completions": "list<string>",
-        "labels": "list<bool>",
-        "values": "list<float64>",
-        "visits": "list<int64>",
-        "leaf_id": "int64",
-        **_COMMON,
-    },
+    "sft": _columns(_SFT + _COMMON),
+    "control": _columns(_SFT + _COMMON),
+    "dpo": _columns(_DPO + _COMMON),
+    "step_pairs": _columns(_DPO + _COMMON + _STEP + " rejected_visits"),
+    "stepwise": _columns(_REWARDS + "; int64: leaf_id" + _COMMON),
 }
 # What a file must have to be of a type, whoever wrote it.
 _NEEDED = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"),
