@@ -32,12 +32,12 @@ _MULTIPLIER = 0x9E3779B97F4A7C15
 LONG_TEXT = 1_500  # characters; a shorter text repeats itself by chance
 TAIL_TOKENS = 400
 MIN_NEW_8GRAMS = 0.10
-# Good texts had at most 0.30, those full of formulas included.
+# Solutions had at most 0.30 and right long chains 0.39, those full of formulas included.
 MAX_DUPLICATE_4GRAMS = 0.50
 # A short text that was cut while it said the same words again and again.
 MIN_TAIL_REPEATS = 4
 MIN_REPEATED_CHARACTERS = 20  # "= 10000" is no loop
-# Loops compress: prose and mathematics stay between 2 and 4. Stated as support, never a flag by itself.
+# Loops compress: prose and mathematics stay below 4.2. Stated as support, never a flag by itself.
 ZLIB_SUPPORT = 6.0
 
 # Over-reflection. A right chain reflects as well (up to 17 in 1,000 tokens), so it counts only where no answer came.
