@@ -231,3 +231,10 @@ def test_a_file_names_its_template_and_training_can_refuse_another(tmp_path: Pat
     other = tiny_tokenizer(newline=False)
     with pytest.raises(UsageError, match=f"this student's is {template_hash(other)}"):
         check_template(path, other)
+
+
+def test_a_control_has_one_chain_of_each_tree_in_turn_right_or_wrong(tmp_path: Path) -> None:
+    built = build(TREES, tiny_tokenizer(), Build(sft=BuildSFT(chains_per_tree=2)), tmp_path, seed=0, control=True)
+    assert [row["tree_id"] for row in rows(tmp_path / "sft")] == ["a", "a", "b"]
+    assert [row["tree_id"] for row in rows(tmp_path / "control")] == ["a", "b", "c"]
+    assert built.counts["control_correct"] == sum(row["reward"] for row in rows(tmp_path / "control")) < 3
