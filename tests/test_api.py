@@ -9,7 +9,18 @@ import cotree
 
 
 def test_the_names_are_frozen_and_there() -> None:
-    assert cotree.__all__ == ["CotreeError", "Question", "Task", "UsageError", "Verdict", "__version__", "task"]
+    assert cotree.__all__ == [
+        "CotreeError",
+        "Question",
+        "Task",
+        "UsageError",
+        "Verdict",
+        "__version__",
+        "build_dpo",
+        "build_sft",
+        "diagnose",
+        "task",
+    ]
     assert all(hasattr(cotree, name) for name in cotree.__all__)
 
 

@@ -144,7 +144,7 @@ def test_the_reading_compares_with_the_constant_answer(correct: int, verdict: st
 
 @pytest.mark.parametrize(("twos", "said"), [(20, "everything"), (19, "95% of all"), (17, "")])
 def test_a_row_that_gives_one_answer_to_everything_is_called_that(twos: int, said: str) -> None:
-    given = ["2"] * twos + [str(i) for i in range(20 - twos)]
+    given = ["2"] * twos + [str(10 + i) for i in range(20 - twos)]
     samples = [Sample("correct" if answer == "2" else "wrong", 9, "stop", answer) for answer in given]
     content = summary_of({"model": "dpo", "task": "t", "max_tokens": 9, **summarize(samples)})
     sentences, note = " ".join(reading(content)["t"]), eval_table_text(content)
