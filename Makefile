@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo two-models test check slow bench-search clean
+.PHONY: help demo two-models test check slow bench-search bench-tasks bench-store clean
 
 PY := .venv/bin/python
 # The stamp names what was installed: other dependencies, other pins or a moved folder install again.
@@ -23,6 +23,8 @@ help:
 	@echo "make check   ruff and mypy --strict"
 	@echo "make slow    the slow tests"
 	@echo "make bench-search    search speed beside the bare client, raw requests and treequest: benchmarks/out/search.json"
+	@echo "make bench-tasks     verdicts a second of every task, on the files in COTREE_DATA: benchmarks/out/tasks.json"
+	@echo "make bench-store    build datasets from 100,000 generated trees: rows/s and peak memory: benchmarks/out/store.json"
 	@echo "make clean   remove .venv and caches (runs/ stays)"
 
 demo: $(RUN)
@@ -47,6 +49,12 @@ slow: $(DEV)
 
 bench-search: $(BENCH)
 	@$(PY) -m benchmarks.search $(ARGS)
+
+bench-tasks: $(DEV)
+	@$(PY) -m benchmarks.tasks $(ARGS)
+
+bench-store: $(DEV)
+	@$(PY) -m benchmarks.store $(ARGS)
 
 clean:
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -49,6 +49,89 @@ def run(
     run_recipe(load_recipe(recipe, overrides or []), runs_dir, only=only, output=Output(quiet=quiet))
 
 
+@app.command(epilog="Example: cotree build recipes/laptop.yaml build.dpo.length=longest --out datasets/long")
+def build(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file.")] = None,
+    overrides: Overrides = None,
+    check: Annotated[Path | None, typer.Option(help="Only check a dataset file: .parquet or .jsonl.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Build from the run's trees into this folder instead.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Build the datasets of a run from its trees; with other `build.` values and --out, others from the same trees."""
+    from cotree.config import load_recipe
+    from cotree.data.files import check_file
+    from cotree.data.stage import build_beside
+    from cotree.pipeline import run as run_recipe
+    from cotree.progress import Output
+
+    if check is not None:
+        typer.echo("{}: {} faultless {} rows".format(check, *reversed(check_file(check))))
+    elif recipe is None:
+        raise UsageError("name a recipe, or a file with --check")
+    elif out is not None:
+        Output(quiet=quiet).say(build_beside(load_recipe(recipe, overrides or []), runs_dir, out).counts)
+    else:
+        run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="build", output=Output(quiet=quiet))
+
+
+@app.command(epilog="Example: cotree preview recipes/laptop.yaml --kind dpo --rows 2")
+def preview(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    kind: Annotated[str, typer.Option(help="sft, dpo, control, step_pairs or stepwise.")] = "sft",
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Show a run's rows as the trainer sees them: loss mask, shared prefix, special tokens, lengths."""
+    from cotree.config import load_recipe
+    from cotree.data.stage import preview_run
+    from cotree.progress import Output
+
+    Output().say(preview_run(load_recipe(recipe, overrides or []), runs_dir, kind, rows))
+
+
+@app.command(epilog="Example: cotree diagnose runs/laptop/eval/samples_dpo.jsonl")
+def diagnose(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet, JSON lines (also .gz) or a JSON array.")],
+    field: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
+    shown: Annotated[int, typer.Option(help="How many of the worst texts to show.")] = 3,
+) -> None:
+    """Count loops, over-reflection and missing answers in long chains of thought, by source and language."""
+    from cotree.eval.survey import diagnose_file
+
+    for line in diagnose_file(file, field, shown):
+        typer.echo(line)
+
+
+@app.command(name="import", epilog="Example: cotree import sky_t1.jsonl --student smollm2-135m-instruct -o sky.parquet")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Conversations, messages, or prompts with responses.")],
+    student: Annotated[str, typer.Option(help="Whose tokens count: an embedded name, a .gguf, a folder or a hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file of SFT rows.")],
+    task: Annotated[str | None, typer.Option(help="The task that verifies where a gold answer is known.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="A task whose questions must not be in it.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Rows over this many tokens are left out and counted.")] = 16_384,
+) -> None:
+    """Turn long chains of thought that others distilled into SFT rows, gated and verified."""
+    from cotree.data.external import import_file
+
+    typer.echo(import_file(file, student, out, task, held_out or [], max_tokens))
+
+
+@app.command(epilog="Example: cotree export runs/laptop/data --to llamafactory -o LLaMA-Factory/data")
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A build's folder, a dataset file, or trees.db.")],
+    to: Annotated[str, typer.Option(help="jsonl, llamafactory, axolotl, trees (of a trees.db) or hub.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder; Parquet file for trees; OWNER/NAME for hub.")],
+) -> None:
+    """Write datasets for other trainers, trees as Parquet, or push a build to a private dataset of the hub."""
+    from cotree.data.export import export_to
+
+    for written in export_to(source, to, out):
+        typer.echo(written)
+
+
 @app.command(epilog="Example: cotree check recipes/laptop.yaml")
 def check(
     recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
@@ -71,11 +154,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
 
 @app.command(epilog="Example: cotree tasks")
 def tasks() -> None:
-    """List the tasks."""
-    from cotree.tasks import TASKS
+    """List the tasks with size, licence and source."""
+    from cotree.tasks import listing
 
-    for name, kind in TASKS.items():
-        typer.echo(f"{name:12} {kind.description}")
+    typer.echo(listing())
 
 
 @app.command(epilog="Example: cotree patterns")

@@ -21,6 +21,7 @@ from cotree.errors import UsageError
 
 GGUFType = Literal["F32", "F16", "Q8_0"]
 Length = Literal["longest", "medium", "shortest"]
+TextForm = Literal["plain", "tags", "think"]
 STAGES = ("search", "build", "train_sft", "train_dpo", "eval", "report")
 
 
@@ -206,8 +207,10 @@ class Search(Section):
 
 
 class BuildSFT(Section):
-    """Correct chains by relative length in their tree (paper, Thoughts Length Balance: longest for SFT)."""
+    """Correct chains of a tree, by relative length (paper, Thoughts Length Balance: the longest for SFT) or by value:
+    reward, then the mean of v/n along the chain."""
 
+    select: Literal["length", "value"] = "length"
     length: Length = "longest"
     chains_per_tree: int = Field(1, ge=1)
 
@@ -219,12 +222,60 @@ class BuildDPO(Section):
     pairs_per_tree: int = Field(1, ge=1)
 
 
+class BuildStepPairs(Section):
+    """Pairs that part at sibling thoughts whose v/n differ by `min_gap`, each judged at least `min_visits` times."""
+
+    min_gap: float = Field(0.5, gt=0, le=1)
+    min_visits: int = Field(2, ge=1)
+    pairs_per_tree: int = Field(1, ge=1)
+
+
+class BuildStepwise(Section):
+    """Process-reward rows: a step is right if its v/n is above `label_above` (0: one answer below it was right)."""
+
+    label_above: float = Field(0.0, ge=0, lt=1)
+    chains_per_tree: int = Field(2, ge=1)
+
+
+class Gates(Section):
+    """What keeps a chain or a row out of the datasets; every gate counts what it removed.
+
+    contamination: trees whose question repeats one of `tasks.eval` or `tasks.dev` (13-grams of words; a generated
+        question as a whole).
+    loops, language: chains that repeat themselves, and chains in a script that their question does not use.
+    duplicates: the same prompt and completion from another tree. rows_per_question: over all its trees and turns.
+    balance: no group (task, difficulty, or both) has more than `at_most` times the rows of the smallest one; difficulty
+        is the tree's pass rate in thirds.
+    """
+
+    contamination: bool = True
+    loops: bool = True
+    language: bool = True
+    duplicates: bool = True
+    rows_per_question: int | None = Field(None, ge=1)
+    balance: tuple[Literal["task", "difficulty"], ...] = ()
+    at_most: float = Field(1.0, ge=1)
+
+
 class Build(Section):
-    """Chains over `max_tokens` (prompt included, student's tokens) are left out and counted, never cut."""
+    """From trees to rows. Chains over `max_tokens` (prompt included, student's tokens) are left out and counted, never
+    cut.
+
+    text: thoughts a line each (`plain`), between the tags of their types (`tags`), or inside `<think>` (`think`).
+    reflections: `keep` the wrong thinking before a reflection, or `cut` it; a chain that was cut is verified again.
+    step_pairs, stepwise: datasets beyond the paper's, made when their section is there.
+    license: of the datasets, an identifier of the hub, for their card.
+    """
 
     sft: BuildSFT = BuildSFT()
     dpo: BuildDPO = BuildDPO()
+    step_pairs: BuildStepPairs | None = None
+    stepwise: BuildStepwise | None = None
+    text: TextForm = "plain"
+    reflections: Literal["keep", "cut"] = "keep"
+    gates: Gates = Gates()
     max_tokens: int = Field(512, ge=8)
+    license: str | None = None
 
 
 class LoRA(Section):
@@ -352,7 +403,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES, check_pattern
-        from cotree.tasks import TASKS
+        from cotree.tasks import TASKS, is_own
 
         if "thinker" not in self.roles:
             raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
@@ -376,7 +427,7 @@ class Recipe(Section):
         if search.reward is not None and search.reward.judge is not None:
             _known("search.reward.judge", [search.reward.judge], list(self.models))
         for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):
-            _known("tasks", part, list(TASKS))
+            _known("tasks", [name for name in part if not is_own(name)], list(TASKS))
         if self.models[self.train.student].embedded is None:
             raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
         return self

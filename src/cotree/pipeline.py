@@ -155,29 +155,17 @@ def _show_search(update: Update, progress: Progress) -> None:
 
 
 def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.data.build import build
-    from cotree.llm.tokenizer import load_tokenizer
-    from cotree.store import TreeStore
+    from cotree.data.stage import build_run
 
-    recipe = run.recipe
-    tokenizer = load_tokenizer(_student_source(recipe))
-    with TreeStore(run.trees) as store:
-        built = build(
-            store.trees(run.result("search")["config"]),
-            tokenizer,
-            recipe.build,
-            run.data,
-            seed=recipe.seed,
-            control=recipe.eval.control,
-            left_out={kind for kind, thought in recipe.search.thoughts.items() if not thought.in_student},
-        )
+    built = build_run(run.recipe, run.trees, run.result("search")["config"], run.data)
     result.update(counts=built.counts)
     write_json(run.path / "samples.json", built.samples)
     counts = built.counts
     output.say(
         f"  {counts['sft_rows']} SFT chains {counts['sft_rows_by_task']}, {counts['dpo_pairs']} DPO pairs "
-        f"{counts['dpo_pairs_by_task']}, {counts['too_long']} chains over {recipe.build.max_tokens} tokens left out"
+        f"{counts['dpo_pairs_by_task']}, {counts['too_long']} chains over {run.recipe.build.max_tokens} tokens left out"
     )
+    output.say(f"  left out: {counts['removed'] or 'nothing'}")
 
 
 def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:

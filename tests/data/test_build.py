@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.data.trees import node, random_tree, tree_of
 from tests.train.tiny_student import tiny_tokenizer
 
-from cotree.config import Build
-from cotree.data.build import build
-from cotree.errors import CotreeError
-from cotree.store import StoredNode, StoredTree
+from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates
+from cotree.data.build import build, build_dpo, build_sft
+from cotree.data.files import COLUMNS, check_file, check_template, read_metadata
+from cotree.data.gates import foreign_share
+from cotree.errors import CotreeError, UsageError
+from cotree.store import StoredTree, TreeStore
+from cotree.train.encode import encode_chains, template_hash
 
 
-def tree(name: str, answers: list[tuple[str, str]]) -> StoredTree:
+def tree(name: str, answers: list[tuple[str, str]], task: str = "arithmetic") -> StoredTree:
     """A root, one thought, and answers (text, verdict) below it."""
-
-    def node(i: int, parent: int | None, kind: str | None, text: str, verdict: str | None) -> StoredNode:
-        reward = None if verdict is None else float(verdict == "correct")
-        return StoredNode(i, parent, kind, text, "", "m", 1, 1, 0.0, verdict, reward, None, 1, "stop", 0, 0.0)
-
-    nodes = [node(0, None, None, "", None), node(1, 0, "thinking", f"I add {name}.", None)]
-    nodes += [node(i + 2, 1, "answer", text, verdict) for i, (text, verdict) in enumerate(answers)]
-    prompt = [{"role": "user", "content": f"What is {name}?"}]
-    return StoredTree(name, "arithmetic", name, 0, "c", "sum", prompt, "3", "plain", 4, "rollouts", 1, 1, 0, 1, nodes)
+    nodes = [node(0, None, None), node(1, 0, "thinking", f"I add {name}.")]
+    return tree_of(name, nodes + [node(i + 2, 1, "answer", *answer) for i, answer in enumerate(answers)], task)
 
 
 TREES = [
@@ -82,3 +84,149 @@ def test_trees_that_cannot_make_pairs_are_an_error_that_says_so(tmp_path: Path) 
     with pytest.raises(CotreeError, match="no tree has a correct chain"):
         build(TREES[2:], tiny_tokenizer(), Build(), tmp_path, seed=0, control=False)
     assert list(tmp_path.iterdir()) == []
+
+
+EVERYTHING = Build(step_pairs=BuildStepPairs(min_visits=1, min_gap=0.3), stepwise=BuildStepwise())
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(path / "train.parquet").to_pylist()
+    return found
+
+
+@given(st.lists(st.integers(0, 500), min_size=3, max_size=8, unique=True), st.integers(0, 9))
+@settings(max_examples=15, deadline=None)
+def test_every_row_of_random_trees_is_what_its_file_promises(seeds: list[int], seed: int) -> None:
+    """Verdicts, prefixes and lengths against the trees; nothing twice; the card states the files' own numbers."""
+    trees = {tree.tree_id: tree for tree in map(random_tree, seeds)}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            built = build(trees.values(), tiny_tokenizer(), EVERYTHING, folder, seed=seed, control=True)
+        except CotreeError:
+            return
+        sft, dpo = rows(folder / "sft"), rows(folder / "dpo")
+        assert len({(r["tree_id"], r["leaf_id"]) for r in sft}) == len(sft) == built.counts["sft_rows"]
+        assert len({(r["tree_id"], r["chosen_leaf"], r["rejected_leaf"]) for r in dpo}) == len(dpo)
+        for row in sft:
+            assert trees[row["tree_id"]].nodes[row["leaf_id"]].verdict == "correct"
+        for row in dpo:
+            nodes = trees[row["tree_id"]].nodes
+            assert (nodes[row["chosen_leaf"]].verdict, nodes[row["rejected_leaf"]].verdict) == ("correct", "wrong")
+            shared = row["prefix_tokens"]
+            (good, bad) = encode_chains(
+                tiny_tokenizer(), [(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+            )
+            assert (row["chosen_tokens"], row["rejected_tokens"]) == (len(good.completion), len(bad.completion))
+            assert good.completion[:shared] == bad.completion[:shared]
+            assert good.completion[shared : shared + 1] != bad.completion[shared : shared + 1]
+        gap = sum(row["chosen_tokens"] - row["rejected_tokens"] for row in dpo) / len(dpo)
+        assert f"(chosen minus rejected {gap:+.1f})" in (folder / "README.md").read_text()
+        assert len(rows(folder / "control")) <= len(sft)
+        for kind in ("sft", "dpo", "control", "step_pairs", "stepwise"):
+            if (folder / kind).exists():
+                assert check_file(folder / kind / "train.parquet")[1] == len(rows(folder / kind))
+                assert list(rows(folder / kind)[0]) == list(COLUMNS[kind])
+
+
+def test_four_combinations_from_one_store(tmp_path: Path) -> None:
+    with TreeStore(tmp_path / "trees.db") as store:
+        for seed in range(12):
+            store.put(random_tree(seed))
+        means = {}
+        for sft in ("longest", "shortest"):
+            for dpo in ("longest", "shortest"):
+                wanted = Build(sft=BuildSFT(length=sft), dpo=BuildDPO(length=dpo))
+                folder = tmp_path / f"{sft}-{dpo}"
+                counts = build(store.trees("c"), tiny_tokenizer(), wanted, folder, seed=0).counts
+                means[sft, dpo] = (counts["mean_sft_tokens"], counts["mean_chosen_tokens"])
+    assert means["longest", "shortest"][0] > means["shortest", "shortest"][0]
+    assert means["longest", "longest"][1] > means["longest", "shortest"][1]
+    assert means["longest", "longest"][0] == means["longest", "shortest"][0]
+
+
+def test_one_dataset_alone(tmp_path: Path) -> None:
+    assert build_sft(TREES, tiny_tokenizer(), tmp_path / "a", Build()).counts["sft_rows"] == 2
+    assert build_dpo(TREES, tiny_tokenizer(), tmp_path / "b", Build()).counts["dpo_pairs"] == 1
+    assert not (tmp_path / "a" / "dpo").exists()
+    assert not (tmp_path / "b" / "sft").exists()
+
+
+def test_process_rewards_are_the_values_of_the_nodes(tmp_path: Path) -> None:
+    build(TREES[:1], tiny_tokenizer(), EVERYTHING, tmp_path, seed=0)
+    found = rows(tmp_path / "stepwise")
+    assert len(found) == 2
+    for row in found:
+        chain = TREES[0].chain(row["leaf_id"])
+        assert row["completions"] == [n.text for n in chain]
+        assert row["visits"] == [n.visits for n in chain] == [3, 1]
+        assert row["values"] == [n.value / n.visits for n in chain]
+        assert row["labels"] == [True, chain[-1].verdict == "correct"]
+
+
+ONE_A_QUESTION = {"duplicates": False, "rows_per_question": 1}
+LOOP = "I add the same two numbers once more. " * 60
+
+
+@pytest.mark.parametrize(
+    ("gate", "trees", "settings", "count"),
+    [
+        ("loop", [tree("a", [(f"{LOOP} It is 3", "correct"), ("3", "correct"), ("4", "wrong")])], {}, 1),
+        ("language", [tree("a", [("所以答案是三 3", "correct"), ("3", "correct"), ("4", "wrong")])], {}, 1),
+        ("no_answer", [tree("a", [("cut", "no_answer"), ("3", "correct"), ("4", "wrong")])], {}, 1),
+        ("too_long", [tree("a", [("3 " * 600, "correct"), ("3", "correct"), ("4", "wrong")])], {"language": False}, 1),
+        ("duplicate", [TREES[0], replace(TREES[0], tree_id="z")], {}, 2),
+        ("rows_per_question", [TREES[0], replace(TREES[0], tree_id="z")], ONE_A_QUESTION, 2),
+        ("balance", [*TREES, tree("d", [("3", "correct"), ("4", "wrong")], "letters")], {"balance": ("task",)}, 1),
+    ],
+)  # fmt: skip
+def test_a_gate_removes_and_counts(
+    tmp_path: Path, gate: str, trees: list[StoredTree], settings: dict[str, Any], count: int
+) -> None:
+    built = build(trees, tiny_tokenizer(), Build(gates=Gates(**settings), max_tokens=2_000), tmp_path, seed=0)
+    if gate == "too_long":
+        assert "too_long" not in built.counts["removed"]
+        built = build(trees, tiny_tokenizer(), Build(gates=Gates(**settings)), tmp_path, seed=0)
+    assert built.counts["removed"][gate] == count
+    assert f"| {gate} | {count} |" in (tmp_path / "README.md").read_text()
+    texts = [row["completion"][0]["content"] for row in rows(tmp_path / "sft")]
+    assert len(set(texts)) == len(texts) or gate in ("duplicate", "balance")
+    assert not any("答案" in text or LOOP in text for text in texts)
+
+
+def test_gates_can_be_opened(tmp_path: Path) -> None:
+    trees = [tree("a", [(f"{LOOP} 所以 3", "correct"), ("4", "wrong")])]
+    opened = Build(gates=Gates(loops=False, language=False), max_tokens=5_000)
+    assert build(trees, tiny_tokenizer(), opened, tmp_path, seed=0).counts["removed"] == {}
+
+
+def test_foreign_letters() -> None:
+    assert foreign_share("So x = 3, α = π/2, ∑ 𝑥", "What is x?") == 0
+    assert foreign_share("所以 x = 3", "苹果是多少？") < 0.5
+    assert foreign_share("The answer is 3", "苹果是多少？") == 1
+    assert foreign_share("答えは三です", "苹果是多少？") == 0
+    assert foreign_share("Итак, три", "What is it?") == 1
+
+
+def test_balance_is_by_seed_and_never_starves_a_group(tmp_path: Path) -> None:
+    trees = [random_tree(i) for i in range(20)] + [random_tree(i + 20, task="letters") for i in range(8)]
+    even = Build(gates=Gates(balance=("task", "difficulty"), at_most=2.0))
+    built = build(trees, tiny_tokenizer(), even, tmp_path / "a", seed=0)
+    groups: dict[tuple[str, int], int] = {}
+    for row in rows(tmp_path / "a" / "sft"):
+        key = (row["task"], min(int(row["pass_rate"] * 3), 2))
+        groups[key] = groups.get(key, 0) + 1
+    assert max(groups.values()) <= 2 * min(groups.values())
+    assert built.counts["removed"]["balance"] > 0
+    build(trees, tiny_tokenizer(), even, tmp_path / "b", seed=1)
+    assert rows(tmp_path / "a" / "sft") != rows(tmp_path / "b" / "sft")
+
+
+def test_a_file_names_its_template_and_training_can_refuse_another(tmp_path: Path) -> None:
+    build(TREES, tiny_tokenizer(), Build(), tmp_path, seed=0)
+    path = tmp_path / "sft" / "train.parquet"
+    assert read_metadata(path)["template"] == template_hash(tiny_tokenizer())
+    check_template(path, tiny_tokenizer())
+    other = tiny_tokenizer(newline=False)
+    with pytest.raises(UsageError, match=f"this student's is {template_hash(other)}"):
+        check_template(path, other)

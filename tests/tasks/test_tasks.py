@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotree.errors import UsageError
 from cotree.eval.metrics import constant_baseline
 from cotree.tasks import TASKS, Question, task
 from cotree.tasks.extract import extract_answer, last_boxed
+
+GENERATED = [name for name, kind in TASKS.items() if kind.source is None]
 
 
 def solve(question: Question) -> str:
@@ -30,7 +33,7 @@ def solve(question: Question) -> str:
     return str(numbers[0] + numbers[1])
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", GENERATED)
 def test_golds_are_right_and_splits_disjoint(name: str) -> None:
     splits = {split: task(name).questions(split) for split in ("train", "dev", "test")}
     texts = [{q.messages[-1]["content"] for q in questions} for questions in splits.values()]
@@ -51,7 +54,7 @@ def test_letters_are_balanced_and_words_disjoint() -> None:
     assert len(set.union(*words)) == sum(map(len, words))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", GENERATED)
 def test_worked_examples_are_right_and_never_the_question_itself(name: str) -> None:
     for question in task(name).questions("train"):
         for example in task(name).worked_examples(question):
@@ -91,11 +94,74 @@ def test_bad_names_and_numbers() -> None:
         ("<think>\\boxed{1}</think> no", "stop", None, None),
         ("<think>a</think> \\boxed{2}", "length", "2", "2"),
         ("", "stop", None, None),
+        ("</think>\n<Output>\\boxed{1}</Output>", "stop", "1", "1"),
+        ("<Thought>a<Output>The answer is 4.</Output>", "stop", "4", "4"),
+        ("<|begin_of_thought|>\\boxed{1}<|end_of_thought|>#### 2<|end_of_solution|>", "stop", "2", "2"),
+        ("\\fbox{7} or \\framebox{8}", "stop", "8", "8"),
+        ("\\boxed{\\{1,2\\}} and \\boxed{\\left\\{3\\right.}", "stop", "\\left\\{3\\right.", "\\left\\{3\\right."),
+        ("so $\\boxed 5$", "stop", "5", "5"),
+        ("#### Step 2: add\n#### 1. Begin", "stop", None, "1"),
+        ("#### Step 2: add\n#### $x = 4$\ndone", "length", "$x = 4$", "$x = 4$"),
+        ("The answer is \\frac{1}{2}.", "stop", "\\frac{1}{2}", "\\frac{1}{2}"),
+        ("the answer is $x=3$.", "stop", "x=3", "x=3"),
+        ("The answer is \\( (a + 5)(b + 2) \\).", "stop", "(a + 5)(b + 2)", "(a + 5)(b + 2)"),
+        ("**Answer:** **12**", "stop", "12", "12"),
+        ("answer: 5\\sqrt{2} cm", "stop", "5\\sqrt{2}", "5\\sqrt{2}"),
+        ("The answer is (3, -4), as", "stop", "(3, -4)", "(3, -4)"),
+        ("The answer is 1, -2.", "stop", "1, -2", "1, -2"),
+        ("The answer is (B).", "stop", "(B)", "(B)"),
+        ("The answer is B because 3", "stop", None, "3"),
+        ("The answer is a number.", "stop", None, None),
+        ("The answer is not clear.", "stop", None, None),
+        ("The answer is 12 + 5 = 17", "stop", None, "17"),
+        ("Answer: $1,250 and then $300", "stop", "$1,250", "$1,250"),
+        ("Ответ: 12", "stop", "12", "12"),
+        ("Ответ — 12", "length", None, None),
+        ("答案是：12。", "length", "12", "12"),
+        ("所以答案为 $\\frac{1}{2}$。", "stop", "\\frac{1}{2}", "\\frac{1}{2}"),
+        ("La respuesta final es 12.", "stop", "12", "12"),
+        ("La réponse est : **12**", "stop", "12", "12"),
+        ("सही उत्तर 12 है", "stop", "12", "12"),
+        ("अंतिम उत्तर: 12", "stop", "12", "12"),
+        ("La risposta corretta è 12", "stop", "12", "12"),
+        ("A resposta é: 3/4", "stop", "3/4", "3/4"),
     ],
 )
 def test_extraction(text: str, finish: str, strict: str | None, lenient: str | None) -> None:
     assert extract_answer(text, finish) == strict
     assert extract_answer(text, finish, "lenient") == lenient
+
+
+MARKUP = [
+    "\\boxed{",
+    "{",
+    "}",
+    "answer is ",
+    "####",
+    "$",
+    "\\[",
+    "\\(",
+    "1",
+    "1,",
+    "-",
+    "*",
+    "\n",
+    " ",
+    "x",
+    "<think>",
+    "answer",
+]
+
+
+@given(st.lists(st.sampled_from(MARKUP), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_time_grows_linearly_whatever_is_repeated(parts: list[str]) -> None:
+    text = "".join(parts) * (150_000 // len("".join(parts)))
+    started = time.perf_counter()
+    extract_answer(text, mode="lenient")
+    extract_answer("answer is " + text, "length")
+    # 0.2 s on an idle machine; what is quadratic takes minutes.
+    assert time.perf_counter() - started < 5
 
 
 @given(st.text(alphabet="ab{}\\ \n", max_size=40), st.recursive(st.just("x"), lambda s: s.map(lambda t: f"{{{t}}}")))

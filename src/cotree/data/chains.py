@@ -1,29 +1,35 @@
-"""Chains (root to judged answer) out of stored trees, and which of them become rows.
+"""Chains (root to judged answer) out of stored trees, as the student is to read them.
 
-Invariants: every SFT completion and every `chosen` was judged correct, every `rejected` wrong; a row is never cut;
-no pair and no SFT chain comes twice; ties fall by seed. Lengths are student tokens, relative to the chain's own tree
-(paper, Thoughts Length Balance).
+Invariants: a chain's verdict is the task's, also after its reflections were cut; its text comes once in a tree; its
+tokens are what the trainer sees. Nothing is cut to fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from cotree.config import BuildDPO, BuildSFT, Length
+from cotree.config import TextForm
 from cotree.search.prompts import chain_text
-from cotree.search.thoughts import draw
-from cotree.store import StoredTree
-from cotree.train.encode import encode_chains, prefix_tokens
+from cotree.search.thoughts import PATTERNS, Pattern
+from cotree.store import StoredNode, StoredTree
+from cotree.tasks.base import Verdict
+from cotree.train.encode import encode_chains
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Judge = Callable[[StoredTree, str], Verdict]
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A finished chain as the student is trained on it; `tokens` are the completion's ids, end of turn included."""
+    """A finished chain as the student is trained on it; `tokens` are the completion's ids, end of turn included.
+
+    value: the mean of v/n over its thoughts. nodes: their ids, those that the student does not see left out.
+    """
 
     tree_id: str
     leaf_id: int
@@ -33,89 +39,101 @@ class Chain:
     pattern: str
     tokens: tuple[int, ...]
     prompt_tokens: int
+    value: float = 0.0
+    nodes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A preference within one tree; `prefix_tokens` is what the two completions share at their start."""
+@dataclass(frozen=True)
+class Reading:
+    """How chains are read out of trees: the text's form, what the student does not see, and who judges cut chains."""
 
-    chosen: Chain
-    rejected: Chain
-    prefix_tokens: int
+    text: TextForm = "plain"
+    cut_reflections: bool = False
+    left_out: Collection[str] = frozenset()
+    patterns: Mapping[str, Pattern] = field(default_factory=lambda: PATTERNS)
+    judge: Judge | None = None
+
+
+PLAIN = Reading()
 
 
 def chains_of(
-    tree: StoredTree, tokenizer: PreTrainedTokenizerBase, left_out: Collection[str] = frozenset()
-) -> list[Chain]:
-    """All chains that end in a judged `answer` with a closed box, once each by text, in leaf order.
+    tree: StoredTree, tokenizer: PreTrainedTokenizerBase, reading: Reading = PLAIN
+) -> tuple[list[Chain], int]:
+    """All chains that end in a judged answer, once each by text, in leaf order; and how many ended without an answer.
 
-    left_out: thought types whose text the student does not see.
+    A chain whose reflections were cut is judged again: its answer may no longer follow.
     """
-    leaves = [n for n in tree.nodes if n.type == "answer" and n.verdict in ("correct", "wrong")]
-    texts: dict[str, int] = {}
-    for leaf in leaves:
-        text = chain_text(node for node in tree.chain(leaf.node_id) if node.type not in left_out)
-        texts.setdefault(text, leaf.node_id)
-    encoded = encode_chains(tokenizer, [(tree.messages, [{"role": "assistant", "content": text}]) for text in texts])
-    chains = []
-    for (text, leaf_id), ids in zip(texts.items(), encoded, strict=True):
-        leaf = tree.nodes[leaf_id]
-        chains.append(
-            Chain(
-                tree_id=tree.tree_id,
-                leaf_id=leaf_id,
-                text=text,
-                verdict=str(leaf.verdict),
-                reward=float(leaf.reward or 0.0),
-                pattern=tree.pattern,
-                tokens=tuple(ids.completion),
-                prompt_tokens=len(ids.prompt),
-            )
+    found: dict[str, tuple[StoredNode, list[StoredNode], str, float]] = {}
+    no_answer = sum(node.verdict == "no_answer" for node in tree.nodes)
+    for leaf in tree.nodes:
+        if leaf.type != "answer" or leaf.verdict not in ("correct", "wrong"):
+            continue
+        whole = tree.chain(leaf.node_id)
+        kept = cut_reflections(whole, reading.patterns[tree.pattern]) if reading.cut_reflections else whole
+        thoughts = [node for node in kept if node.type not in reading.left_out]
+        text = form(thoughts, reading.text)
+        verdict, reward = leaf.verdict, float(leaf.reward or 0.0)
+        if len(kept) < len(whole) and reading.judge is not None:
+            judged = reading.judge(tree, text)
+            verdict, reward = judged.kind, judged.reward
+        if verdict == "no_answer":
+            no_answer += 1
+        else:
+            found.setdefault(text, (leaf, thoughts, verdict, reward))
+    encoded = encode_chains(tokenizer, [(tree.messages, [{"role": "assistant", "content": text}]) for text in found])
+    chains = [
+        Chain(
+            tree_id=tree.tree_id,
+            leaf_id=leaf.node_id,
+            text=text,
+            verdict=verdict,
+            reward=reward,
+            pattern=tree.pattern,
+            tokens=tuple(ids.completion),
+            prompt_tokens=len(ids.prompt),
+            value=fmean(mean_value(node) for node in thoughts),
+            nodes=tuple(node.node_id for node in thoughts),
         )
-    return chains
+        for (text, (leaf, thoughts, verdict, reward)), ids in zip(found.items(), encoded, strict=True)
+    ]
+    return chains, no_answer
 
 
-def by_length(chains: Iterable[Chain], length: Length, seed: int) -> list[Chain]:
-    """Chains in order of preference: nearest to the wanted relative length first, ties by seed."""
-    found = list(chains)
-    median = sorted(len(chain.tokens) for chain in found)[len(found) // 2] if found else 0
-
-    def distance(chain: Chain) -> int:
-        tokens = len(chain.tokens)
-        return {"longest": -tokens, "shortest": tokens, "medium": abs(tokens - median)}[length]
-
-    return sorted(found, key=lambda chain: (distance(chain), draw(f"{seed}/{chain.tree_id}/{chain.leaf_id}", 2**32)))
+def mean_value(node: StoredNode) -> float:
+    """v/n: the mean reward of the judged leaves at or below a node."""
+    return node.value / node.visits if node.visits else 0.0
 
 
-def select_sft(chains: Sequence[Chain], settings: BuildSFT, seed: int) -> list[Chain]:
-    """One tree's SFT chains: correct ones by relative length (paper: the longest)."""
-    return by_length((c for c in chains if c.verdict == "correct"), settings.length, seed)[: settings.chains_per_tree]
+def form(thoughts: Sequence[StoredNode], text: TextForm) -> str:
+    """The assistant's words. `tags`: each thought between its type's tags; `think`: all before the answer inside
+    `<think>`; `plain`: a thought a line."""
+    if text == "plain":
+        return chain_text(thoughts)
+    if text == "think":
+        return f"<think>\n{chain_text(thoughts[:-1])}\n</think>\n\n{chain_text(thoughts[-1:])}"
+    blocks: list[list[StoredNode]] = []
+    for thought in thoughts:
+        # A mini-step that broke off and what continues it are one thought.
+        if blocks and blocks[-1][-1].is_open and not thought.prefix:
+            blocks[-1].append(thought)
+        else:
+            blocks.append([thought])
+    names = [str(block[0].type).replace("_", "-") for block in blocks]
+    return "\n".join(f"<{n}>{chain_text(b).strip()}</{n}>" for n, b in zip(names, blocks, strict=True))
 
 
-def select_dpo(chains: Sequence[Chain], settings: BuildDPO, seed: int) -> list[Pair]:
-    """One tree's pairs: chosen by relative length (paper: the shortest correct), rejected = the wrong chain that shares
-    the fewest student tokens with it (shortest common prefix), ties by relative length, then seed; each chain once."""
-    correct = by_length((c for c in chains if c.verdict == "correct"), settings.length, seed)
-    wrong = by_length((c for c in chains if c.verdict == "wrong"), settings.length, seed)
-    pairs = []
-    for chosen in correct[: settings.pairs_per_tree]:
-        if not wrong:
-            break
-        rejected = min(wrong, key=lambda chain: prefix_tokens(chosen.tokens, chain.tokens))
-        wrong.remove(rejected)
-        pairs.append(Pair(chosen, rejected, prefix_tokens(chosen.tokens, rejected.tokens)))
-    return pairs
+def cut_reflections(thoughts: Sequence[StoredNode], pattern: Pattern) -> list[StoredNode]:
+    """A chain without the thinking that a reflection found wrong, as if it had been right at once.
 
-
-def select_control(trees: Sequence[Sequence[Chain]], rows: int, seed: int) -> list[Chain]:
-    """`rows` unverified chains for the control student: one drawn by seed from each tree, right or wrong, in turn.
-
-    What this student learns, training on verified chains cannot claim.
+    What goes is everything after the last thought at which the pattern branches (its row has more than one child of a
+    type), up to the reflection itself.
     """
-    drawn: list[Chain] = []
-    left = [sorted(chains, key=lambda c: draw(f"control/{seed}/{c.tree_id}/{c.leaf_id}", 2**32)) for chains in trees]
-    while len(drawn) < rows and any(left):
-        for chains in left:
-            if chains and len(drawn) < rows:
-                drawn.append(chains.pop(0))
-    return drawn
+    kept: list[StoredNode] = []
+    for thought in thoughts:
+        if thought.type != "reflection":
+            kept.append(thought)
+            continue
+        while kept and max(pattern.get(str(kept[-1].type), {}).values(), default=1) < 2:
+            kept.pop()
+    return kept

@@ -97,7 +97,7 @@ async def _ask(
             prompt = render(tokenizer, [*shown, *question.messages])
             completion = await client.complete(Request(prompt, 1, max_tokens, 0.0, 1.0, 0, ()))
             choice = completion.choices[0]
-            verdict = task.judge(question, choice.text, choice.finish_reason)
+            verdict = await task.judge_async(question, choice.text, choice.finish_reason)
             sample = EvalSample(
                 task.name, question.id, choice.text, choice.finish_reason, choice.tokens, completion.prompt_tokens,
                 verdict.kind, verdict.answer, question.gold,

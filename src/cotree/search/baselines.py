@@ -116,7 +116,7 @@ async def _sample(
             # The stop string took the box's brace with it.
             if choice.finish_reason == "stop" and text.count("{") > text.count("}"):
                 text += "}"
-            verdict = task.judge(question, text, choice.finish_reason)
+            verdict = await task.judge_async(question, text, choice.finish_reason)
             if verdict.answer is not None:
                 chains[text] = verdict.kind
                 answers.append((verdict.answer, verdict.kind == "correct"))

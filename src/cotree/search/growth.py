@@ -203,7 +203,7 @@ class Growth:
             return Thought(text, tokens, finish_reason, verdict)
         if wanted.kind != "answer":
             return Thought(text, tokens, finish_reason, None)
-        verdict = self.task.judge(self.question, text)
+        verdict = await self.task.judge_async(self.question, text)
         return Thought(text, tokens, finish_reason, verdict, await self._reward(wanted, text, verdict))
 
     async def _reward(self, wanted: Wanted, answer: str, verdict: Verdict) -> float:

@@ -210,8 +210,8 @@ class TreeStore:
         """All trees (of one config) in the order of their ids, one at a time."""
         query = "SELECT tree_id FROM trees WHERE config = coalesce(?, config) ORDER BY tree_id"
         with self._guard():
-            ids = [row[0] for row in self._db.execute(query, (config,))]
-        for tree_id in ids:
+            ids = self._db.execute(query, (config,))
+        for (tree_id,) in ids:
             yield self.tree(tree_id)
 
     def tree(self, tree_id: str) -> StoredTree:

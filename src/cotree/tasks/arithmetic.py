@@ -75,7 +75,8 @@ class Arithmetic(Task):
     """Sums, differences and products of small numbers, and the largest of three, in equal parts."""
 
     name = "arithmetic"
-    description = "generated: sums, differences, products, the largest of three numbers"
+    prompt_version = "arithmetic/boxed-1"
+    description = "sums, differences, products, the largest of three numbers"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """`limit` questions (all by default: as many as the smallest family gives), the four families in turn."""

@@ -6,13 +6,17 @@ decided by extraction alone, before the verifier looks.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from cotree.errors import UsageError
 from cotree.tasks.extract import Mode, extract_answer
+from cotree.tasks.loading import Source
 
 _NUMBER = re.compile(
     r"\$?(?P<sign>[+-]?)\$?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?(?:\s*[A-Za-z]+(?: [A-Za-z]+)*)?"
@@ -83,10 +87,22 @@ class WorkedExample:
 
 
 class Task(ABC):
-    """A family of questions. A generated task draws its splits from disjoint parameters."""
+    """A family of questions. A generated task draws its splits from disjoint parameters; a benchmark has a `source`.
+
+    data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
+    `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
+    """
 
     name: str
     description: str
+    prompt_version: str
+    source: Source | None = None
+    blocking: bool = False
+
+    def __init__(self, data: str | Path | None = None) -> None:
+        if data is not None and self.source is None:
+            raise UsageError(f"{self.name} is generated and takes no data; leave out data={data}")
+        self.data = data
 
     @abstractmethod
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
@@ -96,17 +112,27 @@ class Task(ABC):
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Worked examples for the search prompt of this question; never used by plain evaluation."""
 
-    def verify(self, answer: str, gold: str) -> bool:
-        """Whether an extracted answer equals the gold one."""
-        return answer == gold
+    def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
+        """The final answer in a completion as written, None when there is none."""
+        return extract_answer(completion, finish_reason, mode)
+
+    def verify(self, answer: str, question: Question) -> Verdict:
+        """The verdict on an extracted answer: `correct` or `wrong`."""
+        correct = normalise_number(answer) == normalise_number(question.gold)
+        return Verdict("correct" if correct else "wrong", float(correct), answer)
 
     def judge(self, question: Question, completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> Verdict:
         """Extract, then verify. A completion cut by length has an answer only if it closed one."""
-        answer = extract_answer(completion, finish_reason, mode)
+        answer = self.extract(completion, finish_reason, mode)
         if answer is None:
             return Verdict("no_answer", 0.0, None, "cut by length" if finish_reason == "length" else "no closed answer")
-        correct = self.verify(normalise_number(answer), normalise_number(question.gold))
-        return Verdict("correct" if correct else "wrong", float(correct), answer)
+        return self.verify(answer, question)
+
+    async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
+        """`judge` that does not hold up the event loop."""
+        if self.blocking:
+            return await asyncio.to_thread(self.judge, question, completion, finish_reason)
+        return self.judge(question, completion, finish_reason)
 
 
 def normalise_number(text: str) -> str:

@@ -1,8 +1,9 @@
 r"""Find the final answer in a completion, before anything judges it.
 
-Invariant: `strict` accepts closed forms only (a balanced `\boxed{}`, `#### x`, "the answer is x."), so a text that was
-cut or never commits has no answer; `lenient` adds the last number in the text. Only what follows the last thinking
-close tag counts, and a thinking tag that was opened and never closed means no answer.
+Invariants: `strict` accepts closed forms only (a balanced `\boxed{}`, `#### x`, "the answer is x" in Multi-IF's eight
+languages), so a text that was cut or never commits has no answer; `lenient` adds the last number in the text. Only what
+follows the last thinking close tag counts, and a thinking tag that was opened and never closed means no answer.
+Time grows linearly with the text, whatever is in it: models that loop write 150 kB of anything.
 """
 
 from __future__ import annotations
@@ -12,15 +13,54 @@ from typing import Literal
 
 Mode = Literal["strict", "lenient"]
 
+# What opens thinking, and what closes it; an answer tag closes it too.
 _THINKING_TAGS = (
-    ("<think>", "</think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<Thought>", "</Thought>"),
+    ("<think>", ("</think>",)),
+    ("<thinking>", ("</thinking>",)),
+    ("<|begin_of_thought|>", ("<|end_of_thought|>", "<|begin_of_solution|>")),
+    ("<Thought>", ("</Thought>", "<Output>")),
+    ("[THINK]", ("[/THINK]",)),
 )
-_NUMBER = r"-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?"
-_HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_ANSWER_IS = re.compile(rf"answer\s*(?:is|:)\s*:?\s*\**\s*({_NUMBER})\**(?!\s*[-+*/=\d])", re.IGNORECASE)
+_ANSWER_TAGS = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
+_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\[{}]|[{}]")
+# `\boxed 5$`, as the MATH authors' own extractor takes it.
+_UNBRACED_BOX = re.compile(r"\\boxed ([^${}\n]{1,100})\$")
+
+_NUMBER = r"-?\$?\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+"
 _LAST_NUMBER = re.compile(_NUMBER)
+_HASHES = re.compile(r"####[ \t]*+([^\n]++)")
+# A heading of the fourth level is no answer: `#### Step 2`, `#### 1. Add the numbers`.
+_HEADING = re.compile(r"\d++[.)][ \t]|[*_]*+[^\W\d_]{2}")
+
+# "The answer is" in English, Chinese, Spanish, French, Hindi, Italian, Portuguese, Russian.
+_ANSWER_IS = re.compile(
+    r"""(?: answer\**+\s*+(?:is|:|：|=)(?:\s++(?:indeed|clearly|simply|thus|therefore|then)\b)?+
+          | 答案\**+\s*+(?:应该是|应为|就是|是|为|:|：)
+          | respuesta(?:\s(?:final|correcta))?+\**+\s*+(?:es\b|:)
+          | réponse(?:\s(?:finale|correcte))?+\**+\s*+(?:est\b|:)
+          | (?:उत्तर|जवाब)\**+\s*+(?:है|:|=)?+
+          | risposta(?:\s(?:finale|corretta|esatta))?+\**+\s*+(?:è|:)
+          | resposta(?:\s(?:final|correta|certa))?+\**+\s*+(?:é|:)
+          | ответ(?:ом)?+\**+\s*+(?:является|равен|будет|это|[:—–-])
+        )[\s:：*]*+""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_MATHS = (
+    r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{[^{}\n]{0,80}\}|\\[A-Za-z]++|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
+)
+_SIGNS = r"[\d+*/=^_(){}\[\]|!<>,.;:'% -]"
+# What may stand after it: a number, delimited maths, bold words, or maths without delimiters.
+_VALUE = re.compile(
+    rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d)
+         | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)
+         | \\\[\s*+(?P<display>.{{1,300}}?)\s*\\\]
+         | (?P<number>{_NUMBER})(?:\\?%)?+\**+(?![_^\\({{[]|[A-Za-z](?![A-Za-z])|[ ]*+[-+*/=]|,?+[ ]*+-?\d)
+         | (?P<maths>(?=[-+({{\[|\\A-Za-z\d])(?:{_MATHS}|{_SIGNS}){{1,300}}+)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_COMPUTATION = re.compile(r"[\d\s.,+*/=-]*\d\s*[-+*/=]\s*\d[\d\s.,+*/=-]*")
+_LETTER = re.compile(r"\(?[A-Za-z]\)?")
 
 
 def extract_answer(completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> str | None:
@@ -35,11 +75,11 @@ def extract_answer(completion: str, finish_reason: str = "stop", mode: Mode = "s
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
+    text = text.rstrip()
     cut = finish_reason == "length"
-    for pattern in (_HASHES, _ANSWER_IS):
-        matches = list(pattern.finditer(text))
-        if matches and not (cut and matches[-1].end() == len(text.rstrip())):
-            return matches[-1].group(1).strip()
+    for found in (_hashed(text), _stated(text)):
+        if found is not None and not (cut and found[1] == len(text)):
+            return found[0]
     if mode == "lenient" and not cut:
         numbers = _LAST_NUMBER.findall(text)
         if numbers:
@@ -48,22 +88,57 @@ def extract_answer(completion: str, finish_reason: str = "stop", mode: Mode = "s
 
 
 def after_thinking(completion: str) -> str | None:
-    """The text after the last thinking close tag; None when thinking was opened and never closed."""
-    for opened, closed in _THINKING_TAGS:
-        end = completion.rfind(closed)
-        if end >= 0:
-            return completion[end + len(closed) :]
-        if opened in completion:
-            return None
-    return completion
+    """The text after the last thinking close tag, tags around the answer left out; None when thinking is unclosed."""
+    end, opened = -1, False
+    for opening, closings in _THINKING_TAGS:
+        opened = opened or opening in completion
+        for closing in closings:
+            at = completion.rfind(closing)
+            end = max(end, at + len(closing) if at >= 0 else -1)
+    if end < 0 and opened:
+        return None
+    return _ANSWER_TAGS.sub("", completion[max(end, 0) :])
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` whose braces balance, or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for position in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start:position]
-    return None
+    r"""The content of the last `\boxed{...}` (`\fbox`, `\framebox`) whose braces balance, or None."""
+    opened: list[tuple[int, bool]] = []
+    last = (-1, -1)
+    for match in _BRACES.finditer(text):
+        brace = match.group()
+        if brace == "}":
+            if opened:
+                start, is_box = opened.pop()
+                if is_box and start > last[0]:
+                    last = (start, match.start())
+        elif brace[0] == "{" or len(brace) > 2:
+            opened.append((match.end(), len(brace) > 2))
+    if last[0] >= 0:
+        return text[last[0] : last[1]]
+    unbraced = _UNBRACED_BOX.findall(text)
+    return str(unbraced[-1]) if unbraced else None
+
+
+def _hashed(text: str) -> tuple[str, int] | None:
+    """The last `#### answer` and where it ends."""
+    found = [match for match in _HASHES.finditer(text) if not _HEADING.match(match[1])]
+    return (found[-1][1].strip(), found[-1].end()) if found else None
+
+
+def _stated(text: str) -> tuple[str, int] | None:
+    """The last "answer is" that a number or maths follows, and where that ends."""
+    found = None
+    for marker in _ANSWER_IS.finditer(text):
+        match = _VALUE.match(text, marker.end())
+        if match is None or match.lastgroup is None:
+            continue
+        answer = match[match.lastgroup].strip()
+        if match.lastgroup == "maths":
+            answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,.;:*!'")
+            follows = text[match.start("maths") + len(answer) :][:1]
+            lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n")
+            if lone or _COMPUTATION.fullmatch(answer) or answer.count("{") != answer.count("}"):
+                continue
+        if any(c.isalnum() for c in answer):
+            found = (answer, match.end())
+    return found

@@ -38,7 +38,8 @@ class Letters(Task):
     """Count a letter in an English word of 4 to 8 letters; golds 1, 2, 3 in turn."""
 
     name = "letters"
-    description = "generated: count a letter in a spelled-out word, counts drawn balanced"
+    prompt_version = "letters/boxed-1"
+    description = "count a letter in a spelled-out word, counts drawn balanced"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """`limit` questions (all by default: as many as the words give with balanced golds)."""

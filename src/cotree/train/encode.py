@@ -97,7 +97,12 @@ def encode_chains(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Mess
     for index, (_, completion) in enumerate(chats):
         if len(completion) != 1 or completion[0].get("role") != "assistant":
             raise UsageError(f"row {index}: a completion must be one assistant message")
-    prompts = _ids(tokenizer, [_render(tokenizer, prompt, True) for prompt, _ in chats])
+    # The chains of a tree have one prompt: it is rendered and tokenised once.
+    asked = {json.dumps(prompt): prompt for prompt, _ in chats}
+    known = dict(
+        zip(asked, _ids(tokenizer, [_render(tokenizer, prompt, True) for prompt in asked.values()]), strict=True)
+    )
+    prompts = [known[json.dumps(prompt)] for prompt, _ in chats]
     wholes = _ids(tokenizer, [_render(tokenizer, [*prompt, *answer], False) for prompt, answer in chats])
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.add(tokenizer.eos_token_id)

@@ -1,0 +1,128 @@
+"""Build speed and memory over a large store: generated trees, read, gated, selected and written as they stream.
+
+    make bench-store                          100,000 trees of 60 thoughts, SFT and DPO rows
+    python -m benchmarks.store --tiny         seconds: shows that it runs, the numbers mean little
+
+Writes benchmarks/out/store.json. `peak_mb` is the resident peak of the whole building process, libraries included;
+`peak_mb_tenth` is the same after a tenth of the trees: memory that grew with the trees would show between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cotree.config import Build
+from cotree.data.build import build
+from cotree.llm.embedded import locate
+from cotree.llm.tokenizer import load_tokenizer
+from cotree.search.thoughts import PREFIXES
+from cotree.store import StoredNode, StoredTree, TreeStore
+
+OUT = Path(__file__).parent / "out" / "store.json"
+TREES, THOUGHTS, TINY = 100_000, 60, 40
+WORDS = "add the numbers then carry one more apple to each box so that three times four is twelve again".split()  # noqa: SIM905
+
+
+def generated(number: int, thoughts: int, rng: random.Random) -> StoredTree:
+    """2 sub-tasks, thinking below them, each checked and answered, a third of the answers right."""
+    nodes: list[StoredNode] = []
+
+    def add(parent: int | None, kind: str | None, verdict: str | None = None) -> int:
+        words = "" if kind is None else f"{PREFIXES[kind][0]} {' '.join(rng.choices(WORDS, k=12))}".strip()
+        text = f"The answer is: \\boxed{{{rng.randrange(100)}}}" if kind == "answer" else words
+        reward = None if verdict is None else float(verdict == "correct")
+        depth = 0 if parent is None else nodes[parent].depth + 1
+        nodes.append(StoredNode(len(nodes), parent, kind, text, "", "m", depth, 1, reward or 0.0, verdict, reward, None,
+                                12, "stop", 0, 0.1))  # fmt: skip
+        return len(nodes) - 1
+
+    add(None, None)
+    tasks = [add(0, "sub_task") for _ in range(2)]
+    while len(nodes) <= thoughts - 3:
+        checked = add(add(rng.choice(tasks), "thinking"), "double_check")
+        add(checked, "answer", rng.choice(["correct", "wrong", "wrong"]))
+    prompt = [{"role": "user", "content": f"What is {number} + 1? Put the final answer in \\boxed{{}}."}]
+    return StoredTree(f"{number:016x}", "arithmetic", str(number), 0, "bench", "sum", prompt, "1", "double_check", 20,
+                      "rollouts", 20, 100, 0, 700, nodes)  # fmt: skip
+
+
+def fill(path: Path, trees: int) -> None:
+    """A store of generated trees; the same ones every time."""
+    rng = random.Random(0)
+    with TreeStore(path) as store:
+        for number in range(trees):
+            store.put(generated(number, THOUGHTS, rng))
+
+
+def build_measured(store: Path, out: Path) -> dict[str, Any]:
+    """Build in this process; rows, seconds and the peak of memory in MB (10^6 bytes)."""
+    tokenizer = load_tokenizer(locate("smollm2-135m-instruct"))
+    started = time.perf_counter()
+    with TreeStore(store) as trees:
+        counts = build(trees.trees(), tokenizer, Build(), out, seed=0).counts
+    seconds = time.perf_counter() - started
+    rows = counts["sft_rows"] + counts["dpo_pairs"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return {"rows": rows, "chains": counts["chains"], "seconds": seconds, "peak_mb": peak}
+
+
+def measure(trees: int) -> dict[str, Any]:
+    """A tenth and all, each in a fresh process, so that one's peak is not the other's."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
+        folder, found = Path(name), []
+        for part in (max(trees // 10, 1), trees):
+            started = time.perf_counter()
+            fill(folder / f"{part}.db", part)
+            print(f"{part:,} trees generated in {time.perf_counter() - started:.0f} s", flush=True)
+            command = [sys.executable, "-m", "benchmarks.store", "--build", str(folder / f"{part}.db")]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+            (folder / f"{part}.db").unlink()
+    tenth, whole = found
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}",
+        "trees": trees,
+        "thoughts_per_tree": THOUGHTS,
+        "rows_per_second": whole["rows"] / whole["seconds"],
+        "trees_per_second": trees / whole["seconds"],
+        "peak_mb": whole["peak_mb"],
+        "peak_mb_tenth": tenth["peak_mb"],
+        **{name: whole[name] for name in ("rows", "chains", "seconds")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.build is not None:
+        with tempfile.TemporaryDirectory(dir=options.build.parent) as out:
+            print(json.dumps(build_measured(options.build, Path(out))))
+        return
+    result = measure(TINY if options.tiny else TREES)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{result['trees']:,} trees of {THOUGHTS} thoughts, {result['chains']:,} chains -> {result['rows']:,} rows in "
+        f"{result['seconds']:.0f} s: {result['rows_per_second']:.0f} rows/s, {result['trees_per_second']:.0f} trees/s, "
+        f"peak {result['peak_mb']:.0f} MB ({result['peak_mb_tenth']:.0f} MB for a tenth of the trees)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Datasets and trees in the forms of others: JSON lines, LLaMA-Factory, axolotl, trees as Parquet, the hub.
+
+Invariant: an export changes the form and never the rows; prompts stay conversations, so that the other trainer applies
+its own chat template, once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import yaml
+
+from cotree.data.files import Row, batches, check_file, read_rows, whole, write_jsonl
+from cotree.errors import UsageError
+from cotree.run_folder import write_text
+from cotree.store import TreeStore
+
+Form = Literal["jsonl", "llamafactory", "axolotl"]
+
+
+def export_to(source: Path, to: str, out: str) -> list[str]:
+    """Export to a form by its name; returns what was written, a line each."""
+    if to == "trees":
+        return [f"{out}: {export_trees(source, Path(out))} trees"]
+    if to == "hub":
+        return [push(source, out)]
+    if to not in get_args(Form):
+        raise UsageError(f"unknown form `{to}`; known: {', '.join(get_args(Form))}, trees, hub")
+    return [str(path) for path in export(source, cast(Form, to), Path(out))]
+
+
+def export(source: Path, form: Form, out: Path) -> list[Path]:
+    """Write the datasets of a build's folder (or one file) for another trainer; returns the files.
+
+    llamafactory: JSON lines and `dataset_info.json`, to be named in its `dataset_dir` and `dataset`. axolotl: JSON
+    lines and a `KIND.yml` with the `datasets:` part of its config.
+
+    Raises:
+        UsageError: nothing to export, or a row is faulty.
+    """
+    files = sorted(source.glob("*/train.parquet")) if source.is_dir() else [source]
+    if not files:
+        raise UsageError(f"no datasets in {source}; expected KIND/train.parquet below it")
+    information: dict[str, Any] = {}
+    written = []
+    for file in files:
+        kind, _ = check_file(file)
+        name = file.parent.name if file.name == "train.parquet" else file.stem.split(".")[0]
+        if kind == "stepwise" and form != "jsonl":
+            continue  # neither trains process rewards
+        written.append(out / f"{name}.jsonl")
+        write_jsonl(written[-1], map(_FORMS[form], read_rows(file)))
+        if form == "llamafactory":
+            information[f"cotree_{name}"] = {"file_name": f"{name}.jsonl", **_information(kind)}
+        if form == "axolotl":
+            written.append(out / f"{name}.yml")
+            write_text(written[-1], yaml.safe_dump(_axolotl(name, kind), sort_keys=False))
+    if information:
+        written.append(out / "dataset_info.json")
+        write_text(written[-1], json.dumps(information, indent=2) + "\n")
+    return written
+
+
+def _messages(row: Row) -> Row:
+    """`messages` through the answer; for a preference, up to the answer, and both answers."""
+    if "completion" in row:
+        return {"messages": [*row["prompt"], *row["completion"]]}
+    return {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
+
+
+_FORMS: Mapping[Form, Callable[[Row], Row]] = {"jsonl": dict, "llamafactory": _messages, "axolotl": _messages}
+
+
+def _information(kind: str) -> dict[str, Any]:
+    columns = {"messages": "messages"} | ({"chosen": "chosen", "rejected": "rejected"} if kind == "dpo" else {})
+    tags = {f"{part}_tag": part for part in ("role", "content")}
+    tags |= {f"{role}_tag": role for role in ("user", "assistant", "system")}
+    return {"formatting": "sharegpt", **({"ranking": True} if kind == "dpo" else {}), "columns": columns, "tags": tags}
+
+
+def _axolotl(name: str, kind: str) -> dict[str, Any]:
+    dataset: dict[str, Any] = {"path": f"{name}.jsonl", "ds_type": "json", "field_messages": "messages"}
+    if kind == "dpo":
+        fields = {"field_chosen": "chosen", "field_rejected": "rejected"}
+        return {"rl": "dpo", "datasets": [{**dataset, "type": "chat_template.default", "split": "train", **fields}]}
+    return {"datasets": [{**dataset, "type": "chat_template", "roles_to_train": ["assistant"]}]}
+
+
+def export_trees(store: Path, out: Path) -> int:
+    """All trees of a store as Parquet, a row each with its nodes nested; returns how many."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not store.is_file():
+        raise UsageError(f"no store at {store}")
+    node = pa.struct([
+        ("node_id", pa.int64()), ("parent_id", pa.int64()), ("type", pa.string()), ("text", pa.string()),
+        ("prefix", pa.string()), ("model", pa.string()), ("depth", pa.int64()), ("visits", pa.int64()),
+        ("value", pa.float64()), ("verdict", pa.string()), ("reward", pa.float64()), ("answer", pa.string()),
+        ("tokens", pa.int64()), ("finish_reason", pa.string()), ("seed", pa.int64()), ("seconds", pa.float64()),
+    ])  # fmt: skip
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    names = ("tree_id", "task", "question_id", "config", "family", "gold", "pattern", "stopped")
+    numbers = ("turn", "rollouts", "calls", "prompt_tokens", "cached_tokens", "completion_tokens")
+    fields = [*((name, pa.string()) for name in names), *((name, pa.int64()) for name in numbers)]
+    schema = pa.schema([*fields, ("messages", pa.list_(message)), ("nodes", pa.list_(node))])
+    written = 0
+    with TreeStore(store) as trees, whole(out) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for batch in batches(asdict(tree) for tree in trees.trees()):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+            written += len(batch)
+    return written
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a build's folder, card included, to a private dataset of the hub; the token is the environment's.
+
+    Raises:
+        UsageError: the folder has no card, so it is no build.
+    """
+    if not (folder / "README.md").is_file():
+        raise UsageError(f"{folder} has no README.md; push the folder that `cotree build` wrote")
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+    return str(api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder))

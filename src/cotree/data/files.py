@@ -1,0 +1,248 @@
+"""Dataset files: what columns a kind of row has, Parquet and JSON lines in and out, and a check that names each fault.
+
+Invariant: rows stream, so a file of any size needs the memory of a batch; the same rows give the same bytes; a Parquet
+file carries the hash of the chat template whose tokens were counted, and a trainer can refuse another.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cotree.errors import CotreeError, UsageError
+from cotree.train.encode import template_hash
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+_BATCH = 1_024
+_FAULTS_SHOWN = 20
+_COMMON = {"tree_id": "string", "task": "string", "question_id": "string", "pass_rate": "float64"}
+_SFT = {
+    "prompt": "messages",
+    "completion": "messages",
+    "leaf_id": "int64",
+    "length_tokens": "int64",
+    "length_rank": "int64",
+    "pattern": "string",
+    "reward": "float64",
+    "value": "float64",
+    **_COMMON,
+}
+_DPO = {
+    "prompt": "messages",
+    "chosen": "messages",
+    "rejected": "messages",
+    "chosen_leaf": "int64",
+    "rejected_leaf": "int64",
+    "prefix_tokens": "int64",
+    "chosen_tokens": "int64",
+    "rejected_tokens": "int64",
+    **_COMMON,
+}
+_STEP = {f"{side}_{part}": kind for side in ("chosen", "rejected") for part, kind in (
+    ("step", "string"), ("value", "float64"), ("visits", "int64"))}  # fmt: skip
+# TRL's types: conversational prompt-completion and preference, and stepwise supervision; the other columns go along.
+COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "sft": _SFT,
+    "control": _SFT,
+    "dpo": _DPO,
+    "step_pairs": {**_DPO, "step_type": "string", "prefix": "string", **_STEP},
+    "stepwise": {
+        "prompt": "string",
+        "completions": "list<string>",
+        "labels": "list<bool>",
+        "values": "list<float64>",
+        "visits": "list<int64>",
+        "leaf_id": "int64",
+        **_COMMON,
+    },
+}
+# What a file must have to be of a type, whoever wrote it.
+_NEEDED = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"),
+           "stepwise": ("prompt", "completions", "labels")}  # fmt: skip
+
+
+def write_parquet(path: Path, kind: str, rows: Iterable[Row], metadata: Mapping[str, Any]) -> int:
+    """Write rows of a kind, whole or not at all; returns how many."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, _arrow(kind)) for name, kind in COLUMNS[kind].items()])
+    schema = schema.with_metadata({"cotree": json.dumps({**metadata, "kind": kind}, sort_keys=True)})
+    written = 0
+    with whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for batch in batches(rows):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+            written += len(batch)
+    return written
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows as JSON lines, whole or not at all; returns how many."""
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        return sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A partial file beside `path` that takes its place when the block ends well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        fix = "free some space, then re-run the same command to resume"
+        raise CotreeError(f"cannot write {path}: {error.strerror or error}; {fix}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in lists of a fixed size, so that row groups never depend on how rows were made."""
+    left = iter(rows)
+    while batch := list(islice(left, _BATCH)):
+        yield batch
+
+
+def _arrow(kind: str) -> pa.DataType:
+    import pyarrow as pa
+
+    if kind == "messages":
+        return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    if kind.startswith("list<"):
+        return pa.list_(_arrow(kind[5:-1]))
+    return pa.bool_() if kind == "bool" else pa.type_for_alias(kind)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet, JSON-lines (also .gz) or JSON-array file, one at a time.
+
+    Raises:
+        UsageError: there is no such file, or it is damaged; the line is named.
+    """
+    if not path.is_file():
+        raise UsageError(f"no file at {path}")
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_BATCH):
+                    yield from batch.to_pylist()
+        except pa.ArrowInvalid as error:
+            raise UsageError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+        return
+    number = 1
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            if path.suffix == ".json":
+                yield from json.load(lines)
+                return
+            for line in lines:
+                if line.strip():
+                    yield json.loads(line)
+                number += 1
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path}: line {number}: not JSON ({error})") from None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What cotree noted in a Parquet file; empty for files of others."""
+    if path.suffix != ".parquet":
+        return {}
+    import pyarrow.parquet as pq
+
+    noted: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(b"cotree", b"{}"))
+    return noted
+
+
+def check_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows that were selected by the token counts of another chat template than the student's.
+
+    Raises:
+        UsageError: the file names another template. One that names none (not built by cotree) passes.
+    """
+    noted = read_metadata(path).get("template")
+    if noted is not None and noted != template_hash(tokenizer):
+        raise UsageError(
+            f"{path} was built for another tokenizer or chat template ({noted}, this student's is "
+            f"{template_hash(tokenizer)}); build it again for this student"
+        )
+
+
+def kind_of(row: Row) -> str | None:
+    """sft, dpo or stepwise by the columns that a row has; None for anything else."""
+    return next((kind for kind, needed in _NEEDED.items() if all(name in row for name in needed)), None)
+
+
+def check_file(path: Path) -> tuple[str, int]:
+    """Check every row of a dataset file; returns its kind and the number of rows.
+
+    Raises:
+        UsageError: names row and column of the first faults, and how many there are.
+    """
+    kind, count, faults = "", 0, list[str]()
+    for count, row in enumerate(read_rows(path), 1):
+        found = kind_of(row) if isinstance(row, dict) else None
+        if not kind:
+            if found is None:
+                types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in _NEEDED.items())
+                raise UsageError(f"{path}: row 0 has the columns of no type that is trained on ({types})")
+            kind = found
+        if found != kind:
+            faults.append(f"row {count - 1}: is no {kind} row; columns are missing")
+        else:
+            faults += [f"row {count - 1}, column {column}: {fault}" for column, fault in _faults(row, kind)]
+    if not count:
+        raise UsageError(f"{path} has no rows")
+    if faults:
+        more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise UsageError(f"{path}: {'; '.join(faults[:_FAULTS_SHOWN])}{more}")
+    return kind, count
+
+
+def _faults(row: Row, kind: str) -> Iterator[tuple[str, str]]:
+    if kind == "stepwise":
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            yield "prompt", "must be text"
+        if not row["completions"] or not all(isinstance(step, str) for step in row["completions"]):
+            yield "completions", "must be a list of texts"
+        for column in ("labels", "values", "visits"):
+            if column in row and len(row[column] or []) != len(row["completions"] or []):
+                yield column, f"has {len(row[column] or [])} entries for {len(row['completions'] or [])} completions"
+        return
+    sides = [column for column in ("completion", "chosen", "rejected") if column in row]
+    for column in ("prompt", *sides):
+        fault = _messages_fault(row[column], column == "prompt")
+        if fault:
+            yield column, fault
+    if kind == "dpo" and row["chosen"] == row["rejected"]:
+        yield "rejected", "is the same as chosen"
+    for column, columns in COLUMNS[kind].items():
+        whole_number = columns == "int64" and row.get(column) is not None
+        if whole_number and (not isinstance(row[column], int) or row[column] < 0):
+            yield column, f"must be a number from 0, not {row[column]!r}"
+
+
+def _messages_fault(messages: Any, is_prompt: bool) -> str | None:
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        return "must be a list of messages ({role, content})"
+    for at, message in enumerate(messages):
+        if message.get("role") not in ("system", "user", "assistant", "tool"):
+            return f"message {at}: unknown role {message.get('role')!r}"
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            return f"message {at}: has no content"
+    if is_prompt:
+        return None if messages[-1]["role"] != "assistant" else "must not end with the assistant's message"
+    return None if [m["role"] for m in messages] == ["assistant"] else "must be exactly one assistant message"

@@ -1,0 +1,56 @@
+"""Quality gates on chains: what must not become a row, and why.
+
+Invariant: a gate removes whole chains, before any selection, and each one it removes is counted under its name.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+from cotree.config import Build
+from cotree.data.chains import Chain
+from cotree.eval.diagnosis import LONG_TEXT, diagnose
+
+# Letters of formulas belong to no language.
+_FORMULAS = ("GREEK", "MATHEMATICAL", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "DOUBLE-STRUCK", "SCRIPT")
+_MAX_FOREIGN = 0.2
+
+
+def passes(chain: Chain, prompt: str, settings: Build, removed: Counter[str]) -> bool:
+    """Whether a judged chain may be selected; the first gate that says no is counted in `removed`."""
+    gates = settings.gates
+    checks: list[tuple[str, bool, Callable[[], bool]]] = [
+        ("too_long", True, lambda: chain.prompt_tokens + len(chain.tokens) > settings.max_tokens),
+        # A short text with an answer is no loop by any rule.
+        ("loop", gates.loops and len(chain.text) > LONG_TEXT, lambda: diagnose(chain.text, answered=True).loop),
+        ("language", gates.language, lambda: foreign_share(chain.text, prompt) > _MAX_FOREIGN),
+    ]
+    for name, asked, fails in checks:
+        if asked and fails():
+            removed[name] += 1
+            return False
+    return True
+
+
+def foreign_share(text: str, prompt: str) -> float:
+    """The share of a text's letters in scripts that its prompt does not use; two languages of one script look alike."""
+    if text.isascii() and prompt.isascii():
+        return 0.0
+    letters, asked = _scripts(text), _scripts(prompt)
+    return sum(n for script, n in letters.items() if script not in asked) / max(letters.total(), 1)
+
+
+def _scripts(text: Iterable[str]) -> Counter[str]:
+    found = Counter(_script(character) for character in text)
+    del found[""]
+    return found
+
+
+@lru_cache(maxsize=65_536)
+def _script(character: str) -> str:
+    """LATIN, CJK, CYRILLIC, ...: the first word of a letter's name in Unicode; "" for what is no letter."""
+    name = unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
+    return "" if name in _FORMULAS else {"HIRAGANA": "CJK", "KATAKANA": "CJK"}.get(name, name)

@@ -1,0 +1,73 @@
+"""Rows in the terminal as the trainer sees them: every token, which of them carry loss, and what would be dropped.
+
+Invariant: what is shown is decoded from the very ids that training encodes. Each line begins with a mark that says the
+same as its colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cotree.data.files import check_file, check_template, read_rows
+from cotree.train.encode import encode_dpo, encode_sft
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+_STYLES = {"prompt": "dim", "shared": "cyan", "loss": "green", "chosen": "green", "rejected": "red"}
+
+
+def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, rows: int = 3) -> Text:
+    """The first rows of a dataset file, and how many rows would be dropped for their length.
+
+    prompt: no loss. loss: the completion. shared: the prefix that both sides of a pair have; the masked margin and the
+    suffix scope leave it out. Special tokens stand as they are written.
+
+    Raises:
+        UsageError: the file is faulty, or was built for another chat template.
+    """
+    from rich.text import Text
+
+    kind, count = check_file(path)
+    check_template(path, tokenizer)
+    text = Text(f"{path}: {count} {kind} rows\n")
+
+    def part(mark: str, ids: Sequence[int]) -> None:
+        for line in tokenizer.decode(ids).splitlines(keepends=True):
+            shown = line.replace("\n", "⏎") + "\n"
+            text.append(f"{mark:>8} │ ", style="bold").append(shown, style=_STYLES[mark])
+
+    if kind == "stepwise":
+        for row in islice(read_rows(path), rows):
+            text.append(f"\n{row['prompt']}\n")
+            for step, label in zip(row["completions"], row["labels"], strict=True):
+                text.append(f"{'right' if label else 'wrong':>8} │ {step}\n", style="green" if label else "red")
+        return text
+    longest = []
+    for index, row in enumerate(read_rows(path)):
+        if kind == "sft":
+            (chain,) = encode_sft(tokenizer, [row], 2**62).rows
+            longest.append(chain.longest)
+            sizes, parts = f"{len(chain.prompt)} prompt + {len(chain.completion)} completion", [
+                ("prompt", chain.prompt), ("loss", chain.completion)]  # fmt: skip
+        else:
+            (pair,) = encode_dpo(tokenizer, [row], 2**62).rows
+            longest.append(pair.longest)
+            sizes = f"{len(pair.prompt)} prompt + {pair.prefix} shared + {len(pair.chosen) - pair.prefix} chosen / "
+            sizes += f"{len(pair.rejected) - pair.prefix} rejected"
+            parts = [("prompt", pair.prompt), ("shared", pair.chosen[: pair.prefix]),
+                     ("chosen", pair.chosen[pair.prefix :]), ("rejected", pair.rejected[pair.prefix :])]  # fmt: skip
+        if index < rows:
+            fate = "dropped" if longest[-1] > max_tokens else "kept"
+            text.append(f"\nrow {index}: {sizes} tokens, {longest[-1]} of at most {max_tokens}: {fate}\n")
+            for mark, ids in parts:
+                part(mark, ids)
+    dropped = sum(tokens > max_tokens for tokens in longest)
+    text.append(
+        f"\n{count} rows of {min(longest)} to {max(longest)} tokens; {dropped} would be dropped (over {max_tokens})"
+    )
+    return text

@@ -1,0 +1,68 @@
+"""`cotree diagnose`: formalistic thinking in a file of long chains, by source and language, worst first.
+
+Invariant: every row is read once and counted under one source and one language.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cotree.data.files import read_rows
+from cotree.errors import UsageError
+from cotree.eval.diagnosis import Diagnosis, diagnose
+
+_FLAGS = ("loop", "over_reflection", "instruction_failure", "no_answer")
+_TEXTS = ("completion", "response", "text", "output", "chosen", "solution")
+_SOURCES = ("source", "task", "model", "benchmark")
+
+
+def diagnose_file(path: Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
+    """Lines of a report over a Parquet or JSON-lines file.
+
+    field: the column that holds the text (a string, or messages whose last is read); by default the first that a row
+        has of completion, response, text, output, chosen, solution, messages, conversations.
+
+    Raises:
+        UsageError: there is no such file, or a row has no text.
+    """
+    counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    worst: list[tuple[int, float, int, Diagnosis, str]] = []
+    for index, row in enumerate(read_rows(path)):
+        text = _text(row, field, f"{path}: row {index}")
+        found = diagnose(text, finish_reason=str(row.get("finish_reason") or "stop"), answered=_answered(row))
+        source = next((str(row[name]) for name in _SOURCES if isinstance(row.get(name), str)), path.stem)
+        group = counts[source, str(row.get("language") or "-")]
+        group.update(["rows"], characters=len(text))
+        group.update(flag for flag in _FLAGS if getattr(found, flag))
+        badness = (sum(getattr(found, flag) for flag in _FLAGS), found.evidence["duplicate_4grams"], -index)
+        heapq.heappush(worst, (*badness, found, text))
+        if len(worst) > shown:
+            heapq.heappop(worst)
+    yield f"{'source':30} {'language':8} {'rows':>6} {'characters':>10} " + " ".join(f"{flag:>19}" for flag in _FLAGS)
+    for (source, language), n in sorted(counts.items()):
+        shares = " ".join(f"{n[flag]:>10} ({n[flag] / n['rows']:6.1%})" for flag in _FLAGS)
+        yield f"{source[:30]:30} {language:8} {n['rows']:>6} {n['characters'] / n['rows']:>10.0f} {shares}"
+    for flags, _, negative, found, text in sorted(worst, key=lambda entry: entry[:3], reverse=True):
+        if flags:
+            named = ", ".join(flag for flag in _FLAGS if getattr(found, flag))
+            yield f"\nrow {-negative}: {named}; {len(text)} characters, ends: ...{text[-160:]!r}"
+
+
+def _text(row: dict[str, Any], field: str | None, where: str) -> str:
+    names = (field,) if field is not None else (*_TEXTS, "messages", "conversations")
+    value = next((row[name] for name in names if row.get(name)), None) if isinstance(row, dict) else None
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content", value[-1].get("value"))
+    if not isinstance(value, str):
+        raise UsageError(f"{where} has no text in {', '.join(names)}; name its column with --field")
+    return value
+
+
+def _answered(row: dict[str, Any]) -> bool | None:
+    """What a judge said, in evaluation samples."""
+    verdict = row.get("verdict") or row.get("kind")
+    return verdict != "no_answer" if verdict in ("correct", "wrong", "no_answer") else None

@@ -1,0 +1,56 @@
+"""A benchmark: a task whose questions are published rows, not generated ones.
+
+Invariant: ids are the source's own, the order is the origin's, and rows for training never come from the rows that
+evaluate. Which training rows are `dev` depends on a row's id alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+
+from cotree.errors import UsageError
+from cotree.tasks.base import Question, Split, Task
+from cotree.tasks.loading import Row, Source, load_rows
+
+_DEV_SHARE = 10
+
+
+class Benchmark(Task):
+    """Rows of `source` (split `test`), and of `training` where there is one: nine tenths `train`, a tenth `dev`.
+
+    A task that has rows for training only sets `source` to the same object as `training`.
+    """
+
+    source: Source
+    training: Source | None = None
+
+    @abstractmethod
+    def question(self, row: Row, index: int) -> Question:
+        """A row as a question; `index` counts rows from 0, for sources without ids."""
+
+    def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
+        """The first `limit` questions (all by default). Without a split: all rows of `source`.
+
+        Raises:
+            UsageError: the benchmark has no such split or fewer questions, or its data cannot be found.
+        """
+        source = self.source if split in (None, "test") else self.training
+        if source is None:
+            raise UsageError(f"{self.name} has a test set only, no `{split}` split; train on another task")
+        if split == "test" and source is self.training:
+            raise UsageError(f"{self.name} is for training and has no test split; evaluate on another task")
+        rows = load_rows(source, self.data)
+        if source.ids:
+            rows = [{"id": f"{source.ids}-{index}"} | row for index, row in enumerate(rows)]
+        questions = [self.question(row, index) for index, row in enumerate(rows)]
+        if split in ("train", "dev"):
+            questions = [question for question in questions if _is_dev(question.id) == (split == "dev")]
+        if limit is not None and limit > len(questions):
+            there = f"in split `{split}`" if split else "in all"
+            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
+        return questions[:limit]
+
+
+def _is_dev(question_id: str) -> bool:
+    return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4]) % _DEV_SHARE == 0

@@ -1,0 +1,174 @@
+"""A user's own task: a YAML file that names rows, fields, prompt, extractor and verifier, or a class in a Python file.
+
+Invariant: a task that loads is complete; a fault in the file is one line that names the file and the key.
+`docs/tasks.md` has an example of each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cotree.errors import UsageError
+from cotree.tasks.arithmetic import split_of
+from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, normalise_number
+from cotree.tasks.extract import Mode, after_thinking, extract_answer
+from cotree.tasks.loading import Source, load_rows, value
+from cotree.tasks.math_verdicts import compare
+
+# Each takes (answer, gold) and says whether the answer is right, and what else there is to say.
+VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {
+    "math": lambda answer, gold: compare(gold, answer),
+    "number": lambda answer, gold: (normalise_number(answer) == normalise_number(gold), ""),
+    "text": lambda answer, gold: (answer.casefold().split() == gold.casefold().split(), ""),
+}
+
+
+class Section(BaseModel):
+    """A part of the file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Example(Section):
+    """A solved question for the search prompt."""
+
+    question: str
+    sub_task: str
+    thinking: str
+    double_check: str = ""
+    answer: str
+
+
+class OwnTask(Section):
+    """The file. `data` is a file beside it, a folder or a hub id.
+
+    fields: what the rows call the id, the question, the gold answer and whatever else the prompt uses. prompt: each
+    `{name}` in it stands for a field. extractor: `answer` as for the shipped tasks, or `text` for all of the reply
+    after its thinking.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    data: str
+    fields: dict[str, str] = {"id": "id", "question": "question", "gold": "answer"}
+    prompt: str
+    prompt_version: str = "1"
+    extractor: Literal["answer", "text"] = "answer"
+    verifier: Literal["math", "number", "text"] = "math"
+    examples: tuple[Example, ...] = ()
+
+
+class FileTask(Task):
+    """The task of a YAML file. Its splits are 70, 10 and 20 of a hundred rows, fixed by each row's id."""
+
+    def __init__(self, path: Path, data: str | Path | None = None) -> None:
+        self.own = _load(path)
+        self.name, self.description = self.own.name, self.own.description
+        self.blocking = self.own.verifier == "math"
+        self.prompt_version = f"{self.name}/{self.own.prompt_version}"
+        beside = path.parent / self.own.data
+        given = str(beside) if beside.exists() else self.own.data
+        self.rows_at = Source(Path(self.own.data).name, given, "its own", 0)
+        self.source = self.rows_at
+        super().__init__(given if data is None else data)
+
+    def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
+        """The rows in their order; UsageError when a row lacks a field or there are fewer than `limit`."""
+        questions = [self._question(row, index) for index, row in enumerate(load_rows(self.rows_at, self.data))]
+        if split is not None:
+            questions = [question for question in questions if split_of(question.id) == split]
+        if limit is not None and limit > len(questions):
+            there = f"in split `{split}`" if split else "in all"
+            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
+        return questions[:limit]
+
+    def _question(self, row: dict[str, Any], index: int) -> Question:
+        fields = self.own.fields
+        # Rows without ids are called by their place.
+        known = {"id": str(index)} if row.get(fields["id"]) is None else {}
+        known |= {name: str(value(row, column)) for name, column in fields.items() if name not in known}
+        message = {"role": "user", "content": _filled(self.own.prompt, known)}
+        return Question(known["id"], self.name, (message,), known["gold"].strip())
+
+    def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
+        """By the file's extractor. A whole reply that was cut by length is no answer."""
+        if self.own.extractor == "answer":
+            return extract_answer(completion, finish_reason, mode)
+        text = None if finish_reason == "length" else after_thinking(completion)
+        return text.strip() or None if text is not None else None
+
+    def verify(self, answer: str, question: Question) -> Verdict:
+        """By the file's verifier."""
+        correct, detail = VERIFIERS[self.own.verifier](answer, question.gold)
+        return Verdict("correct" if correct else "wrong", float(correct), answer, detail)
+
+    def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
+        """The file's examples, in the prompt's words; the question itself is left out."""
+        asked = question.messages[-1]["content"]
+        shown = [
+            WorkedExample(
+                _filled(self.own.prompt, {"question": example.question}),
+                {"sub_task": example.sub_task, "thinking": example.thinking, "double_check": example.double_check},
+                example.answer,
+            )
+            for example in self.own.examples
+        ]
+        return [example for example in shown if example.question != asked]
+
+
+def own_task(name: str, data: str | Path | None) -> Task:
+    """The task that `task.yaml` or `file.py:Class` names.
+
+    Raises:
+        UsageError: the file is not there or does not hold a task.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return FileTask(Path(name), data)
+    path, _, kind = name.rpartition(":")
+    return _from_python(Path(path), kind)(data)
+
+
+def _from_python(path: Path, name: str) -> type[Task]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - the user's file may raise anything
+        raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from None
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UsageError(f"{path} has no subclass of cotree.Task called `{name}`")
+    return found
+
+
+def _load(path: Path) -> OwnTask:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        own = OwnTask.model_validate(raw)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the task {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+    missing = {"id", "question", "gold"} - own.fields.keys()
+    if missing:
+        raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}")
+    if "{question}" not in own.prompt:
+        raise UsageError(f"{path}: `prompt` has no {{question}}")
+    return own
+
+
+def _filled(prompt: str, known: dict[str, str]) -> str:
+    r"""The prompt with its fields; other braces, as in `\boxed{}`, stay."""
+    return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), prompt)

@@ -1,0 +1,315 @@
+"""Files in the forms of others: TRL's trainers take them as they are; exports, card, import, preview, checks."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tests.data.trees import random_tree
+from tests.train.tiny_student import tiny_model, tiny_tokenizer
+
+from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise
+from cotree.data.build import Built, build
+from cotree.data.card import histogram
+from cotree.data.export import export_to, export_trees
+from cotree.data.external import import_rows
+from cotree.data.files import check_file, read_rows, write_jsonl
+from cotree.data.preview import preview
+from cotree.errors import UsageError
+from cotree.eval.survey import diagnose_file
+from cotree.store import TreeStore
+from cotree.tasks import Question, task
+
+TREES = [random_tree(seed) for seed in range(12)]
+HOSTILE = "</pre><script>alert(1)</script>| ``` [x](javascript:1)\n# Known"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("build")
+
+
+@pytest.fixture(scope="module")
+def built(folder: Path) -> Built:
+    steps = {"step_pairs": BuildStepPairs(min_visits=1), "stepwise": BuildStepwise()}
+    wanted = Build(sft=BuildSFT(chains_per_tree=2), dpo=BuildDPO(pairs_per_tree=2), license="apache-2.0", **steps)
+    about = {"name": "cards & pairs", "models": {"m": "smollm2, apache-2.0"}, "recipe": "name: x # <b>"}
+    return build(TREES, tiny_tokenizer(), wanted, folder, seed=0, control=True, about=about)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trls_trainers_train_on_a_file_as_it_is(built: Built, folder: Path, tmp_path: Path, kind: str) -> None:
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    rows = datasets.load_dataset("parquet", data_files=str(folder / kind / "train.parquet"), split="train",
+                                 cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    options: dict[str, Any] = {
+        "output_dir": str(tmp_path), "max_steps": 1, "per_device_train_batch_size": 2, "report_to": "none",
+        "use_cpu": True, "bf16": False, "max_length": None, "logging_steps": 1, "save_strategy": "no",
+    }  # fmt: skip
+    common = {"model": tiny_model(), "train_dataset": rows, "processing_class": tiny_tokenizer()}
+    trainer = (
+        SFTTrainer(args=SFTConfig(**options), **common)
+        if kind == "sft"
+        else DPOTrainer(args=DPOConfig(**options), ref_model=tiny_model(), **common)
+    )
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    assert trainer.train().training_loss > 0
+    assert any(not weight.equal(before[name]) for name, weight in trainer.model.named_parameters())
+
+
+def test_llamafactory(built: Built, folder: Path, tmp_path: Path) -> None:
+    written = export_to(folder, "llamafactory", str(tmp_path))
+    information = json.loads((tmp_path / "dataset_info.json").read_text())
+    assert sorted(information) == ["cotree_control", "cotree_dpo", "cotree_sft", "cotree_step_pairs"]
+    assert len(written) == 5
+    for entry in information.values():
+        assert entry["formatting"] == "sharegpt"
+        for row in read_rows(tmp_path / entry["file_name"]):
+            roles = [m[entry["tags"]["role_tag"]] for m in row[entry["columns"]["messages"]]]
+            # Its reader wants user and assistant in turn, and of a ranking both answers as one message each.
+            assert roles == (["user"] if entry.get("ranking") else ["user", "assistant"])
+            assert ("chosen" in row) == ("rejected" in row) == bool(entry.get("ranking"))
+    dpo = next(read_rows(tmp_path / "dpo.jsonl"))
+    original = next(read_rows(folder / "dpo" / "train.parquet"))
+    assert (dpo["chosen"], dpo["rejected"]) == (original["chosen"][0], original["rejected"][0])
+
+
+def test_axolotl(built: Built, folder: Path, tmp_path: Path) -> None:
+    export_to(folder / "sft" / "train.parquet", "axolotl", str(tmp_path))
+    export_to(folder / "dpo" / "train.parquet", "axolotl", str(tmp_path))
+    (sft,) = yaml.safe_load((tmp_path / "sft.yml").read_text())["datasets"]
+    config = yaml.safe_load((tmp_path / "dpo.yml").read_text())
+    (dpo,) = config["datasets"]
+    assert (sft["type"], dpo["type"], config["rl"]) == ("chat_template", "chat_template.default", "dpo")
+    assert [m["role"] for m in next(read_rows(tmp_path / sft["path"]))[sft["field_messages"]]] == ["user", "assistant"]
+    row = next(read_rows(tmp_path / dpo["path"]))
+    assert row[dpo["field_chosen"]]["role"] == row[dpo["field_rejected"]]["role"] == "assistant"
+
+
+def test_json_lines_are_the_rows(built: Built, folder: Path, tmp_path: Path) -> None:
+    export_to(folder, "jsonl", str(tmp_path))
+    for kind in ("sft", "dpo", "step_pairs", "stepwise"):
+        assert list(read_rows(tmp_path / f"{kind}.jsonl")) == list(read_rows(folder / kind / "train.parquet"))
+        assert check_file(tmp_path / f"{kind}.jsonl")[1] == len(list(read_rows(tmp_path / f"{kind}.jsonl")))
+    with pytest.raises(UsageError, match="known: jsonl, llamafactory, axolotl, trees, hub"):
+        export_to(folder, "csv", str(tmp_path))
+    with pytest.raises(UsageError, match="no datasets in"):
+        export_to(tmp_path, "jsonl", str(tmp_path))
+    with pytest.raises(UsageError, match=re.escape("has no README.md")):
+        export_to(tmp_path, "hub", "me/mine")
+
+
+def test_trees_as_parquet_are_the_trees(tmp_path: Path) -> None:
+    with TreeStore(tmp_path / "trees.db") as store:
+        for tree in TREES:
+            store.put(tree)
+    assert export_trees(tmp_path / "trees.db", tmp_path / "trees.parquet") == len(TREES)
+    found = pq.read_table(tmp_path / "trees.parquet").to_pylist()
+    assert {row["tree_id"]: row for row in found} == {tree.tree_id: asdict(tree) for tree in TREES}
+
+
+def test_the_card_is_what_the_hub_reads(built: Built, folder: Path) -> None:
+    from huggingface_hub import DatasetCard
+
+    card = DatasetCard((folder / "README.md").read_text())
+    data: dict[str, Any] = card.data.__dict__
+    assert (data["license"], data["size_categories"]) == ("apache-2.0", ["n<1K"])
+    for config in yaml.safe_load(card.content.split("---")[1])["configs"]:
+        assert (folder / config["data_files"]).is_file()
+    for figure in re.findall(r"\]\((figures/[^)]*)\)", card.text):
+        ElementTree.parse(folder / figure)
+    assert "figures/sft_value.svg" in card.text and "figures/dpo_pass_rate.svg" in card.text
+    assert card.text.count("arithmetic, ") == 3, "three sample chains"
+    assert "smollm2, apache-2.0" in card.text and "## Known limits" in card.text
+    for kind, name in (("sft", "SFT"), ("dpo", "DPO"), ("stepwise", "process rewards")):
+        assert f"| {name} | {len(list(read_rows(folder / kind / 'train.parquet')))} |" in card.text
+    assert "# &lt;b&gt;" in card.text and "<b>" not in card.text
+
+
+def test_text_of_a_model_cannot_break_out_of_the_card(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    trees = [replace(t, nodes=[replace(n, text=n.text + HOSTILE) if n.type else n for n in t.nodes]) for t in TREES]
+    build(trees, tiny_tokenizer(), Build(max_tokens=4_000), tmp_path, seed=0)
+    text = (tmp_path / "README.md").read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
+    assert text.count("<pre>") == text.count("</pre>") == 4
+
+
+def test_a_histogram_counts_everything_once() -> None:
+    bars = ElementTree.fromstring(histogram({1: 5, 2: 10, 30: 1}, "a < b")).iter("{http://www.w3.org/2000/svg}rect")
+    heights = [float(bar.attrib["height"]) for bar in list(bars)[1:]]
+    assert heights == [110.0, 7.3]
+    ElementTree.fromstring(histogram({7: 1}, "one"))
+
+
+GOOD_ROW = {"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]}
+GOOD_PAIR = {"prompt": GOOD_ROW["prompt"], "chosen": GOOD_ROW["completion"],
+             "rejected": [{"role": "assistant", "content": "B"}]}  # fmt: skip
+STEPS = {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        (GOOD_ROW, {"prompt": []}, "row 1, column prompt: must be a list of messages"),
+        (GOOD_ROW, {"prompt": [{"role": "bot", "content": "Q"}]}, "column prompt: message 0: unknown role 'bot'"),
+        (GOOD_ROW, {"prompt": GOOD_ROW["completion"]}, "column prompt: must not end with the assistant"),
+        (GOOD_ROW, {"completion": GOOD_ROW["prompt"]}, "column completion: must be exactly one assistant message"),
+        (GOOD_ROW, {"completion": [{"role": "assistant", "content": " "}]}, "column completion: message 0: has no con"),
+        (GOOD_ROW, {"length_tokens": -1}, "column length_tokens: must be a number from 0, not -1"),
+        (GOOD_PAIR, {"rejected": GOOD_PAIR["chosen"]}, "row 1, column rejected: is the same as chosen"),
+        (STEPS, {"labels": [True]}, "row 1, column labels: has 1 entries for 2 completions"),
+        (STEPS, {"prompt": ""}, "row 1, column prompt: must be text"),
+    ],
+)
+def test_a_check_names_row_and_column(
+    tmp_path: Path, row: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [row, row])
+    assert check_file(path)[1] == 2
+    write_jsonl(path, [row, row | change])
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check_file(path)
+
+
+def test_a_check_of_what_is_no_dataset(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("a.jsonl", b'{"a": 1}', "row 0 has the columns of no type"),
+        ("b.jsonl", b"", "has no rows"),
+        ("c.jsonl", json.dumps(GOOD_ROW).encode() + b"\n{", "line 2: not JSON"),
+        ("d.parquet", b"PAR2", "is no Parquet file"),
+        ("e.jsonl.gz", b"no gzip", "not JSON"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            check_file(tmp_path / name)
+    with pytest.raises(UsageError, match="no file at"):
+        check_file(tmp_path / "nowhere.jsonl")
+
+
+LONG = "<|begin_of_thought|>I add 1 and 2.<|end_of_thought|> The answer is \\boxed{3}"
+EXTERNAL = {
+    "sky": {"system": "Be brief.", "conversations": [{"from": "user", "value": "1 + 2?"},
+                                                     {"from": "assistant", "value": LONG}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "1 + 2?"}, {"from": "gpt", "value": LONG}]},
+    "openr1": {"messages": [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": LONG}]},
+    "plain": {"prompt": "1 + 2?", "response": LONG},
+    "problem": {"problem": "1 + 2?", "generation": LONG, "solution": "short"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", EXTERNAL)
+def test_long_chains_of_others_become_sft_rows(tmp_path: Path, form: str) -> None:
+    with gzip.open(tmp_path / "theirs.jsonl.gz", "wt") as file:
+        file.write(json.dumps(EXTERNAL[form]))
+    counts = import_rows(
+        tmp_path / "theirs.jsonl.gz", tiny_tokenizer(), tmp_path / "ours.parquet", Build(max_tokens=900)
+    )
+    assert counts == {"verified": 0, "written": 1}
+    (row,) = read_rows(tmp_path / "ours.parquet")
+    assert row["completion"] == [{"role": "assistant", "content": LONG}]
+    assert row["prompt"][-1] == {"role": "user", "content": "1 + 2?"}
+    assert [m["role"] for m in row["prompt"]] == (["system", "user"] if form == "sky" else ["user"])
+    assert check_file(tmp_path / "ours.parquet") == ("sft", 1)
+
+
+def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path) -> None:
+    letters = task("letters")
+    known = letters.questions(limit=1)[0]
+    right = f"So \\boxed{{{known.gold}}}"
+    rows: list[dict[str, Any]] = [
+        {"prompt": known.messages[-1]["content"], "response": right},
+        {"prompt": known.messages[-1]["content"], "response": right},
+        {"prompt": known.messages[-1]["content"], "response": "So \\boxed{9}"},
+        {"prompt": "How often?", "response": "So \\boxed{2}", "gold": "2"},
+        {"prompt": "How often?", "response": "So \\boxed{1}", "gold": 2},
+        {"prompt": "Who knows?", "response": "I say 5."},
+        {"prompt": "Who knows?", "response": "<think>I wonder"},
+        {"prompt": "Who knows?", "response": "所以答案是五"},
+        {"prompt": "Who knows?", "response": "I wonder about it. " * 200},
+        {"prompt": "Held out, is it?", "response": "So \\boxed{2}"},
+    ]
+    write_jsonl(tmp_path / "theirs.jsonl", rows)
+    held_out = [Question("h", "other", ({"role": "user", "content": "Held out, is it?"},), "2")]
+    counts = import_rows(
+        tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build(max_tokens=9_000), letters, held_out
+    )
+    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 2, "verified": 2, "written": 3,
+                      "wrong": 2}  # fmt: skip
+    assert [row["reward"] for row in read_rows(tmp_path / "o.parquet")] == [1.0, 1.0, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "no prompt"}, "row 0: no `conversations`, no `messages`, and no prompt with a response; it has text"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "does not end with the assistant"),
+        ({"conversations": [{"who": "x"}]}, "a turn is no"),
+        ({"prompt": "x", "response": "<think>"}, "no row of .* passed"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    write_jsonl(tmp_path / "theirs.jsonl", [row])
+    with pytest.raises(UsageError, match=message):
+        import_rows(tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build())
+    assert not (tmp_path / "o.parquet").exists()
+
+
+def test_a_preview_shows_every_token_with_its_mark(built: Built, folder: Path) -> None:
+    text = preview(folder / "dpo" / "train.parquet", tiny_tokenizer(), 512, rows=1)
+    lines = text.plain.splitlines()
+    parts = dict.fromkeys(("prompt", "shared", "chosen", "rejected"), "")
+    for line in lines:
+        mark, _, shown = line.partition(" │ ")
+        if mark.strip() in parts:
+            parts[mark.strip()] += shown.replace("⏎", "\n")
+    row = next(read_rows(folder / "dpo" / "train.parquet"))
+    assert parts["prompt"] == f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    assert parts["shared"] + parts["chosen"] == row["chosen"][0]["content"] + "<|im_end|>"
+    assert parts["shared"] + parts["rejected"] == row["rejected"][0]["content"] + "<|im_end|>"
+    assert f"{row['prefix_tokens']} shared" in text.plain
+    assert {str(span.style) for span in text.spans} >= {"dim", "cyan", "green", "red"}
+    sft = preview(folder / "sft" / "train.parquet", tiny_tokenizer(), 60, rows=2).plain
+    longest = [r["length_tokens"] for r in read_rows(folder / "sft" / "train.parquet")]
+    assert "    loss │" in sft and "of at most 60: dropped" in sft
+    dropped = int(re.search(r"(\d+) would be dropped", sft)[1])  # type: ignore[index]
+    assert 0 < dropped <= len(longest)
+    assert "   wrong │" in preview(folder / "stepwise" / "train.parquet", tiny_tokenizer(), 60, rows=9).plain
+    with pytest.raises(UsageError, match="another tokenizer or chat template"):
+        preview(folder / "sft" / "train.parquet", tiny_tokenizer(newline=False), 60)
+
+
+def test_a_survey_counts_by_source_and_language_and_shows_the_worst(tmp_path: Path) -> None:
+    loop = "I count the apples once more. " * 100
+    rows = [
+        {"response": "The answer is \\boxed{3}", "source": "a", "language": "en"},
+        {"response": loop, "source": "a", "language": "en"},
+        {"response": "3", "source": "b", "verdict": "no_answer"},
+    ]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    head, first, second, worst, other = diagnose_file(tmp_path / "samples.jsonl")
+    assert "loop" in head
+    assert first.split()[:3] == ["a", "en", "2"] and "1 ( 50.0%)" in first
+    assert second.split()[:3] == ["b", "-", "1"] and "1 (100.0%)" in second
+    assert worst.startswith("\nrow 1: loop, instruction_failure, no_answer")
+    assert other.startswith("\nrow 2: instruction_failure, no_answer")
+    pq.write_table(
+        pa.Table.from_pylist([{"messages": [{"role": "assistant", "content": loop}]}]), tmp_path / "x.parquet"
+    )
+    assert "1 (100.0%)" in list(diagnose_file(tmp_path / "x.parquet"))[1]
+    with pytest.raises(UsageError, match="row 0 has no text in thought; name its column"):
+        list(diagnose_file(tmp_path / "samples.jsonl", field="thought"))
