@@ -1,4 +1,4 @@
-"""Two processes give what one gives, started by torchrun or by accelerate, with DDP or FSDP."""
+"""Two processes give what one gives, started by torchrun or by accelerate."""
 
 from __future__ import annotations
 
@@ -28,8 +28,14 @@ if __name__ == "__main__":
 """
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
-    + ["--dynamo_backend=no"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ],
 }
 
 

@@ -34,11 +34,12 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from cotree.config import Optimizer
+from cotree.config import Optimizer, Probe
 from cotree.errors import CotreeError, UsageError
 from cotree.train.durable import whole_file, whole_folder, writing
 from cotree.train.encode import Encoded
 from cotree.train.forest import forest_tokens, packs
+from cotree.train.gauges import chosen_falls, probe
 from cotree.train.model import save_model
 from cotree.train.resume import last_checkpoint, seal_checkpoint
 from cotree.train.student import quiet
@@ -126,6 +127,7 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
     ) -> None:
         self.steps = steps
         self.pack_tokens = settings.pack_tokens
+        self.probe = settings.probe
         self.gauges: dict[str, float] = {}
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
@@ -219,10 +221,19 @@ def add_over_processes(values: Tensor) -> Tensor:
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Writes `log.jsonl` and calls `on_step`, once a step; skips the checkpoint that the final model makes useless."""
+    """Writes `log.jsonl`, probes, calls `on_step`, once a step; skips a checkpoint that the final model replaces."""
 
-    def __init__(self, log: Path, began: float, on_step: Callable[[StepLog], None] | None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        began: float,
+        on_step: Callable[[StepLog], None] | None,
+        ask: Callable[[], dict[str, float]],
+        settings: Probe | None,
+    ) -> None:
         self.log = log
+        self.ask = ask
+        self.settings = settings
         self.began = began
         self.on_step = on_step
         self.before = 0.0
@@ -247,6 +258,15 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         if "loss" not in entry:
             state.log_history.pop()  # Trainer's own summary at the end
             return
+        probed = [line["probe_no_answer"] for line in state.log_history if "probe_no_answer" in line]
+        if self.settings is not None and (state.global_step - 1) % self.settings.every == 0:
+            entry |= self.ask()
+            rise = entry["probe_no_answer"] - (probed or [entry["probe_no_answer"]])[0]
+            if self.settings.stop_rise is not None and rise > self.settings.stop_rise:
+                entry["warning"] = f"no_answer_rises: by {rise:.2f} since the first probe; training stops here"
+                control.should_training_stop = True
+        if not any("warning" in line for line in state.log_history) and (falls := chosen_falls(state.log_history)):
+            entry["warning"] = falls
         entry["seconds"] = self.seconds()
         entry.pop("epoch", None)  # all epochs are one to Trainer, so its number says nothing
         if not state.is_world_process_zero:
@@ -254,8 +274,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         with writing(self.log), self.log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         if self.on_step is not None:
-            gauges = {name: value for name, value in entry.items() if name not in ("step", "loss")}
-            self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], gauges))
+            gauges = {name: value for name, value in entry.items() if name not in ("step", "loss", "warning")}
+            warnings = (entry["warning"],) if "warning" in entry else ()
+            self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], gauges, warnings))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -346,7 +367,14 @@ def run(
     Raises:
         CotreeError: the loss is no number any more, or something cannot be written; run again to go on.
     """
-    progress = _Progress(out / "log.jsonl", began, on_step)
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in encoded.rows))
+
+    def ask() -> dict[str, float]:
+        assert trainer.probe is not None
+        few = [list(prompt) for prompt in prompts[: trainer.probe.questions]]
+        return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, trainer.probe)
+
+    progress = _Progress(out / "log.jsonl", began, on_step, ask, trainer.probe)
     trainer.add_callback(progress)
     with quiet():
         with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
@@ -354,7 +382,7 @@ def run(
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         history = trainer.state.log_history
         result = TrainResult(
-            steps=len(trainer.steps),
+            steps=trainer.state.global_step,
             rows=len(encoded.rows),
             too_long=encoded.too_long,
             tokens=sum(row.tokens for step in trainer.steps for row in step),
