@@ -25,6 +25,7 @@ help:
 	@echo "make bench-search    search speed beside the bare client, raw requests and treequest: benchmarks/out/search.json"
 	@echo "make bench-tasks     verdicts a second of every task, on the files in COTREE_DATA: benchmarks/out/tasks.json"
 	@echo "make bench-store    build datasets from 100,000 generated trees: rows/s and peak memory: benchmarks/out/store.json"
+	@echo "make bench-train    training speed beside TRL at equal gradients: benchmarks/out/train.json"
 	@echo "make clean   remove .venv and caches (runs/ stays)"
 
 demo: $(RUN)
@@ -55,6 +56,9 @@ bench-tasks: $(DEV)
 
 bench-store: $(DEV)
 	@$(PY) -m benchmarks.store $(ARGS)
+
+bench-train: $(DEV)
+	@$(PY) -m benchmarks.train $(ARGS)
 
 clean:
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -37,7 +37,7 @@ def test_the_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ("search.patterns=[plane]", r"unknown name `plane`; did you mean `plain`\?"),
         ("train.student=gpt", "unknown name `gpt`; known: smollm2"),
         ("search.rollouts=0", "`search.rollouts`: Input should be greater than or equal to 1"),
-        ("train.sft.batch_size=5", "batch_size 5 is no multiple of micro_batch_size 2"),
+        ("train.sft.micro_batch_size=2", "unknown key `train.sft.micro_batch_size`"),
         ("models.smollm2.url=http://x", "exactly one of `embedded`"),
         ("name=a/b", "`name`"),
         ("search.rollouts", "is no override"),

@@ -285,27 +285,55 @@ class Build(Section):
     license: str | None = None
 
 
+class LoRA(Section):
+    """Train low-rank adapters on all linear layers instead of the weights; `model/` is stored merged all the same."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+
+
+class Probe(Section):
+    """Ask the student `questions` of the training prompts every `every` steps, greedily, and diagnose what it writes.
+
+    stop_rise: stop training when the no-answer ratio is this much above that of the first probe.
+    """
+
+    every: int = Field(50, ge=1)
+    questions: int = Field(8, ge=1)
+    max_tokens: int = Field(256, ge=1)
+    stop_rise: float | None = Field(None, gt=0, le=1)
+
+
 class Optimizer(Section):
-    """What SFT and DPO share. `batch_size` counts chains (SFT) or pairs (DPO) in one optimizer step."""
+    """What SFT and DPO share. `batch_size` counts chains (SFT) or pairs (DPO) in one optimizer step.
+
+    A step is computed in packs of at most `pack_tokens` tokens, shared ones counted once: it changes memory and time,
+    never the gradient. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `report_to` names Trainer's
+    reporters (tensorboard, wandb, ...).
+    """
 
     learning_rate: float = Field(5e-5, gt=0)
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(8, ge=1)
-    micro_batch_size: int = Field(4, ge=1)
+    pack_tokens: int = Field(2048, ge=1)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     save_steps: int = Field(20, ge=1)
-
-    @model_validator(mode="after")
-    def _divides(self) -> Optimizer:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
-        return self
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoRA | None = None
+    report_to: tuple[str, ...] = ()
+    probe: Probe | None = None
 
 
 class TrainSFT(Optimizer):
-    """Supervised fine-tuning on chains: token-mean cross-entropy over the completion."""
+    """Supervised fine-tuning on chains: token-mean cross-entropy over the completion.
+
+    `sft_scope: dedup` counts a token that several chains of a step share once instead of once for each.
+    """
+
+    sft_scope: Literal["full", "dedup"] = "full"
 
 
 class TrainDPO(Optimizer):
@@ -314,22 +342,33 @@ class TrainDPO(Optimizer):
     `mask_prefix` leaves the tokens that chosen and rejected share out of the margin; in the sigmoid margin they cancel
     exactly, so what it changes is the default of `sft_scope` (`suffix`) and the logged rewards.
     `sft_norm`: `token` = mean over all scored tokens of the step, `pair` = mean over pairs of per-pair token means.
+    `sft_scope`: `full` completions, the `suffix` after the shared prefix, or `dedup`: shared tokens of a step once.
+    `loss`: the margin's form (docs/training.md); `simpo_gamma` is SimPO's target margin, `ld_alpha` LD-DPO's weight of
+    tokens beyond the shorter side's length. `reference_free` drops the reference; SimPO never has one.
     """
 
     learning_rate: float = Field(5e-6, gt=0)
     batch_size: int = Field(4, ge=1)
-    micro_batch_size: int = Field(2, ge=1)
+    loss: Literal["sigmoid", "length_normalised", "simpo", "ld_dpo"] = "sigmoid"
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(0.1, ge=0, lt=0.5)
+    simpo_gamma: float = Field(0.5, ge=0)
+    ld_alpha: float = Field(0.5, ge=0, le=1)
+    reference_free: bool = False
     alpha: float = Field(1.0, ge=0)
     mask_prefix: bool = True
     sft_norm: Literal["token", "pair"] = "token"
-    sft_scope: Literal["full", "suffix"] | None = None
+    sft_scope: Literal["full", "suffix", "dedup"] | None = None
 
     @property
-    def scope(self) -> Literal["full", "suffix"]:
+    def scope(self) -> Literal["full", "suffix", "dedup"]:
         """The SFT term's scope: an explicit one wins, else masking decides."""
         return self.sft_scope or ("suffix" if self.mask_prefix else "full")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the margin is relative to the SFT checkpoint."""
+        return self.loss != "simpo" and not self.reference_free
 
 
 class Train(Section):

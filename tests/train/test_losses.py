@@ -90,7 +90,9 @@ def test_masking_the_shared_prefix_cannot_change_the_margin_but_changes_the_sft_
 
     def sft(logps: torch.Tensor) -> torch.Tensor:
         none = torch.zeros(1, dtype=torch.float64)
-        return joint_loss(none, logps, [len(logps)], alpha=1.0, sft_norm="token", pairs=1, tokens=len(logps))[0]
+        return joint_loss(
+            none, [logps], [torch.ones(len(logps))], alpha=1.0, sft_norm="token", pairs=1, tokens=len(logps)
+        )[0]
 
     full = torch.autograd.grad(sft(torch.cat([shared, good])) + 0 * shared.sum(), [shared, good])
     assert (full[0] == -1 / (prefix + chosen)).all()
@@ -119,8 +121,8 @@ def test_shares_add_up_to_the_formula_however_a_step_is_split(
         if lengths[part]:
             share, dpo, sft_share = joint_loss(
                 losses[part],
-                torch.cat(logps[part]),
-                lengths[part],
+                logps[part],
+                [torch.ones(length) for length in lengths[part]],
                 alpha=alpha,
                 sft_norm=norm,  # type: ignore[arg-type]
                 pairs=len(lengths),

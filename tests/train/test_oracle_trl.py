@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cotree.config import TrainDPO, TrainSFT
 from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps
 from cotree.train.encode import encode_dpo, encode_sft
+from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer
-from cotree.train.trainer import load_model, training_arguments
+from cotree.train.trainer import training_arguments
 
 ROWS = 6
 
@@ -78,17 +79,16 @@ def trl_dpo(folders: tuple[Path, Path], tmp_path: Path, **settings: Any) -> tupl
 def our_dpo(folders: tuple[Path, Path], tmp_path: Path, settings: TrainDPO) -> tuple[float, dict[str, Tensor]]:
     policy, reference = folders
     pairs = encode_dpo(AutoTokenizer.from_pretrained(policy), map(dpo_row, range(ROWS)), 512).rows
-    logps = reference_logps(load_model(reference), pairs, settings).tolist()
+    arguments = training_arguments(tmp_path, settings, 1, 0)
+    logps = reference_logps(load_model(reference), pairs, settings, arguments).tolist()
     rows = [ReferencedPair(pair, *row) for pair, row in zip(pairs, logps, strict=True)]
-    return gradients(
-        PairTrainer(load_model(policy), [rows], training_arguments(tmp_path, settings, 1, 0), settings), rows
-    )
+    return gradients(PairTrainer(load_model(policy), [rows], arguments, settings), rows)
 
 
 @pytest.mark.parametrize("mask_prefix", [True, False])
 def test_dpo_is_trls_sigmoid_masked_or_not(mask_prefix: bool, folders: tuple[Path, Path], tmp_path: Path) -> None:
     expected, gradient = trl_dpo(folders, tmp_path, loss_type=["sigmoid"], beta=0.3)
-    settings = TrainDPO(beta=0.3, label_smoothing=0.0, alpha=0.0, mask_prefix=mask_prefix, micro_batch_size=2)
+    settings = TrainDPO(beta=0.3, label_smoothing=0.0, alpha=0.0, mask_prefix=mask_prefix)
     loss, found = our_dpo(folders, tmp_path, settings)
     assert loss != pytest.approx(0.6931472, abs=1e-3)  # the policy has moved, so this compares something
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -100,7 +100,7 @@ def test_the_joint_loss_is_trls_where_the_norms_agree_and_differs_where_they_do_
 ) -> None:
     """TRL's `sft` term is a token mean over its micro-batch: ours is one over the step, so one micro-batch agrees."""
     expected, gradient = trl_dpo(folders, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7], beta=0.1)
-    base = TrainDPO(beta=0.1, label_smoothing=0.0, alpha=0.7, sft_scope="full", micro_batch_size=1)
+    base = TrainDPO(beta=0.1, label_smoothing=0.0, alpha=0.7, sft_scope="full", pack_tokens=1)
     loss, found = our_dpo(folders, tmp_path, base)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert distance(found, gradient) < 2e-5
@@ -108,6 +108,50 @@ def test_the_joint_loss_is_trls_where_the_norms_agree_and_differs_where_they_do_
         other, changed = our_dpo(folders, tmp_path, base.model_copy(update=change))
         assert other != pytest.approx(expected, rel=1e-4), change
         assert distance(changed, gradient) > 1e-3, change
+
+
+@pytest.mark.parametrize(
+    ("theirs_", "ours"),
+    [
+        ({"loss_type": ["sigmoid_norm"], "beta": 2.0}, {"loss": "length_normalised", "beta": 2.0}),
+        ({"loss_type": ["sigmoid"], "ld_alpha": 0.3, "beta": 0.3}, {"loss": "ld_dpo", "ld_alpha": 0.3, "beta": 0.3}),
+    ],
+)
+def test_the_variants_are_trls(
+    theirs_: dict[str, Any], ours: dict[str, Any], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    expected, gradient = trl_dpo(folders, tmp_path, **theirs_)
+    settings = TrainDPO(label_smoothing=0.0, alpha=0.0, mask_prefix=False, **ours)
+    loss, found = our_dpo(folders, tmp_path, settings)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert distance(found, gradient) < 2e-5
+    if ours["loss"] == "length_normalised":  # masking is no no-op here
+        assert distance(our_dpo(folders, tmp_path, settings.model_copy(update={"mask_prefix": True}))[1], found) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_simpo_is_trls(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in map(dpo_row, range(ROWS))]
+    trainer = CPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32),
+        args=CPOConfig(
+            **options(tmp_path), loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.7, label_smoothing=0.1
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folders[0]),
+    )
+    expected, gradient = theirs(trainer)
+    settings = TrainDPO(
+        loss="simpo", beta=2.0, simpo_gamma=0.7, label_smoothing=0.1, alpha=0.0, mask_prefix=False, batch_size=8
+    )
+    pairs = encode_dpo(AutoTokenizer.from_pretrained(folders[0]), rows, 512).rows
+    items = [ReferencedPair(pair, 0.0, 0.0) for pair in pairs]
+    arguments = training_arguments(tmp_path, settings, 1, 0)
+    loss, found = gradients(PairTrainer(load_model(folders[0]), [items], arguments, settings), items)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert distance(found, gradient) < 2e-5
 
 
 def test_trls_sigmoid_ignores_label_smoothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -128,9 +172,9 @@ def test_sft_is_trls_completion_only_loss(folders: tuple[Path, Path], tmp_path: 
         processing_class=AutoTokenizer.from_pretrained(folders[0]),
     )
     expected, gradient = theirs(trainer)
-    settings = TrainSFT(batch_size=8, micro_batch_size=2)
+    settings = TrainSFT(batch_size=8)
     chains = encode_sft(AutoTokenizer.from_pretrained(folders[0]), map(sft_row, range(ROWS)), 512).rows
     arguments = training_arguments(tmp_path, settings, 1, 0)
-    loss, found = gradients(ChainTrainer(load_model(folders[0]), [chains], arguments, 2), chains)
+    loss, found = gradients(ChainTrainer(load_model(folders[0]), [chains], arguments, settings), chains)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert distance(found, gradient) < 2e-5

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import TrainDPO, TrainSFT
 from cotree.errors import CotreeError, UsageError
-from cotree.train import sft, trainer
+from cotree.train import model as model_module
+from cotree.train import sft
 from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps, train_dpo
-from cotree.train.encode import Chain, encode_dpo, encode_sft
+from cotree.train.encode import encode_dpo, encode_sft
+from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer, train_sft
 from cotree.train.trainer import (
     StepLog,
     fixed_steps,
-    load_model,
     read_rows,
-    split_step,
     training_arguments,
 )
 
-SFT = TrainSFT(batch_size=4, micro_batch_size=2, epochs=2.0, learning_rate=1e-3, save_steps=2)
-DPO = TrainDPO(batch_size=4, micro_batch_size=2, epochs=2.0, learning_rate=1e-3, save_steps=2)
+SFT = TrainSFT(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
+DPO = TrainDPO(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
 VARIANTS = [
     DPO,
     DPO.model_copy(update={"sft_norm": "pair"}),
     DPO.model_copy(update={"sft_scope": "full"}),
     DPO.model_copy(update={"mask_prefix": False}),
     DPO.model_copy(update={"mask_prefix": False, "sft_scope": "suffix", "alpha": 0.0}),
+    DPO.model_copy(update={"loss": "length_normalised", "sft_scope": "dedup"}),
+    DPO.model_copy(update={"loss": "ld_dpo", "sft_scope": "dedup", "sft_norm": "pair"}),
 ]
 
 
@@ -61,40 +64,35 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def test_steps_are_fixed_by_the_seed_and_cover_every_row_once_an_epoch(
     rows: int, batch: int, epochs: float, seed: int
 ) -> None:
-    steps = fixed_steps(rows, batch, epochs, seed)
-    assert steps == fixed_steps(rows, batch, epochs, seed)
+    trees = [row // 3 for row in range(rows)]
+    steps = fixed_steps(trees, batch, epochs, seed)
+    assert steps == fixed_steps(trees, batch, epochs, seed)
     an_epoch = -(-rows // batch)
     assert len(steps) == -(-epochs * an_epoch // 1)
     for at in range(0, len(steps) - an_epoch + 1, an_epoch):
-        assert sorted(row for step in steps[at : at + an_epoch] for row in step) == list(range(rows))
+        order = [row for step in steps[at : at + an_epoch] for row in step]
+        assert sorted(order) == list(range(rows))
+        assert len([1 for left, right in pairwise(order) if left // 3 != right // 3]) == (rows - 1) // 3
     assert all(len(step) == batch for step in steps if step is not steps[-1] and (steps.index(step) + 1) % an_epoch)
     if rows > 12:
-        assert steps != fixed_steps(rows, batch, epochs, seed + 1) or epochs * rows < 2
-
-
-@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20), size=st.integers(1, 8))
-def test_micro_batches_hold_each_row_once_and_are_balanced(lengths: list[int], size: int) -> None:
-    rows = [Chain([0] * length, [1]) for length in lengths]
-    parts = split_step(rows, size)
-    assert sorted(id(row) for part in parts for row in part) == sorted(map(id, rows))
-    assert len(parts) == -(-len(rows) // size)
-    assert max(map(len, parts)) <= size
-    totals = [sum(row.tokens for row in part) for part in parts]
-    assert max(totals) - min(totals) <= max(lengths) + 1
+        assert steps != fixed_steps(trees, batch, epochs, seed + 1) or epochs * rows < 2
 
 
 def referenced(student: Path, rows: Path, settings: TrainDPO) -> list[ReferencedPair]:
     pairs = encode_dpo(AutoTokenizer.from_pretrained(student), read_rows(rows), 512).rows
-    reference = reference_logps(load_model(student), pairs, settings)
+    arguments = training_arguments(student.parent / "unused", settings, 1, 0)
+    reference = reference_logps(load_model(student), pairs, settings, arguments)
     return [ReferencedPair(pair, *row) for pair, row in zip(pairs, reference.tolist(), strict=True)]
 
 
-def test_the_micro_batch_size_never_changes_an_sft_gradient(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+def test_the_pack_cap_never_changes_an_sft_gradient(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows[:5]
     arguments = training_arguments(tmp_path, SFT, 1, 0)
     expected = None
-    for size in (8, 4, 2, 1):
-        step_trainer = ChainTrainer(load_model(student), [chains], arguments, size)
+    for cap in (2000, 200, 1):
+        step_trainer = ChainTrainer(
+            load_model(student), [chains], arguments, SFT.model_copy(update={"pack_tokens": cap})
+        )
         loss, found = gradients(step_trainer, chains)
         expected = expected or (loss, found)
         assert loss == pytest.approx(expected[0], rel=1e-6)
@@ -113,7 +111,7 @@ def test_the_micro_batch_size_never_changes_an_sft_gradient(student: Path, sft_r
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
-def test_the_micro_batch_size_never_changes_a_dpo_gradient(
+def test_the_pack_cap_never_changes_a_dpo_gradient(
     settings: TrainDPO, student: Path, dpo_rows: Path, tmp_path: Path
 ) -> None:
     pairs = referenced(student, dpo_rows, settings)[:5]
@@ -124,8 +122,8 @@ def test_the_micro_batch_size_never_changes_a_dpo_gradient(
         for values in moved.parameters():
             values += 0.02 * torch.randn_like(values)  # away from d = 0, where every pair weighs the same
     expected = None
-    for size in (8, 4, 2, 1):
-        step_trainer = PairTrainer(moved, [pairs], arguments, settings.model_copy(update={"micro_batch_size": size}))
+    for cap in (2000, 200, 1):
+        step_trainer = PairTrainer(moved, [pairs], arguments, settings.model_copy(update={"pack_tokens": cap}))
         loss, found = gradients(step_trainer, pairs)
         gauges = step_trainer.gauges
         expected = expected or (loss, found, gauges)
@@ -170,11 +168,15 @@ def test_masking_the_prefix_is_a_no_op_in_the_margin_and_real_in_the_sft_term(
 def test_every_margin_is_zero_at_step_0(settings: TrainDPO, student: Path, dpo_rows: Path, tmp_path: Path) -> None:
     logs: list[StepLog] = []
     done: list[tuple[int, int]] = []
-    train_dpo(dpo_rows, student, tmp_path, settings, 3, 512, logs.append, lambda *at: done.append(at))
+    train_dpo(dpo_rows, student, tmp_path / "run", settings, 3, 512, logs.append, lambda *at: done.append(at))
     assert abs(logs[0].gauges["margin"]) < 1e-5
     assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert abs(logs[-1].gauges["margin"]) > 1e-3
     assert done[-1] == (10, 10)
+    done.clear()  # the reference is kept beside the run, by its content
+    other = settings.model_copy(update={"beta": 0.2, "epochs": 0.5})
+    train_dpo(dpo_rows, student, tmp_path / "other", other, 0, 512, None, lambda *at: done.append(at))
+    assert not done
 
 
 def test_a_run_learns_reports_every_step_and_returns_at_once_when_done(
@@ -246,6 +248,10 @@ def kill_after(child: subprocess.Popen[str], step: int, delay: float) -> None:
     child.stdout.close()
 
 
+def _reference(out: Path) -> list[int]:
+    return [path.stat().st_mtime_ns for path in (out.parent / "reference").iterdir()]
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_killed_run_goes_on_and_ends_in_the_same_weights_bit_for_bit(
     kind: str, student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path
@@ -261,18 +267,18 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights_bit_for_bit(
     torn = out / "trainer" / "checkpoint-6"  # what a kill in the middle of a save leaves
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    before = (out / "trainer" / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0
+    before = _reference(out) if kind == "dpo" else []
 
     logs: list[StepLog] = []
-    stamps: list[int] = []
+    stamps: list[list[int]] = []
 
     def on_step(log: StepLog) -> None:
         logs.append(log)
-        stamps.append((out / "trainer" / "reference.safetensors").stat().st_mtime_ns if kind == "dpo" else 0)
+        stamps.append(_reference(out) if kind == "dpo" else [])
 
     resumed = train(rows, student, out, settings, 0, 512, on_step)
     assert [log.step for log in logs] == list(range(5, resumed.steps + 1))
-    assert set(stamps) == {before}
+    assert all(stamp == before for stamp in stamps)
     assert same(weights(out), weights(tmp_path / "whole"))
     assert resumed.final | {"seconds": 0} == whole.final | {"seconds": 0}
     assert resumed.first | {"seconds": 0} == whole.first | {"seconds": 0}
@@ -368,8 +374,8 @@ def test_a_run_keeps_no_weights_in_memory(
     """Three students are trained in one process: a leaked one costs two gigabytes."""
     alive: list[weakref.ref[Any]] = []
 
-    def watched(folder: Path) -> Any:
-        model = trainer.load_model(folder)
+    def watched(*arguments: Any) -> Any:
+        model = model_module.load_model(*arguments)
         alive.extend(weakref.ref(values) for values in model.parameters())
         return model
 

@@ -1,12 +1,15 @@
-"""DPO made safe for long chains (paper, Fine-grained DPO and Joint Post-training Objective).
+"""DPO made safe for long chains (paper, Fine-grained DPO and Joint Post-training Objective), packed by tree.
 
 L = cDPO(beta, eps) + alpha L_SFT(chosen). The reference is the SFT checkpoint that training starts from: its
 log-probabilities are computed once, before step 0, with the very model that is about to be trained, so there is never a
-second model in memory and every margin d is 0 at step 0.
+second model in memory and every margin d is 0 at step 0. That holds for adapters too: one of the checkpoint is merged
+before a new one is added, and a new one changes nothing yet.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +21,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from cotree.config import TrainDPO
+from cotree.data.files import check_template
 from cotree.errors import UsageError
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.durable import whole_file
 from cotree.train.encode import Pair, encode_dpo
-from cotree.train.layout import Scored, sequence_logps
-from cotree.train.losses import dpo_loss, joint_loss
-from cotree.train.resume import claim
+from cotree.train.forest import Scored, forest_logps, multiplicities, packs
+from cotree.train.losses import dpo_loss, joint_loss, margin_weights, weighted
+from cotree.train.model import load_model
+from cotree.train.resume import claim, weights_hash
 from cotree.train.trainer import (
     StepLog,
     StepTrainer,
     TrainResult,
+    add_over_processes,
     finished,
     fixed_steps,
-    load_model,
     read_rows,
     release,
     run,
@@ -72,17 +77,20 @@ def train_dpo(
     if result is not None:
         return result
     tokenizer = load_tokenizer(student)
-    encoded = encode_dpo(tokenizer, read_rows(rows), max_tokens)
+    found = read_rows(rows)
+    check_template(rows, tokenizer)
+    encoded = encode_dpo(tokenizer, found, max_tokens)
     if not encoded.rows:
         raise UsageError(f"all {encoded.too_long} pairs are over {max_tokens} tokens: raise build.max_tokens")
-    claim(out, rows, student, settings, seed, max_tokens)
-    steps = fixed_steps(len(encoded.rows), settings.batch_size, settings.epochs, seed)
+    steps = fixed_steps([tuple(pair.prompt) for pair in encoded.rows], settings.batch_size, settings.epochs, seed)
     trainer: PairTrainer | None = None
     try:
-        model = load_model(student)
         arguments = training_arguments(out, settings, len(steps), seed)
+        with arguments.main_process_first(local=False):
+            claim(out, rows, student, settings, seed, max_tokens)
+        model = load_model(student, settings.lora, seed)
         model.to(arguments.device)
-        pairs = _with_reference(model, encoded.rows, settings, out / "trainer" / "reference.safetensors", on_reference)
+        pairs = _with_reference(model, encoded.rows, settings, out, weights_hash(student), arguments, on_reference)
         trainer = PairTrainer(model, [[pairs[index] for index in step] for step in steps], arguments, settings)
         del model
         return run(trainer, tokenizer, out, encoded, began, on_step)
@@ -92,7 +100,7 @@ def train_dpo(
 
 @dataclass(frozen=True)
 class ReferencedPair:
-    """A pair with the reference's log-probabilities: summed over the tokens in the margin, in nats."""
+    """A pair with the reference's log-probabilities, summed with `margin_weights`, in nats; 0 without a reference."""
 
     pair: Pair
     chosen: float
@@ -103,8 +111,27 @@ class ReferencedPair:
         """Of both sides, prompts included."""
         return self.pair.tokens
 
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the question."""
+        return self.pair.prompt
 
-class PairTrainer(StepTrainer[ReferencedPair]):
+    @property
+    def chains(self) -> tuple[list[int], ...]:
+        """Both sides after the prompt."""
+        return self.pair.chains
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """What a pack must know about its step: pairs, and the SFT weights of each (by id of its row) and their sum."""
+
+    pairs: int
+    tokens: float
+    weights: dict[int, Tensor]
+
+
+class PairTrainer(StepTrainer[ReferencedPair, PairStep]):
     """The joint objective over the pairs of a step."""
 
     def __init__(
@@ -114,103 +141,147 @@ class PairTrainer(StepTrainer[ReferencedPair]):
         arguments: TrainingArguments,
         settings: TrainDPO,
     ) -> None:
-        self.settings = settings
-        super().__init__(model, steps, arguments, settings.micro_batch_size)
+        self.dpo = settings
+        super().__init__(model, steps, arguments, settings)
 
-    def denominators(self, rows: Sequence[ReferencedPair]) -> dict[str, int]:
-        """Pairs of the step, and tokens in its SFT term."""
-        tokens = sum(len(row.pair.chosen) - sft_start(row.pair, self.settings) for row in rows)
-        return {"pairs": len(rows), "tokens": tokens}
+    def whole(self, rows: Sequence[ReferencedPair]) -> PairStep:
+        """Pairs and SFT weights of the step."""
+        weights = sft_weights([row.pair for row in rows], self.dpo)
+        tokens = sum(float(each.sum()) for each in weights)
+        return PairStep(len(rows), tokens, {id(row): each for row, each in zip(rows, weights, strict=True)})
 
     def share(
-        self, model: nn.Module, rows: Sequence[ReferencedPair], step: dict[str, int]
+        self, model: nn.Module, rows: Sequence[ReferencedPair], step: PairStep
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Share of L = L_DPO + alpha L_SFT(chosen) of the step."""
-        settings = self.settings
-        pairs = [row.pair for row in rows]
-        margins = [margin_start(pair, settings) for pair in pairs]
-        sfts = [sft_start(pair, settings) for pair in pairs]
-        firsts = [min(both) for both in zip(margins, sfts, strict=True)]
-        logps = sequence_logps(model, _chosen(pairs, firsts) + _rejected(pairs, margins))
-        chosen, rejected = logps[: len(pairs)], logps[len(pairs) :]
-        in_margin = [values[start - first :] for values, start, first in zip(chosen, margins, firsts, strict=True)]
-        in_sft = [values[start - first :] for values, start, first in zip(chosen, sfts, firsts, strict=True)]
-        policy_chosen = torch.stack([values.sum() for values in in_margin])
-        policy_rejected = torch.stack([values.sum() for values in rejected])
+        settings = self.dpo
+        sft = [step.weights[id(row)] for row in rows]
+        wanted = sft if settings.alpha else [torch.zeros_like(weights) for weights in sft]
+        chosen, policy_chosen, policy_rejected = pair_logps(model, [row.pair for row in rows], settings, wanted)
+        reference_chosen = policy_chosen.new_tensor([row.chosen for row in rows])
+        reference_rejected = policy_chosen.new_tensor([row.rejected for row in rows])
         losses, d = dpo_loss(
             policy_chosen,
             policy_rejected,
-            policy_chosen.new_tensor([row.chosen for row in rows]),
-            policy_chosen.new_tensor([row.rejected for row in rows]),
+            reference_chosen,
+            reference_rejected,
             settings.beta,
             settings.label_smoothing,
+            settings.simpo_gamma if settings.loss == "simpo" else 0.0,
         )
-        loss, dpo, sft = joint_loss(
+        loss, dpo, sft_loss = joint_loss(
             losses,
-            torch.cat(in_sft),
-            [len(values) for values in in_sft],
+            chosen,
+            wanted if settings.alpha else sft,
             alpha=settings.alpha,
             sft_norm=settings.sft_norm,
-            pairs=step["pairs"],
-            tokens=step["tokens"],
+            pairs=step.pairs,
+            tokens=step.tokens,
         )
-        means = {"margin": d, "accuracy": (d > 0).float()}
+        means = {"margin": d, "accuracy": (d > 0).to(d)}
         means |= {"chosen_logps": policy_chosen, "rejected_logps": policy_rejected}
-        gauges = {name: values.sum() / step["pairs"] for name, values in means.items()}
-        return loss, gauges | {"dpo_loss": dpo, "sft_loss": sft}
+        means |= {"chosen_reward": settings.beta * (policy_chosen - reference_chosen)}
+        means |= {"rejected_reward": settings.beta * (policy_rejected - reference_rejected)}
+        gauges = {name: values.sum() / step.pairs for name, values in means.items()}
+        return loss, gauges | {"dpo_loss": dpo, "sft_loss": sft_loss}
 
 
-def margin_start(pair: Pair, settings: TrainDPO) -> int:
-    """The first completion token in the margin (paper, Masking-based DPO: those of the shared prefix are left out)."""
-    return pair.prefix if settings.mask_prefix else 0
+def pair_logps(
+    model: nn.Module, pairs: Sequence[Pair], settings: TrainDPO, sft: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Log-probabilities of some pairs, from one forward pass; a token that counts nowhere is not scored.
+
+    Args:
+        model: see `forest_logps`.
+        pairs: of this pack.
+        settings: decide the weights in the margin.
+        sft: for each pair the weights of chosen's tokens in the SFT term; only where they are not 0 matters here.
+
+    Returns:
+        Those of chosen's tokens (0 for one that is not scored), and the sums in the margin of chosen and of rejected,
+        both (pairs,).
+    """
+    margins = [
+        *(margin_weights(len(pair.chosen), len(pair.rejected), pair.prefix, settings) for pair in pairs),
+        *(margin_weights(len(pair.rejected), len(pair.chosen), pair.prefix, settings) for pair in pairs),
+    ]
+    needed = [*(m + s for m, s in zip(margins, sft, strict=False)), *margins[len(pairs) :]]
+    starts = [min(int((weights == 0).long().cumprod(0).sum()), len(weights) - 1) for weights in needed]
+    prompts = [len(pair.prompt) for pair in pairs] * 2
+    chains = [pair.chains[side] for side in (0, 1) for pair in pairs]
+    scored = [Scored(ids, prompt + start) for ids, prompt, start in zip(chains, prompts, starts, strict=True)]
+    logps = [
+        nn.functional.pad(values, (start, 0)) for values, start in zip(forest_logps(model, scored), starts, strict=True)
+    ]
+    sums = torch.stack([weighted(values, weights) for values, weights in zip(logps, margins, strict=True)])
+    return logps[: len(pairs)], sums[: len(pairs)], sums[len(pairs) :]
 
 
-def sft_start(pair: Pair, settings: TrainDPO) -> int:
-    """The first token of chosen in the SFT term: that after the shared prefix, or the first."""
-    return pair.prefix if settings.scope == "suffix" else 0
+def sft_weights(pairs: Sequence[Pair], settings: TrainDPO) -> list[Tensor]:
+    """How much each token of each pair's chosen completion counts in the SFT term of a step of these pairs."""
+    if settings.scope == "dedup":
+        counts = multiplicities([Scored(pair.chains[0], len(pair.prompt)) for pair in pairs])
+        return [1 / count.double() for count in counts]
+    weights = [torch.ones(len(pair.chosen), dtype=torch.float64) for pair in pairs]
+    if settings.scope == "suffix":
+        for pair, each in zip(pairs, weights, strict=True):
+            each[: pair.prefix] = 0
+    return weights
 
 
 def reference_logps(
     model: nn.Module,
     pairs: Sequence[Pair],
     settings: TrainDPO,
+    arguments: TrainingArguments,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Log-probabilities of (chosen, rejected) under the model as it is, summed over the margin's tokens: (pairs, 2)."""
-    sums = torch.empty(len(pairs), 2)
-    device = next(model.parameters()).device
+    """Log-probabilities of (chosen, rejected) under the model as it is, as they are in the margin: (pairs, 2).
+
+    Packed like a step, and dealt out to the processes of a distributed run.
+    """
+    place = {id(pair): index for index, pair in enumerate(pairs)}
+    sums = torch.zeros(len(pairs), 2, device=arguments.device)
+    done = 0
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        for at in range(0, len(pairs), settings.micro_batch_size):
-            part = pairs[at : at + settings.micro_batch_size]
-            starts = [margin_start(pair, settings) for pair in part]
-            logps = sequence_logps(model, _chosen(part, starts) + _rejected(part, starts))
-            sums[at : at + len(part)] = torch.stack([values.sum() for values in logps]).reshape(2, -1).T
+    with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+        for pack in packs(pairs, settings.pack_tokens)[arguments.process_index :: arguments.world_size]:
+            none = [torch.zeros(len(pair.chosen), dtype=torch.float64) for pair in pack]
+            _, chosen, rejected = pair_logps(model, pack, settings, none)
+            sums[[place[id(pair)] for pair in pack]] = torch.stack([chosen, rejected], 1).to(sums)
+            done += len(pack) * arguments.world_size
             if on_progress is not None:
-                on_progress(at + len(part), len(pairs))
-    return sums
+                on_progress(min(done, len(pairs)), len(pairs))
+    return add_over_processes(sums).cpu()
 
 
 def _with_reference(
     model: nn.Module,
     pairs: Sequence[Pair],
     settings: TrainDPO,
-    path: Path,
+    out: Path,
+    student: str,
+    arguments: TrainingArguments,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[ReferencedPair]:
-    """The pairs with their reference, computed with the model before step 0, and kept at `path` for a resume."""
-    if not path.exists():
-        logps = reference_logps(model, pairs, settings, on_progress)
-        with whole_file(path) as draft:
-            save_file({"logps": logps}, draft)
-    chosen, rejected = load_file(path)["logps"].unbind(1)
+    """The pairs with their reference, computed before step 0, and kept for a resume and for runs beside this one.
+
+    The file is named by what it depends on: the student's weights, the pairs, and how a margin counts tokens.
+    """
+    if not settings.has_reference:
+        return [ReferencedPair(pair, 0.0, 0.0) for pair in pairs]
+    margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
+    content = json.dumps([student, [pair.chains for pair in pairs], margin, arguments.bf16], sort_keys=True)
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    path = out.parent / "reference" / f"{name}.safetensors"
+    with arguments.main_process_first(local=False):
+        cached = path.exists()
+    if not cached:
+        logps = reference_logps(model, pairs, settings, arguments, on_progress)
+        if arguments.process_index == 0:
+            with whole_file(path) as draft:
+                save_file({"logps": logps}, draft)
+    else:
+        logps = load_file(path)["logps"]
+    chosen, rejected = logps.unbind(1)
     return [ReferencedPair(*row) for row in zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)]
-
-
-def _chosen(pairs: Sequence[Pair], starts: list[int]) -> list[Scored]:
-    """Chosen completions after their prompts, each scored from its completion token `start` on."""
-    return [Scored(p.prompt + p.chosen, len(p.prompt) + start) for p, start in zip(pairs, starts, strict=True)]
-
-
-def _rejected(pairs: Sequence[Pair], starts: list[int]) -> list[Scored]:
-    return [Scored(p.prompt + p.rejected, len(p.prompt) + start) for p, start in zip(pairs, starts, strict=True)]

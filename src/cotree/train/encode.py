@@ -31,6 +31,11 @@ class Chain:
     completion: list[int]
 
     @property
+    def chains(self) -> tuple[list[int], ...]:
+        """What training computes: the prompt with the completion."""
+        return (self.prompt + self.completion,)
+
+    @property
     def tokens(self) -> int:
         """Prompt and completion together."""
         return len(self.prompt) + len(self.completion)
@@ -49,6 +54,11 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
     prefix: int
+
+    @property
+    def chains(self) -> tuple[list[int], ...]:
+        """What training computes: the prompt with either side."""
+        return self.prompt + self.chosen, self.prompt + self.rejected
 
     @property
     def tokens(self) -> int:

@@ -1,16 +1,19 @@
 """The post-training losses, as functions of log-probabilities.
 
 Pure: tensors in, tensors out, nothing is averaged here. Who averages must know the whole optimizer step (all its pairs,
-all its scored tokens), and a function that sees one micro-batch does not.
+all its scored tokens), and a function that sees one pack does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cotree.config import TrainDPO
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -27,6 +30,31 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
 
+def margin_weights(length: int, other: int, prefix: int, settings: TrainDPO) -> Tensor:
+    """How much each completion token of one side counts in the margin; docs/training.md has the equations.
+
+    `sigmoid` counts each once; `length_normalised` and `simpo` take the mean; `ld_dpo` counts those beyond the shorter
+    side's length `ld_alpha` times. `mask_prefix` leaves out what both sides share, in all of them.
+
+    Args:
+        length: tokens of this side.
+        other: tokens of the other side.
+        prefix: tokens that both share at their start.
+        settings: the recipe's `train.dpo`.
+
+    Returns:
+        (length,) float64.
+    """
+    weights = torch.ones(length, dtype=torch.float64)
+    if settings.loss == "ld_dpo":
+        weights[other:] = settings.ld_alpha
+    if settings.mask_prefix:
+        weights[:prefix] = 0
+    if settings.loss in ("length_normalised", "simpo"):
+        weights /= max(int(weights.sum()), 1)
+    return weights
+
+
 def dpo_loss(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
@@ -34,59 +62,69 @@ def dpo_loss(
     reference_rejected: Tensor,
     beta: float,
     label_smoothing: float,
+    gamma: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Conservative DPO (paper, Fine-grained DPO): the preference holds with probability 1 - eps.
 
         L = -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)
-        d = beta [(log pi(y_w) - log pi(y_l)) - (log ref(y_w) - log ref(y_l))]
+        d = beta [(log pi(y_w) - log pi(y_l)) - (log ref(y_w) - log ref(y_l))] - gamma
 
     eps = 0 is DPO. The minimum over d is at log((1 - eps) / eps), not at infinity: a pair that is already told apart
     that well pushes back. Tokens shared by y_w and y_l cancel in d, in value and in gradient, so whether the inputs
     sum over whole completions or over what follows the shared prefix (masking-based DPO) is the same loss.
 
     Args:
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected: (pairs,) summed log-probabilities in nats.
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected: (pairs,) log-probabilities in nats, summed
+            with `margin_weights`; the reference's are 0 where there is none.
         beta: scale of the implicit reward.
         label_smoothing: eps in [0, 0.5).
+        gamma: SimPO's target margin.
 
     Returns:
         The loss of each pair and its margin d, both (pairs,).
     """
-    d = beta * ((policy_chosen - policy_rejected) - (reference_chosen - reference_rejected))
+    d = beta * ((policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)) - gamma
     loss = -(1 - label_smoothing) * F.logsigmoid(d) - label_smoothing * F.logsigmoid(-d)
     return loss, d
 
 
 def joint_loss(
     pair_losses: Tensor,
-    chosen_logps: Tensor,
-    lengths: list[int],
+    chosen_logps: Sequence[Tensor],
+    weights: Sequence[Tensor],
     *,
     alpha: float,
     sft_norm: Literal["token", "pair"],
     pairs: int,
-    tokens: int,
+    tokens: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A micro-batch's share of the paper's joint objective L = L_DPO + alpha L_SFT(chosen); its choice is alpha = 1.
+    """A pack's share of the paper's joint objective L = L_DPO + alpha L_SFT(chosen); its choice is alpha = 1.
 
-    The shares of the micro-batches of one optimizer step add up to L of the step, however it was split.
+    The shares of the packs of one optimizer step add up to L of the step, however it was split.
 
     Args:
-        pair_losses: (p,) from `dpo_loss`, for the p pairs of this micro-batch.
-        chosen_logps: (sum(lengths),) log-probabilities of the chosen tokens in the SFT term, pair after pair;
-            `sft_scope: full` takes whole completions, `suffix` what follows the shared prefix.
-        lengths: how many of them belong to each pair, p positive numbers.
+        pair_losses: (p,) from `dpo_loss`, for the p pairs of this pack.
+        chosen_logps: for each pair the log-probabilities of its chosen tokens.
+        weights: of the same shapes, how much each counts in the SFT term: `sft_scope: full` is 1 everywhere, `suffix` 0
+            in the shared prefix, `dedup` 1 / (pairs of the step whose chosen chain has this very edge).
         alpha: weight of the SFT term. Not portable between the two norms.
         sft_norm: `token`: mean over all SFT tokens of the step, so long chains weigh more (TRL's `sft` term when the
             batch is one micro-batch). `pair`: mean over pairs of per-pair token means (LLaMA-Factory, OpenRLHF).
-        pairs, tokens: pairs and SFT tokens in the whole optimizer step.
+        pairs: pairs in the whole optimizer step.
+        tokens: sum of the weights in the whole optimizer step.
 
     Returns:
         The share of L, of L_DPO and of L_SFT (without alpha), three scalars.
     """
     dpo = pair_losses.sum() / pairs
+    sums = torch.stack([weighted(logps, weight) for logps, weight in zip(chosen_logps, weights, strict=True)])
     if sft_norm == "token":
-        sft = -chosen_logps.sum() / tokens
+        sft = -sums.sum() / tokens
     else:
-        sft = -torch.stack([part.mean() for part in torch.split(chosen_logps, lengths)]).sum() / pairs
+        sft = -(sums / sums.new_tensor([float(weight.sum()) for weight in weights])).sum() / pairs
     return dpo + alpha * sft, dpo, sft
+
+
+def weighted(logps: Tensor, weights: Tensor) -> Tensor:
+    """Sum of log-probabilities (n,) with weights (n,), a scalar in the precision of the log-probabilities."""
+    return (logps * weights.to(logps)).sum()

@@ -26,11 +26,11 @@ def claim(out: Path, rows: Path, student: Path, settings: Optimizer, seed: int, 
         CotreeError: `out` cannot be written.
     """
     inputs = {
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump(mode="json"),
         "seed": seed,
         "max_tokens": max_tokens,
         "rows": _sha256(rows),
-        "student": [_sha256(file) for file in sorted(student.glob("*.safetensors"))],
+        "student": weights_hash(student),
     }
     path = out / "inputs.json"
     if path.exists():
@@ -59,6 +59,11 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(checkpoint)
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def weights_hash(model: Path) -> str:
+    """A hash of the weights in a model folder."""
+    return hashlib.sha256(" ".join(_sha256(file) for file in sorted(model.glob("*.safetensors"))).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

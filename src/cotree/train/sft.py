@@ -1,19 +1,24 @@
-"""Supervised fine-tuning on chains (paper, SFT stage): cross-entropy over completions, a token mean over the step."""
+"""Supervised fine-tuning on chains (paper, SFT stage): cross-entropy over completions, packed by tree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
 
 from cotree.config import TrainSFT
+from cotree.data.files import check_template
 from cotree.errors import UsageError
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.encode import Chain, encode_sft
-from cotree.train.layout import Scored, sequence_logps
+from cotree.train.forest import Scored, forest_logps, multiplicities
+from cotree.train.losses import weighted
+from cotree.train.model import load_model
 from cotree.train.resume import claim
 from cotree.train.trainer import (
     StepLog,
@@ -21,7 +26,6 @@ from cotree.train.trainer import (
     TrainResult,
     finished,
     fixed_steps,
-    load_model,
     read_rows,
     release,
     run,
@@ -41,7 +45,7 @@ def train_sft(
     """Fine-tune a student on chains; the same call after an interruption goes on, and after the end returns at once.
 
     The loss of a step is the mean of -log pi over all completion tokens of its `batch_size` chains, end of turn
-    included, whatever `micro_batch_size` is.
+    included, whatever `pack_tokens` is.
 
     Args:
         rows: Parquet with `prompt` and `completion` (messages).
@@ -61,33 +65,61 @@ def train_sft(
     if result is not None:
         return result
     tokenizer = load_tokenizer(student)
-    encoded = encode_sft(tokenizer, read_rows(rows), max_tokens)
+    found = read_rows(rows)
+    check_template(rows, tokenizer)
+    encoded = encode_sft(tokenizer, found, max_tokens)
     if not encoded.rows:
         raise UsageError(f"all {encoded.too_long} rows are over {max_tokens} tokens: raise build.max_tokens")
-    claim(out, rows, student, settings, seed, max_tokens)
-    steps = fixed_steps(len(encoded.rows), settings.batch_size, settings.epochs, seed)
+    steps = fixed_steps([tuple(chain.prompt) for chain in encoded.rows], settings.batch_size, settings.epochs, seed)
     trainer: ChainTrainer | None = None
     try:
+        arguments = training_arguments(out, settings, len(steps), seed)
+        with arguments.main_process_first(local=False):
+            claim(out, rows, student, settings, seed, max_tokens)
         trainer = ChainTrainer(
-            load_model(student),
+            load_model(student, settings.lora, seed),
             [[encoded.rows[index] for index in step] for step in steps],
-            training_arguments(out, settings, len(steps), seed),
-            settings.micro_batch_size,
+            arguments,
+            settings,
         )
         return run(trainer, tokenizer, out, encoded, began, on_step)
     finally:
         release(trainer)
 
 
-class ChainTrainer(StepTrainer[Chain]):
+@dataclass(frozen=True)
+class ChainStep:
+    """What a pack must know about its step: the weight of each scored token (by id of its row), and their sum."""
+
+    tokens: float
+    weights: dict[int, Tensor]
+
+
+class ChainTrainer(StepTrainer[Chain, ChainStep]):
     """Token-mean cross-entropy over the completions of a step."""
 
-    def denominators(self, rows: Sequence[Chain]) -> dict[str, int]:
-        """Scored tokens of the step."""
-        return {"tokens": sum(len(chain.completion) for chain in rows)}
+    def __init__(
+        self, model: PreTrainedModel, steps: list[list[Chain]], arguments: TrainingArguments, settings: TrainSFT
+    ) -> None:
+        self.dedup = settings.sft_scope == "dedup"
+        super().__init__(model, steps, arguments, settings)
 
-    def share(self, model: nn.Module, rows: Sequence[Chain], step: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def whole(self, rows: Sequence[Chain]) -> ChainStep:
+        """1 for every token, or one for all chains that share it."""
+        if self.dedup:
+            weights = [1 / count.double() for count in multiplicities([_scored(chain) for chain in rows])]
+        else:
+            weights = [torch.ones(len(chain.completion)) for chain in rows]
+        tokens = sum(float(each.sum()) for each in weights)
+        return ChainStep(tokens, {id(row): each for row, each in zip(rows, weights, strict=True)})
+
+    def share(self, model: nn.Module, rows: Sequence[Chain], step: ChainStep) -> tuple[Tensor, dict[str, Tensor]]:
         """Share of the mean of -log pi over the step's completion tokens."""
-        sequences = [Scored(chain.prompt + chain.completion, len(chain.prompt)) for chain in rows]
-        logps = torch.cat(sequence_logps(model, sequences))
-        return -logps.sum() / step["tokens"], {"tokens": torch.tensor(len(logps))}
+        logps = forest_logps(model, [_scored(chain) for chain in rows])
+        sums = [weighted(values, step.weights[id(row)]) for values, row in zip(logps, rows, strict=True)]
+        count = torch.tensor(float(sum(map(len, logps))), device=sums[0].device)
+        return -torch.stack(sums).sum() / step.tokens, {"tokens": count}
+
+
+def _scored(chain: Chain) -> Scored:
+    return Scored(chain.chains[0], len(chain.prompt))

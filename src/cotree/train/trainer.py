@@ -1,8 +1,9 @@
 """One training run on transformers.Trainer: exact steps, checkpoints that survive a kill, nothing on the terminal.
 
 Invariants. A dataset item is a whole optimizer step: its rows are fixed by the seed before anything is split, and the
-loss denominators are those of the step, so the micro-batch size changes memory and time, never the gradient. Going on
-after a kill gives the weights of the uninterrupted run, bit for bit (CPU, fp32). `model/` appears last and whole.
+loss denominators are those of the step, so neither the cap of a pack nor the number of processes changes the gradient.
+Going on after a kill gives the weights of the uninterrupted run, bit for bit (CPU, fp32). `model/` appears last and
+whole.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import json
 import math
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
@@ -23,9 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -34,13 +32,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations
 
-from cotree.config import Optimizer
+from cotree.config import Optimizer, Probe
 from cotree.errors import CotreeError, UsageError
 from cotree.train.durable import whole_file, whole_folder, writing
 from cotree.train.encode import Encoded
-from cotree.train.families import family_of
-from cotree.train.layout import ATTENTION, segment_attention
+from cotree.train.forest import forest_tokens, packs
+from cotree.train.gauges import chosen_falls, probe
+from cotree.train.model import save_model
 from cotree.train.resume import last_checkpoint, seal_checkpoint
 from cotree.train.student import quiet
 
@@ -52,18 +52,24 @@ class Item(Protocol):
     def tokens(self) -> int:
         """Prompts included."""
 
+    @property
+    def chains(self) -> tuple[list[int], ...]:
+        """Token ids, prompts included."""
+
 
 Row = TypeVar("Row", bound=Item)
+Whole = TypeVar("Whole")
 
 
 @dataclass(frozen=True)
 class StepLog:
-    """What one optimizer step was like: the loss, and the gauges of its trainer (means over the step's rows)."""
+    """What one optimizer step was like: the loss, the gauges of its trainer (means over the step's rows), warnings."""
 
     step: int
     total_steps: int
     loss: float
     gauges: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class TrainResult:
     Attributes:
         steps: optimizer steps.
         rows: rows trained on (of one epoch); too_long: rows left out because they are over the token limit.
-        tokens: tokens computed in training, prompts included, over all epochs.
+        tokens: tokens in the rows of all epochs, prompts included.
+        packed: tokens computed for them, as shared ones are computed once.
         seconds: wall time, over all resumes.
         first, final: the metrics of the first and the last step.
     """
@@ -82,73 +89,103 @@ class TrainResult:
     rows: int
     too_long: int
     tokens: int
+    packed: int
     seconds: float
     first: dict[str, float]
     final: dict[str, float]
 
 
-def fixed_steps(rows: int, batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+def fixed_steps(trees: Sequence[Hashable], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
     """Row numbers of every optimizer step of a run: a new order each epoch, the last batch of an epoch may be short.
 
-    A fractional number of epochs rounds up to whole steps.
+    Rows of one tree follow each other, so that a step has as much to share as it can. A fractional number of epochs
+    rounds up to whole steps.
+
+    Args:
+        trees: of each row the tree that it is from; rows of one question are one tree.
+        batch_size: rows of a step.
+        epochs: how often each row is trained on.
+        seed: fixes the order of the trees, and of the rows in each.
     """
     generator = torch.Generator().manual_seed(seed)
     steps: list[list[int]] = []
     for _ in range(math.ceil(epochs)):
-        order = torch.randperm(rows, generator=generator).tolist()
-        steps += [order[at : at + batch_size] for at in range(0, rows, batch_size)]
-    return steps[: math.ceil(epochs * math.ceil(rows / batch_size))]
+        rows: dict[Hashable, list[int]] = {}
+        for row in torch.randperm(len(trees), generator=generator).tolist():
+            rows.setdefault(trees[row], []).append(row)
+        by_tree = list(rows.values())
+        order = [row for tree in torch.randperm(len(by_tree), generator=generator) for row in by_tree[tree]]
+        steps += [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    return steps[: math.ceil(epochs * math.ceil(len(trees) / batch_size))]
 
 
-def split_step(rows: Sequence[Row], micro_batch_size: int) -> list[list[Row]]:
-    """The micro-batches of a step: as few as the size allows, dealt by length so that they are about equally large."""
-    parts = math.ceil(len(rows) / micro_batch_size)
-    by_length = sorted(rows, key=lambda row: row.tokens, reverse=True)
-    return [by_length[part::parts] for part in range(parts)]
-
-
-class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
-    """A Trainer whose batches are whole optimizer steps. Subclasses say what a step's denominators and loss are."""
+class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
+    """A Trainer whose batches are whole optimizer steps. Subclasses say what a step as a whole and its loss are."""
 
     def __init__(
-        self, model: PreTrainedModel, steps: list[list[Row]], arguments: TrainingArguments, micro_batch_size: int
+        self, model: PreTrainedModel, steps: list[list[Row]], arguments: TrainingArguments, settings: Optimizer
     ) -> None:
         self.steps = steps
-        self.micro_batch_size = micro_batch_size
+        self.pack_tokens = settings.pack_tokens
+        self.probe = settings.probe
         self.gauges: dict[str, float] = {}
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
 
     @abstractmethod
-    def denominators(self, rows: Sequence[Row]) -> dict[str, int]:
-        """What the sums of a whole step are divided by."""
+    def whole(self, rows: Sequence[Row]) -> Whole:
+        """What a pack must know about all rows of its step, such as what sums are divided by."""
 
     @abstractmethod
-    def share(self, model: nn.Module, rows: Sequence[Row], step: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the step's loss (to differentiate) and of its gauges (scalars); shares add up."""
+    def share(self, model: nn.Module, rows: Sequence[Row], step: Whole) -> tuple[Tensor, dict[str, Tensor]]:
+        """A pack's share of the step's loss (to differentiate) and of its gauges (scalars); shares add up."""
+
+    def packs(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The packs of a step, at least one for each process if there are enough rows."""
+        dealt, processes = packs(rows, self.pack_tokens), self.args.world_size
+        return dealt if len(dealt) >= processes else packs(rows, math.ceil(forest_tokens(rows) / processes))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of one optimizer step; returns its loss."""
         model.train()
-        step = self.denominators(inputs)
-        parts = split_step(inputs, self.micro_batch_size)
-        total = torch.zeros((), device=self.args.device)
+        step = self.whole(inputs)
+        processes, rank = self.args.world_size, self.args.process_index
+        dealt = self.packs(inputs)
+        total = torch.zeros(())
         gauges: dict[str, Tensor] = {}
-        for number, part in enumerate(parts, 1):
-            # DDP needs one synchronisation a step, not one a micro-batch.
-            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+        # Every process must call the model equally often (FSDP): those without a pack repeat one that counts nothing.
+        turns = range(rank, math.ceil(len(dealt) / processes) * processes, processes)
+        for turn in turns:
+            counts = float(turn < len(dealt))
+            pack = dealt[turn % len(dealt)]
+            # DDP needs one synchronisation a step, not one a pack; it divides the sum of gradients by the processes.
+            with nullcontext() if turn == turns[-1] else self.accelerator.no_sync(model), self._room_for(pack):
                 with self.compute_loss_context_manager():
-                    loss, share = self.share(model, part, step)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            gauges = {name: gauges.get(name, 0) + value.detach() for name, value in share.items()}
-        if not math.isfinite(total):
+                    loss, share = self.share(model, pack, step)
+                self.accelerator.backward(loss * (counts * processes))
+            total = total.to(loss) + counts * loss.detach()
+            gauges = {name: gauges.get(name, 0) + counts * value.detach() for name, value in share.items()}
+        sums = add_over_processes(torch.stack([total, *(gauges[name].to(total) for name in gauges)]))
+        if not math.isfinite(sums[0]):
             raise CotreeError(
-                f"the loss became {total.item()} at step {self.state.global_step + 1}: lower learning_rate, "
+                f"the loss became {sums[0].item()} at step {self.state.global_step + 1}: lower learning_rate, "
                 "or look for broken rows"
             )
-        self.gauges = {name: float(value) for name, value in gauges.items()}
-        return total
+        self.gauges = dict(zip(gauges, sums[1:].tolist(), strict=True))
+        return sums[0]
+
+    @contextmanager
+    def _room_for(self, pack: Sequence[Row]) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            lower = f"pack_tokens (now {self.pack_tokens})" if len(pack) > 1 else "build.max_tokens"
+            raise CotreeError(
+                f"out of memory at step {self.state.global_step + 1}, in a pack of {len(pack)} rows and "
+                f"{forest_tokens(pack)} tokens: lower {lower}, or set gradient_checkpointing: true"
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's gauges to what Trainer logs."""
@@ -171,14 +208,32 @@ class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
                 super()._save_checkpoint(model, trial)
             except RuntimeError as error:  # torch.save's word for a full disk
                 raise OSError(str(error)) from error
-            seal_checkpoint(checkpoint)
+            self.accelerator.wait_for_everyone()
+            if self.args.process_index == 0:
+                seal_checkpoint(checkpoint)
+
+
+def add_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over the processes of a distributed run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Writes `log.jsonl` and calls `on_step`, once a step; skips the checkpoint that the final model makes useless."""
+    """Writes `log.jsonl`, probes, calls `on_step`, once a step; skips a checkpoint that the final model replaces."""
 
-    def __init__(self, log: Path, began: float, on_step: Callable[[StepLog], None] | None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        began: float,
+        on_step: Callable[[StepLog], None] | None,
+        ask: Callable[[], dict[str, float]],
+        settings: Probe | None,
+    ) -> None:
         self.log = log
+        self.ask = ask
+        self.settings = settings
         self.began = began
         self.on_step = on_step
         self.before = 0.0
@@ -189,8 +244,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A killed run may have logged steps after its last checkpoint: they are about to be done again.
-        with whole_file(self.log) as draft:
-            draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
+        if state.is_world_process_zero:
+            with whole_file(self.log) as draft:
+                draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
         self.before = state.log_history[-1]["seconds"] if state.log_history else 0.0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -202,31 +258,25 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         if "loss" not in entry:
             state.log_history.pop()  # Trainer's own summary at the end
             return
+        probed = [line["probe_no_answer"] for line in state.log_history if "probe_no_answer" in line]
+        if self.settings is not None and (state.global_step - 1) % self.settings.every == 0:
+            entry |= self.ask()
+            rise = entry["probe_no_answer"] - (probed or [entry["probe_no_answer"]])[0]
+            if self.settings.stop_rise is not None and rise > self.settings.stop_rise:
+                entry["warning"] = f"no_answer_rises: by {rise:.2f} since the first probe; training stops here"
+                control.should_training_stop = True
+        if not any("warning" in line for line in state.log_history) and (falls := chosen_falls(state.log_history)):
+            entry["warning"] = falls
         entry["seconds"] = self.seconds()
         entry.pop("epoch", None)  # all epochs are one to Trainer, so its number says nothing
+        if not state.is_world_process_zero:
+            return
         with writing(self.log), self.log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         if self.on_step is not None:
-            gauges = {name: value for name, value in entry.items() if name not in ("step", "loss")}
-            self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], gauges))
-
-
-def load_model(student: Path) -> PreTrainedModel:
-    """A student folder as a model in fp32 with the attention of `layout`, checked to be trainable.
-
-    Raises:
-        UsageError: it is not (see `families.family_of`), or the folder holds no model.
-    """
-    AttentionInterface.register(ATTENTION, segment_attention)
-    with quiet():
-        try:
-            family_of(AutoConfig.from_pretrained(student))
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                student, dtype=torch.float32, attn_implementation=ATTENTION
-            )
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot load the student {student}: {str(error).splitlines()[0]}") from error
-    return model
+            gauges = {name: value for name, value in entry.items() if name not in ("step", "loss", "warning")}
+            warnings = (entry["warning"],) if "warning" in entry else ()
+            self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], gauges, warnings))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -256,13 +306,20 @@ def finished(out: Path) -> TrainResult | None:
 
 
 def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) -> TrainingArguments:
-    """Trainer's arguments: bf16 autocast on CUDA, fp32 on CPU; a linear schedule with warm-up; silent."""
+    """Trainer's arguments: bf16 autocast on CUDA, fp32 on CPU; a linear schedule with warm-up; silent.
+
+    Raises:
+        UsageError: a reporter is not installed.
+    """
+    missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise UsageError(f"report_to: {', '.join(missing)} is not installed, or no reporter of transformers")
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
         seed=seed,
         use_cpu=not cuda,
-        bf16=cuda,
+        bf16=settings.precision == "bf16" or (cuda and settings.precision == "auto"),
         optim="adamw_torch_fused",
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
@@ -276,19 +333,21 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         save_steps=settings.save_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=[],
+        report_to=list(settings.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    if arguments.world_size > 1:
-        raise UsageError("cotree trains in one process: start it without torchrun or accelerate launch")
+    if arguments.world_size > 1 and settings.batch_size < arguments.world_size:
+        raise UsageError(f"batch_size {settings.batch_size} is less than the {arguments.world_size} processes")
+    if settings.gradient_checkpointing:  # a flag of Trainer's that transformers is renaming
+        arguments.activation_checkpointing = arguments.gradient_checkpointing = True
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer wraps the model in DataParallel, which splits rows
     return arguments
 
 
 def run(
-    trainer: StepTrainer[Row],
+    trainer: StepTrainer[Row, Whole],
     tokenizer: Any,
     out: Path,
     encoded: Encoded[Any],
@@ -308,31 +367,43 @@ def run(
     Raises:
         CotreeError: the loss is no number any more, or something cannot be written; run again to go on.
     """
-    progress = _Progress(out / "log.jsonl", began, on_step)
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in encoded.rows))
+
+    def ask() -> dict[str, float]:
+        assert trainer.probe is not None
+        few = [list(prompt) for prompt in prompts[: trainer.probe.questions]]
+        return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, trainer.probe)
+
+    progress = _Progress(out / "log.jsonl", began, on_step, ask, trainer.probe)
     trainer.add_callback(progress)
     with quiet():
-        checkpoint = last_checkpoint(out / "trainer")
+        with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
+            checkpoint = last_checkpoint(out / "trainer")
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         history = trainer.state.log_history
         result = TrainResult(
-            steps=len(trainer.steps),
+            steps=trainer.state.global_step,
             rows=len(encoded.rows),
             too_long=encoded.too_long,
             tokens=sum(row.tokens for step in trainer.steps for row in step),
+            packed=sum(forest_tokens(pack) for step in trainer.steps for pack in trainer.packs(step)),
             seconds=progress.seconds(),
             first=history[0],
             final=history[-1],
         )
-        with whole_folder(out / "model") as draft:
-            trainer.model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-            with whole_file(out / "result.json") as text:
-                text.write_text(json.dumps(asdict(result), indent=2) + "\n")
-    shutil.rmtree(out / "trainer", ignore_errors=True)
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes hold parts of it (FSDP)
+        if trainer.args.process_index == 0:
+            with whole_folder(out / "model") as draft:
+                save_model(trainer.accelerator.unwrap_model(trainer.model_wrapped), draft, state_dict)
+                tokenizer.save_pretrained(draft)
+                with whole_file(out / "result.json") as text:
+                    text.write_text(json.dumps(asdict(result), indent=2) + "\n")
+            shutil.rmtree(out / "trainer", ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     return result
 
 
-def release(trainer: StepTrainer[Row] | None) -> None:
+def release(trainer: StepTrainer[Row, Whole] | None) -> None:
     """Give back the memory of weights, gradients and optimizer, also after an error: Trainer is full of cycles."""
     if trainer is not None:
         trainer.accelerator.free_memory()

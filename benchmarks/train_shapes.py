@@ -1,0 +1,77 @@
+"""The trees that training is measured on: token ids of pairs, drawn by seed, or those of a finished run."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cotree.train.encode import Pair, encode_dpo, prefix_tokens
+
+PAIRS = 6
+END = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Pairs of one step, and the loss that they are trained with."""
+
+    name: str
+    loss: Literal["joint", "dpo"]
+    pairs: list[Pair]
+
+
+def shapes(seed: int, prompt: int = 120, thought: int = 60, vocabulary: int = 40_000) -> list[Shape]:
+    """The design's shapes: leaves are alternately correct and wrong."""
+    source = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [source.randrange(3, vocabulary) for _ in range(count)]
+
+    def binary(first: int, last: int) -> list[list[int]]:
+        """Chains of 5 thoughts that branch in two at the depths from `first` to `last`."""
+        chains: list[list[int]] = [[]]
+        for depth in range(1, 6):
+            ways = 2 if first <= depth <= last else 1
+            chains = [chain + tokens(thought) for chain in chains for _ in range(ways)]
+        return chains
+
+    def grown() -> list[list[int]]:
+        """Ten leaves at depth 4 or 5, grown one thought at a time at a place drawn at random."""
+        nodes: list[tuple[int, list[int]]] = [(0, [])]
+        inner: set[int] = set()
+        while sum(depth >= 4 for number, (depth, _) in enumerate(nodes) if number not in inner) < 10:
+            parent = source.choice([number for number, (depth, _) in enumerate(nodes) if depth < 5])
+            depth, path = nodes[parent]
+            inner.add(parent)
+            nodes.append((depth + 1, path + tokens(source.randint(thought // 2, thought * 3 // 2))))
+        return [path for number, (depth, path) in enumerate(nodes) if depth >= 4 and number not in inner]
+
+    def pairs(chains: list[list[int]]) -> list[Pair]:
+        beginning = tokens(prompt)
+        ended = [[*chain, END] for chain in chains]
+        every = [Pair(beginning, good, bad, prefix_tokens(good, bad)) for good in ended[::2] for bad in ended[1::2]]
+        return source.sample(every, len(every))
+
+    shortest = [min(pairs(grown()), key=lambda pair: pair.prefix) for _ in range(2)]
+    return [
+        Shape("early", "joint", pairs(binary(1, 3))[:PAIRS]),
+        Shape("mcts", "joint", pairs(grown())[:PAIRS]),
+        Shape("late", "dpo", pairs(binary(3, 5))[:PAIRS]),
+        Shape("one_pair", "joint", shortest),
+    ]
+
+
+def demo(run: Path) -> Shape:
+    """The first pairs of a finished run, as many as a step of its recipe has."""
+    from cotree.config import load_recipe
+    from cotree.llm.tokenizer import load_tokenizer
+    from cotree.train.trainer import fixed_steps, read_rows
+
+    recipe = load_recipe(run / "recipe.yaml")
+    tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model")
+    rows = encode_dpo(tokenizer, read_rows(run / "data" / "dpo" / "train.parquet"), recipe.build.max_tokens).rows
+    settings = recipe.train.dpo
+    step = fixed_steps([tuple(row.prompt) for row in rows], settings.batch_size, settings.epochs, recipe.seed)[0]
+    return Shape("demo", "joint" if settings.alpha else "dpo", [rows[index] for index in step])

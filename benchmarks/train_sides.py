@@ -1,0 +1,164 @@
+"""One optimizer step's loss and gradient of a shape, three ways: cotree, TRL made fair, TRL as it is.
+
+- fair: TRL's DPOTrainer with the reference computed beforehand, no activation checkpointing, and only the labelled
+  positions scored (on a CPU it would score all of them, and compute them twice).
+- as it is: its defaults, with the reference model beside it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from benchmarks.train_shapes import Shape
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotree.config import TrainDPO, TrainSFT
+from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps
+from cotree.train.encode import Chain
+from cotree.train.losses import token_logps
+from cotree.train.model import load_model
+from cotree.train.sft import ChainTrainer
+from cotree.train.trainer import training_arguments
+
+BETA = 0.1
+Step = Callable[[], float]
+
+
+def cotree_step(student: Path, shape: Shape, pack_tokens: int) -> tuple[Any, Step]:
+    """The model, and what computes a step: gradients stay on the model, the loss is returned."""
+    settings = TrainDPO(
+        batch_size=len(shape.pairs),
+        beta=BETA,
+        label_smoothing=0.0,
+        alpha=1.0 if shape.loss == "joint" else 0.0,
+        mask_prefix=False,
+        pack_tokens=pack_tokens,
+        precision="fp32",
+    )
+    arguments = training_arguments(Path(tempfile.gettempdir()) / "unused", settings, 1, 0)
+    model = load_model(student)
+    reference = reference_logps(model, shape.pairs, settings, arguments).tolist()
+    rows = [ReferencedPair(pair, *each) for pair, each in zip(shape.pairs, reference, strict=True)]
+    return _ours(PairTrainer(model, [rows], arguments, settings), rows)
+
+
+def cotree_sft_step(student: Path, chains: list[Chain], pack_tokens: int) -> tuple[Any, Step]:
+    settings = TrainSFT(batch_size=len(chains), pack_tokens=pack_tokens, precision="fp32")
+    arguments = training_arguments(Path(tempfile.gettempdir()) / "unused", settings, 1, 0)
+    return _ours(ChainTrainer(load_model(student), [chains], arguments, settings), chains)
+
+
+def _ours(trainer: Any, rows: list[Any]) -> tuple[Any, Step]:
+    trainer.create_accelerator_and_postprocess()
+    return trainer.model, lambda: float(trainer.training_step(trainer.model, rows))
+
+
+def trl_step(student: Path, shape: Shape, micro_batch: int, fair: bool) -> tuple[Any, Step]:
+    """TRL's DPOTrainer; gradients are accumulated over micro-batches as its loop does."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    losses = ["sigmoid", "sft"] if shape.loss == "joint" else ["sigmoid"]
+    config = DPOConfig(
+        **_options(fair), beta=BETA, loss_type=losses, loss_weights=[1.0] * len(losses), precompute_ref_log_probs=False
+    )
+    text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    trainer = DPOTrainer(
+        model=_plain(student),
+        ref_model=_plain(student),
+        args=config,
+        train_dataset=text,
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    rows: list[dict[str, Any]] = [
+        {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected} for pair in shape.pairs
+    ]
+    if fair:
+        _score_labelled_only(trainer.model)
+        _score_labelled_only(trainer.ref_model)
+        trainer.precompute_ref_logps = True
+        for row in rows:
+            chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, trainer.data_collator([row]))
+            row |= {"ref_chosen_logps": chosen.item(), "ref_rejected_logps": rejected.item()}
+        trainer.ref_model = None
+    return _theirs(trainer, rows, micro_batch)
+
+
+def trl_sft_step(student: Path, chains: list[Chain], micro_batch: int, fair: bool) -> tuple[Any, Step]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {"input_ids": c.prompt + c.completion, "completion_mask": [0] * len(c.prompt) + [1] * len(c.completion)}
+        for c in chains
+    ]
+    trainer = SFTTrainer(
+        model=_plain(student),
+        args=SFTConfig(**_options(fair), completion_only_loss=True),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    if fair:
+        _score_labelled_only(trainer.model)
+    return _theirs(trainer, list(trainer.train_dataset), micro_batch)
+
+
+def _options(fair: bool) -> dict[str, Any]:
+    options = {"output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "max_length": None}
+    options |= {"report_to": [], "disable_tqdm": True}
+    return options | ({"gradient_checkpointing": False} if fair else {})
+
+
+def _plain(student: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+
+
+def _theirs(trainer: Any, rows: list[dict[str, Any]], micro_batch: int) -> tuple[Any, Step]:
+    trainer.create_accelerator_and_postprocess()
+    parts = [rows[at : at + micro_batch] for at in range(0, len(rows), micro_batch)]
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step() -> float:
+        trainer.model.train()
+        total = 0.0
+        for part in parts:
+            loss = trainer.compute_loss(trainer.model, trainer.data_collator(part)) / len(parts)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    return trainer.model, step
+
+
+def _score_labelled_only(model: Any) -> None:
+    """Answer TRL's fused forward with logits at the labelled positions alone, kept for the backward."""
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> Any:
+        hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        mask = targets != -100
+        scored = token_logps(model.lm_head(hidden[:, :-1][mask]), targets[mask])
+        logps = torch.zeros(mask.shape).masked_scatter(mask, scored)
+        zeros = torch.zeros(mask.shape)
+        return SimpleNamespace(
+            log_probs=logps, entropy=zeros, is_top1=zeros.bool(), mean_logits=zeros, log_sum_sq_probs=zeros,
+            loss=-scored.mean(), aux_loss=None, label_mask=mask, shift_labels=targets,
+        )  # fmt: skip
+
+    model.forward = forward
+
+
+def clear(model: Any) -> None:
+    for values in model.parameters():
+        values.grad = None
+
+
+def gradient_of(model: Any) -> dict[str, Tensor]:
+    return {name: values.grad.clone() for name, values in model.named_parameters()}

@@ -1,0 +1,149 @@
+"""Attention to ancestors only, in transformers' attention interface, three ways.
+
+Invariant: all three give the same: token q sees token k exactly if k is an ancestor of q or q itself, which in
+depth-first order is `k <= q < ends[k]`.
+
+- `block`: dense attention for each run of the forest over its ancestors' slices. The fastest on CPU, and the fallback.
+- `sdpa`: one call with a (tokens, tokens) mask: computes what the mask then hides.
+- `flex`: torch's flex_attention, which skips hidden blocks. The fastest on CUDA; has no backward on CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION = "cotree_forest"
+Backend = Literal["block", "sdpa", "flex"]
+
+
+def fastest(device: torch.device) -> Backend:
+    """By measurement on CPU (docs/training.md)."""
+    return "flex" if device.type == "cuda" else "block"
+
+
+class Layout:
+    """Who attends to whom in a row of tokens in depth-first order. (No dataclass: FSDP would take it apart.)
+
+    Attributes:
+        ends: (tokens,) where the tokens below each one end.
+        runs: for each run its ancestors' places as spans of the row, and itself as the last span; in row order.
+        backend: how attention is computed.
+    """
+
+    def __init__(self, ends: Tensor, runs: list[list[tuple[int, int]]]) -> None:
+        self.ends = ends
+        self.runs = runs
+        self.backend: Backend = "block"
+
+    @cached_property
+    def visible(self) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
+        """The ancestor test of (batch, head, query, key), as flex_attention calls it."""
+        ends = self.ends
+
+        def visible(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < ends[key])
+
+        return visible
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(tokens, tokens) bool."""
+        row = torch.arange(len(self.ends), device=self.ends.device)
+        return self.visible(None, None, row[:, None], row[None])
+
+    @cached_property
+    def blocks(self) -> Any:
+        """The mask as flex_attention wants it."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        tokens = len(self.ends)
+        return create_block_mask(self.visible, None, None, tokens, tokens, device=self.ends.device)
+
+    @cached_property
+    def pieces(self) -> list[int]:
+        """Lengths of the pieces of the row, cut so that every span is a sequence of whole pieces."""
+        cuts = sorted({place for spans in self.runs for span in spans for place in span})
+        return [stop - start for start, stop in pairwise(cuts)]
+
+    @cached_property
+    def blocks_of_runs(self) -> list[tuple[list[int], list[int], Tensor | None]]:
+        """For each run the pieces that it is, those that it sees, and its mask, None where that is simply causal."""
+        starts = [0]
+        for length in self.pieces:
+            starts.append(starts[-1] + length)
+        number = {start: piece for piece, start in enumerate(starts)}
+        found = []
+        for spans in self.runs:
+            seen = [piece for start, stop in spans for piece in range(number[start], number[stop])]
+            start, stop = spans[-1]
+            own = list(range(number[start], number[stop]))
+            above = sum(last - first for first, last in spans[:-1])
+            mask = torch.ones(stop - start, above + stop - start, dtype=torch.bool, device=self.ends.device)
+            found.append((own, seen, mask.tril(above) if above else None))
+        return found
+
+
+def forest_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention to ancestors within one row.
+
+    Args:
+        module: the attention layer (unused).
+        query, key, value: (1, heads, tokens, head_dim); key and value may have fewer heads (grouped-query attention).
+        attention_mask: None; the layout says it all.
+        scaling: of the scores; None is 1 / sqrt(head_dim).
+        layout: of the row.
+
+    Returns:
+        (1, tokens, heads, head_dim), and no attention weights.
+    """
+    if layout is None or attention_mask is not None:
+        raise ValueError(f"{ATTENTION} attention needs a layout and takes no mask: use forest.forest_logps")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves norms of q and k in float32
+    if layout.backend == "block":
+        output = _block(query, key, value, scaling, layout)
+    elif layout.backend == "sdpa":
+        output = _dense(query, key, value, scaling, layout.mask)
+    else:
+        output = _flex(query.is_cuda)(query, key, value, block_mask=layout.blocks, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+def _block(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    # split, not slices: the backward of a slice fills and adds a whole row for every piece.
+    queries, keys, values = (torch.split(each, layout.pieces, dim=2) for each in (query, key, value))
+    outputs = []
+    for own, seen, mask in layout.blocks_of_runs:
+        q = torch.cat([queries[piece] for piece in own], dim=2)
+        k, v = (torch.cat([each[piece] for piece in seen], dim=2) for each in (keys, values))
+        outputs.append(_dense(q, k, v, scaling, mask))
+    return torch.cat(outputs, dim=2)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    )
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    """flex_attention: compiled on CUDA, where the eager form would compute every score."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

@@ -1,0 +1,58 @@
+"""Signs of the paper's failure while training: chosen chains become less likely, answers longer, looping or missing.
+
+Invariant: gauges only look: a probe gives the model back as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from cotree.config import Probe
+from cotree.eval.diagnosis import diagnose
+from cotree.train.attention import ATTENTION
+
+WINDOW = 10
+
+
+def chosen_falls(history: Sequence[dict[str, Any]]) -> str | None:
+    """The warning `chosen_falls`, if over the last steps chosen chains became less likely than under the reference."""
+    rewards = [entry["chosen_reward"] for entry in history[-WINDOW:] if "chosen_reward" in entry]
+    if len(rewards) < WINDOW or fmean(rewards) >= 0:
+        return None
+    return (
+        f"chosen_falls: over the last {WINDOW} steps chosen chains are less likely than under the SFT checkpoint "
+        f"(reward {fmean(rewards):.3f}): raise alpha, or lower learning_rate"
+    )
+
+
+def probe(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Probe) -> dict[str, float]:
+    """What the student writes on some prompts: mean tokens, and the ratios of loops and of texts without an answer."""
+    lengths, loops, missing = [], [], []
+    training, model_attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    try:
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=next(model.parameters()).device)
+            with torch.no_grad():
+                written = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=settings.max_tokens,
+                    do_sample=False,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.eos_token_id,
+                )[0, len(prompt) :].tolist()
+            reason = "stop" if written[-1] == tokenizer.eos_token_id else "length"
+            found = diagnose(tokenizer.decode(written, skip_special_tokens=True), finish_reason=reason)
+            lengths.append(len(written))
+            loops.append(found.loop)
+            missing.append(found.no_answer)
+    finally:
+        model.set_attn_implementation(model_attention or ATTENTION)
+        model.train(training)
+    return {"probe_tokens": fmean(lengths), "probe_loop": fmean(loops), "probe_no_answer": fmean(missing)}

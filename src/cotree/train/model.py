@@ -1,0 +1,72 @@
+"""The model that is trained: a student folder in fp32, with the attention of `attention`, all weights or an adapter.
+
+Invariant: what training starts from computes exactly what the folder holds. An adapter in the folder is merged first,
+and a new one is zero at first, so the model at step 0 is the SFT checkpoint, which is DPO's reference.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cotree.config import LoRA
+from cotree.errors import UsageError
+from cotree.train.attention import ATTENTION, forest_attention
+from cotree.train.families import family_of
+from cotree.train.student import quiet
+
+
+def load_model(student: Path, lora: LoRA | None = None, seed: int = 0) -> PreTrainedModel:
+    """A student folder (a model, or a PEFT adapter that names its base) as a model, checked to be trainable.
+
+    Args:
+        student: the folder.
+        lora: add a new adapter of this size, and freeze the rest.
+        seed: of the adapter's random half; the other half is zero.
+
+    Raises:
+        UsageError: it is not trainable (see `families.family_of`), the folder holds no model, or peft is missing.
+    """
+    AttentionInterface.register(ATTENTION, forest_attention)
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
+    adapted = (student / "adapter_config.json").exists()
+    if adapted or lora is not None:
+        _need_peft()
+    with quiet():
+        try:
+            if adapted:
+                from peft import AutoPeftModelForCausalLM
+
+                model = AutoPeftModelForCausalLM.from_pretrained(student, **options).merge_and_unload()
+                family_of(model.config)
+            else:
+                family_of(AutoConfig.from_pretrained(student))
+                model = AutoModelForCausalLM.from_pretrained(student, **options)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot load the student {student}: {str(error).splitlines()[0]}") from error
+    if lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, settings)
+
+
+def save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Store a trained model; of one with an adapter, the merged weights, and the adapter in `folder/adapter`."""
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(folder / "adapter", state_dict=state)
+        model.merge_and_unload().save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def _need_peft() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("peft") is None:
+        raise UsageError("peft is not installed, and an adapter needs it; pip install 'cotree[train]'")

@@ -1,0 +1,78 @@
+"""What a training stage would do, before it does it: rows, tokens, packs, and estimates of memory and time."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cotree.config import TrainDPO, TrainSFT
+from cotree.llm.tokenizer import load_tokenizer
+from cotree.train.encode import Chain, Encoded, Pair, encode_dpo, encode_sft
+from cotree.train.forest import forest_tokens, packs
+from cotree.train.trainer import fixed_steps, read_rows
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Rows, rows over the token limit, steps, packs, tokens of all epochs unpacked and packed, and two estimates.
+
+    `peak_bytes` and `seconds` are estimates: weights, gradients, Adam's moments and the largest pack's activations in
+    fp32; and the matrices' work at the speed of a matrix product measured here. Half or twice of it is no surprise.
+    """
+
+    rows: int
+    too_long: int
+    steps: int
+    packs: int
+    tokens: int
+    packed_tokens: int
+    peak_bytes: int
+    seconds: float
+
+    @property
+    def token_ratio(self) -> float:
+        """Tokens that plain training computes for each one computed here."""
+        return self.tokens / max(self.packed_tokens, 1)
+
+
+def plan(rows: Path, student: Path, settings: TrainSFT | TrainDPO, seed: int, max_tokens: int) -> TrainPlan:
+    """Plan `train_sft` or `train_dpo` (by the type of settings); arguments and errors are theirs."""
+    tokenizer, read = load_tokenizer(student), read_rows(rows)
+    encoded: Encoded[Chain] | Encoded[Pair]
+    encode = encode_sft if isinstance(settings, TrainSFT) else encode_dpo
+    encoded = encode(tokenizer, read, max_tokens)
+    steps = fixed_steps([tuple(row.prompt) for row in encoded.rows], settings.batch_size, settings.epochs, seed)
+    dealt = [pack for step in steps for pack in packs([encoded.rows[index] for index in step], settings.pack_tokens)]
+    sizes = [forest_tokens(pack) for pack in dealt]
+    config = json.loads((student / "config.json").read_text())
+    weights = sum(file.stat().st_size for file in student.glob("*.safetensors")) // 4
+    # A layer keeps about ten rows of the model's width and four of the feed-forward's for each token; the vocabulary
+    # is kept twice, where a token is scored.
+    kept = config["num_hidden_layers"] * (10 * config["hidden_size"] + 4 * config["intermediate_size"])
+    kept = kept // 6 if settings.gradient_checkpointing else kept
+    peak = 16 * weights + 4 * max(sizes, default=0) * (kept + 2 * config["vocab_size"])
+    work = 6 * weights * sum(sizes)
+    return TrainPlan(
+        rows=len(encoded.rows),
+        too_long=encoded.too_long,
+        steps=len(steps),
+        packs=len(dealt),
+        tokens=sum(encoded.rows[index].tokens for step in steps for index in step),
+        packed_tokens=sum(sizes),
+        peak_bytes=peak,
+        seconds=work / _speed(),
+    )
+
+
+def _speed() -> float:
+    """Floating-point operations a second of a matrix product like those of a small model."""
+    import torch
+
+    left, right = torch.randn(512, 576), torch.randn(576, 1536)
+    _ = left @ right
+    started = time.perf_counter()
+    for _ in range(10):
+        _ = left @ right
+    return 10 * 2 * 512 * 576 * 1536 / (time.perf_counter() - started)

@@ -1,0 +1,73 @@
+"""Two processes give what one gives, started by torchrun or by accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.train.tiny_student import distance
+
+from cotree.config import TrainDPO
+from cotree.train.dpo import train_dpo
+
+SETTINGS = TrainDPO(batch_size=5, pack_tokens=150, epochs=1.0, learning_rate=1e-3, save_steps=1)
+CHILD = """
+import sys
+from pathlib import Path
+from cotree.config import TrainDPO
+from cotree.train.dpo import train_dpo
+if __name__ == "__main__":
+    rows, student, out, settings = sys.argv[1:]
+    train_dpo(Path(rows), Path(student), Path(out), TrainDPO.model_validate_json(settings), 0, 512)
+"""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ],
+}
+
+
+def launch(launcher: list[str], dpo_rows: Path, student: Path, out: Path, port: int) -> None:
+    out.mkdir()
+    (out / "child.py").write_text(CHILD)
+    option = "--master-port" if "torch" in launcher[0] else "--main_process_port"
+    command = [sys.executable, "-m", *launcher, f"{option}={port}", str(out / "child.py"), str(dpo_rows), str(student)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [*command, str(out / "run"), SETTINGS.model_dump_json()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_two_processes_are_one(launcher: str, student: Path, dpo_rows: Path, tmp_path: Path, free_port: int) -> None:
+    train_dpo(dpo_rows, student, tmp_path / "alone", SETTINGS, 0, 512)
+    launch(LAUNCHERS[launcher], dpo_rows, student, tmp_path / "two", free_port)
+    alone, two = (tmp_path / name for name in ("alone", "two/run"))
+    assert sorted(path.name for path in two.iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
+    left, right = (load_file(out / "model" / "model.safetensors") for out in (alone, two))
+    assert distance(dict(left), dict(right)) < 1e-5
+    start = load_file(student / "model.safetensors")
+    assert distance(dict(left), dict(start)) > 1e-4
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (alone, two)]
+    for one, both in zip(*logs, strict=True):
+        for name in one.keys() - {"seconds"}:
+            assert both[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    assert torch.isfinite(torch.cat([values.flatten() for values in right.values()])).all()

@@ -1,0 +1,157 @@
+"""What a training stage can be told: adapters, precision, checkpointing, probes, reporters; and what it says before."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.train.tiny_student import distance, gradients
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotree.config import LoRA, Probe, TrainDPO, TrainSFT
+from cotree.errors import CotreeError, UsageError
+from cotree.train import trainer as trainer_module
+from cotree.train.dpo import train_dpo
+from cotree.train.encode import encode_sft
+from cotree.train.gauges import WINDOW, chosen_falls
+from cotree.train.model import load_model
+from cotree.train.plan import plan
+from cotree.train.sft import ChainTrainer, train_sft
+from cotree.train.trainer import StepLog, read_rows, training_arguments
+
+SFT = TrainSFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
+DPO = TrainDPO(batch_size=5, epochs=2.0, learning_rate=1e-2)
+ADAPTER = LoRA(rank=4, alpha=8)
+
+
+@pytest.mark.parametrize("start", ["new adapter", "merged adapter", "continued adapter"])
+def test_every_margin_is_zero_at_step_0_with_an_adapter(
+    start: str, student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    """A continued adapter must not make the base the reference: it is merged into what the new one starts from."""
+    checkpoint = student
+    if start != "new adapter":
+        train_sft(sft_rows, student, tmp_path / "sft", SFT.model_copy(update={"lora": ADAPTER}), 0, 512)
+        checkpoint = tmp_path / "sft" / "model"
+        merged = load_file(checkpoint / "model.safetensors")
+        assert distance(dict(merged), dict(load_file(student / "model.safetensors"))) > 1e-3
+        if start == "continued adapter":
+            AutoTokenizer.from_pretrained(student).save_pretrained(checkpoint / "adapter")
+            checkpoint = checkpoint / "adapter"
+            found = {name: values.detach() for name, values in load_model(checkpoint).named_parameters()}
+            assert distance(found, {name: merged[name] for name in found}) < 1e-6
+    logs: list[StepLog] = []
+    train_dpo(dpo_rows, checkpoint, tmp_path / "dpo", DPO.model_copy(update={"lora": ADAPTER}), 0, 512, logs.append)
+    assert abs(logs[0].gauges["margin"]) < 1e-5
+    assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert abs(logs[-1].gauges["margin"]) > 1e-4
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dpo" / "model").dtype == torch.float32
+
+
+def step(student: Path, sft_rows: Path, out: Path, **changes: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    settings = SFT.model_copy(update=changes)
+    trainer = ChainTrainer(load_model(student), [chains], training_arguments(out, settings, 1, 0), settings)
+    if settings.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    return gradients(trainer, chains)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_checkpointing_changes_no_gradient(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    loss, expected = step(student, sft_rows, tmp_path)
+    again, found = step(student, sft_rows, tmp_path, gradient_checkpointing=True)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert distance(found, expected) < 1e-5
+
+
+def test_whole_runs_with_checkpointing_and_bf16(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    for name, change in (("plain", {}), ("saved", {"gradient_checkpointing": True}), ("low", {"precision": "bf16"})):
+        train_sft(sft_rows, student, tmp_path / name, SFT.model_copy(update=change), 0, 512)
+    plain, saved, low = (
+        dict(load_file(tmp_path / n / "model" / "model.safetensors")) for n in ("plain", "saved", "low")
+    )
+    assert distance(saved, plain) < 1e-3
+    assert 1e-6 < distance(low, plain) < 0.3
+
+
+def test_a_probe_reports_and_can_stop_the_run(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    logs: list[StepLog] = []
+    probe = Probe(every=2, questions=2, max_tokens=6)
+    train_sft(sft_rows, student, tmp_path / "run", SFT.model_copy(update={"probe": probe}), 0, 512, logs.append)
+    assert ["probe_no_answer" in log.gauges for log in logs] == [True, False, True]
+    assert all(0 < log.gauges["probe_tokens"] <= 6 for log in logs[::2])
+    plain = tmp_path / "plain"
+    train_sft(sft_rows, student, plain, SFT, 0, 512)
+    left, right = (dict(load_file(out / "model" / "model.safetensors")) for out in (tmp_path / "run", plain))
+    assert distance(left, right) == 0, "a probe only looks"
+
+
+def test_a_rising_no_answer_ratio_stops_where_asked(
+    student: Path, sft_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([0.0, 0.5, 1.0])
+    monkeypatch.setattr(trainer_module, "probe", lambda *_: {"probe_no_answer": next(answers)})
+    logs: list[StepLog] = []
+    settings = SFT.model_copy(update={"probe": Probe(every=1, stop_rise=0.4)})
+    result = train_sft(sft_rows, student, tmp_path / "run", settings, 0, 512, logs.append)
+    assert result.steps == len(logs) == 2
+    assert logs[-1].warnings == ("no_answer_rises: by 0.50 since the first probe; training stops here",)
+    assert (tmp_path / "run" / "model").exists()
+
+
+def test_falling_chosen_chains_are_named() -> None:
+    falling = [{"chosen_reward": -0.1 * at} for at in range(WINDOW)]
+    assert (chosen_falls(falling) or "").startswith("chosen_falls: over the last 10 steps")
+    assert chosen_falls(falling[1:]) is None
+    assert chosen_falls([{"chosen_reward": 0.1}] * WINDOW) is None
+    assert chosen_falls([{"loss": 1.0}] * WINDOW) is None
+
+
+def test_the_plan_is_what_the_run_then_does(student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path) -> None:
+    for rows, settings, train in ((sft_rows, SFT, train_sft), (dpo_rows, DPO, train_dpo)):
+        planned = plan(rows, student, settings, 0, 512)
+        done = train(rows, student, tmp_path / settings.__class__.__name__, settings, 0, 512)  # type: ignore[arg-type]
+        assert (planned.rows, planned.steps, planned.tokens) == (done.rows, done.steps, done.tokens)
+        assert planned.packed_tokens == done.packed < done.tokens
+        assert planned.token_ratio == done.tokens / done.packed
+        assert planned.packs >= planned.steps
+        assert planned.peak_bytes > 16 * 50_000
+        assert planned.seconds > 0
+    smaller = plan(dpo_rows, student, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
+    assert smaller.packs == smaller.rows
+    assert plan(dpo_rows, student, DPO, 0, 60).too_long > 0
+
+
+def test_out_of_memory_says_which_pack_and_what_to_lower(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    trainer = ChainTrainer(load_model(student), [chains], training_arguments(tmp_path, SFT, 1, 0), SFT)
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    message = r"step 1, in a pack of 11 rows and \d+ tokens: lower pack_tokens \(now 2048\)"
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, old[1]))
+    try:
+        with pytest.raises(CotreeError, match=message), trainer._room_for(chains):
+            torch.zeros(2**30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+    with pytest.raises(RuntimeError, match="another"), trainer._room_for(chains):
+        raise RuntimeError("another")
+
+
+def test_a_reporter_that_is_not_there_is_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="report_to: swanlab is not installed"):
+        train_sft(sft_rows, student, tmp_path, SFT.model_copy(update={"report_to": ("swanlab",)}), 0, 512)
+    assert not (tmp_path / "inputs.json").exists()
+
+
+def test_the_deepspeed_config_is_one(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "recipes" / "cluster" / "deepspeed_zero2.json"
+    config = json.loads(path.read_text())
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["gradient_accumulation_steps"] == "auto"
