@@ -69,6 +69,8 @@ def evaluate(
     """
     done = {(s.task, s.id): s for s in read_samples(samples)}
     left = [(task, question) for task, question in questions if (question.task, question.id) not in done]
+    # Family after family, as the search: a slot then has most of the next prompt warm, the worked examples above all.
+    left.sort(key=lambda asked: (asked[1].task, asked[1].family))
     if left:
         with serve(gguf, slots=_SLOTS, context=_ROOM_FOR_PROMPT + max_tokens) as url:
             asyncio.run(_ask(url, tokenizer, left, samples, done, max_tokens, examples, len(questions), on_sample))
