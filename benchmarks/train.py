@@ -1,6 +1,6 @@
 """Training speed at equal gradients, side by side in one run: cotree's forests and TRL's trainers.
 
-    make bench-train                                 all shapes with the real SmolLM2-135M, up to 40 minutes
+    make bench-train                                 all shapes with the real SmolLM2-135M (not yet timed in full)
     make bench-train ARGS="--run runs/laptop"        and the first step of a run's own trees
     python -m benchmarks.train --tiny                a minute: shows that it runs, the numbers mean little
 
