@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -29,7 +30,7 @@ from cotree.errors import CotreeError, UsageError
 from cotree.train import model as model_module
 from cotree.train import sft
 from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps, train_dpo
-from cotree.train.encode import encode_dpo, encode_sft
+from cotree.train.encode import encode_dpo, encode_sft, template_hash
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer, train_sft
 from cotree.train.trainer import (
@@ -366,6 +367,21 @@ def test_rows_that_cannot_be_trained_on_are_refused(student: Path, sft_rows: Pat
     with pytest.raises(UsageError, match=r"cannot read the rows in .*text"):
         train_sft(tmp_path / "text", student, tmp_path / "run", SFT, 0, 512)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_built_for_another_chat_template_are_refused(
+    student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    own = template_hash(AutoTokenizer.from_pretrained(student))
+    for kind, rows, settings, train in (("sft", sft_rows, SFT, train_sft), ("dpo", dpo_rows, DPO, train_dpo)):
+        table = pq.read_table(rows)
+        for template, name in ((own, "own"), ("another", "other")):
+            noted = {"cotree": json.dumps({"kind": kind, "template": template})}
+            pq.write_table(table.replace_schema_metadata(noted), tmp_path / f"{kind}-{name}.parquet")
+        with pytest.raises(UsageError, match="was built for another tokenizer or chat template"):
+            train(tmp_path / f"{kind}-other.parquet", student, tmp_path / kind, settings, 0, 512)  # type: ignore[arg-type]
+        assert not (tmp_path / kind).exists()
+    assert train_sft(tmp_path / "sft-own.parquet", student, tmp_path / "sft", SFT, 0, 512).rows > 0
 
 
 def test_a_run_keeps_no_weights_in_memory(
