@@ -223,10 +223,15 @@ class BuildSFT(Section):
 
 
 class BuildDPO(Section):
-    """Pairs with the shortest common prefix (paper, data extraction: shortest chosen for DPO)."""
+    """Pairs with the shortest common prefix (paper, data extraction: shortest chosen for DPO).
+
+    `unanswered`: a path that max_tokens cut off may be rejected too. Its turn has no end, which the row's
+    `rejected_finished` says; trainers other than cotree's would give it one.
+    """
 
     length: Length = "shortest"
     pairs_per_tree: int = Field(1, ge=1)
+    unanswered: bool = False
 
 
 class BuildStepPairs(Section):

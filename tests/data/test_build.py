@@ -16,11 +16,12 @@ from tests.train.tiny_student import tiny_tokenizer
 
 from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates
 from cotree.data.build import build, build_dpo, build_sft
+from cotree.data.chains import Reading
 from cotree.data.files import COLUMNS, check_file, check_template, read_metadata
 from cotree.data.gates import foreign_share
 from cotree.errors import CotreeError, UsageError
 from cotree.store import StoredTree, TreeStore
-from cotree.train.encode import encode_chains, template_hash
+from cotree.train.encode import encode_chains, encode_dpo, template_hash
 
 
 def tree(name: str, answers: list[tuple[str, str]], task: str = "arithmetic") -> StoredTree:
@@ -128,6 +129,30 @@ def test_every_row_of_random_trees_is_what_its_file_promises(seeds: list[int], s
             if (folder / kind).exists():
                 assert check_file(folder / kind / "train.parquet")[1] == len(rows(folder / kind))
                 assert list(rows(folder / kind)[0]) == list(COLUMNS[kind])
+
+
+def test_a_path_that_was_cut_off_is_rejected_where_it_is_asked_for_and_its_turn_has_no_end(tmp_path: Path) -> None:
+    cut = replace(node(2, 1, "thinking", "I add and I add and", "no_answer"), finish_reason="length")
+    begins = replace(node(3, 1, "thinking", "So it", "no_answer"), finish_reason="length")
+    right = [node(4, 1, "thinking", "So it is 3."), node(5, 4, "answer", "The answer is: \\boxed{3}", "correct")]
+    one = tree_of("one", [node(0, None, None), node(1, 0, "sub_task", "I add."), cut, begins, *right])
+    with pytest.raises(CotreeError, match="no tree has both"):
+        build([one], tiny_tokenizer(), Build(), tmp_path / "off", seed=0)
+    asked = Build(dpo=BuildDPO(unanswered=True))
+    built = build(
+        [one], tiny_tokenizer(), asked, tmp_path / "on", seed=0, reading=Reading(unanswered=True), control=True
+    )
+    (row,) = rows(tmp_path / "on" / "dpo")
+    assert (row["rejected_leaf"], row["rejected_finished"]) == (2, False), "a mere beginning of chosen is not rejected"
+    assert (built.counts["sft_rows"], built.counts["control_rows"]) == (1, 1)
+    assert rows(tmp_path / "on" / "control")[0]["leaf_id"] == 5
+    (pair,) = encode_dpo(tiny_tokenizer(), [row], 512).rows
+    (closed,) = encode_dpo(tiny_tokenizer(), [row | {"rejected_finished": True}], 512).rows
+    assert pair.rejected == closed.rejected[:-1]
+    assert (len(pair.rejected), pair.prefix) == (row["rejected_tokens"], row["prefix_tokens"])
+    beginning = {"rejected": [{"role": "assistant", "content": "I add.\nSo it"}], "rejected_finished": False}
+    with pytest.raises(UsageError, match="chosen begins with all of rejected's tokens"):
+        encode_dpo(tiny_tokenizer(), [row | beginning], 512)
 
 
 def test_four_combinations_from_one_store(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_pairs_know_their_shared_prefix(tokenizer: PreTrainedTokenizerFast) -> N
     assert tokenizer.decode(pair.chosen[: pair.prefix]).startswith("Firstly, I need to break down this task. So So")
     assert pair.tokens == 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
     same: dict[str, Any] = dpo_row(2) | {"rejected": dpo_row(2)["chosen"]}
-    with pytest.raises(UsageError, match="row 1: chosen and rejected are the same tokens"):
+    with pytest.raises(UsageError, match="row 1: chosen begins with all of rejected's tokens"):
         encode_dpo(tokenizer, [dpo_row(1), same], 512)
 
 

@@ -172,7 +172,8 @@ def _rows(
         "question_id": tree.question_id,
         "pass_rate": verdicts.count("correct") / max(len(verdicts), 1),
     }
-    ordered = sorted(chains, key=lambda chain: len(chain.tokens))
+    answered = [chain for chain in chains if chain.verdict != "no_answer"]
+    ordered = sorted(answered, key=lambda chain: len(chain.tokens))
     ranks = {chain.leaf_id: rank for rank, chain in enumerate(ordered, 1)}
 
     def sft(chain: Chain) -> Row:
@@ -198,6 +199,7 @@ def _rows(
             "prefix_tokens": pair.prefix_tokens,
             "chosen_tokens": len(pair.chosen.tokens),
             "rejected_tokens": len(pair.rejected.tokens),
+            "rejected_finished": pair.rejected.verdict != "no_answer",
             **common,
         }
 
@@ -207,13 +209,13 @@ def _rows(
         yield "dpo", 0, dpo(pair)
     if control:
         # No tree gives more SFT rows than this, so more are never asked for.
-        for rank, chain in enumerate(draw_chains(chains, settings.sft.chains_per_tree, seed)):
+        for rank, chain in enumerate(draw_chains(answered, settings.sft.chains_per_tree, seed)):
             yield "control", rank, sft(chain)
     if settings.step_pairs is not None:
         for pair in select_step_pairs(tree, chains, settings.step_pairs, seed):
             yield "step_pairs", 0, {**dpo(pair), **_step(tree, pair)}
     if settings.stepwise is not None:
-        for chain in draw_chains(chains, settings.stepwise.chains_per_tree, seed):
+        for chain in draw_chains(answered, settings.stepwise.chains_per_tree, seed):
             nodes = [tree.nodes[node_id] for node_id in chain.nodes]
             yield "stepwise", 0, {
                 "prompt": prompt,

@@ -16,7 +16,7 @@ from cotree.search.prompts import chain_text
 from cotree.search.thoughts import PATTERNS, Pattern
 from cotree.store import StoredNode, StoredTree
 from cotree.tasks.base import Verdict
-from cotree.train.encode import encode_chains
+from cotree.train.encode import encode_chains, unfinished_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +26,9 @@ Judge = Callable[[StoredTree, str], Verdict]
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A finished chain as the student is trained on it; `tokens` are the completion's ids, end of turn included.
+    """A chain as the student is trained on it; `tokens` are the completion's ids, end of turn included.
 
+    verdict: "no_answer" is a path that max_tokens cut off; its turn has no end.
     value: the mean of v/n over its thoughts. nodes: their ids, those that the student does not see left out.
     """
 
@@ -45,13 +46,15 @@ class Chain:
 
 @dataclass(frozen=True)
 class Reading:
-    """How chains are read out of trees: the text's form, what the student does not see, and who judges cut chains."""
+    """How chains are read out of trees: the text's form, what the student does not see, and who judges chains whose
+    reflections were cut; with `unanswered` also the paths that max_tokens cut off."""
 
     text: TextForm = "plain"
     cut_reflections: bool = False
     left_out: Collection[str] = frozenset()
     patterns: Mapping[str, Pattern] = field(default_factory=lambda: PATTERNS)
     judge: Judge | None = None
+    unanswered: bool = False
 
 
 PLAIN = Reading()
@@ -60,24 +63,29 @@ PLAIN = Reading()
 def chains_of(
     tree: StoredTree, tokenizer: PreTrainedTokenizerBase, reading: Reading = PLAIN
 ) -> tuple[list[Chain], int]:
-    """All chains that end in a judged answer, once each by text, in leaf order; and how many ended without an answer.
+    """All chains that end in a judged answer, once each by text, in leaf order; and how many ended without an answer
+    and were left out.
 
     A chain whose reflections were cut is judged again: its answer may no longer follow.
     """
     found: dict[str, tuple[StoredNode, list[StoredNode], str, float]] = {}
-    no_answer = sum(node.verdict == "no_answer" for node in tree.nodes)
+    no_answer = 0
     for leaf in tree.nodes:
-        if leaf.type != "answer" or leaf.verdict not in ("correct", "wrong"):
+        if leaf.verdict is None:
+            continue
+        unfinished = leaf.verdict == "no_answer" and leaf.type != "answer" and leaf.finish_reason == "length"
+        if leaf.verdict == "no_answer" and not (reading.unanswered and unfinished):
+            no_answer += 1
             continue
         whole = tree.chain(leaf.node_id)
         kept = cut_reflections(whole, reading.patterns[tree.pattern]) if reading.cut_reflections else whole
         thoughts = [node for node in kept if node.type not in reading.left_out]
         text = form(thoughts, reading.text)
         verdict, reward = leaf.verdict, float(leaf.reward or 0.0)
-        if len(kept) < len(whole) and reading.judge is not None:
+        if len(kept) < len(whole) and reading.judge is not None and not unfinished:
             judged = reading.judge(tree, text)
             verdict, reward = judged.kind, judged.reward
-        if verdict == "no_answer":
+        if verdict == "no_answer" and not unfinished:
             no_answer += 1
         else:
             found.setdefault(text, (leaf, thoughts, verdict, reward))
@@ -90,7 +98,7 @@ def chains_of(
             verdict=verdict,
             reward=reward,
             pattern=tree.pattern,
-            tokens=tuple(ids.completion),
+            tokens=tuple(unfinished_turn(ids).completion if verdict == "no_answer" else ids.completion),
             prompt_tokens=len(ids.prompt),
             value=fmean(mean_value(node) for node in thoughts),
             nodes=tuple(node.node_id for node in thoughts),

@@ -35,7 +35,10 @@ def _columns(spec: str) -> dict[str, str]:
 
 _COMMON = "; string: tree_id task question_id; double: pass_rate"
 _SFT = "messages: prompt completion; int64: leaf_id length_tokens length_rank; string: pattern; double: reward value"
-_DPO = "messages: prompt chosen rejected; int64: chosen_leaf rejected_leaf prefix_tokens chosen_tokens rejected_tokens"
+_DPO = (
+    "messages: prompt chosen rejected; int64: chosen_leaf rejected_leaf prefix_tokens chosen_tokens rejected_tokens"
+    "; bool: rejected_finished"
+)
 _STEP = (
     "; string: step_type prefix chosen_step rejected_step; double: chosen_value rejected_value; int64: chosen_visits"
 )

@@ -24,8 +24,12 @@ def passes(chain: Chain, prompt: str, settings: Build, removed: Counter[str]) ->
     gates = settings.gates
     checks: list[tuple[str, bool, Callable[[], bool]]] = [
         ("too_long", True, lambda: chain.prompt_tokens + len(chain.tokens) > settings.max_tokens),
-        # A short text with an answer is no loop by any rule.
-        ("loop", gates.loops and len(chain.text) > LONG_TEXT, lambda: diagnose(chain.text, answered=True).loop),
+        # A short text with an answer is no loop by any rule; one without an answer is there to be rejected.
+        (
+            "loop",
+            gates.loops and len(chain.text) > LONG_TEXT and chain.verdict != "no_answer",
+            lambda: diagnose(chain.text, answered=True).loop,
+        ),
         ("language", gates.language, lambda: foreign_share(chain.text, prompt) > _MAX_FOREIGN),
     ]
     for name, asked, fails in checks:

@@ -1,6 +1,7 @@
 """Which chains of a tree become rows: by value or relative length, pairs with the shortest common prefix, steps.
 
-Invariants: every SFT chain and every `chosen` was judged correct, every `rejected` wrong; no pair and no SFT chain
+Invariants: every SFT chain and every `chosen` was judged correct, every `rejected` wrong (or cut off, where that was
+asked for); no pair and no SFT chain
 comes twice; ties fall by seed. Lengths are student tokens, relative to the chain's own tree (paper, Thoughts Length
 Balance). Selection sees only what passed the gates: the longest chain is often a loop.
 """
@@ -64,12 +65,14 @@ def select_dpo(chains: Sequence[Chain], settings: BuildDPO, seed: int) -> list[P
     """One tree's pairs: chosen by relative length (paper: the shortest correct), rejected = the wrong chain that shares
     the fewest student tokens with it (shortest common prefix), ties by relative length, then seed; each chain once."""
     correct = by_length((c for c in chains if c.verdict == "correct"), settings.length, seed)
-    wrong = by_length((c for c in chains if c.verdict == "wrong"), settings.length, seed)
+    wrong = by_length((c for c in chains if c.verdict != "correct"), settings.length, seed)
     pairs = []
     for chosen in correct[: settings.pairs_per_tree]:
-        if not wrong:
-            break
-        rejected = min(wrong, key=lambda chain: prefix_tokens(chosen.tokens, chain.tokens))
+        # A path that was cut off can be the very beginning of a right one.
+        others = [chain for chain in wrong if chosen.tokens[: len(chain.tokens)] != chain.tokens]
+        if not others:
+            continue
+        rejected = min(others, key=lambda chain: prefix_tokens(chosen.tokens, chain.tokens))
         wrong.remove(rejected)
         pairs.append(Pair(chosen, rejected, prefix_tokens(chosen.tokens, rejected.tokens)))
     return pairs

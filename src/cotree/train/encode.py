@@ -132,19 +132,28 @@ def encode_sft(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]
 def encode_dpo(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], max_tokens: int) -> Encoded[Pair]:
     """Encode DPO rows (`prompt`, `chosen`, `rejected`: messages), leaving out those with a side over `max_tokens`.
 
+    A row with `rejected_finished: false` has a rejected side that was cut off: its turn gets no end.
+
     Raises:
-        UsageError: as `encode_chains`; and if chosen and rejected are the same tokens.
+        UsageError: as `encode_chains`; and if rejected is chosen, or only its beginning.
     """
     rows = list(rows)
     chosen = encode_chains(tokenizer, [(row["prompt"], row["chosen"]) for row in rows])
     rejected = encode_chains(tokenizer, [(row["prompt"], row["rejected"]) for row in rows])
     pairs = []
     for index, (good, bad) in enumerate(zip(chosen, rejected, strict=True)):
-        if good.completion == bad.completion:
-            raise UsageError(f"row {index}: chosen and rejected are the same tokens; there is nothing to prefer")
+        if not rows[index].get("rejected_finished", True):
+            bad = unfinished_turn(bad)
+        if good.completion[: len(bad.completion)] == bad.completion:
+            raise UsageError(f"row {index}: chosen begins with all of rejected's tokens; there is nothing to prefer")
         shared = prefix_tokens(good.completion, bad.completion)
         pairs.append(Pair(good.prompt, good.completion, bad.completion, shared))
     return _fitting(pairs, max_tokens)
+
+
+def unfinished_turn(chain: Chain) -> Chain:
+    """The same without the token that ends the turn: what a model has written when max_tokens cuts it off."""
+    return Chain(chain.prompt, chain.completion[:-1])
 
 
 def prefix_tokens(first: Sequence[int], second: Sequence[int]) -> int:
