@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from tests.fake_server import FakeServerThread, count_tokens, draw
+from tests.llm.asking import raw_server
 from tests.search.test_driver import PlainTemplate, content, reply
 
 from cotree.config import Reward, Role, Search, Stop, Thought, Writer
@@ -367,3 +369,25 @@ def test_best_of_n_spends_what_the_trees_spent_and_is_journalled(tmp_path: Path)
     assert mcts["questions"] == other["questions"] == 6
     share, low, high = other["correct"]
     assert low <= share <= high
+
+
+def test_best_of_n_ends_where_a_server_withholds_every_text(tmp_path: Path) -> None:
+    async def withheld(_: web.Request) -> web.Response:
+        choices = [{"text": "", "finish_reason": "content_filter"}] * 8
+        return web.json_response({"choices": choices, "usage": {"completion_tokens": 0}})
+
+    async def both(url: str) -> int:
+        async with raw_server(withheld) as other, Client("one", url, "one", max_in_flight=8, count_tokens=len) as first:
+            async with Client("one", other, "one", max_in_flight=8, count_tokens=len) as second:
+                with TreeStore(tmp_path / "t.db") as store:
+                    one = Endpoint("one", (first,), PlainTemplate(), "one")
+                    asked = [(task("letters"), q) for q in task("letters").questions("train", 1)]
+                    grower = Grower(store, {"one": one}, ONE, settings(), 3)
+                    await grower.grow_all(asked)
+                    grower.calls.endpoints = {"one": Endpoint("one", (second,), PlainTemplate(), "one")}
+                    best = best_of_n(grower.calls, ONE, grower.settings, grower.grown(asked), lambda *_: None)
+                    found = await asyncio.wait_for(best, 5)
+        return found[0].correct + found[0].wrong
+
+    with FakeServerThread(reply=reply) as server:
+        assert asyncio.run(both(server.url)) == 0
