@@ -149,7 +149,8 @@ class TreeStore:
             (version,) = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
         if int(version) != SCHEMA_VERSION:
             self._db.close()
-            raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}")
+            fix = "choose another name= (the trees are kept), or use the cotree that wrote it"
+            raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}; {fix}")
         # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a call say which do.
         with self._guard():
             self._journalled = {key for (key,) in self._db.execute("SELECT key FROM calls")}
