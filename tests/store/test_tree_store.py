@@ -111,5 +111,5 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
         pass
     with sqlite3.connect(tmp_path / "t.db") as db:
         db.execute("UPDATE meta SET value = '99'")
-    with pytest.raises(UsageError, match="schema version 99.*; choose another name="):
+    with pytest.raises(UsageError, match=r"schema version 99.*; choose another name="):
         TreeStore(tmp_path / "t.db")
