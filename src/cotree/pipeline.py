@@ -211,8 +211,8 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 
 def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.eval.evaluate import evaluate
-    from cotree.eval.metrics import constant_baseline, summarize
+    from cotree.eval.evaluate import constant_baselines, evaluate
+    from cotree.eval.metrics import summarize
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.export_gguf import export_gguf
 
@@ -243,19 +243,17 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
             )
         prompt += sum(sample.prompt_tokens for sample in samples)
         completion += sum(sample.tokens for sample in samples)
-        for task_name in dict.fromkeys(t.name for t, _ in questions):
-            judged = [sample.judged() for sample in samples if sample.task == task_name]
-            rows.append({"model": name, "task": task_name, **summarize(judged), "max_tokens": settings.max_tokens})
+        for part in dict.fromkeys(sample.part for sample in samples):
+            judged = [sample.judged() for sample in samples if sample.part == part]
+            rows.append({"model": name, "task": part, **summarize(judged), "max_tokens": settings.max_tokens})
     # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.
     folder = run.path / "student" / "transformers"
     if not folder.is_symlink():
         folder.symlink_to(Path("..") / run.checkpoint("dpo").relative_to(run.path) / "model")
-    baselines = []
-    for task_name in dict.fromkeys(t.name for t, _ in questions):
-        answer, accuracy = constant_baseline([question.gold for t, question in questions if t.name == task_name])
-        baselines.append({"task": task_name, "answer": answer, "accuracy": accuracy})
     write_json(run.path / "eval" / "results.json", rows)
-    result.update(eval=rows, baselines=baselines, tokens={"prompt": prompt, "completion": completion})
+    result.update(
+        eval=rows, baselines=constant_baselines(questions), tokens={"prompt": prompt, "completion": completion}
+    )
 
 
 def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:

@@ -377,16 +377,19 @@ def test_best_of_n_ends_where_a_server_withholds_every_text(tmp_path: Path) -> N
         return web.json_response({"choices": choices, "usage": {"completion_tokens": 0}})
 
     async def both(url: str) -> int:
-        async with raw_server(withheld) as other, Client("one", url, "one", max_in_flight=8, count_tokens=len) as first:
-            async with Client("one", other, "one", max_in_flight=8, count_tokens=len) as second:
-                with TreeStore(tmp_path / "t.db") as store:
-                    one = Endpoint("one", (first,), PlainTemplate(), "one")
-                    asked = [(task("letters"), q) for q in task("letters").questions("train", 1)]
-                    grower = Grower(store, {"one": one}, ONE, settings(), 3)
-                    await grower.grow_all(asked)
-                    grower.calls.endpoints = {"one": Endpoint("one", (second,), PlainTemplate(), "one")}
-                    best = best_of_n(grower.calls, ONE, grower.settings, grower.grown(asked), lambda *_: None)
-                    found = await asyncio.wait_for(best, 5)
+        async with (
+            raw_server(withheld) as other,
+            Client("one", url, "one", max_in_flight=8, count_tokens=len) as first,
+            Client("one", other, "one", max_in_flight=8, count_tokens=len) as second,
+        ):
+            with TreeStore(tmp_path / "t.db") as store:
+                one = Endpoint("one", (first,), PlainTemplate(), "one")
+                asked = [(task("letters"), q) for q in task("letters").questions("train", 1)]
+                grower = Grower(store, {"one": one}, ONE, settings(), 3)
+                await grower.grow_all(asked)
+                grower.calls.endpoints = {"one": Endpoint("one", (second,), PlainTemplate(), "one")}
+                best = best_of_n(grower.calls, ONE, grower.settings, grower.grown(asked), lambda *_: None)
+                found = await asyncio.wait_for(best, 5)
         return found[0].correct + found[0].wrong
 
     with FakeServerThread(reply=reply) as server:
