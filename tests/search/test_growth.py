@@ -6,6 +6,7 @@ import asyncio
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cotree.search.baselines import best_of_n, compare, of_tree
 from cotree.search.calls import Progress
 from cotree.search.driver import Grower
 from cotree.search.prompts import chain_text
-from cotree.search.reward import load_function
+from cotree.search.reward import load_function, steps_messages
 from cotree.search.summary import summarize
 from cotree.store import StoredTree, TreeStore
 from cotree.tasks import Question, Task, Verdict, task
@@ -394,3 +395,23 @@ def test_best_of_n_ends_where_a_server_withholds_every_text(tmp_path: Path) -> N
 
     with FakeServerThread(reply=reply) as server:
         assert asyncio.run(both(server.url)) == 0
+
+
+def test_a_changed_question_is_not_passed_off_as_the_one_that_a_tree_was_grown_for(tmp_path: Path) -> None:
+    letters = task("letters")
+    questions = letters.questions("train", 3)
+    changed = replace(questions[1], messages=({"role": "user", "content": "Another question."},))
+    with FakeServerThread(reply=reply) as server:
+        asyncio.run(grow(server.url, tmp_path / "t.db", settings(), [(letters, q) for q in questions]))
+        before = server.calls
+        asked = [(letters, q) for q in (questions[0], changed, questions[2])]
+        with pytest.raises(ExceptionGroup) as raised:
+            asyncio.run(grow(server.url, tmp_path / "t.db", settings(), asked))
+        assert raised.group_contains(UsageError, match=f"question `{changed.id}` of task `letters` has changed")
+        assert server.calls == before
+
+
+def test_a_separator_in_a_thought_makes_no_step_of_its_own() -> None:
+    question = Question("q", "t", ({"role": "user", "content": "Why?"},), "1")
+    said = steps_messages(question, ["one\n\ntwo", "three"], "\n\n")[-1][1]
+    assert said == "one two\n\nthree\n\n"

@@ -204,6 +204,13 @@ class TreeStore:
             rows = self._db.execute("SELECT tree_id, rollouts FROM trees WHERE config = ?", (config,))
             return {str(tree_id): int(rollouts) for tree_id, rollouts in rows}
 
+    def asked(self, tree_id: str) -> tuple[list[dict[str, str]], str]:
+        """The messages and the gold answer of the question that a tree was grown for."""
+        with self._guard():
+            query = "SELECT messages, gold FROM trees WHERE tree_id = ?"
+            messages, gold = self._db.execute(query, (tree_id,)).fetchone()
+        return json.loads(messages), str(gold)
+
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
         with self._guard(), self._transaction():
