@@ -142,6 +142,10 @@ class TreeStore:
         self.path = path
         with self._guard():
             self._db = sqlite3.connect(path, isolation_level=None)
+            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables and "meta" not in tables:
+                self._db.close()
+                raise sqlite3.DatabaseError("it is another program's database")
             # WAL with NORMAL keeps every commit through a killed process, at 40 microseconds a commit.
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=5000;")
             self._db.executescript(_SCHEMA)
