@@ -10,7 +10,7 @@ import pytest
 from tests.fake_server import FakeServerThread
 
 from cotree.config import load_recipe
-from cotree.errors import UsageError
+from cotree.errors import CotreeError, UsageError
 from cotree.pipeline import run
 from cotree.progress import Output
 
@@ -32,3 +32,14 @@ def test_a_search_on_servers_needs_no_training_library(tmp_path: Path, monkeypat
         assert server.calls > 0
     with pytest.raises(UsageError, match="xllamacpp is not installed"):
         run(recipe, tmp_path, output=Output(quiet=True))
+
+
+def test_what_fails_side_by_side_is_one_error(tmp_path: Path) -> None:
+    function = tmp_path / "reward.py"
+    function.write_text("def twice(question, text, verdict):\n    return 2\n")
+    with FakeServerThread(chat_only=True) as server:
+        far = f"models.far={{url: '{server.url}', model: fake, mode: chat}}"
+        reward = f"search.reward={{function: '{function}:twice'}}"
+        recipe = load_recipe(LAPTOP, [far, "roles={thinker: far}", "tasks.train={letters: 4}", reward])
+        with pytest.raises(CotreeError, match="a reward is in"):
+            run(recipe, tmp_path / "runs", only="search", output=Output(quiet=True))

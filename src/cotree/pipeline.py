@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.config import STAGES, Recipe
-from cotree.errors import CotreeError, UsageError
+from cotree.errors import CotreeError, UsageError, spoken_for
 from cotree.progress import Output, Update
 from cotree.run_folder import RunFolder, find_run, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
@@ -58,7 +58,7 @@ def run(
                 continue
             output.say(f"{stage}: {_says(stage, recipe)}")
             started = time.monotonic()
-            with folder.stage(stage) as result:
+            with spoken_for(), folder.stage(stage) as result:
                 _STAGE[stage](folder, result, output)
             output.say(f"  {stage} done in {time.monotonic() - started:.0f} s")
         if folder.done("report"):
