@@ -217,3 +217,10 @@ def test_the_embedded_model_passes(tmp_path: Path) -> None:
     findings = check(recipe(models=models, train={"student": "m0"}), QUIET, tmp_path)
     assert {finding.check for finding in findings} >= {"reach", "continues", "exact", "stop strings", "samples"}
     assert all(isinstance(finding, Finding) and not finding.problem for finding in findings)
+
+
+def test_a_reward_function_that_does_not_load_is_found() -> None:
+    with FakeServerThread(reply=tell) as server:
+        found = problems(chat(server.url), search={"reward": {"function": "nowhere:f"}})
+    assert list(found) == ["function"]
+    assert "cannot load nowhere" in found["function"]

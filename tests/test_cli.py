@@ -59,6 +59,9 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         ),
         (["run", LAPTOP, "tasks.train={}"], "`tasks.train`: Dictionary should have at least 1 item"),
         (["run", LAPTOP, "tasks.dev.letters=99999"], "lower the number"),
+        (["run", LAPTOP, "eval.split=dev", "tasks.eval.letters=99999"], "lower the number"),
+        (["run", LAPTOP, "tasks.dev={twice.yaml: 2}"], "two dev questions of task `twice` are called `3`"),
+        (["run", LAPTOP, "eval.max_tokens=9000"], "tokens, `smollm2` takes 8192; lower eval.max_tokens"),
         (["run", LAPTOP, "search.patterns=[]"], "`search.patterns`: List should have at least 1 item"),
         (["run", LAPTOP, "train.sft.learning_rate=.inf"], "finite number"),
         (["run", LAPTOP, "models.smollm2.embedded=not.gguf"], "not.gguf"),
@@ -79,6 +82,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "not.gguf").write_bytes(b"GGUF!!")
+    (tmp_path / "rows.jsonl").write_text('{"id": "3", "question": "Why?", "answer": "1"}\n' * 100)
+    (tmp_path / "twice.yaml").write_text("name: twice\ndata: rows.jsonl\nprompt: '{question}'\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cotree", *words])
     with pytest.raises(SystemExit) as left:

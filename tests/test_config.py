@@ -39,6 +39,7 @@ def test_the_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ("search.rollouts=0", "`search.rollouts`: Input should be greater than or equal to 1"),
         ("train.sft.micro_batch_size=2", "unknown key `train.sft.micro_batch_size`"),
         ("models.smollm2.url=http://x", "exactly one of `embedded`"),
+        ("search.thoughts={answer: {prefixes: ['So:']}}", r"`So:` opens no box; end it with \\boxed\{"),
         ("name=a/b", "`name`"),
         ("search.rollouts", "is no override"),
         ("name.x.y=1", "is a value, not a section"),

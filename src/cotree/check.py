@@ -23,7 +23,7 @@ from cotree.errors import CotreeError, UsageError
 from cotree.llm.client import Client, Completion, Request
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.progress import Output
-from cotree.search.reward import combined, steps_messages
+from cotree.search.reward import check_reward, combined, steps_messages
 from cotree.tasks import Question, Split, task
 
 _QUESTION = {"role": "user", "content": "Count from one to thirty in words, separated by commas."}
@@ -75,6 +75,8 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
         output.say(str(finding))
 
     _questions(recipe, note)
+    if recipe.search.reward is not None and recipe.search.reward.function is not None:
+        note(_reward(recipe.search.reward))
     note(_disk(recipe, runs_dir))
     asyncio.run(_models(recipe, note))
     failed = [finding for finding in findings if finding.problem]
@@ -100,6 +102,14 @@ def _questions(recipe: Recipe, note: Note) -> None:
             except CotreeError as error:
                 problem = str(error)
             note(Finding(f"task `{name}`", f"{split} questions", problem, f"{wanted} there"))
+
+
+def _reward(reward: Reward) -> Finding:
+    try:
+        check_reward(reward)
+    except CotreeError as error:
+        return Finding("reward", "function", str(error))
+    return Finding("reward", "function", remark=f"{reward.function} loads")
 
 
 def _disk(recipe: Recipe, runs_dir: Path) -> Finding:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cotree.errors import CotreeError, UsageError
+from cotree.errors import CotreeError, UsageError, spoken_for
 
 _INTERRUPTED = 130
 
@@ -174,12 +174,11 @@ def main() -> None:
     """The `cotree` command."""
     try:
         # typer turns Ctrl-C and exits into a number that it returns.
-        code = app(standalone_mode=False)
+        with spoken_for():
+            code = app(standalone_mode=False)
         if code == _INTERRUPTED:
             _fail("stopped; nothing is lost: run the same command again to resume", _INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
-    except ExceptionGroup as group:
-        _explain(group)
     except CotreeError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
@@ -192,18 +191,6 @@ def main() -> None:
         if message is None:
             raise
         _fail(f"{message()} (see cotree --help)", UsageError.exit_code)
-
-
-def _explain(group: ExceptionGroup[Exception]) -> None:
-    """Work that ran side by side fails side by side: the first user error speaks for all."""
-    errors: list[Exception] = list(group.exceptions)
-    while errors:
-        error = errors.pop(0)
-        if isinstance(error, ExceptionGroup):
-            errors += error.exceptions
-        elif isinstance(error, CotreeError):
-            _fail(str(error), error.exit_code)
-    raise group
 
 
 def _fail(message: str, code: int) -> None:

@@ -439,6 +439,9 @@ class Recipe(Section):
         _known("search.thoughts", search.thoughts, list(THOUGHT_TYPES))
         if "answer" in search.thoughts and not search.thoughts["answer"].answers():
             raise ValueError("search.thoughts.answer: only `prefixes` and `max_tokens` can change; it ends by itself")
+        for prefix in (search.thoughts["answer"].prefixes or ()) if "answer" in search.thoughts else ():
+            if not prefix.endswith("\\boxed{"):
+                raise ValueError(f"search.thoughts.answer: `{prefix}` opens no box; end it with \\boxed{{")
         if search.reward is not None and search.reward.judge is not None:
             writing = [name for name, model in self.models.items() if model.mode != "pooling"]
             _known("search.reward.judge", [search.reward.judge], writing)

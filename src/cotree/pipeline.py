@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.config import STAGES, Recipe
-from cotree.errors import CotreeError, UsageError
+from cotree.errors import CotreeError, UsageError, spoken_for
 from cotree.progress import Output, Update
 from cotree.run_folder import RunFolder, find_run, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from cotree.search.calls import Progress
     from cotree.train.trainer import StepLog
 
@@ -44,7 +47,7 @@ def run(
     missing = [s for s in STAGES[: STAGES.index(wanted[0])] if not before.done(s)]
     if missing:
         raise UsageError(f"stage `{wanted[0]}` needs `{missing[0]}` first; run without --only, or that stage")
-    _preflight(recipe, searches="search" in wanted and not before.done("search"))
+    _preflight(recipe, {stage for stage in wanted if not before.done(stage)})
     with open_run(runs_dir, recipe) as folder:
         output.log = folder.path / "log.jsonl"
         output.on_update = lambda: folder.beat()
@@ -55,7 +58,7 @@ def run(
                 continue
             output.say(f"{stage}: {_says(stage, recipe)}")
             started = time.monotonic()
-            with folder.stage(stage) as result:
+            with spoken_for(), folder.stage(stage) as result:
                 _STAGE[stage](folder, result, output)
             output.say(f"  {stage} done in {time.monotonic() - started:.0f} s")
         if folder.done("report"):
@@ -65,8 +68,8 @@ def run(
         return folder.path
 
 
-def _preflight(recipe: Recipe, *, searches: bool) -> None:
-    """Everything that can be known to fail before work starts; models are needed only where the search is ahead."""
+def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
+    """Everything that can be known to fail in the stages that are ahead, before work starts."""
     from importlib.util import find_spec
 
     from cotree.llm.embedded import locate
@@ -74,25 +77,61 @@ def _preflight(recipe: Recipe, *, searches: bool) -> None:
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.search.reward import check_reward
 
-    for package, extra in (("xllamacpp", "local"), ("torch", "train"), ("accelerate", "train")):
-        if find_spec(package) is None:
+    if ahead <= {"report"}:
+        return
+    asked = recipe.used_models() if "search" in ahead else {}
+    serves = "eval" in ahead or any(model.embedded for model in asked.values())
+    trains = bool(ahead & {"train_sft", "train_dpo"})
+    for package, extra, needed in (
+        ("xllamacpp", "local", serves), ("torch", "train", trains), ("accelerate", "train", trains),
+    ):  # fmt: skip
+        if needed and find_spec(package) is None:
             raise UsageError(f"{package} is not installed; pip install 'cotree[{extra}]', or use `make demo`")
     _questions(recipe.tasks.train, "train")
     _questions(recipe.tasks.dev, "dev")
-    _eval_questions(recipe)
-    load_tokenizer(_student_source(recipe))
-    if not searches:
+    _questions(recipe.tasks.eval, "test")
+    questions = _eval_questions(recipe)
+    tokenizer = load_tokenizer(_student_source(recipe))
+    if "eval" in ahead:
+        _check_lengths(recipe, questions, tokenizer)
+    if "search" not in ahead:
         return
     check_reward(recipe.search.reward)
-    asyncio.run(check_servers(recipe.used_models()))
-    for model in recipe.used_models().values():
+    asyncio.run(check_servers(asked))
+    for model in asked.values():
         source = model.tokenizer if model.embedded is None else locate(model.embedded)
         if source is not None:
             load_tokenizer(source, chats=False)
 
 
 def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:
-    return [(t, q) for name, n in counts.items() for t in [task(name)] for q in t.questions(split, n)]
+    asked = [(t, q) for name, n in counts.items() for t in [task(name)] for q in t.questions(split, n)]
+    seen: set[tuple[str, str]] = set()
+    for _, question in asked:
+        # A question is known by these two in every file of a run.
+        if (question.task, question.id) in seen:
+            what = f"two {split} questions of task `{question.task}` are called `{question.id}`"
+            raise UsageError(f"{what}; give each an id of its own, and each task a name of its own")
+        seen.add((question.task, question.id))
+    return asked
+
+
+def _check_lengths(
+    recipe: Recipe, questions: Sequence[tuple[Task, Question]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """That every question and its reply fit into the student's context."""
+    from cotree.eval.evaluate import tokens_needed
+    from cotree.llm.gguf_file import GGUF
+
+    file, settings = GGUF(_student_source(recipe)), recipe.eval
+    takes = file.get(f"{file['general.architecture']}.context_length")
+    for t, question in questions:
+        needed = tokens_needed(tokenizer, t, question, settings.max_tokens, settings.examples)
+        if takes is not None and needed > takes:
+            raise UsageError(
+                f"question `{question.id}` of task `{question.task}` may need {needed} tokens, `{recipe.train.student}`"
+                f" takes {takes}; lower eval.max_tokens, or evaluate on other tasks"
+            )
 
 
 def _eval_questions(recipe: Recipe) -> list[tuple[Task, Question]]:
@@ -211,8 +250,8 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 
 def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.eval.evaluate import evaluate
-    from cotree.eval.metrics import constant_baseline, summarize
+    from cotree.eval.evaluate import constant_baselines, evaluate
+    from cotree.eval.metrics import summarize
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.export_gguf import export_gguf
 
@@ -243,19 +282,17 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
             )
         prompt += sum(sample.prompt_tokens for sample in samples)
         completion += sum(sample.tokens for sample in samples)
-        for task_name in dict.fromkeys(t.name for t, _ in questions):
-            judged = [sample.judged() for sample in samples if sample.task == task_name]
-            rows.append({"model": name, "task": task_name, **summarize(judged), "max_tokens": settings.max_tokens})
+        for part in dict.fromkeys(sample.part for sample in samples):
+            judged = [sample.judged() for sample in samples if sample.part == part]
+            rows.append({"model": name, "task": part, **summarize(judged), "max_tokens": settings.max_tokens})
     # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.
     folder = run.path / "student" / "transformers"
     if not folder.is_symlink():
         folder.symlink_to(Path("..") / run.checkpoint("dpo").relative_to(run.path) / "model")
-    baselines = []
-    for task_name in dict.fromkeys(t.name for t, _ in questions):
-        answer, accuracy = constant_baseline([question.gold for t, question in questions if t.name == task_name])
-        baselines.append({"task": task_name, "answer": answer, "accuracy": accuracy})
     write_json(run.path / "eval" / "results.json", rows)
-    result.update(eval=rows, baselines=baselines, tokens={"prompt": prompt, "completion": completion})
+    result.update(
+        eval=rows, baselines=constant_baselines(questions), tokens={"prompt": prompt, "completion": completion}
+    )
 
 
 def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:

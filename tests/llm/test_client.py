@@ -148,6 +148,16 @@ async def test_the_servers_count_wins_where_it_is_complete() -> None:
     assert c.counters.completion_tokens == one.completion_tokens + two.completion_tokens
 
 
+async def test_an_absurd_count_is_none() -> None:
+    said = {"choices": [{"text": " two words", "finish_reason": "stop"}] * 2, "usage": {"completion_tokens": 10**30}}
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(said)
+
+    async with raw_server(answer) as url, client(url) as c:
+        assert (await c.complete(request())).completion_tokens == 6
+
+
 async def test_counters_add_up_over_requests_and_retries() -> None:
     async with FakeServer(faults={1: "fewer", 2: "500"}) as server, client(server.url) as c:
         done = [await c.complete(request(f"words {i}")) for i in range(3)]

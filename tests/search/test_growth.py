@@ -6,11 +6,14 @@ import asyncio
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from tests.fake_server import FakeServerThread, count_tokens, draw
+from tests.llm.asking import raw_server
 from tests.search.test_driver import PlainTemplate, content, reply
 
 from cotree.config import Reward, Role, Search, Stop, Thought, Writer
@@ -21,7 +24,7 @@ from cotree.search.baselines import best_of_n, compare, of_tree
 from cotree.search.calls import Progress
 from cotree.search.driver import Grower
 from cotree.search.prompts import chain_text
-from cotree.search.reward import load_function
+from cotree.search.reward import load_function, steps_messages
 from cotree.search.summary import summarize
 from cotree.store import StoredTree, TreeStore
 from cotree.tasks import Question, Task, Verdict, task
@@ -367,3 +370,48 @@ def test_best_of_n_spends_what_the_trees_spent_and_is_journalled(tmp_path: Path)
     assert mcts["questions"] == other["questions"] == 6
     share, low, high = other["correct"]
     assert low <= share <= high
+
+
+def test_best_of_n_ends_where_a_server_withholds_every_text(tmp_path: Path) -> None:
+    async def withheld(_: web.Request) -> web.Response:
+        choices = [{"text": "", "finish_reason": "content_filter"}] * 8
+        return web.json_response({"choices": choices, "usage": {"completion_tokens": 0}})
+
+    async def both(url: str) -> int:
+        async with (
+            raw_server(withheld) as other,
+            Client("one", url, "one", max_in_flight=8, count_tokens=len) as first,
+            Client("one", other, "one", max_in_flight=8, count_tokens=len) as second,
+        ):
+            with TreeStore(tmp_path / "t.db") as store:
+                one = Endpoint("one", (first,), PlainTemplate(), "one")
+                asked = [(task("letters"), q) for q in task("letters").questions("train", 1)]
+                grower = Grower(store, {"one": one}, ONE, settings(), 3)
+                await grower.grow_all(asked)
+                grower.calls.endpoints = {"one": Endpoint("one", (second,), PlainTemplate(), "one")}
+                best = best_of_n(grower.calls, ONE, grower.settings, grower.grown(asked), lambda *_: None)
+                found = await asyncio.wait_for(best, 5)
+        return found[0].correct + found[0].wrong
+
+    with FakeServerThread(reply=reply) as server:
+        assert asyncio.run(both(server.url)) == 0
+
+
+def test_a_changed_question_is_not_passed_off_as_the_one_that_a_tree_was_grown_for(tmp_path: Path) -> None:
+    letters = task("letters")
+    questions = letters.questions("train", 3)
+    changed = replace(questions[1], messages=({"role": "user", "content": "Another question."},))
+    with FakeServerThread(reply=reply) as server:
+        asyncio.run(grow(server.url, tmp_path / "t.db", settings(), [(letters, q) for q in questions]))
+        before = server.calls
+        asked = [(letters, q) for q in (questions[0], changed, questions[2])]
+        with pytest.raises(ExceptionGroup) as raised:
+            asyncio.run(grow(server.url, tmp_path / "t.db", settings(), asked))
+        assert raised.group_contains(UsageError, match=f"question `{changed.id}` of task `letters` has changed")
+        assert server.calls == before
+
+
+def test_a_separator_in_a_thought_makes_no_step_of_its_own() -> None:
+    question = Question("q", "t", ({"role": "user", "content": "Why?"},), "1")
+    said = steps_messages(question, ["one\n\ntwo", "three"], "\n\n")[-1][1]
+    assert said == "one two\n\nthree\n\n"

@@ -107,9 +107,15 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("no database, but long enough to be looked at " * 50)
     with pytest.raises(UsageError, match="is not a tree store"):
         TreeStore(tmp_path / "text.db")
+    with sqlite3.connect(tmp_path / "other.db") as db:
+        db.execute("CREATE TABLE mine (x)")
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(UsageError, match="is not a tree store"):
+        TreeStore(tmp_path / "other.db")
+    assert (tmp_path / "other.db").read_bytes() == before
     with TreeStore(tmp_path / "t.db"):
         pass
     with sqlite3.connect(tmp_path / "t.db") as db:
         db.execute("UPDATE meta SET value = '99'")
-    with pytest.raises(UsageError, match="schema version 99"):
+    with pytest.raises(UsageError, match=r"schema version 99.*; choose another name="):
         TreeStore(tmp_path / "t.db")

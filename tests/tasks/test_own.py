@@ -96,3 +96,11 @@ def test_extractors_and_verifiers(folder: Path, extractor: str, verifier: str, r
     assert own.judge(question, reply).kind == kind
     if extractor == "text":
         assert own.judge(question, reply, "length").kind == "no_answer"
+
+
+def test_a_whole_reply_is_asked_for_as_a_text_and_judged_without_its_tag(folder: Path) -> None:
+    path = folder / "halves.yaml"
+    path.write_text(path.read_text().replace("verifier: math", "verifier: text\nextractor: text"))
+    own = task(str(path))
+    assert own.answer_form == "text"
+    assert own.judge(own.questions(limit=1)[0], "I halve it.\nThe answer is:\n\\frac{2}{2}").kind == "correct"

@@ -241,7 +241,8 @@ def _reasoning(entry: dict[str, Any]) -> bool:
 
 def _count(mapping: object, key: str) -> int | None:
     value = mapping.get(key) if isinstance(mapping, dict) else None
-    return value if isinstance(value, int) and value >= 0 else None
+    # Nobody has as many tokens, and no database column either.
+    return value if isinstance(value, int) and 0 <= value < 2**48 else None
 
 
 def model_names(content: bytes) -> list[str]:

@@ -85,7 +85,7 @@ async def _sample(
 ) -> Found:
     first = next(iter(patterns_of(settings)[tree.pattern]["root"]))
     writers = writers_of(first, roles)
-    prefixes = prefixes_of(settings)
+    prefixes = prefixes_of(settings, task.answer_form)
     free_text = task.answer_form == "text"
     budget = tree.completion_tokens
     tokens = uncached = rounds = samples = 0
@@ -112,7 +112,8 @@ async def _sample(
         uncached += completion.prompt_tokens - completion.cached_tokens
         for choice in completion.choices:
             samples += 1
-            tokens += choice.tokens
+            # Some servers withhold a text; the budget must end even if they withhold all of them.
+            tokens += max(choice.tokens, 1)
             text = f"{prefix}{choice.text}"
             # The stop string took the box's brace with it.
             if not free_text and choice.finish_reason == "stop" and text.count("{") > text.count("}"):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cotree.errors import CotreeError
 from cotree.llm.client import Completion, Request
 from cotree.llm.endpoints import Endpoint
 from cotree.store import Call, TreeStore
@@ -71,10 +70,10 @@ class Calls:
 
     def _commit_arrived(self) -> None:
         arrived, self._arrived = self._arrived, []
-        failure: CotreeError | None = None
+        failure: Exception | None = None
         try:
             self.store.journal([call for call, _ in arrived])
-        except CotreeError as error:
+        except Exception as error:  # noqa: BLE001 - those who wait raise it; unraised here, they would wait for ever
             failure = error
         for _, committed in arrived:
             if committed.cancelled():

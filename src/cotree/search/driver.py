@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from cotree.config import Role, Search
+from cotree.errors import UsageError
 from cotree.llm.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
 from cotree.search.growth import Growth, patterns_of, prefixes_of
@@ -89,7 +90,14 @@ class Grower:
 
     async def _grow_turn(self, questions: Sequence[Asked], on_progress: Callable[[Progress], None] | None) -> None:
         finished = self.store.finished(self.config)
-        before = sum(self.tree_id(question) in finished for _, question in questions)
+        old = [question for _, question in questions if self.tree_id(question) in finished]
+        for question in old:
+            if self.store.asked(self.tree_id(question)) != (list(question.messages), question.gold):
+                raise UsageError(
+                    f"question `{question.id}` of task `{question.task}` has changed since its tree was grown; put it "
+                    "back, or choose another name= (the trees are kept)"
+                )
+        before = len(old)
         self.progress.trees += before
         self.progress.trees_before += before
         left = [asked for asked in questions if self.tree_id(asked[1]) not in finished]

@@ -81,7 +81,9 @@ def share_of_yes(replies: list[str]) -> float:
 def steps_messages(question: Question, thoughts: Sequence[str], separator: str) -> tuple[tuple[str, str], ...]:
     """What a process reward model reads: the question, and the chain with `separator` after each thought."""
     asked = tuple((message["role"], message["content"]) for message in question.messages)
-    return (*asked, ("assistant", "".join(f"{thought}{separator}" for thought in thoughts)))
+    # A thought that holds the separator itself is one step all the same.
+    steps = [thought.replace(separator, " ") for thought in thoughts]
+    return (*asked, ("assistant", "".join(f"{step}{separator}" for step in steps)))
 
 
 def combined(scores: Sequence[float], steps: int, how: Literal["least", "product", "last"]) -> float:

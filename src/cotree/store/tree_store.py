@@ -142,6 +142,10 @@ class TreeStore:
         self.path = path
         with self._guard():
             self._db = sqlite3.connect(path, isolation_level=None)
+            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables and "meta" not in tables:
+                self._db.close()
+                raise sqlite3.DatabaseError("it is another program's database")
             # WAL with NORMAL keeps every commit through a killed process, at 40 microseconds a commit.
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=5000;")
             self._db.executescript(_SCHEMA)
@@ -149,7 +153,8 @@ class TreeStore:
             (version,) = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
         if int(version) != SCHEMA_VERSION:
             self._db.close()
-            raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}")
+            fix = "choose another name= (the trees are kept), or use the cotree that wrote it"
+            raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}; {fix}")
         # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a call say which do.
         with self._guard():
             self._journalled = {key for (key,) in self._db.execute("SELECT key FROM calls")}
@@ -202,6 +207,13 @@ class TreeStore:
         with self._guard():
             rows = self._db.execute("SELECT tree_id, rollouts FROM trees WHERE config = ?", (config,))
             return {str(tree_id): int(rollouts) for tree_id, rollouts in rows}
+
+    def asked(self, tree_id: str) -> tuple[list[dict[str, str]], str]:
+        """The messages and the gold answer of the question that a tree was grown for."""
+        with self._guard():
+            query = "SELECT messages, gold FROM trees WHERE tree_id = ?"
+            messages, gold = self._db.execute(query, (tree_id,)).fetchone()
+        return json.loads(messages), str(gold)
 
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""

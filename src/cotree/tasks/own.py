@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import split_of
 from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, normalise_number
-from cotree.tasks.extract import Mode, after_thinking, extract_answer
 from cotree.tasks.loading import Source, load_rows, value
 from cotree.tasks.math_verdicts import compare
 
@@ -51,7 +50,7 @@ class OwnTask(Section):
 
     fields: what the rows call the id, the question, the gold answer and whatever else the prompt uses. prompt: each
     `{name}` in it stands for a field. extractor: `answer` as for the shipped tasks, or `text` for all of the reply
-    after its thinking.
+    after its thinking and, where there is one, the answer tag.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -72,6 +71,8 @@ class FileTask(Task):
         self.own = _load(path)
         self.name, self.description = self.own.name, self.own.description
         self.blocking = self.own.verifier == "math"
+        if self.own.extractor == "text":
+            self.answer_form = "text"
         self.prompt_version = f"{self.name}/{self.own.prompt_version}"
         beside = path.parent / self.own.data
         given = str(beside) if beside.exists() else self.own.data
@@ -96,13 +97,6 @@ class FileTask(Task):
         known |= {name: str(value(row, column)) for name, column in fields.items() if name not in known}
         message = {"role": "user", "content": _filled(self.own.prompt, known)}
         return Question(known["id"], self.name, (message,), known["gold"].strip())
-
-    def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
-        """By the file's extractor. A whole reply that was cut by length is no answer."""
-        if self.own.extractor == "answer":
-            return extract_answer(completion, finish_reason, mode)
-        text = None if finish_reason == "length" else after_thinking(completion)
-        return text.strip() or None if text is not None else None
 
     def verify(self, answer: str, question: Question) -> Verdict:
         """By the file's verifier."""
