@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import split_of
 from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, normalise_number
-from cotree.tasks.extract import Mode, after_thinking, extract_answer
 from cotree.tasks.loading import Source, load_rows, value
 from cotree.tasks.math_verdicts import compare
 
@@ -37,8 +37,9 @@ class Section(BaseModel):
 
 
 class Example(Section):
-    """A solved question for the search prompt."""
+    """A solved question for the search prompt, with whatever other fields the prompt shows."""
 
+    model_config = ConfigDict(extra="allow", frozen=True)
     question: str
     sub_task: str
     thinking: str
@@ -51,7 +52,7 @@ class OwnTask(Section):
 
     fields: what the rows call the id, the question, the gold answer and whatever else the prompt uses. prompt: each
     `{name}` in it stands for a field. extractor: `answer` as for the shipped tasks, or `text` for all of the reply
-    after its thinking.
+    after its thinking and the answer tag.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -72,6 +73,7 @@ class FileTask(Task):
         self.own = _load(path)
         self.name, self.description = self.own.name, self.own.description
         self.blocking = self.own.verifier == "math"
+        self.answer_form = "text" if self.own.extractor == "text" else "boxed"
         self.prompt_version = f"{self.name}/{self.own.prompt_version}"
         beside = path.parent / self.own.data
         given = str(beside) if beside.exists() else self.own.data
@@ -97,13 +99,6 @@ class FileTask(Task):
         message = {"role": "user", "content": _filled(self.own.prompt, known)}
         return Question(known["id"], self.name, (message,), known["gold"].strip())
 
-    def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
-        """By the file's extractor. A whole reply that was cut by length is no answer."""
-        if self.own.extractor == "answer":
-            return extract_answer(completion, finish_reason, mode)
-        text = None if finish_reason == "length" else after_thinking(completion)
-        return text.strip() or None if text is not None else None
-
     def verify(self, answer: str, question: Question) -> Verdict:
         """By the file's verifier."""
         correct, detail = VERIFIERS[self.own.verifier](answer, question.gold)
@@ -113,7 +108,7 @@ class FileTask(Task):
         """The file's examples, in the prompt's words; the question itself is left out."""
         steps = {"sub_task", "thinking", "double_check"}
         shown = [
-            WorkedExample(_filled(self.own.prompt, {"question": e.question}), e.model_dump(include=steps), e.answer)
+            WorkedExample(_filled(self.own.prompt, e.model_dump()), e.model_dump(include=steps), e.answer)
             for e in self.own.examples
         ]
         return [example for example in shown if example.question != question.messages[-1]["content"]]
@@ -132,13 +127,15 @@ def own_task(name: str, data: str | Path | None) -> Task:
 
 
 def _from_python(path: Path, name: str) -> type[Task]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"cotree_own.{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - the user's file may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything
         raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from None
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
@@ -162,9 +159,14 @@ def _load(path: Path) -> OwnTask:
         raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}")
     if "{question}" not in own.prompt:
         raise UsageError(f"{path}: `prompt` has no {{question}}")
+    shown = {name for name in own.fields.keys() - Example.model_fields.keys() if f"{{{name}}}" in own.prompt}
+    for number, example in enumerate(own.examples):
+        if set(example.model_extra or ()) != shown:
+            extra = ", ".join(sorted(shown)) or "none"
+            raise UsageError(f"{path}: `examples.{number}`: its fields beside the steps must be the prompt's: {extra}")
     return own
 
 
-def _filled(prompt: str, known: dict[str, str]) -> str:
+def _filled(prompt: str, known: Mapping[str, object]) -> str:
     r"""The prompt with its fields; other braces, as in `\boxed{}`, stay."""
-    return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), prompt)
+    return re.sub(r"\{(\w+)\}", lambda match: str(known.get(match[1], match[0])), prompt)
