@@ -17,13 +17,10 @@ Mode = Literal["strict", "lenient"]
 ANSWER_TAG = "The answer is:"
 
 # What opens thinking, and what closes it; an answer tag closes it too.
-_THINKING_TAGS = (
-    ("<think>", ("</think>",)),
-    ("<thinking>", ("</thinking>",)),
-    ("<|begin_of_thought|>", ("<|end_of_thought|>", "<|begin_of_solution|>")),
-    ("<Thought>", ("</Thought>", "<Output>")),
-    ("[THINK]", ("[/THINK]",)),
-)
+_OPENINGS = ("<think>", "<thinking>", "<|begin_of_thought|>", "<Thought>", "[THINK]")
+_CLOSINGS = (
+    "</think>", "</thinking>", "<|end_of_thought|>", "<|begin_of_solution|>", "</Thought>", "<Output>", "[/THINK]",
+)  # fmt: skip
 _TEXT_TAG = re.compile(rf"^{ANSWER_TAG}[ \t]*+\n", re.MULTILINE)
 _ANSWER_TAGS = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\[{}]|[{}]")
@@ -105,15 +102,9 @@ def spoken(completion: str) -> str:
 
 def after_thinking(completion: str) -> str | None:
     """The text after the last thinking close tag, tags around the answer left out; None when thinking is unclosed."""
-    end, opened = -1, False
-    for opening, closings in _THINKING_TAGS:
-        opened = opened or opening in completion
-        for closing in closings:
-            at = completion.rfind(closing)
-            end = max(end, at + len(closing) if at >= 0 else -1)
-    if end < 0 and opened:
-        return None
-    return _ANSWER_TAGS.sub("", completion[max(end, 0) :])
+    ends = [at + len(closing) for closing in _CLOSINGS if (at := completion.rfind(closing)) >= 0]
+    text = completion[max(ends, default=0) :]
+    return None if any(opening in text for opening in _OPENINGS) else _ANSWER_TAGS.sub("", text)
 
 
 def last_boxed(text: str) -> str | None:
@@ -138,7 +129,7 @@ def last_boxed(text: str) -> str | None:
 def _hashed(text: str) -> tuple[str, int] | None:
     """The last `#### answer` and where it ends."""
     found = [match for match in _HASHES.finditer(text) if not _HEADING.match(match[1])]
-    return (found[-1][1].strip(), found[-1].end()) if found else None
+    return (found[-1][1].strip(" \t*"), found[-1].end()) if found else None
 
 
 def _stated(text: str) -> tuple[str, int] | None:
