@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from cotree.errors import UsageError
 from cotree.tasks.base import Question, Split, Task, WorkedExample
 
 ANSWER_FORMAT = "Put the final answer in \\boxed{}."
@@ -83,9 +82,7 @@ class Arithmetic(Task):
         """`limit` questions (all by default: as many as the smallest family gives), the four families in turn."""
         streams = [islice(self._stream(family, split), limit) for family in _FAMILIES]
         drawn = [question for row in zip(*streams, strict=False) for question in row]
-        if limit is not None and len(drawn) < limit:
-            raise UsageError(f"arithmetic has {len(drawn)} questions in split `{split}`, not {limit}; lower the number")
-        return drawn[:limit]
+        return self._first(drawn, split, limit)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three of the question's family, of another seed; one that is the question itself is left out."""

@@ -112,6 +112,13 @@ class Task(ABC):
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The first `limit` questions of a split (all by default), always the same in the same order."""
 
+    def _first(self, questions: list[Question], split: Split | None, limit: int | None) -> list[Question]:
+        """The first `limit` of a split's questions; UsageError where there are fewer."""
+        if limit is not None and limit > len(questions):
+            there = f"in split `{split}`" if split else "in all"
+            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
+        return questions[:limit]
+
     @abstractmethod
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Worked examples for the search prompt of this question; never used by plain evaluation."""

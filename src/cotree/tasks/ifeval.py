@@ -44,7 +44,7 @@ _EXAMPLES = (
 )
 
 
-def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any]], language: str) -> dict[str, Any]:
+def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None], language: str) -> dict[str, Any]:
     """A turn's instructions for its verifier: `instructions`, pairs of id and arguments, and `language`.
 
     Falsy arguments are dropped: the hub's rows hold a null for each argument of every other instruction.
@@ -52,13 +52,13 @@ def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any]], langua
     Raises:
         UsageError: an instruction that nobody checks, with the nearest known; arguments that it does not take.
     """
-    if len(names) != len(arguments):
+    if not names or len(names) != len(arguments):
         raise UsageError(
             f"{len(names)} instructions ({', '.join(names)}) with {len(arguments)} kwargs; give one for each"
         )
     asked = []
     for name, given in zip(names, arguments, strict=True):
-        kept = {key: told for key, told in given.items() if told}
+        kept = {key: told for key, told in (given or {}).items() if told}
         check_arguments(name, kept)
         asked.append((name, kept))
     return {"instructions": tuple(asked), "language": language}
@@ -73,7 +73,7 @@ class IFEval(Benchmark):
     prompt_version = "ifeval/row-1"
     answer_form = "text"
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """`key` or `id`, `prompt`, `instruction_id_list`, `kwargs`; `language` where there is one."""
         names = value(row, "instruction_id_list")
         language = row.get("language", "English")
@@ -102,9 +102,9 @@ class MIFEval(IFEval):
     prompt_version = "m_ifeval/row-1"
     source = Source("mifeval_es_fr_ja.jsonl", "lightblue-tech/M-IFEval", "Apache-2.0", 522)
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """As IFEval's; the language is the prefix of the instruction ids."""
-        return super().question({**row, "language": value(row, "instruction_id_list")[0].partition(":")[0]}, index)
+        return super().question({**row, "language": value(row, "instruction_id_list")[0].partition(":")[0]})
 
 
 class MultiIF(IFEval):
@@ -115,7 +115,7 @@ class MultiIF(IFEval):
     prompt_version = "multi_if/row-1"
     source = Source("multi_if_en.jsonl", "facebook/Multi-IF", "CC-BY-NC-2.0", 4501)
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """`id`, `language` and `turns`, or the hub's flat columns `turn_1_prompt` ... that hold JSON in JSON."""
         language = value(row, "language")
         turns = []

@@ -86,10 +86,7 @@ class FileTask(Task):
         questions = [self._question(row, index) for index, row in enumerate(load_rows(self.rows_at, self.data))]
         if split is not None:
             questions = [question for question in questions if split_of(question.id) == split]
-        if limit is not None and limit > len(questions):
-            there = f"in split `{split}`" if split else "in all"
-            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
-        return questions[:limit]
+        return self._first(questions, split, limit)
 
     def _question(self, row: dict[str, Any], index: int) -> Question:
         fields = self.own.fields
