@@ -109,6 +109,11 @@ def test_changed_digits_are_wrong(last: bool) -> None:
         ("\\text{(B)}", ["B", "(B)", "\\text{B}"], ["C", "\\text{(C)}"]),
         ("\\text{Eve}", ["Eve", "\\text{eve}"], ["\\text{Ann}", "E"]),
         ("\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}", ["\\begin{pmatrix}1\\\\-2\\end{pmatrix}"], ["(1,-2,0)"]),
+        (
+            "18",
+            ["18 eggs", "\\$18 dollars", "18 miles per hour", "18 years old.", "€18", "18.0 cups"],
+            ["19 eggs", "18 thousand", "18 million dollars", "18 pi", "18x", "18 and 20 cups"],
+        ),
         ("43_6", ["43_{6}", "43"], ["43_7", "44_6"]),
         ("", [], ["5"]),
         ("(", ["("], ["\\frac{", "5"]),

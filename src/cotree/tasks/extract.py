@@ -27,7 +27,7 @@ _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\[{}]|[{}]")
 # `\boxed 5$`, as the MATH authors' own extractor takes it.
 _UNBRACED_BOX = re.compile(r"\\boxed ([^${}\n]{1,100})\$")
 
-_NUMBER = r"-?\$?\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+"
+_NUMBER = r"-?[$€£¥₹]?\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+"
 _LAST_NUMBER = re.compile(_NUMBER)
 _HASHES = re.compile(r"####[ \t]*+([^\n]++)")
 # A heading of the fourth level is no answer: `#### Step 2`, `#### 1. Add the numbers`.
@@ -49,18 +49,18 @@ _ANSWER_IS = re.compile(
 _MATHS = (
     r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{[^{}\n]{0,80}\}|\\[A-Za-z]++|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
-_SIGNS = r"[\d+*/=^_(){}\[\]|!<>,.;:'% -]"
+_SIGNS = r"[\d+*/=×·÷^_(){}\[\]|!<>,.;:'% -]"
 # What may stand after it: a number, delimited maths, bold words, or maths without delimiters.
 _VALUE = re.compile(
     rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d)
          | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)
          | \\\[\s*+(?P<display>.{{1,300}}?)\s*\\\]
-         | (?P<number>{_NUMBER})(?:\\?%)?+\**+(?![_^\\({{[]|[A-Za-z](?![A-Za-z])|[ ]*+[-+*/=]|,?+[ ]*+-?\d)
+         | (?P<number>{_NUMBER})(?:\\?%)?+\**+(?![_^\\({{[]|[A-Za-z](?![A-Za-z])|[ ]*+[-+*/=×·÷]|,?+[ ]*+-?\d)
          | (?P<maths>(?=[-+({{\[|\\A-Za-z\d])(?:{_MATHS}|{_SIGNS}){{1,300}}+)
     """,
     re.VERBOSE | re.DOTALL,
 )
-_COMPUTATION = re.compile(r"[\d\s.,+*/=-]*\d\s*[-+*/=]\s*\d[\d\s.,+*/=-]*")
+_COMPUTATION = re.compile(r"[\d\s.,+*/=×·÷-]*\d\s*[-+*/=×·÷]\s*\d[\d\s.,+*/=×·÷-]*")
 _LETTER = re.compile(r"\(?[A-Za-z]\)?")
 
 
@@ -143,7 +143,7 @@ def _stated(text: str) -> tuple[str, int] | None:
         if match.lastgroup == "maths":
             answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,.;:*!'")
             follows = text[match.start("maths") + len(answer) :][:1]
-            lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n")
+            lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n。，；！।")
             if lone or _COMPUTATION.fullmatch(answer) or answer.count("{") != answer.count("}"):
                 continue
         if any(c.isalnum() for c in answer):
