@@ -76,7 +76,7 @@ def test_a_recipe_names_own_tasks(folder: Path) -> None:
         ("verifier: math", "verifier: maths", r"`verifier`: Input should be 'math', 'number' or 'text'"),
         ("prompt:", "promt:", r"`prompt`: Field required"),
         ("{question}", "{problem}", r"`prompt` has no \{question\}"),
-        ("gold: solution", "gold: answer", r"a row has no field `answer`; its fields: problem, solution, unit"),
+        ("gold: solution", "gold: answer", r"halves, row 1: a row has no field `answer`; its fields: "),
         ("gold: solution", "gould: solution", r"`fields` says nothing about gold"),
         ("halves.jsonl", "thirds.jsonl", r"no file or folder at thirds\.jsonl"),
         ("fields:", "fields: [", r"is not YAML"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import time
@@ -92,6 +93,14 @@ def test_a_row_that_is_none_of_the_task_is_named(name: str, row: dict[str, objec
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(good[name])}\n{json.dumps(row)}")
     with pytest.raises(UsageError, match=f"{name}, {said}"):
         task(name, tmp_path / "rows.jsonl").questions()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_docstring_shows_the_prompt_and_the_rule(name: str) -> None:
+    doc = inspect.getdoc(TASKS[name]) or ""
+    # Or that of the task whose rule it is.
+    docs = [doc, *(inspect.getdoc(TASKS[other]) or "" for other in TASKS if f"`{other}`" in doc)]
+    assert "rompt" in doc and any(re.search(r"(is|are) correct|:\s`correct`", text) for text in docs)
 
 
 def test_bad_names_and_numbers() -> None:

@@ -71,7 +71,11 @@ _FAMILIES: dict[str, Callable[[random.Random], Parts]] = {
 
 
 class Arithmetic(Task):
-    """Sums, differences and products of small numbers, and the largest of three, in equal parts."""
+    r"""Sums, differences and products of small numbers, and the largest of three, in equal parts.
+
+    Prompt `arithmetic/boxed-1`: `What is 31 + 12? Put the final answer in \boxed{}.` Rule: `\boxed{43}` and "The answer
+    is 43." are correct, `\boxed{42}` is wrong: the numbers must be equal.
+    """
 
     name = "arithmetic"
     prompt_version = "arithmetic/boxed-1"

@@ -137,10 +137,10 @@ class Blocksworld(Benchmark):
 
 
 class BlocksworldOneShot(Blocksworld):
-    """The same questions by PlanBench's one-shot prompt, version 1: the problem of the number before shows its plan.
+    """The questions and the rule of `blocksworld`, by PlanBench's one-shot prompt, version 1.
 
-    For base models, and to compare with PlanBench's one-shot results. Where that problem is not in the data (it never
-    is for generated ones), one of six blocks takes its place.
+    The problem of the number before shows its plan. For base models, and to compare with PlanBench's one-shot results.
+    Where that problem is not in the data (it never is for generated ones), one of six blocks takes its place.
     """
 
     name = "blocksworld_one_shot"

@@ -1,15 +1,6 @@
 r"""`ifeval`, `multi_if`, `m_ifeval`: instructions that a program can check, in one turn or three, in many languages.
 
-The evaluation prompt (`row-1`) is the row's own text and nothing else, as in google-research's and Multi-IF's code.
-An invented item of the same shape:
-
-    Describe a harbour at night. Do not use any commas. Highlight at least 2 sections with markdown, for example
-    *highlighted section*.
-
-is judged by `punctuation:no_comma` and `detectable_format:number_highlighted_sections` with `num_highlights: 2`: the
-verdict is `correct` if the answer (after thinking and the answer tag) follows all of a turn's instructions strictly.
-The reward is the share followed, so 1 for `correct` alone. A turn of Multi-IF asks for all that the turns before it
-asked, and sees the model's own earlier replies without their thinking.
+Invariant: each instruction is checked alone, and arguments that no checker takes are found before any text is judged.
 """
 
 from __future__ import annotations
@@ -65,7 +56,17 @@ def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None],
 
 
 class IFEval(Benchmark):
-    """IFEval (Zhou et al. 2023): 25 kinds of instruction, one to three of them in a prompt."""
+    """IFEval (Zhou et al. 2023): 25 kinds of instruction, one to three of them in a prompt.
+
+    The prompt (`ifeval/row-1`) is the row's own text and nothing else, as in google-research's code. An invented item:
+
+        Describe a harbour at night. Do not use any commas. Highlight at least 2 sections with markdown, for example
+        *highlighted section*.
+
+    is judged by `punctuation:no_comma` and `detectable_format:number_highlighted_sections` with `num_highlights: 2`:
+    `correct` if the answer (after thinking and the answer tag) follows all instructions strictly. The reward is the
+    share followed, so 1 for `correct` alone.
+    """
 
     name = "ifeval"
     description = "verifiable instructions, English (IFEval)"
@@ -95,7 +96,7 @@ class IFEval(Benchmark):
 
 
 class MIFEval(IFEval):
-    """M-IFEval (Dussolle et al. 2025): IFEval's kinds and new ones in Spanish, French and Japanese."""
+    """M-IFEval (Dussolle et al. 2025): Spanish, French, Japanese, new kinds too. Prompt and rule: those of `ifeval`."""
 
     name = "m_ifeval"
     description = "verifiable instructions, Spanish, French, Japanese (M-IFEval; rows on GitHub, not on the hub)"
@@ -108,7 +109,11 @@ class MIFEval(IFEval):
 
 
 class MultiIF(IFEval):
-    """Multi-IF (He et al. 2024): conversations of three turns in eight languages, instructions adding up."""
+    """Multi-IF (He et al. 2024): conversations of three turns in eight languages.
+
+    Prompt and rule of a turn are those of `ifeval`. A turn asks for all that the turns before it asked, and sees the
+    model's own earlier replies without their thinking.
+    """
 
     name = "multi_if"
     description = "verifiable instructions over three turns, eight languages (Multi-IF)"

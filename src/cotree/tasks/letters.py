@@ -34,7 +34,11 @@ def _example(word: str, letter: str) -> WorkedExample:
 
 
 class Letters(Task):
-    """Count a letter in an English word of 4 to 8 letters; golds 1, 2, 3 in turn."""
+    r"""Count a letter in an English word of 4 to 8 letters; golds 1, 2, 3 in turn.
+
+    Prompt `letters/boxed-1`: `How many times does the letter e appear in h e d g e? Put the final answer in \boxed{}.`
+    Rule: as `arithmetic`; `\boxed{2}` is correct.
+    """
 
     name = "letters"
     prompt_version = "letters/boxed-1"

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import split_of
 from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, normalise_number
-from cotree.tasks.loading import Source, load_rows, value
+from cotree.tasks.benchmark import Benchmark
+from cotree.tasks.loading import Row, Source, value
 from cotree.tasks.math_verdicts import compare
 
 # Each takes (answer, gold) and says whether the answer is right, and what else there is to say.
@@ -66,7 +67,7 @@ class OwnTask(Section):
     examples: tuple[Example, ...] = ()
 
 
-class FileTask(Task):
+class FileTask(Benchmark):
     """The task of a YAML file. Its splits are 70, 10 and 20 of a hundred rows, fixed by each row's id."""
 
     def __init__(self, path: Path, data: str | Path | None = None) -> None:
@@ -77,22 +78,25 @@ class FileTask(Task):
         self.prompt_version = f"{self.name}/{self.own.prompt_version}"
         beside = path.parent / self.own.data
         given = str(beside) if beside.exists() else self.own.data
-        self.rows_at = Source(Path(self.own.data).name, given, "its own", 0)
-        self.source = self.rows_at
+        self.source = Source(Path(self.own.data).name, given, "its own", 0)
         super().__init__(given if data is None else data)
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The rows in their order; UsageError when a row lacks a field or there are fewer than `limit`."""
-        questions = [self._question(row, index) for index, row in enumerate(load_rows(self.rows_at, self.data))]
-        if split is not None:
-            questions = [question for question in questions if split_of(question.id) == split]
+        questions = [q for q in self._asked(self.source) if split in (None, split_of(q.id))]
         return self._first(questions, split, limit)
 
-    def _question(self, row: dict[str, Any], index: int) -> Question:
-        fields = self.own.fields
+    def _rows(self, source: Source) -> list[Row]:
         # Rows without ids are called by their place.
-        known = {"id": str(index)} if row.get(fields["id"]) is None else {}
-        known |= {name: str(value(row, column)) for name, column in fields.items() if name not in known}
+        column = self.own.fields["id"]
+        return [
+            {column: str(index)} | {name: told for name, told in row.items() if told is not None}
+            for index, row in enumerate(super()._rows(source))
+        ]
+
+    def question(self, row: Row) -> Question:
+        """A row with the file's fields."""
+        known = {name: str(value(row, column)) for name, column in self.own.fields.items()}
         message = {"role": "user", "content": _filled(self.own.prompt, known)}
         return Question(known["id"], self.name, (message,), known["gold"].strip())
 
