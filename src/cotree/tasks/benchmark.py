@@ -24,6 +24,7 @@ class Benchmark(Task):
 
     source: Source
     training: Source | None = None
+    generated = False
 
     @abstractmethod
     def question(self, row: Row) -> Question:

@@ -70,6 +70,7 @@ class Blocksworld(Benchmark):
     description = "PlanBench: plans to restack 3 to 5 blocks, run in a simulator; training problems are generated"
     source = Source("blocksworld.jsonl", "tasksource/planbench", "MIT", 600, ("task_1_plan_generation",), "train")
     answer_form = "text"
+    generated = True
 
     def question(self, row: Row) -> Question:
         """A row of the local file (`init`, `goal`) or of the hub (`query`)."""
