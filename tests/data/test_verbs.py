@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -88,3 +89,21 @@ def test_trees_of_a_held_out_question_give_no_rows(tmp_path: Path) -> None:
     left = build(kinds, tiny_tokenizer(), Build(), tmp_path / "left", seed=0, contaminated=held).counts
     assert left["removed"]["contaminated"] == everything["chains"] - left["chains"] > 0
     assert "q3" not in {row["question_id"] for row in read_rows(tmp_path / "left" / "sft" / "train.parquet")}
+
+
+def test_templates_are_no_repetition_and_own_tasks_are_known_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COTREE_DATA", str(tmp_path))
+    rows = [{"id": f"b-{i}", "init": ["ontable a", "ontable b"], "goal": [goal], "ground_truth_plan": ["(pick-up a)"]}
+            for i, goal in enumerate(("on a b", "on b a"))]  # fmt: skip
+    (tmp_path / "blocksworld.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # Every plan is asked for in the same three hundred words.
+    blocks = load_recipe(LAPTOP, ["tasks={train: {blocksworld: 20}, dev: {blocksworld: 5}, eval: {blocksworld: 2}}"])
+    assert contaminated_questions(blocks) == set()
+    same = [{"question": "Is seven times six forty-two?", "answer": "yes"}] * 30
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, same)))
+    own = tmp_path / "own.yaml"
+    own.write_text("name: mine\ndata: rows.jsonl\nprompt: '{question}'\nverifier: text\n")
+    recipe = load_recipe(LAPTOP, [f"tasks={{train: {{{own}: 1}}, dev: {{{own}: 1}}, eval: {{{own}: 1}}}}"])
+    assert {name for name, _ in contaminated_questions(recipe)} == {"mine"}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.fake_server import FakeServerThread, count_tokens
 from tests.search.test_driver import PlainTemplate, content
 from tests.search.test_growth import ONE, grow, settings
@@ -15,11 +17,11 @@ from cotree.llm.client import Client
 from cotree.llm.endpoints import Endpoint
 from cotree.search.baselines import best_of_n
 from cotree.search.driver import Grower
-from cotree.search.prompts import chain_text
+from cotree.search.prompts import chain_text, in_box
 from cotree.store import TreeStore
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import AnswerForm, Turn, WorkedExample
-from cotree.tasks.extract import answer_text, spoken
+from cotree.tasks.extract import answer_text, last_boxed, spoken
 
 
 class Rhymes(Task):
@@ -67,6 +69,15 @@ class Halves(Rhymes):
     def verify(self, answer: str, question: Question) -> Verdict:
         correct = answer == rf"\frac{{{question.gold}}}{{2}}"
         return Verdict("correct" if correct else "wrong", float(correct), answer)
+
+
+@given(st.text(alphabet="{}\\\\x. ", max_size=30))
+def test_a_box_ends_in_search_where_extraction_ends_it(written: str) -> None:
+    kept, closed = in_box(written)
+    if closed:
+        assert last_boxed(f"\\boxed{{{kept}}} more") == kept
+    else:
+        assert last_boxed(f"\\boxed{{{written}") is None
 
 
 @pytest.mark.parametrize("after", ["", "}", "}. So it is.", "} and {more}\nThe end.", "} " + "on " * 80])

@@ -315,6 +315,7 @@ IN_WORDS = "\n".join(plan_in_words(PLAN))
         "- put down orange\n- pick up blue\n- stack blue on orange",
         "- pick up red\n\nActions:\n- unstack orange (the clear block) from red\n- put down orange\n- pick up blue\n"
         "- stack blue (in hand) on top of orange",
+        "1. Unstack orange from red\n2. Place orange on the table\n3. Pick up blue\n4. Put blue on top of orange",
         f"So the plan is: \\boxed{{{', '.join(plan_in_words(PLAN))}}}",
     ],
 )

@@ -54,6 +54,12 @@ def test_the_prompt_around_a_question_is_no_part_of_it() -> None:
     assert contaminated(again, held_out) == {"other-0": "math500-2"}
 
 
+def test_a_question_inside_another_text_is_found_without_spaces_between_words() -> None:
+    target = "小明有三个苹果，他又买了五个苹果，然后吃掉了两个，现在一共有多少个？"
+    train = ask("mine", f"请回答下面的问题。{target}谢谢。", "小红有三支铅笔，送给别人两支，还剩几支？")
+    assert contaminated(train, ask("eval", target, "另一个问题")) == {"mine-0": "eval-0"}
+
+
 def test_generated_splits_share_templates_and_not_questions() -> None:
     for name in ("arithmetic", "letters"):
         train, test = task(name).questions("train"), task(name).questions("test")

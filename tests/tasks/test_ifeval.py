@@ -80,6 +80,10 @@ def test_a_row_that_nobody_can_judge_is_named_before_work(tmp_path: Path) -> Non
     row = IFEVAL_HUB | {"instruction_id_list": ["startend:quotations", NO_COMMA]}
     with pytest.raises(UsageError, match="unknown instruction `startend:quotations`; the nearest known is"):
         task("ifeval", written(tmp_path / "x.jsonl", row)).questions()
+    # Nothing asked would be followed by any answer.
+    nothing = IFEVAL_HUB | {"instruction_id_list": [], "kwargs": []}
+    with pytest.raises(UsageError, match=r"ifeval, row 1: 0 instructions .* with 0 kwargs"):
+        task("ifeval", written(tmp_path / "w.jsonl", nothing)).questions()
     with pytest.raises(UsageError, match=r"2 instructions .* with 1 kwargs"):
         task("ifeval", written(tmp_path / "y.jsonl", IFEVAL_HUB | {"kwargs": [{}]})).questions()
     with pytest.raises(UsageError, match="holds JSON in facebook/Multi-IF, not 'Describe"):

@@ -10,6 +10,8 @@ import pytest
 
 from cotree.config import load_recipe
 from cotree.errors import UsageError
+from cotree.search.prompts import thought_text
+from cotree.search.thoughts import ANSWERS
 from cotree.tasks import task
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,7 @@ def test_the_yaml_task_of_the_docs(folder: Path) -> None:
     assert sum(map(len, splits)) == len(set.union(*splits)) == 39
     example = halves.worked_examples(questions[0])[0]
     assert halves.judge(questions[0], f"\\boxed{{{example.answer}}}").kind == "wrong"
-    assert example.question.endswith("Put the final answer in \\boxed{}.")
+    assert example.question == "Half of 120? Answer in cm. Put the final answer in \\boxed{}."
     with pytest.raises(UsageError, match="halves has 39 questions in all, not 40"):
         halves.questions(limit=40)
 
@@ -51,6 +53,15 @@ def test_the_python_class_of_the_docs(folder: Path) -> None:
     assert parity.judge(question, f"\\boxed{{{question.gold}}}").kind == "correct"
     with pytest.raises(UsageError, match=r"has no subclass of cotree\.Task called `Party`"):
         task(f"{folder / 'my_tasks.py'}:Party")
+
+
+def test_a_class_file_may_hold_dataclasses_and_may_not_end_the_program(folder: Path) -> None:
+    imports = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    (folder / "held.py").write_text(f"{imports}@dataclass\nclass A:\n    x: int\n{blocks('python')[1]}")
+    assert task(f"{folder / 'held.py'}:Parity").questions(limit=1)
+    (folder / "ends.py").write_text("raise SystemExit(3)")
+    with pytest.raises(UsageError, match=r"cannot load .*ends\.py: SystemExit: 3"):
+        task(f"{folder / 'ends.py'}:Parity")
 
 
 def test_a_recipe_names_own_tasks(folder: Path) -> None:
@@ -65,10 +76,12 @@ def test_a_recipe_names_own_tasks(folder: Path) -> None:
         ("verifier: math", "verifier: maths", r"`verifier`: Input should be 'math', 'number' or 'text'"),
         ("prompt:", "promt:", r"`prompt`: Field required"),
         ("{question}", "{problem}", r"`prompt` has no \{question\}"),
-        ("gold: solution", "gold: answer", r"a row has no field `answer`; its fields: problem, solution, unit"),
+        ("gold: solution", "gold: answer", r"halves, row 1: a row has no field `answer`; its fields: "),
         ("gold: solution", "gould: solution", r"`fields` says nothing about gold"),
         ("halves.jsonl", "thirds.jsonl", r"no file or folder at thirds\.jsonl"),
         ("fields:", "fields: [", r"is not YAML"),
+        ("    unit: cm\n", "", r"`examples\.0`: its fields beside the steps must be the prompt's: unit"),
+        ("    unit: cm", "    unit: cm\n    subtask: typo", r"`examples\.0`: its fields"),
     ],
 )
 def test_faults_are_one_line(folder: Path, old: str, new: str, said: str) -> None:
@@ -96,6 +109,9 @@ def test_extractors_and_verifiers(folder: Path, extractor: str, verifier: str, r
     assert own.judge(question, reply).kind == kind
     if extractor == "text":
         assert own.judge(question, reply, "length").kind == "no_answer"
+        # What the search writes: a tag, and no box around what is compared as it is.
+        written = thought_text("answer", ANSWERS[own.answer_form].prefix, "\\frac{2}{2}", own.answer_form)
+        assert own.judge(question, written).kind == "correct"
 
 
 def test_a_whole_reply_is_asked_for_as_a_text_and_judged_without_its_tag(folder: Path) -> None:

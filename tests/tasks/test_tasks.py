@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -69,6 +72,37 @@ def test_questions_are_the_same_every_time() -> None:
     assert task("arithmetic").questions("test", 8) == task("arithmetic").questions("test", 40)[:8]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("gsm8k", {"id": "1"}, "row 2: a row has no field `problem` or `question`; its fields: id"),
+        ("blocksworld", {"init": ["on a"], "goal": ["on a b"]}, "row 2: not a row of tasksource/planbench .IndexError"),
+        ("ifeval", {"prompt": "Sing.", "instruction_id_list": ["a:b"], "kwargs": [3]}, "row 2: not a row of google/"),
+    ],
+)
+def test_a_row_that_is_none_of_the_task_is_named(name: str, row: dict[str, object], said: str, tmp_path: Path) -> None:
+    good = {
+        "gsm8k": {"id": 1, "question": "1 + 1?", "answer": "2"},
+        "blocksworld": {
+            "id": 1, "init": ["ontable a", "ontable b"], "goal": ["on a b"], "ground_truth_plan": ["(pick-up a)"],
+        },
+        "ifeval": {"key": 1, "prompt": "Sing.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]},
+    }  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(good[name]))
+    assert len(task(name, tmp_path / "rows.jsonl").questions()) == 1
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(good[name])}\n{json.dumps(row)}")
+    with pytest.raises(UsageError, match=f"{name}, {said}"):
+        task(name, tmp_path / "rows.jsonl").questions()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_docstring_shows_the_prompt_and_the_rule(name: str) -> None:
+    doc = inspect.getdoc(TASKS[name]) or ""
+    # Or that of the task whose rule it is.
+    docs = [doc, *(inspect.getdoc(TASKS[other]) or "" for other in TASKS if f"`{other}`" in doc)]
+    assert "rompt" in doc and any(re.search(r"(is|are) correct|:\s`correct`", text) for text in docs)
+
+
 def test_bad_names_and_numbers() -> None:
     with pytest.raises(UsageError, match="did you mean `letters`"):
         task("leters")
@@ -93,6 +127,9 @@ def test_bad_names_and_numbers() -> None:
         ("<think>\\boxed{1}", "stop", None, None),
         ("<think>\\boxed{1}</think> no", "stop", None, None),
         ("<think>a</think> \\boxed{2}", "length", "2", "2"),
+        ("<think>a</think> <think>\\boxed{2}", "length", None, None),
+        ("<think>a</think> <think>b</think> \\boxed{2}", "stop", "2", "2"),
+        ("#### **12**", "stop", "12", "12"),
         ("", "stop", None, None),
         ("</think>\n<Output>\\boxed{1}</Output>", "stop", "1", "1"),
         ("<Thought>a<Output>The answer is 4.</Output>", "stop", "4", "4"),
@@ -114,6 +151,9 @@ def test_bad_names_and_numbers() -> None:
         ("The answer is a number.", "stop", None, None),
         ("The answer is not clear.", "stop", None, None),
         ("The answer is 12 + 5 = 17", "stop", None, "17"),
+        ("The answer is 12 × 5 = 60", "stop", None, "60"),
+        ("The answer is €12", "stop", "€12", "€12"),
+        ("答案是B。", "stop", "B", "B"),
         ("Answer: $1,250 and then $300", "stop", "$1,250", "$1,250"),
         ("Ответ: 12", "stop", "12", "12"),
         ("Ответ — 12", "length", None, None),

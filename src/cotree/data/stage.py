@@ -92,8 +92,8 @@ def contaminated_questions(recipe: Recipe) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for name, n in recipe.tasks.train.items():
         asked = task(name)
-        generated = [name] if asked.source is None else []
-        found |= {(name, id) for id in contaminated(asked.questions("train", n), held_out, generated=generated)}
+        generated = [asked.name] if asked.generated else []
+        found |= {(asked.name, id) for id in contaminated(asked.questions("train", n), held_out, generated=generated)}
     return found
 
 

@@ -7,6 +7,7 @@ is trained and evaluated on the plain question.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from cotree.search.mcts import Node
@@ -16,6 +17,8 @@ from cotree.tasks.base import AnswerForm, Message, Question, Task, WorkedExample
 
 # One thought is one line and does not answer before its turn.
 THOUGHT_STOPS = ("\n", "The answer is")
+# Escaped ones are signs, not braces: `\left\{x\right.` opens nothing.
+_BRACES = re.compile(r"\\?[{}]")
 
 
 def search_messages(task: Task, question: Question) -> list[Message]:
@@ -58,10 +61,10 @@ def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> lis
 def in_box(written: str) -> tuple[str, bool]:
     """What of a text stands in a box that it begins in, and whether the box is closed: at the first brace too many."""
     depth = 1
-    for position, character in enumerate(written):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for brace in _BRACES.finditer(written):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return written[:position], True
+            return written[: brace.start()], True
     return written, False
 
 

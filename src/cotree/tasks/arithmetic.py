@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from cotree.errors import UsageError
 from cotree.tasks.base import Question, Split, Task, WorkedExample
 
 ANSWER_FORMAT = "Put the final answer in \\boxed{}."
@@ -72,7 +71,11 @@ _FAMILIES: dict[str, Callable[[random.Random], Parts]] = {
 
 
 class Arithmetic(Task):
-    """Sums, differences and products of small numbers, and the largest of three, in equal parts."""
+    r"""Sums, differences and products of small numbers, and the largest of three, in equal parts.
+
+    Prompt `arithmetic/boxed-1`: `What is 31 + 12? Put the final answer in \boxed{}.` Rule: `\boxed{43}` and "The answer
+    is 43." are correct, `\boxed{42}` is wrong: the numbers must be equal.
+    """
 
     name = "arithmetic"
     prompt_version = "arithmetic/boxed-1"
@@ -83,9 +86,7 @@ class Arithmetic(Task):
         """`limit` questions (all by default: as many as the smallest family gives), the four families in turn."""
         streams = [islice(self._stream(family, split), limit) for family in _FAMILIES]
         drawn = [question for row in zip(*streams, strict=False) for question in row]
-        if limit is not None and len(drawn) < limit:
-            raise UsageError(f"arithmetic has {len(drawn)} questions in split `{split}`, not {limit}; lower the number")
-        return drawn[:limit]
+        return self._first(drawn, split, limit)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three of the question's family, of another seed; one that is the question itself is left out."""

@@ -91,6 +91,7 @@ class Task(ABC):
     """A family of questions. A generated task draws its splits from disjoint parameters; a benchmark has a `source`.
 
     data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
+    `generated`: its training questions come from templates, so only a whole one repeats an evaluation question.
     `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
     `answer_form`: an answer is written in a box on one line (`number`: has no brace of its own, so the first one ends
     it), or as free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
@@ -101,6 +102,7 @@ class Task(ABC):
     prompt_version: str
     source: Source | None = None
     blocking: bool = False
+    generated: bool = True
     answer_form: AnswerForm = "boxed"
 
     def __init__(self, data: str | Path | None = None) -> None:
@@ -111,6 +113,13 @@ class Task(ABC):
     @abstractmethod
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The first `limit` questions of a split (all by default), always the same in the same order."""
+
+    def _first(self, questions: list[Question], split: Split | None, limit: int | None) -> list[Question]:
+        """The first `limit` of a split's questions; UsageError where there are fewer."""
+        if limit is not None and limit > len(questions):
+            there = f"in split `{split}`" if split else "in all"
+            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
+        return questions[:limit]
 
     @abstractmethod
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:

@@ -24,10 +24,11 @@ class Benchmark(Task):
 
     source: Source
     training: Source | None = None
+    generated = False
 
     @abstractmethod
-    def question(self, row: Row, index: int) -> Question:
-        """A row as a question; `index` counts rows from 0, for sources without ids."""
+    def question(self, row: Row) -> Question:
+        """A row as a question."""
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The first `limit` questions (all by default). Without a split: all rows of `source`.
@@ -40,16 +41,23 @@ class Benchmark(Task):
             raise UsageError(f"{self.name} has a test set only, no `{split}` split; train on another task")
         if split == "test" and source is self.training:
             raise UsageError(f"{self.name} is for training and has no test split; evaluate on another task")
-        rows = load_rows(source, self.data)
-        if source.ids:
-            rows = [{"id": f"{source.ids}-{index}"} | row for index, row in enumerate(rows)]
-        questions = [self.question(row, index) for index, row in enumerate(rows)]
+        questions = self._asked(source)
         if split in ("train", "dev"):
             questions = [question for question in questions if _is_dev(question.id) == (split == "dev")]
-        if limit is not None and limit > len(questions):
-            there = f"in split `{split}`" if split else "in all"
-            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
-        return questions[:limit]
+        return self._first(questions, split, limit)
+
+    def _asked(self, source: Source) -> list[Question]:
+        questions = []
+        for index, row in enumerate(self._rows(source)):
+            try:
+                questions.append(self.question({"id": f"{source.ids}-{index}"} | row if source.ids else row))
+            except Exception as error:  # noqa: BLE001 - the row may hold anything
+                said = error if isinstance(error, UsageError) else f"not a row of {source.hub} ({error!r})"
+                raise UsageError(f"{self.name}, row {index + 1}: {said}") from None
+        return questions
+
+    def _rows(self, source: Source) -> list[Row]:
+        return load_rows(source, self.data)
 
 
 def _is_dev(question_id: str) -> bool:

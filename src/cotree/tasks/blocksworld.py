@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any
 
-from cotree.errors import UsageError
 from cotree.tasks.arithmetic import split_of
 from cotree.tasks.base import Question, Split, Verdict, WorkedExample
 from cotree.tasks.benchmark import Benchmark
@@ -72,8 +70,9 @@ class Blocksworld(Benchmark):
     description = "PlanBench: plans to restack 3 to 5 blocks, run in a simulator; training problems are generated"
     source = Source("blocksworld.jsonl", "tasksource/planbench", "MIT", 600, ("task_1_plan_generation",), "train")
     answer_form = "text"
+    generated = True
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """A row of the local file (`init`, `goal`) or of the hub (`query`)."""
         if "init" in row:
             problem = Problem.from_atoms(row["init"], value(row, "goal"))
@@ -84,21 +83,18 @@ class Blocksworld(Benchmark):
         found = row.get("id") or f"{group}-{value(row, 'instance_id')}"
         gold = value(row, "ground_truth_plan")
         plan = _steps(gold.strip() if isinstance(gold, str) else "\n".join(gold))
-        steps = len(optimal_plan(problem))
-        return self._ask(str(found), problem, plan, {"optimal_steps": steps, "rap_group": row.get("rap_split_v1_step")})
+        return self._ask(str(found), problem, plan, len(optimal_plan(problem)))
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The benchmark's rows (split `test` or none), or generated problems that the benchmark does not have."""
-        rows = [row for row in load_rows(self.source, self.data) if row.get("domain", "blocksworld") in _DOMAINS]
-        asked = [self.question(row, index) for index, row in enumerate(rows)]
+        asked = self._asked(self.source)
         if split in ("train", "dev"):
             known = {canonical_form(problem_of(q)) for q in asked}
             asked = list(islice(self._new(split == "dev", known), limit))
-        if limit is not None and limit > len(asked):
-            raise UsageError(
-                f"{self.name} has {len(asked)} questions in split `{split}`, not {limit}; lower the number"
-            )
-        return asked[:limit]
+        return self._first(asked, split, limit)
+
+    def _rows(self, source: Source) -> list[Row]:
+        return [row for row in load_rows(source, self.data) if row.get("domain", "blocksworld") in _DOMAINS]
 
     def _new(self, dev: bool, known: set[Form]) -> Iterator[Question]:
         """Generated problems, one of each size in turn; a problem's form decides its split."""
@@ -112,10 +108,12 @@ class Blocksworld(Benchmark):
                 if form not in known and text not in seen and (split_of(str(form)) == "dev") == dev:
                     seen.add(text)
                     plan = optimal_plan(problem)
-                    yield self._ask(f"generated-{size}-{i}", problem, plan, {"optimal_steps": len(plan)})
+                    yield self._ask(f"generated-{size}-{i}", problem, plan, len(plan))
 
-    def _ask(self, name: str, problem: Problem, gold: Sequence[Action], known: dict[str, Any]) -> Question:
-        spec = {"init": tuple(problem.init_atoms()), "goal": tuple(problem.goal_atoms()), **known}
+    def _ask(self, name: str, problem: Problem, gold: Sequence[Action], steps: int) -> Question:
+        spec = {
+            "init": tuple(problem.init_atoms()), "goal": tuple(problem.goal_atoms()), "optimal_steps": steps,
+        }  # fmt: skip
         message = {"role": "user", "content": zero_shot(problem)}
         return Question(name, self.name, (message,), _pddl(gold), f"{len(problem.below)} blocks", spec=spec)
 
@@ -140,10 +138,10 @@ class Blocksworld(Benchmark):
 
 
 class BlocksworldOneShot(Blocksworld):
-    """The same questions by PlanBench's one-shot prompt, version 1: the problem of the number before shows its plan.
+    """The questions and the rule of `blocksworld`, by PlanBench's one-shot prompt, version 1.
 
-    For base models, and to compare with PlanBench's one-shot results. Where that problem is not in the data (it never
-    is for generated ones), one of six blocks takes its place.
+    The problem of the number before shows its plan. For base models, and to compare with PlanBench's one-shot results.
+    Where that problem is not in the data (it never is for generated ones), one of six blocks takes its place.
     """
 
     name = "blocksworld_one_shot"

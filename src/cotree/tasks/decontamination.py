@@ -8,14 +8,17 @@ whole text counts; beyond that their generators keep the parameters of splits ap
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from itertools import takewhile
 
-from cotree.tasks.base import Question
+import regex
 
-# In whole questions operators count: `7 - 2` is not `7 + 2`. An n-gram has words only, as in the literature.
-_WORD = re.compile(r"\w+|[-+*/^<>=]")
+from cotree.tasks.base import Question
+from cotree.tasks.instructions.scripts import WORD
+
+# In whole questions operators count: `7 - 2` is not `7 + 2`. An n-gram has words only, as in the literature; what
+# is written without spaces, Chinese and Japanese, has a word a character.
+_WORD = regex.compile(rf"{WORD.pattern}|[-+*/^<>=]", regex.V1)
 Words = tuple[str, ...]
 
 

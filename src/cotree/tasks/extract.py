@@ -17,20 +17,17 @@ Mode = Literal["strict", "lenient"]
 ANSWER_TAG = "The answer is:"
 
 # What opens thinking, and what closes it; an answer tag closes it too.
-_THINKING_TAGS = (
-    ("<think>", ("</think>",)),
-    ("<thinking>", ("</thinking>",)),
-    ("<|begin_of_thought|>", ("<|end_of_thought|>", "<|begin_of_solution|>")),
-    ("<Thought>", ("</Thought>", "<Output>")),
-    ("[THINK]", ("[/THINK]",)),
-)
+_OPENINGS = ("<think>", "<thinking>", "<|begin_of_thought|>", "<Thought>", "[THINK]")
+_CLOSINGS = (
+    "</think>", "</thinking>", "<|end_of_thought|>", "<|begin_of_solution|>", "</Thought>", "<Output>", "[/THINK]",
+)  # fmt: skip
 _TEXT_TAG = re.compile(rf"^{ANSWER_TAG}[ \t]*+\n", re.MULTILINE)
 _ANSWER_TAGS = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\[{}]|[{}]")
 # `\boxed 5$`, as the MATH authors' own extractor takes it.
 _UNBRACED_BOX = re.compile(r"\\boxed ([^${}\n]{1,100})\$")
 
-_NUMBER = r"-?\$?\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+"
+_NUMBER = r"-?[$€£¥₹]?\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+"
 _LAST_NUMBER = re.compile(_NUMBER)
 _HASHES = re.compile(r"####[ \t]*+([^\n]++)")
 # A heading of the fourth level is no answer: `#### Step 2`, `#### 1. Add the numbers`.
@@ -52,18 +49,18 @@ _ANSWER_IS = re.compile(
 _MATHS = (
     r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{[^{}\n]{0,80}\}|\\[A-Za-z]++|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
-_SIGNS = r"[\d+*/=^_(){}\[\]|!<>,.;:'% -]"
+_SIGNS = r"[\d+*/=×·÷^_(){}\[\]|!<>,.;:'% -]"
 # What may stand after it: a number, delimited maths, bold words, or maths without delimiters.
 _VALUE = re.compile(
     rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d)
          | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)
          | \\\[\s*+(?P<display>.{{1,300}}?)\s*\\\]
-         | (?P<number>{_NUMBER})(?:\\?%)?+\**+(?![_^\\({{[]|[A-Za-z](?![A-Za-z])|[ ]*+[-+*/=]|,?+[ ]*+-?\d)
+         | (?P<number>{_NUMBER})(?:\\?%)?+\**+(?![_^\\({{[]|[A-Za-z](?![A-Za-z])|[ ]*+[-+*/=×·÷]|,?+[ ]*+-?\d)
          | (?P<maths>(?=[-+({{\[|\\A-Za-z\d])(?:{_MATHS}|{_SIGNS}){{1,300}}+)
     """,
     re.VERBOSE | re.DOTALL,
 )
-_COMPUTATION = re.compile(r"[\d\s.,+*/=-]*\d\s*[-+*/=]\s*\d[\d\s.,+*/=-]*")
+_COMPUTATION = re.compile(r"[\d\s.,+*/=×·÷-]*\d\s*[-+*/=×·÷]\s*\d[\d\s.,+*/=×·÷-]*")
 _LETTER = re.compile(r"\(?[A-Za-z]\)?")
 
 
@@ -105,15 +102,9 @@ def spoken(completion: str) -> str:
 
 def after_thinking(completion: str) -> str | None:
     """The text after the last thinking close tag, tags around the answer left out; None when thinking is unclosed."""
-    end, opened = -1, False
-    for opening, closings in _THINKING_TAGS:
-        opened = opened or opening in completion
-        for closing in closings:
-            at = completion.rfind(closing)
-            end = max(end, at + len(closing) if at >= 0 else -1)
-    if end < 0 and opened:
-        return None
-    return _ANSWER_TAGS.sub("", completion[max(end, 0) :])
+    ends = [at + len(closing) for closing in _CLOSINGS if (at := completion.rfind(closing)) >= 0]
+    text = completion[max(ends, default=0) :]
+    return None if any(opening in text for opening in _OPENINGS) else _ANSWER_TAGS.sub("", text)
 
 
 def last_boxed(text: str) -> str | None:
@@ -138,7 +129,7 @@ def last_boxed(text: str) -> str | None:
 def _hashed(text: str) -> tuple[str, int] | None:
     """The last `#### answer` and where it ends."""
     found = [match for match in _HASHES.finditer(text) if not _HEADING.match(match[1])]
-    return (found[-1][1].strip(), found[-1].end()) if found else None
+    return (found[-1][1].strip(" \t*"), found[-1].end()) if found else None
 
 
 def _stated(text: str) -> tuple[str, int] | None:
@@ -152,7 +143,7 @@ def _stated(text: str) -> tuple[str, int] | None:
         if match.lastgroup == "maths":
             answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,.;:*!'")
             follows = text[match.start("maths") + len(answer) :][:1]
-            lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n")
+            lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n。，；！।")
             if lone or _COMPUTATION.fullmatch(answer) or answer.count("{") != answer.count("}"):
                 continue
         if any(c.isalnum() for c in answer):

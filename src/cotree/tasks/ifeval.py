@@ -1,15 +1,6 @@
 r"""`ifeval`, `multi_if`, `m_ifeval`: instructions that a program can check, in one turn or three, in many languages.
 
-The evaluation prompt (`row-1`) is the row's own text and nothing else, as in google-research's and Multi-IF's code.
-An invented item of the same shape:
-
-    Describe a harbour at night. Do not use any commas. Highlight at least 2 sections with markdown, for example
-    *highlighted section*.
-
-is judged by `punctuation:no_comma` and `detectable_format:number_highlighted_sections` with `num_highlights: 2`: the
-verdict is `correct` if the answer (after thinking and the answer tag) follows all of a turn's instructions strictly.
-The reward is the share followed, so 1 for `correct` alone. A turn of Multi-IF asks for all that the turns before it
-asked, and sees the model's own earlier replies without their thinking.
+Invariant: each instruction is checked alone, and arguments that no checker takes are found before any text is judged.
 """
 
 from __future__ import annotations
@@ -44,7 +35,7 @@ _EXAMPLES = (
 )
 
 
-def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any]], language: str) -> dict[str, Any]:
+def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None], language: str) -> dict[str, Any]:
     """A turn's instructions for its verifier: `instructions`, pairs of id and arguments, and `language`.
 
     Falsy arguments are dropped: the hub's rows hold a null for each argument of every other instruction.
@@ -52,20 +43,30 @@ def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any]], langua
     Raises:
         UsageError: an instruction that nobody checks, with the nearest known; arguments that it does not take.
     """
-    if len(names) != len(arguments):
+    if not names or len(names) != len(arguments):
         raise UsageError(
             f"{len(names)} instructions ({', '.join(names)}) with {len(arguments)} kwargs; give one for each"
         )
     asked = []
     for name, given in zip(names, arguments, strict=True):
-        kept = {key: told for key, told in given.items() if told}
+        kept = {key: told for key, told in (given or {}).items() if told}
         check_arguments(name, kept)
         asked.append((name, kept))
     return {"instructions": tuple(asked), "language": language}
 
 
 class IFEval(Benchmark):
-    """IFEval (Zhou et al. 2023): 25 kinds of instruction, one to three of them in a prompt."""
+    """IFEval (Zhou et al. 2023): 25 kinds of instruction, one to three of them in a prompt.
+
+    The prompt (`ifeval/row-1`) is the row's own text and nothing else, as in google-research's code. An invented item:
+
+        Describe a harbour at night. Do not use any commas. Highlight at least 2 sections with markdown, for example
+        *highlighted section*.
+
+    is judged by `punctuation:no_comma` and `detectable_format:number_highlighted_sections` with `num_highlights: 2`:
+    `correct` if the answer (after thinking and the answer tag) follows all instructions strictly. The reward is the
+    share followed, so 1 for `correct` alone.
+    """
 
     name = "ifeval"
     description = "verifiable instructions, English (IFEval)"
@@ -73,7 +74,7 @@ class IFEval(Benchmark):
     prompt_version = "ifeval/row-1"
     answer_form = "text"
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """`key` or `id`, `prompt`, `instruction_id_list`, `kwargs`; `language` where there is one."""
         names = value(row, "instruction_id_list")
         language = row.get("language", "English")
@@ -95,27 +96,31 @@ class IFEval(Benchmark):
 
 
 class MIFEval(IFEval):
-    """M-IFEval (Dussolle et al. 2025): IFEval's kinds and new ones in Spanish, French and Japanese."""
+    """M-IFEval (Dussolle et al. 2025): Spanish, French, Japanese, new kinds too. Prompt and rule: those of `ifeval`."""
 
     name = "m_ifeval"
     description = "verifiable instructions, Spanish, French, Japanese (M-IFEval; rows on GitHub, not on the hub)"
     prompt_version = "m_ifeval/row-1"
     source = Source("mifeval_es_fr_ja.jsonl", "lightblue-tech/M-IFEval", "Apache-2.0", 522)
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """As IFEval's; the language is the prefix of the instruction ids."""
-        return super().question({**row, "language": value(row, "instruction_id_list")[0].partition(":")[0]}, index)
+        return super().question({**row, "language": value(row, "instruction_id_list")[0].partition(":")[0]})
 
 
 class MultiIF(IFEval):
-    """Multi-IF (He et al. 2024): conversations of three turns in eight languages, instructions adding up."""
+    """Multi-IF (He et al. 2024): conversations of three turns in eight languages.
+
+    Prompt and rule of a turn are those of `ifeval`. A turn asks for all that the turns before it asked, and sees the
+    model's own earlier replies without their thinking.
+    """
 
     name = "multi_if"
     description = "verifiable instructions over three turns, eight languages (Multi-IF)"
     prompt_version = "multi_if/row-1"
     source = Source("multi_if_en.jsonl", "facebook/Multi-IF", "CC-BY-NC-2.0", 4501)
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """`id`, `language` and `turns`, or the hub's flat columns `turn_1_prompt` ... that hold JSON in JSON."""
         language = value(row, "language")
         turns = []

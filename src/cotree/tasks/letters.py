@@ -10,7 +10,6 @@ import random
 from collections.abc import Sequence
 from importlib.resources import files
 
-from cotree.errors import UsageError
 from cotree.tasks.arithmetic import ANSWER_FORMAT, split_of
 from cotree.tasks.base import Question, Split, Task, WorkedExample
 
@@ -35,7 +34,11 @@ def _example(word: str, letter: str) -> WorkedExample:
 
 
 class Letters(Task):
-    """Count a letter in an English word of 4 to 8 letters; golds 1, 2, 3 in turn."""
+    r"""Count a letter in an English word of 4 to 8 letters; golds 1, 2, 3 in turn.
+
+    Prompt `letters/boxed-1`: `How many times does the letter e appear in h e d g e? Put the final answer in \boxed{}.`
+    Rule: as `arithmetic`; `\boxed{2}` is correct.
+    """
 
     name = "letters"
     prompt_version = "letters/boxed-1"
@@ -55,9 +58,7 @@ class Letters(Task):
             random.Random(f"letters-{n}").shuffle(pool)
         most = len(_COUNTS) * min(map(len, pools.values()))
         drawn = [pools[_COUNTS[i % len(_COUNTS)]][i // len(_COUNTS)] for i in range(most)]
-        if limit is not None and limit > most:
-            raise UsageError(f"letters has {most} questions in split `{split}`, not {limit}; lower the number")
-        return [self._build(word, letter) for word, letter in drawn[:limit]]
+        return self._first([self._build(word, letter) for word, letter in drawn], split, limit)
 
     def _build(self, word: str, letter: str) -> Question:
         message = {"role": "user", "content": f"{_question(word, letter)} {ANSWER_FORMAT}"}

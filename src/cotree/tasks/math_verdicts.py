@@ -37,7 +37,14 @@ _FRACTION = re.compile(
     rf"(-?)(?:({_INTEGER})(?:/([1-9][0-9]{{0,11}}))?|\\frac\{{({_INTEGER})\}}\{{([1-9][0-9]{{0,11}})\}})"
 )
 # What changes the look and not the meaning; a space between two letters or digits may be a product.
-_LOOKS = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac)|(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+_LOOKS = re.compile(
+    r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac)|(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])"
+    r"|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|[€£¥₹]"
+)
+# `18 eggs`: the library knows few units, and takes the letters of others for variables.
+_UNIT = re.compile(r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen)\b)[A-Za-z]{3,}(?: [A-Za-z]{2,})*")
+# Digits of other scripts: Devanagari's, full-width ones.
+_DIGIT = re.compile(r"(?![0-9])\d")
 _BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 
 
@@ -65,8 +72,11 @@ def compare(gold: str, answer: str) -> tuple[bool, str]:
 
 
 def _tidy(text: str) -> str:
-    """Without the dollars around it, the dot after it, and what only changes its look."""
-    return _LOOKS.sub("", text.strip().strip("$").strip().removesuffix("."))
+    """ASCII digits, no dollars around them, no dot or unit after them, nothing that only changes the look."""
+    text = _DIGIT.sub(lambda digit: str(int(digit[0])), text)
+    text = _LOOKS.sub("", text.strip().strip("$").strip().removesuffix("."))
+    unit = _UNIT.fullmatch(text)
+    return unit[1] if unit else text
 
 
 def _fraction(text: str) -> Fraction | None:

@@ -32,7 +32,7 @@ class Mathematics(Benchmark):
     blocking = True
     examples: ClassVar[tuple[WorkedExample, ...]]
 
-    def question(self, row: Row, index: int) -> Question:
+    def question(self, row: Row) -> Question:
         """A row of the hub or of a local file."""
         message = {"role": "user", "content": f"{value(row, 'problem', 'question')}\n{INSTRUCTION}"}
         family = str(row.get("subject") or row.get("type") or "")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import split_of
 from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, normalise_number
-from cotree.tasks.loading import Source, load_rows, value
+from cotree.tasks.benchmark import Benchmark
+from cotree.tasks.loading import Row, Source, value
 from cotree.tasks.math_verdicts import compare
 
 # Each takes (answer, gold) and says whether the answer is right, and what else there is to say.
@@ -36,8 +38,9 @@ class Section(BaseModel):
 
 
 class Example(Section):
-    """A solved question for the search prompt."""
+    """A solved question for the search prompt, with whatever other fields the prompt shows."""
 
+    model_config = ConfigDict(extra="allow", frozen=True)
     question: str
     sub_task: str
     thinking: str
@@ -50,7 +53,7 @@ class OwnTask(Section):
 
     fields: what the rows call the id, the question, the gold answer and whatever else the prompt uses. prompt: each
     `{name}` in it stands for a field. extractor: `answer` as for the shipped tasks, or `text` for all of the reply
-    after its thinking and, where there is one, the answer tag.
+    after its thinking and the answer tag.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -64,37 +67,36 @@ class OwnTask(Section):
     examples: tuple[Example, ...] = ()
 
 
-class FileTask(Task):
+class FileTask(Benchmark):
     """The task of a YAML file. Its splits are 70, 10 and 20 of a hundred rows, fixed by each row's id."""
 
     def __init__(self, path: Path, data: str | Path | None = None) -> None:
         self.own = _load(path)
         self.name, self.description = self.own.name, self.own.description
         self.blocking = self.own.verifier == "math"
-        if self.own.extractor == "text":
-            self.answer_form = "text"
+        self.answer_form = "text" if self.own.extractor == "text" else "boxed"
         self.prompt_version = f"{self.name}/{self.own.prompt_version}"
         beside = path.parent / self.own.data
         given = str(beside) if beside.exists() else self.own.data
-        self.rows_at = Source(Path(self.own.data).name, given, "its own", 0)
-        self.source = self.rows_at
+        self.source = Source(Path(self.own.data).name, given, "its own", 0)
         super().__init__(given if data is None else data)
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The rows in their order; UsageError when a row lacks a field or there are fewer than `limit`."""
-        questions = [self._question(row, index) for index, row in enumerate(load_rows(self.rows_at, self.data))]
-        if split is not None:
-            questions = [question for question in questions if split_of(question.id) == split]
-        if limit is not None and limit > len(questions):
-            there = f"in split `{split}`" if split else "in all"
-            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
-        return questions[:limit]
+        questions = [q for q in self._asked(self.source) if split in (None, split_of(q.id))]
+        return self._first(questions, split, limit)
 
-    def _question(self, row: dict[str, Any], index: int) -> Question:
-        fields = self.own.fields
+    def _rows(self, source: Source) -> list[Row]:
         # Rows without ids are called by their place.
-        known = {"id": str(index)} if row.get(fields["id"]) is None else {}
-        known |= {name: str(value(row, column)) for name, column in fields.items() if name not in known}
+        column = self.own.fields["id"]
+        return [
+            {column: str(index)} | {name: told for name, told in row.items() if told is not None}
+            for index, row in enumerate(super()._rows(source))
+        ]
+
+    def question(self, row: Row) -> Question:
+        """A row with the file's fields."""
+        known = {name: str(value(row, column)) for name, column in self.own.fields.items()}
         message = {"role": "user", "content": _filled(self.own.prompt, known)}
         return Question(known["id"], self.name, (message,), known["gold"].strip())
 
@@ -107,7 +109,7 @@ class FileTask(Task):
         """The file's examples, in the prompt's words; the question itself is left out."""
         steps = {"sub_task", "thinking", "double_check"}
         shown = [
-            WorkedExample(_filled(self.own.prompt, {"question": e.question}), e.model_dump(include=steps), e.answer)
+            WorkedExample(_filled(self.own.prompt, e.model_dump()), e.model_dump(include=steps), e.answer)
             for e in self.own.examples
         ]
         return [example for example in shown if example.question != question.messages[-1]["content"]]
@@ -126,13 +128,15 @@ def own_task(name: str, data: str | Path | None) -> Task:
 
 
 def _from_python(path: Path, name: str) -> type[Task]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"cotree_own.{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - the user's file may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything
         raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from None
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
@@ -156,9 +160,14 @@ def _load(path: Path) -> OwnTask:
         raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}")
     if "{question}" not in own.prompt:
         raise UsageError(f"{path}: `prompt` has no {{question}}")
+    shown = {name for name in own.fields.keys() - Example.model_fields.keys() if f"{{{name}}}" in own.prompt}
+    for number, example in enumerate(own.examples):
+        if set(example.model_extra or ()) != shown:
+            extra = ", ".join(sorted(shown)) or "none"
+            raise UsageError(f"{path}: `examples.{number}`: its fields beside the steps must be the prompt's: {extra}")
     return own
 
 
-def _filled(prompt: str, known: dict[str, str]) -> str:
+def _filled(prompt: str, known: Mapping[str, object]) -> str:
     r"""The prompt with its fields; other braces, as in `\boxed{}`, stay."""
-    return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), prompt)
+    return re.sub(r"\{(\w+)\}", lambda match: str(known.get(match[1], match[0])), prompt)

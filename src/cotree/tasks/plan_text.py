@@ -61,14 +61,14 @@ _BLOCK = (
 )
 _ACTION = (
     r"[^\w\n]*+(?:(?:step|action|plan|so|the|answer|is|boxed|first|then|next|now|finally|and|i|(\d++))\b[^\w\n]*+)*+"
-    rf"(pick|put|unstack|stack)(?:[ \t-]*(?:up|down)\b)?[ \t(\[:]+{_BLOCK}(?:[ \t]+(?:up|down)\b)?"
+    rf"(pick|put|place|unstack|stack)(?:[ \t-]*(?:up|down)\b)?[ \t(\[:]+{_BLOCK}(?:[ \t]+(?:up|down)\b)?"
     r"(?:(?:[ \t]*\([^()\n]*\))?[ \t,\])]*(?:(?:from|off|on|onto|upon|top|of|to|over|the)\b[ \t\[(]*)*+"
     rf"(?:{_BLOCK}|table\b))?"
 )
 _LINE = re.compile(f"^{_ACTION}", re.MULTILINE)
 _NEXT = re.compile(rf"(?=\)[ \t]*\(|\)?[ \t]*(?:[,;.\d]|->|and\b|then\b)){_ACTION}")
 _HEADING = re.compile(r"\b(?:plan|actions|steps|answer|solution|plan is|follows)[^\w\n.!?]*$", re.MULTILINE)
-_VERBS = {"pick": "pick-up", "put": "put-down"}
+_VERBS = {"pick": "pick-up", "put": "put-down", "place": "put-down"}
 
 
 def in_words(line: str) -> str:
@@ -146,7 +146,8 @@ def extract_plan(completion: str, finish_reason: str = "stop") -> list[Action] |
             blocks = [
                 plan[-1][1] if name == "it" and plan else _LETTERS.get(name, name) for name in (block, under) if name
             ]
-            plan.append((_VERBS.get(verb, verb), *blocks))
+            name = "stack" if verb in ("put", "place") and len(blocks) == 2 else _VERBS.get(verb, verb)
+            plan.append((name, *blocks))
             end = line.end()
             following = _NEXT.match(text, end)
             if following is None:

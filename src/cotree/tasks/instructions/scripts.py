@@ -19,7 +19,7 @@ import regex
 CHARACTER_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}ー"
 _JOINED = r"\p{L}\p{M}\p{N}_\u200C\u200D"
 WORD_CHARACTER = rf"[{_JOINED}]"
-_WORD = regex.compile(
+WORD = regex.compile(
     rf"[{CHARACTER_SCRIPTS}]\p{{M}}*|[[\p{{L}}\p{{N}}_]--[{CHARACTER_SCRIPTS}]][[{_JOINED}]--[{CHARACTER_SCRIPTS}]]*",
     regex.V1,
 )
@@ -47,7 +47,7 @@ _DETECTED = 30_000
 
 def words(text: str) -> list[str]:
     """The words of a text in any mix of scripts."""
-    found: list[str] = _WORD.findall(text)
+    found: list[str] = WORD.findall(text)
     return [part for word in found for part in (_thai_words(word) if _THAI.search(word) else (word,))]
 
 
