@@ -251,6 +251,7 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.eval.evaluate import constant_baselines, evaluate
+    from cotree.eval.followed import instruction_scores
     from cotree.eval.metrics import summarize
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.export_gguf import export_gguf
@@ -263,6 +264,7 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     models = [("base", "base", False), ("base+examples", "base", True), ("control", "control", False)]
     models += [("sft", "sft", False), ("dpo", "dpo", False)]
     rows: list[dict[str, Any]] = []
+    followed: list[dict[str, Any]] = []
     prompt = completion = 0
     for name, checkpoint, examples in models:
         if (examples and not settings.examples) or (name == "control" and not settings.control):
@@ -285,14 +287,14 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
         for part in dict.fromkeys(sample.part for sample in samples):
             judged = [sample.judged() for sample in samples if sample.part == part]
             rows.append({"model": name, "task": part, **summarize(judged), "max_tokens": settings.max_tokens})
+        followed += [{"model": name, **score} for score in instruction_scores(questions, samples)]
     # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.
     folder = run.path / "student" / "transformers"
     if not folder.is_symlink():
         folder.symlink_to(Path("..") / run.checkpoint("dpo").relative_to(run.path) / "model")
-    write_json(run.path / "eval" / "results.json", rows)
-    result.update(
-        eval=rows, baselines=constant_baselines(questions), tokens={"prompt": prompt, "completion": completion}
-    )
+    write_json(run.path / "eval" / "results.json", {"eval": rows, "instructions": followed})
+    result.update(eval=rows, instructions=followed, baselines=constant_baselines(questions))
+    result.update(tokens={"prompt": prompt, "completion": completion})
 
 
 def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:
@@ -318,6 +320,7 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "machine": run.manifest["machine"],
         "eval": run.result("eval")["eval"],
         "baselines": run.result("eval")["baselines"],
+        "instructions": run.result("eval")["instructions"],
         "search": {**run.result("search")["counts"], "compared": run.result("search")["compared"]},
         "data": run.result("build")["counts"],
         "seconds": {name: stage["seconds"] for name, stage in stages.items() if stage["done"]},

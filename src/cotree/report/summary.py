@@ -61,6 +61,26 @@ class EvalRow(Part):
         return f"{self.model} answers “{self.commonest}” to {share} that it answers"
 
 
+class Instructions(Part):
+    """Which share of prompts and of instructions one model followed (Multi-IF's scores); `turn` None: mean of turns."""
+
+    model: str
+    task: str
+    group: str
+    turn: int | None = None
+    prompts: int = Field(ge=1)
+    prompt_strict: float = Field(ge=0, le=1)
+    instruction_strict: float = Field(ge=0, le=1)
+    prompt_loose: float = Field(ge=0, le=1)
+    instruction_loose: float = Field(ge=0, le=1)
+    average: float = Field(ge=0, le=1)
+
+    @property
+    def name(self) -> str:
+        """The row's name: "multi_if IF(En), turn 2"."""
+        return f"{self.task} {self.group}{f', turn {self.turn}' if self.turn else ''}"
+
+
 class Baseline(Part):
     """The best constant answer of a task: what a model gets that ignores the question."""
 
@@ -149,6 +169,7 @@ class Summary(Part):
     machine: Machine = Machine()
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
+    instructions: list[Instructions] = []
     search: Search = Search()
     data: Data = Data()
     seconds: dict[str, float] = {}

@@ -80,6 +80,13 @@ def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
             f"        chosen {number(data.mean_chosen_tokens)} tokens, rejected {number(data.mean_rejected_tokens)}, "
             f"difference {signed(length_gap(summary))}, shared prefix {number(data.mean_prefix_tokens)}"
         )
+    if summary.instructions:
+        lines.append("instructions followed, %: prompts strict / loose, single ones strict / loose, mean of these")
+        lines += [
+            f"  {row.model:<13} {row.name}: {percent(row.prompt_strict)} / {percent(row.prompt_loose)}, "
+            f"{percent(row.instruction_strict)} / {percent(row.instruction_loose)}, {percent(row.average)}"
+            for row in summary.instructions
+        ]
     width = max((len(stage) for stage in summary.seconds), default=0)
     lines += [
         f"{stage:<{width}}  {duration(seconds):>12}  {_work(summary, stage)}".rstrip()

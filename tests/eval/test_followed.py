@@ -1,0 +1,77 @@
+"""Instruction following is scored from the stored samples, by language group and turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cotree.eval.evaluate import EvalSample
+from cotree.eval.followed import instruction_scores
+from cotree.eval.metrics import summarize
+from cotree.report.html import write_report
+from cotree.report.summary import Instructions
+from cotree.report.table import summary_lines
+from cotree.tasks import task
+
+WORDS = "we all went to the market in the morning and bought some bread for the children"
+LOWER, NO_COMMA = "change_case:english_lowercase", "punctuation:no_comma"
+
+
+def conversation(key: str, language: str) -> dict[str, object]:
+    """One invented conversation of two turns."""
+    first, second = [LOWER], [LOWER, NO_COMMA]
+    turns = [
+        {"prompt": "Greet me in lower case.", "instruction_id_list": first, "kwargs": [{}]},
+        {"prompt": "Now without commas.", "instruction_id_list": second, "kwargs": [{}, {}]},
+    ]
+    return {"id": key, "language": language, "turns": turns}
+
+
+def test_scores_by_group_and_turn(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    rows = [conversation("1:1:en", "English"), conversation("2:1:en", "English"), conversation("3:1:fr", "French")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    multi_if = task("multi_if", path)
+    questions = [(multi_if, question) for question in multi_if.questions()]
+    said = {
+        "1:1:en": (WORDS, "today " + WORDS.replace(" and", ", and")),
+        "2:1:en": (WORDS.title(), WORDS),
+        "3:1:fr": ("bonjour", "Bonjour, toi"),
+    }
+    samples = []
+    for _, first in questions:
+        question = first
+        for turn, reply in enumerate(said[first.id]):
+            verdict = multi_if.judge(question, reply)
+            samples.append(EvalSample("multi_if", first.id, reply, "stop", 3, 9, verdict.kind, reply, "", turn))
+            question = question.follow_up(reply) or question
+    scores = {(r["group"], r["turn"]): r for r in instruction_scores(questions, samples)}
+    english = [scores["IF(En)", turn] for turn in (1, 2, None)]
+    assert [r["prompts"] for r in english] == [2, 2, 4]
+    assert [r["prompt_strict"] for r in english] == [0.5, 0.5, 0.5]
+    assert [r["instruction_strict"] for r in english] == [0.5, 0.75, 0.625]
+    assert scores["IF(Other)", 2]["instruction_strict"] == 0.0
+    for turn in (0, 1):
+        kinds = [s.kind for s in samples if s.turn == turn and s.id.endswith("en")]
+        assert kinds.count("correct") / 2 == scores["IF(En)", turn + 1]["prompt_strict"], "a verdict is prompt-strict"
+
+    rows_shown = [{"model": "dpo", **score} for score in scores.values()]
+    summary = {"name": "x", "seed": 0, "created": "2026-01-01", "instructions": rows_shown}
+    assert "  dpo           multi_if IF(En), turn 2: 50.0 / 50.0, 75.0 / 75.0, 62.5" in summary_lines(summary)
+    judged = summarize([sample.judged() for sample in samples])
+    (tmp_path / "summary.json").write_text(
+        json.dumps(summary | {"eval": [{"model": "dpo", "task": "multi_if", "max_tokens": 9, **judged}]})
+    )
+    page = write_report(tmp_path).read_text()
+    assert all(Instructions.model_validate(row).name in page for row in rows_shown)
+
+
+def test_tasks_without_instructions_have_no_scores() -> None:
+    letters = task("letters")
+    (question,) = letters.questions("test", 1)
+    sample = EvalSample("letters", question.id, "x", "stop", 3, 9, "wrong", "2", "3")
+    assert instruction_scores([(letters, question)], [sample]) == []
+    with pytest.raises(KeyError):
+        instruction_scores([], [sample])
