@@ -101,19 +101,19 @@ def main() -> None:
         longest = []
     rates: dict[str, float] = {}
     long_ms: dict[str, float] = {}
-    print(f"{'task':<12}  {'verdicts/s':>10}  {'ms a long one':>13}  judged")
+    print(f"{'task':<20}  {'verdicts/s':>10}  {'ms a long one':>13}  judged")
     for name in TASKS:
         try:
             asked = task(name)
             judged, what = responses(name, asked, limit)
         except UsageError as error:
-            print(f"{name:<12}  {'-':>10}  {'-':>13}  {error}")
+            print(f"{name:<20}  {'-':>10}  {'-':>13}  {error}")
             continue
         rates[name] = rate(asked, judged)
         if longest:
             long_ms[name] = 1000 / rate(asked, [(judged[0][0], text) for text in longest])
         shown = f"{long_ms[name]:.2f}" if longest else "-"
-        print(f"{name:<12}  {rates[name]:>10,.0f}  {shown:>13}  {len(judged)} {what}")
+        print(f"{name:<20}  {rates[name]:>10,.0f}  {shown:>13}  {len(judged)} {what}")
     result: dict[str, Any] = {
         "verdicts_per_second": rates,
         "ms_per_long_verdict": long_ms,
