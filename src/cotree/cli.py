@@ -70,7 +70,8 @@ def build(
     elif recipe is None:
         raise UsageError("name a recipe, or a file with --check")
     elif out is not None:
-        Output(quiet=quiet).say(build_beside(load_recipe(recipe, overrides or []), runs_dir, out).counts)
+        built = build_beside(load_recipe(recipe, overrides or []), runs_dir, out)
+        Output(quiet=quiet).say("\n".join([f"{out}:", *built.lines()]))
     else:
         run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="build", output=Output(quiet=quiet))
 
