@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/laptop.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Overrides of recipe values.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Overrides of recipe values.")]
 RunsDir = Annotated[Path, typer.Option(help="Where run folders are kept.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
@@ -51,7 +51,7 @@ def run(
 
 @app.command(epilog="Example: cotree build recipes/laptop.yaml build.dpo.length=longest --out datasets/long")
 def build(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe file.")] = None,
     overrides: Overrides = None,
     check: Annotated[Path | None, typer.Option(help="Only check a dataset file: .parquet or .jsonl.")] = None,
     out: Annotated[Path | None, typer.Option(help="Build from the run's trees into this folder instead.")] = None,
@@ -70,7 +70,8 @@ def build(
     elif recipe is None:
         raise UsageError("name a recipe, or a file with --check")
     elif out is not None:
-        Output(quiet=quiet).say(build_beside(load_recipe(recipe, overrides or []), runs_dir, out).counts)
+        built = build_beside(load_recipe(recipe, overrides or []), runs_dir, out)
+        Output(quiet=quiet).say("\n".join([f"{out}:", *built.lines()]))
     else:
         run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="build", output=Output(quiet=quiet))
 

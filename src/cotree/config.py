@@ -43,12 +43,13 @@ class Price(Section):
 class Model(Section):
     """Where text comes from: OpenAI-compatible servers (`url`) or a GGUF in this process (`embedded`).
 
-    `embedded` is a shipped name (`cotree models` lists them), a path to a `.gguf` file, or `REPO_ID:FILE.gguf` on the
-    hub. `url` is one server or a list of servers of the same model: a question stays with one of them, so that its
-    prompts stay warm there. `tokenizer` (a hub id or folder) renders the chat template for `url` models; embedded ones
-    carry their own. `mode: chat` sends the chain so far as an assistant message to be continued, for servers that
-    offer only `/v1/chat/completions`; it needs no tokenizer. `mode: pooling` is a process reward model behind vLLM's
-    `/pooling`, which writes nothing and scores the steps of a chain. `max_in_flight` counts requests a server.
+    `embedded` is smollm2-135m-instruct, gemma-3-270m (after `make two-models`), a path to a `.gguf` file, or
+    `REPO_ID:FILE.gguf` on the hub. `url` is one server or a list of servers of the same model: a question stays with
+    one of them, so that its prompts stay warm there. `tokenizer` (a hub id or folder) renders the chat template for
+    `url` models; embedded ones carry their own. `mode: chat` sends the chain so far as an assistant message to be
+    continued, for servers that offer only `/v1/chat/completions`; it needs no tokenizer. `mode: pooling` is a process
+    reward model behind vLLM's `/pooling`, which writes nothing and scores the steps of a chain. `max_in_flight` counts
+    requests a server.
     """
 
     embedded: str | None = None

@@ -199,12 +199,8 @@ def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     built = build_run(run.recipe, run.trees, run.result("search")["config"], run.data)
     result.update(counts=built.counts)
     write_json(run.path / "samples.json", built.samples)
-    counts = built.counts
-    output.say(
-        f"  {counts['sft_rows']} SFT chains {counts['sft_rows_by_task']}, {counts['dpo_pairs']} DPO pairs "
-        f"{counts['dpo_pairs_by_task']}, {counts['too_long']} chains over {run.recipe.build.max_tokens} tokens left out"
-    )
-    output.say(f"  left out: {counts['removed'] or 'nothing'}")
+    for line in built.lines():
+        output.say(f"  {line}")
 
 
 def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:

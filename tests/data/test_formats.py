@@ -25,7 +25,7 @@ from cotree.data.export import export_to, export_trees
 from cotree.data.external import import_rows
 from cotree.data.files import check_file, read_rows, write_jsonl
 from cotree.data.preview import preview
-from cotree.errors import UsageError
+from cotree.errors import CotreeError, UsageError
 from cotree.eval.survey import diagnose_file
 from cotree.store import TreeStore
 from cotree.tasks import Question, task
@@ -108,6 +108,17 @@ def test_json_lines_are_the_rows(built: Built, folder: Path, tmp_path: Path) -> 
         export_to(tmp_path, "jsonl", str(tmp_path))
     with pytest.raises(UsageError, match=re.escape("has no README.md")):
         export_to(tmp_path, "hub", "me/mine")
+    with pytest.raises(UsageError, match="write it as -o OWNER/NAME"):
+        export_to(folder, "hub", "mine")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", away)
+    with pytest.raises(CotreeError, match="cannot push to me/mine: no route; is the hub reached"):
+        export_to(folder, "hub", "me/mine")
 
 
 def test_trees_as_parquet_are_the_trees(tmp_path: Path) -> None:

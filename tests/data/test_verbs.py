@@ -32,7 +32,9 @@ def test_check_export_and_diagnose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trees = [random_tree(seed) for seed in range(6)]
-    build(trees, tiny_tokenizer(), Build(), tmp_path / "data", seed=0)
+    built = build(trees, tiny_tokenizer(), Build(), tmp_path / "data", seed=0)
+    n = built.counts["dpo_pairs"]
+    assert f"{n} DPO pairs (arithmetic {n})" in built.lines()[0]
     with TreeStore(tmp_path / "trees.db") as store:
         for tree in trees:
             store.put(tree)
@@ -55,9 +57,14 @@ def test_check_export_and_diagnose(
         (["build", "--check", "nowhere.parquet"], "no file at nowhere.parquet"),
         (["build", LAPTOP, "build.sft.select=best"], "`build.sft.select`: Input should be 'length' or 'value'"),
         (["preview", LAPTOP], "run `cotree build` first"),
-        (["preview", LAPTOP, "--kind", "speech"], "no rows at"),
+        (["preview", LAPTOP, "--kind", "dpo"], "no rows at"),
+        (
+            ["preview", LAPTOP, "--kind", "speech"],
+            "unknown kind `speech`; known: sft, control, dpo, step_pairs, stepwise",
+        ),
         (["export", "x", "--to", "csv", "-o", "y"], "unknown form `csv`"),
         (["export", "x.db", "--to", "trees", "-o", "y"], "no store at x.db"),
+        (["export", "x.db", "--to", "jsonl", "-o", "y"], "export it with --to trees"),
         (["import", "x.jsonl", "--student", "nobody", "-o", "y"], "unknown embedded model `nobody`"),
         (["diagnose", "x.jsonl"], "no file at x.jsonl"),
     ],

@@ -38,6 +38,18 @@ class Built:
     counts: dict[str, Any]
     samples: list[dict[str, Any]]
 
+    def lines(self) -> list[str]:
+        """What was written and what was left out, for the terminal."""
+        named = (("sft_rows", "SFT chains"), ("dpo_pairs", "DPO pairs"), ("control_rows", "control chains"),
+                 ("step_pairs", "step pairs"), ("stepwise_rows", "process-reward rows"))  # fmt: skip
+        written = []
+        for key, name in named:
+            tasks = ", ".join(f"{task} {n}" for task, n in self.counts.get(f"{key}_by_task", {}).items())
+            if self.counts[key]:
+                written.append(f"{self.counts[key]} {name}" + (f" ({tasks})" if tasks else ""))
+        removed = ", ".join(f"{name} {n}" for name, n in self.counts["removed"].items())
+        return [", ".join(written), f"left out: {removed or 'nothing'}"]
+
 
 @dataclass
 class Seen:

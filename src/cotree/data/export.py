@@ -7,6 +7,7 @@ its own chat template, once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 import yaml
 
 from cotree.data.files import Row, batches, check_file, read_rows, whole, write_jsonl
-from cotree.errors import UsageError
+from cotree.errors import CotreeError, UsageError
 from cotree.run_folder import write_text
 from cotree.store import TreeStore
 
@@ -42,6 +43,10 @@ def export(source: Path, form: Form, out: Path) -> list[Path]:
     Raises:
         UsageError: nothing to export, or a row is faulty.
     """
+    if source.suffix == ".db":
+        raise UsageError(
+            f"{source} holds trees; export it with --to trees, or the datasets that `cotree build` made of it"
+        )
     files = sorted(source.glob("*/train.parquet")) if source.is_dir() else [source]
     if not files:
         raise UsageError(f"no datasets in {source}; expected KIND/train.parquet below it")
@@ -120,12 +125,19 @@ def push(folder: Path, repository: str) -> str:
     """Upload a build's folder, card included, to a private dataset of the hub; the token is the environment's.
 
     Raises:
-        UsageError: the folder has no card, so it is no build.
+        UsageError: the folder has no card, so it is no build; or the name is no OWNER/NAME.
+        CotreeError: the hub cannot be reached, or refuses.
     """
     if not (folder / "README.md").is_file():
         raise UsageError(f"{folder} has no README.md; push the folder that `cotree build` wrote")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UsageError(f"`{repository}` is no dataset of the hub; write it as -o OWNER/NAME")
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder))
+    try:
+        api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder))
+    except Exception as error:  # noqa: BLE001 - the hub client raises dozens of unrelated types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CotreeError(f"cannot push to {repository}: {reason}; is the hub reached, and HF_TOKEN set?") from None

@@ -44,7 +44,8 @@ def import_file(
     judge = None if task is None else find_task(task)
     questions = [question for name in held_out for question in find_task(name).questions()]
     counts = import_rows(source, tokenizer, out, Build(max_tokens=max_tokens), judge, questions)
-    return f"{out}: {', '.join(f'{n} {name}' for name, n in counts.items())}"
+    left_out = ", ".join(f"{name} {n}" for name, n in counts.items() if name not in ("written", "verified"))
+    return f"{out}: {counts['written']} rows, {counts['verified']} of them verified; left out: {left_out or 'nothing'}"
 
 
 def import_rows(

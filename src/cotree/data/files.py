@@ -6,6 +6,7 @@ file carries the hash of the chat template whose tokens were counted, and a trai
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -86,8 +87,8 @@ def whole(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        fix = "free some space, then re-run the same command to resume"
-        raise CotreeError(f"cannot write {path}: {error.strerror or error}; {fix}") from None
+        fix = "; free some space, then re-run the same command to resume" if error.errno == errno.ENOSPC else ""
+        raise CotreeError(f"cannot write {path}: {error.strerror or error}{fix}") from None
     finally:
         partial.unlink(missing_ok=True)
 

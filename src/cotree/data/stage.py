@@ -14,6 +14,7 @@ import yaml
 from cotree.config import Model, Recipe
 from cotree.data.build import Built, build
 from cotree.data.chains import Judge, Reading
+from cotree.data.files import COLUMNS
 from cotree.data.preview import preview
 from cotree.errors import UsageError
 from cotree.llm.embedded import locate
@@ -74,9 +75,12 @@ def build_beside(recipe: Recipe, runs_dir: Path, folder: Path) -> Built:
 
 def preview_run(recipe: Recipe, runs_dir: Path, kind: str, rows: int) -> Text:
     """A run's rows as its trainer sees them (`data.preview`)."""
+    if kind not in COLUMNS:
+        raise UsageError(f"unknown kind `{kind}`; known: {', '.join(COLUMNS)}")
     path = runs_dir / recipe.name / "data" / kind / "train.parquet"
     if not path.is_file():
-        raise UsageError(f"no rows at {path}; run `cotree build` first, and see --kind")
+        section = f" with a `build.{kind}` section" if kind in ("step_pairs", "stepwise") else ""
+        raise UsageError(f"no rows at {path}; run `cotree build` first{section}")
     return preview(path, load_tokenizer(student_source(recipe)), recipe.build.max_tokens, rows)
 
 

@@ -41,7 +41,7 @@ def comparison_lines(search: Search) -> list[str]:
         f"{number(row.uncached_prompt_tokens)} prompt tokens)"
         for row in search.compared
     ]
-    return [*lines, verdict(search.compared)] if len(lines) == 2 else lines
+    return [*lines, f"at equal tokens: {verdict(search.compared)}"] if len(lines) == 2 else lines
 
 
 def verdict(compared: Sequence[Worth]) -> str:
@@ -57,7 +57,7 @@ def verdict(compared: Sequence[Worth]) -> str:
             ahead.append(f"{mcts.method} is ahead in {name}")
         elif theirs[1] > ours[2]:
             ahead.append(f"{other.method} is ahead in {name}")
-    return "; ".join(ahead) if ahead else "at equal tokens no interval tells the two apart"
+    return "; ".join(ahead) if ahead else "no interval tells the two apart"
 
 
 def share(values: Sequence[float]) -> str:

@@ -5,7 +5,7 @@ depth-first order is `k <= q < ends[k]`.
 
 - `block`: dense attention for each run of the forest over its ancestors' slices. The fastest on CPU, and the fallback.
 - `sdpa`: one call with a (tokens, tokens) mask: computes what the mask then hides.
-- `flex`: torch's flex_attention, which skips hidden blocks. The fastest on CUDA; has no backward on CPU.
+- `flex`: torch's flex_attention, which skips hidden blocks. Used on CUDA; has no backward on CPU.
 """
 
 from __future__ import annotations
