@@ -184,6 +184,15 @@ STEPS = {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}
         (GOOD_PAIR, {"rejected": GOOD_PAIR["chosen"]}, "row 1, column rejected: is the same as chosen"),
         (STEPS, {"labels": [True]}, "row 1, column labels: has 1 entries for 2 completions"),
         (STEPS, {"prompt": ""}, "row 1, column prompt: must be text"),
+        (STEPS, {"completions": 5}, "row 1, column completions: must be a list of texts"),
+        (STEPS, {"labels": 3}, "row 1, column labels: must be a list of true and false"),
+        (STEPS, {"labels": ["yes", "no"]}, "row 1, column labels: must be a list of true and false"),
+        (STEPS, {"visits": [1, "many"]}, "row 1, column visits: must be a list of numbers"),
+        (GOOD_ROW, {"reward": "high"}, "row 1, column reward: must be a number, not 'high'"),
+        (GOOD_ROW, {"tree_id": 7}, "row 1, column tree_id: must be text, not 7"),
+        (GOOD_PAIR, {"rejected_finished": "no"}, "row 1, column rejected_finished: must be true or false, not 'no'"),
+        (GOOD_PAIR, {"prefix_tokens": True}, "row 1, column prefix_tokens: must be a number from 0, not True"),
+        (GOOD_PAIR, {"prefix_tokens": 9, "chosen_tokens": 2}, "column prefix_tokens: 9 are more than the shorter side"),
     ],
 )
 def test_a_check_names_row_and_column(
@@ -204,10 +213,21 @@ def test_a_check_of_what_is_no_dataset(tmp_path: Path) -> None:
         ("c.jsonl", json.dumps(GOOD_ROW).encode() + b"\n{", "line 2: not JSON"),
         ("d.parquet", b"PAR2", "is no Parquet file"),
         ("e.jsonl.gz", b"no gzip", "not JSON"),
+        ("f.jsonl.gz", gzip.compress(json.dumps(GOOD_ROW).encode())[:-12], "not JSON"),
+        ("g.json", b"5", "must be an array of rows"),
+        ("h.jsonl", json.dumps(GOOD_ROW).replace('"A"', '"\\ud800"').encode(), "half of a surrogate pair"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match=message):
             check_file(tmp_path / name)
+    pq.write_table(
+        pa.Table.from_pylist([GOOD_ROW | {"tree_id": str(at)} for at in range(5_000)]), tmp_path / "i.parquet"
+    )
+    damaged = bytearray((tmp_path / "i.parquet").read_bytes())
+    damaged[100:9_000] = b"\xff" * 8_900
+    (tmp_path / "i.parquet").write_bytes(damaged)
+    with pytest.raises(UsageError, match="is no Parquet file"):
+        check_file(tmp_path / "i.parquet")
     with pytest.raises(UsageError, match="no file at"):
         check_file(tmp_path / "nowhere.jsonl")
 
