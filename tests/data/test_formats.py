@@ -85,6 +85,24 @@ def test_llamafactory(built: Built, folder: Path, tmp_path: Path) -> None:
     assert (dpo["chosen"], dpo["rejected"]) == (original["chosen"][0], original["rejected"][0])
 
 
+def test_an_export_keeps_what_is_in_the_folder_already(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    information = tmp_path / "dataset_info.json"
+    information.write_text('{"alpaca": {"file_name": "alpaca.json"}}')
+    export_to(folder, "llamafactory", str(tmp_path))
+    export_to(folder, "llamafactory", str(tmp_path))
+    assert {"alpaca", "cotree_sft", "cotree_dpo"} <= json.loads(information.read_text()).keys()
+    information.write_text("[")
+    with pytest.raises(UsageError, match="is no JSON object"):
+        export_to(folder, "llamafactory", str(tmp_path))
+    write_jsonl(tmp_path / "own.jsonl", [GOOD_ROW])
+    with pytest.raises(UsageError, match="would replace"):
+        export_to(tmp_path / "own.jsonl", "jsonl", str(tmp_path))
+    monkeypatch.chdir(folder / "sft")
+    assert export_to(Path("train.parquet"), "jsonl", str(tmp_path)) == [str(tmp_path / "sft.jsonl")]
+
+
 def test_axolotl(built: Built, folder: Path, tmp_path: Path) -> None:
     export_to(folder / "sft" / "train.parquet", "axolotl", str(tmp_path))
     export_to(folder / "dpo" / "train.parquet", "axolotl", str(tmp_path))
@@ -298,6 +316,16 @@ def test_what_cannot_be_imported_is_named(tmp_path: Path, row: dict[str, Any], m
     with pytest.raises(UsageError, match=message):
         import_rows(tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build())
     assert not (tmp_path / "o.parquet").exists()
+
+
+def test_words_of_a_model_cannot_command_the_terminal(tmp_path: Path) -> None:
+    hostile = "\x1b[2Ja\rb\x9bc\u202ed\x0ce\tf"
+    shown = "\\x1b[2Ja\\rb\\x9bc\\u202ed\\x0ce\tf"
+    row = {"prompt": GOOD_ROW["prompt"], "completion": [{"role": "assistant", "content": hostile}]}
+    write_jsonl(tmp_path / "sft.jsonl", [row])
+    assert f"loss │ {shown}<|im_end|>" in preview(tmp_path / "sft.jsonl", tiny_tokenizer(), 512).plain
+    write_jsonl(tmp_path / "steps.jsonl", [STEPS | {"prompt": hostile, "completions": [hostile, "b"]}])
+    assert preview(tmp_path / "steps.jsonl", tiny_tokenizer(), 512).plain.count(shown) == 2
 
 
 def test_a_preview_shows_every_token_with_its_mark(built: Built, folder: Path) -> None:
