@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.data.trees import node, random_tree, tree_of
 from tests.train.tiny_student import tiny_tokenizer
 
-from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates
+from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates, TextForm
 from cotree.data.build import build, build_dpo, build_sft
 from cotree.data.chains import Reading
 from cotree.data.files import COLUMNS, check_file, check_template, read_metadata
@@ -153,6 +153,23 @@ def test_a_path_that_was_cut_off_is_rejected_where_it_is_asked_for_and_its_turn_
     beginning = {"rejected": [{"role": "assistant", "content": "I add.\nSo it"}], "rejected_finished": False}
     with pytest.raises(UsageError, match="chosen begins with all of rejected's tokens"):
         encode_dpo(tiny_tokenizer(), [row | beginning], 512)
+
+
+def test_the_settings_alone_say_how_chains_are_read(tmp_path: Path) -> None:
+    build_sft(TREES, tiny_tokenizer(), tmp_path, Build(text="think"))
+    assert all(row["completion"][0]["content"].startswith("<think>") for row in rows(tmp_path / "sft"))
+    with pytest.raises(UsageError, match="needs a judge"):
+        build_sft(TREES, tiny_tokenizer(), tmp_path, Build(reflections="cut"))
+
+
+@pytest.mark.parametrize(("text", "words"), [("think", "<think>\nI add.\nand and"),
+                                             ("tags", "<sub-task>I add.</sub-task>\n<thinking>and and")])  # fmt: skip
+def test_a_path_that_was_cut_off_never_closed_its_last_tag(tmp_path: Path, text: TextForm, words: str) -> None:
+    cut = replace(node(2, 1, "thinking", "and and", "no_answer"), finish_reason="length")
+    right = node(3, 1, "answer", "The answer is: \\boxed{3}", "correct")
+    one = tree_of("one", [node(0, None, None), node(1, 0, "sub_task", "I add."), cut, right])
+    build_dpo([one], tiny_tokenizer(), tmp_path, Build(text=text, dpo=BuildDPO(unanswered=True)))
+    assert rows(tmp_path / "dpo")[0]["rejected"][0]["content"] == words
 
 
 def test_four_combinations_from_one_store(tmp_path: Path) -> None:

@@ -122,6 +122,9 @@ def test_a_step_pair_is_found() -> None:
     (pair,) = select_step_pairs(tree, chains(tree), BuildStepPairs(), 0)
     assert (pair.chosen.text, pair.rejected.text) == ("I add.\nIt is 3", "I guess.\nIt is 0")
     assert select_step_pairs(tree, chains(tree), BuildStepPairs(min_visits=3), 0) == []
+    nodes[2] = node(2, 0, "thinking", "I add.")
+    twice = tree_of("x", nodes)
+    assert select_step_pairs(twice, chains(twice), BuildStepPairs(), 0) == [], "a step is not better than itself"
 
 
 @given(chain_lists, lengths, st.integers())

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.config import Build, Gates
 from cotree.data.card import write_card
-from cotree.data.chains import PLAIN, Chain, Reading, chains_of, mean_value
+from cotree.data.chains import Chain, Reading, chains_of, mean_value
 from cotree.data.files import Row, write_parquet
 from cotree.data.gates import passes
 from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select_step_pairs
-from cotree.errors import CotreeError
+from cotree.errors import CotreeError, UsageError
 from cotree.search.prompts import chain_text
 from cotree.store import StoredTree
 from cotree.train.encode import template_hash
@@ -78,13 +78,13 @@ class Seen:
 
 
 def build_sft(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
+              *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
     """Only the SFT dataset, into `folder/sft`; as `build`."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("sft",))
 
 
 def build_dpo(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
+              *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
     """Only the DPO dataset, into `folder/dpo`; as `build`."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("dpo",))
 
@@ -97,20 +97,25 @@ def build(
     *,
     seed: int,
     control: bool = False,
-    reading: Reading = PLAIN,
+    reading: Reading | None = None,
     kinds: Collection[str] = ("sft", "dpo", "step_pairs", "stepwise"),
     contaminated: Collection[tuple[str, str]] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Built:
     """Select rows from trees and write `folder/KIND/train.parquet` and the datasets' card.
 
-    reading: how chains are read out of trees. control: also rows for a control student, as many as SFT has.
+    reading: how chains are read out of trees; by default as `settings` say. control: also rows for a control
+        student, as many as SFT has.
     contaminated: (task, question id) of questions that repeat an evaluation question; their trees give nothing.
     about: what the card says of the run (`name`, `recipe`, `models`).
 
     Raises:
+        UsageError: reflections are to be cut, and there is no `reading` with a judge to judge those chains again.
         CotreeError: no tree gave a correct chain, or none gave both a correct and a wrong one; nothing was written.
     """
+    reading = Reading(text=settings.text, unanswered=settings.dpo.unanswered) if reading is None else reading
+    if settings.reflections == "cut" and not reading.cut_reflections:
+        raise UsageError("`reflections: cut` needs a judge of what was cut: pass reading=Reading(judge=...)")
     removed: Counter[str] = Counter()
     chains = 0
     with _Spill(settings.gates, seed) as spill:
