@@ -155,6 +155,14 @@ def test_a_path_that_was_cut_off_is_rejected_where_it_is_asked_for_and_its_turn_
         encode_dpo(tiny_tokenizer(), [row | beginning], 512)
 
 
+def test_rows_of_an_earlier_build_do_not_stay_under_another_card(tmp_path: Path) -> None:
+    build(TREES, tiny_tokenizer(), Build(stepwise=BuildStepwise()), tmp_path, seed=0)
+    assert (tmp_path / "stepwise" / "train.parquet").is_file()
+    build(TREES, tiny_tokenizer(), Build(), tmp_path, seed=0)
+    assert not (tmp_path / "stepwise" / "train.parquet").exists()
+    assert "config_name: stepwise" not in (tmp_path / "README.md").read_text()
+
+
 def test_the_settings_alone_say_how_chains_are_read(tmp_path: Path) -> None:
     build_sft(TREES, tiny_tokenizer(), tmp_path, Build(text="think"))
     assert all(row["completion"][0]["content"].startswith("<think>") for row in rows(tmp_path / "sft"))

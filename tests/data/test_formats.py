@@ -309,10 +309,16 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         ({"messages": [{"role": "user", "content": "x"}]}, "does not end with the assistant"),
         ({"conversations": [{"who": "x"}]}, "a turn is no"),
         ({"prompt": "x", "response": "<think>"}, "no row of .* passed"),
+        ([1], "row 0: is no object with columns"),
+        ({"prompt": " ", "response": "x"}, "row 0: the prompt is empty"),
+        ({"prompt": "x", "response": "\ud800"}, "row 0: a message's content is no text"),
+        ({"messages": [{"role": "user", "content": None}, *GOOD_ROW["completion"]]}, "content is no text, but 'None'"),
+        ({"messages": GOOD_ROW["completion"] * 2}, "row 0: the prompt is empty, or ends with the assistant"),
+        ({"system": 5, "conversations": GOOD_ROW["prompt"] + GOOD_ROW["completion"]}, "content is no text, but '5'"),
     ],
 )
-def test_what_cannot_be_imported_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    write_jsonl(tmp_path / "theirs.jsonl", [row])
+def test_what_cannot_be_imported_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(row))
     with pytest.raises(UsageError, match=message):
         import_rows(tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build())
     assert not (tmp_path / "o.parquet").exists()

@@ -146,7 +146,9 @@ def build(
         if control:
             sizes["control"], seen["control"] = sizes["sft"], Seen()
         for kind, limit in sizes.items():
-            if limit:
+            if not limit:
+                (folder / kind / "train.parquet").unlink(missing_ok=True)  # of a build before this one
+            else:
                 rows = seen[kind].watch(spill.rows(kind, limit))
                 write_parquet(folder / kind / "train.parquet", kind, rows, noted)
     counts = _counts(chains, removed, seen)
