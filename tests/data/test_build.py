@@ -163,6 +163,22 @@ def test_rows_of_an_earlier_build_do_not_stay_under_another_card(tmp_path: Path)
     assert "config_name: stepwise" not in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("unanswered", [True, False])
+def test_every_judged_leaf_is_a_chain_or_counted_and_steps_follow_what_the_student_sees(
+    tmp_path: Path, unanswered: bool
+) -> None:
+    trees = [random_tree(seed) for seed in range(30)]
+    settings = Build(dpo=BuildDPO(unanswered=unanswered), step_pairs=BuildStepPairs(min_visits=1), max_tokens=60)
+    reading = Reading(unanswered=unanswered, left_out={"sub_task"})
+    counts = build(trees, tiny_tokenizer(), settings, tmp_path, seed=0, reading=reading).counts
+    gates = ("no_answer", "too_long", "loop", "language", "repeated_in_tree")
+    judged = sum(node.verdict is not None for tree in trees for node in tree.nodes)
+    assert counts["removed"]["repeated_in_tree"]
+    assert counts["chains"] + sum(counts["removed"].get(gate, 0) for gate in gates) == judged
+    for row in rows(tmp_path / "step_pairs"):
+        assert row["chosen"][0]["content"].startswith((row["prefix"] + "\n").lstrip() + row["chosen_step"])
+
+
 def test_the_settings_alone_say_how_chains_are_read(tmp_path: Path) -> None:
     build_sft(TREES, tiny_tokenizer(), tmp_path, Build(text="think"))
     assert all(row["completion"][0]["content"].startswith("<think>") for row in rows(tmp_path / "sft"))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,8 @@ def build(
         for tree in trees:
             found, no_answer = chains_of(tree, tokenizer, reading)
             removed["no_answer"] += no_answer
+            judged = sum(node.verdict is not None for node in tree.nodes)
+            removed["repeated_in_tree"] += judged - no_answer - len(found)
             if (tree.task, tree.question_id) in contaminated:
                 removed["contaminated"] += len(found)
                 continue
@@ -252,10 +255,13 @@ def _assistant(chain: Chain) -> list[dict[str, str]]:
 
 
 def _step(tree: StoredTree, pair: Pair) -> Row:
-    """The sibling thoughts, what was judged of them, and the words before them."""
+    """The sibling thoughts, what was judged of them, and the words before them that the student sees."""
     assert pair.better is not None
     assert pair.worse is not None
-    row: Row = {"step_type": pair.better.type, "prefix": chain_text(tree.chain(pair.better.parent_id or 0))}
+    parting = pair.better.node_id
+    shared = takewhile(lambda node_id: node_id != parting, pair.chosen.nodes)
+    before = [tree.nodes[node_id] for node_id in shared]
+    row: Row = {"step_type": pair.better.type, "prefix": chain_text(before)}
     for side, node in (("chosen", pair.better), ("rejected", pair.worse)):
         row |= {f"{side}_step": node.text, f"{side}_value": mean_value(node), f"{side}_visits": node.visits}
     return row
