@@ -85,6 +85,23 @@ def test_llamafactory(built: Built, folder: Path, tmp_path: Path) -> None:
     assert (dpo["chosen"], dpo["rejected"]) == (original["chosen"][0], original["rejected"][0])
 
 
+def test_a_side_that_was_cut_off_is_not_exported_as_a_whole_one(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "dpo.jsonl", [GOOD_PAIR | {"rejected_finished": False}])
+    for form in ("llamafactory", "axolotl"):
+        with pytest.raises(UsageError, match="was cut off by max_tokens"):
+            export_to(tmp_path / "dpo.jsonl", form, str(tmp_path / form))
+    export_to(tmp_path / "dpo.jsonl", "jsonl", str(tmp_path / "out"))
+    assert next(read_rows(tmp_path / "out" / "dpo.jsonl"))["rejected_finished"] is False
+
+
+def test_a_card_counts_only_what_it_has_and_a_licence_cannot_break_its_table(tmp_path: Path) -> None:
+    about = {"models": {"m": "x\n\n# Free | [a](javascript:1)"}}
+    build(TREES, tiny_tokenizer(), Build(), tmp_path, seed=0, kinds=("sft",), about=about)
+    card = (tmp_path / "README.md").read_text()
+    assert "rejected 0.0" not in card and "Mean tokens of the student: SFT" in card
+    assert "| m | x # Free \\| \\[a\\](javascript:1) |" in card
+
+
 def test_an_export_keeps_what_is_in_the_folder_already(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

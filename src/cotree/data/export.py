@@ -89,6 +89,11 @@ def _messages(row: Row) -> Row:
     """`messages` through the answer; for a preference, up to the answer, and both answers."""
     if "completion" in row:
         return {"messages": [*row["prompt"], *row["completion"]]}
+    if row.get("rejected_finished") is False:
+        raise UsageError(
+            "a rejected side was cut off by max_tokens, and another trainer would end its turn; build with "
+            "build.dpo.unanswered=false, or export --to jsonl"
+        )
     return {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
 
 
