@@ -67,7 +67,9 @@ def select_dpo(chains: Sequence[Chain], settings: BuildDPO, seed: int) -> list[P
     correct = by_length((c for c in chains if c.verdict == "correct"), settings.length, seed)
     wrong = by_length((c for c in chains if c.verdict != "correct"), settings.length, seed)
     pairs = []
-    for chosen in correct[: settings.pairs_per_tree]:
+    for chosen in correct:
+        if len(pairs) == settings.pairs_per_tree:
+            break
         # A path that was cut off can be the very beginning of a right one.
         others = [chain for chain in wrong if chosen.tokens[: len(chain.tokens)] != chain.tokens]
         if not others:
