@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.data.trees import node, random_tree, tree_of
 from tests.train.tiny_student import tiny_tokenizer
 
-from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates
+from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates, TextForm
 from cotree.data.build import build, build_dpo, build_sft
 from cotree.data.chains import Reading
 from cotree.data.files import COLUMNS, check_file, check_template, read_metadata
@@ -153,6 +153,47 @@ def test_a_path_that_was_cut_off_is_rejected_where_it_is_asked_for_and_its_turn_
     beginning = {"rejected": [{"role": "assistant", "content": "I add.\nSo it"}], "rejected_finished": False}
     with pytest.raises(UsageError, match="chosen begins with all of rejected's tokens"):
         encode_dpo(tiny_tokenizer(), [row | beginning], 512)
+
+
+def test_rows_of_an_earlier_build_do_not_stay_under_another_card(tmp_path: Path) -> None:
+    build(TREES, tiny_tokenizer(), Build(stepwise=BuildStepwise()), tmp_path, seed=0)
+    assert (tmp_path / "stepwise" / "train.parquet").is_file()
+    build(TREES, tiny_tokenizer(), Build(), tmp_path, seed=0)
+    assert not (tmp_path / "stepwise" / "train.parquet").exists()
+    assert "config_name: stepwise" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("unanswered", [True, False])
+def test_every_judged_leaf_is_a_chain_or_counted_and_steps_follow_what_the_student_sees(
+    tmp_path: Path, unanswered: bool
+) -> None:
+    trees = [random_tree(seed) for seed in range(30)]
+    settings = Build(dpo=BuildDPO(unanswered=unanswered), step_pairs=BuildStepPairs(min_visits=1), max_tokens=60)
+    reading = Reading(unanswered=unanswered, left_out={"sub_task"})
+    counts = build(trees, tiny_tokenizer(), settings, tmp_path, seed=0, reading=reading).counts
+    gates = ("no_answer", "too_long", "loop", "language", "repeated_in_tree")
+    judged = sum(node.verdict is not None for tree in trees for node in tree.nodes)
+    assert counts["removed"]["repeated_in_tree"]
+    assert counts["chains"] + sum(counts["removed"].get(gate, 0) for gate in gates) == judged
+    for row in rows(tmp_path / "step_pairs"):
+        assert row["chosen"][0]["content"].startswith((row["prefix"] + "\n").lstrip() + row["chosen_step"])
+
+
+def test_the_settings_alone_say_how_chains_are_read(tmp_path: Path) -> None:
+    build_sft(TREES, tiny_tokenizer(), tmp_path, Build(text="think"))
+    assert all(row["completion"][0]["content"].startswith("<think>") for row in rows(tmp_path / "sft"))
+    with pytest.raises(UsageError, match="needs a judge"):
+        build_sft(TREES, tiny_tokenizer(), tmp_path, Build(reflections="cut"))
+
+
+@pytest.mark.parametrize(("text", "words"), [("think", "<think>\nI add.\nand and"),
+                                             ("tags", "<sub-task>I add.</sub-task>\n<thinking>and and")])  # fmt: skip
+def test_a_path_that_was_cut_off_never_closed_its_last_tag(tmp_path: Path, text: TextForm, words: str) -> None:
+    cut = replace(node(2, 1, "thinking", "and and", "no_answer"), finish_reason="length")
+    right = node(3, 1, "answer", "The answer is: \\boxed{3}", "correct")
+    one = tree_of("one", [node(0, None, None), node(1, 0, "sub_task", "I add."), cut, right])
+    build_dpo([one], tiny_tokenizer(), tmp_path, Build(text=text, dpo=BuildDPO(unanswered=True)))
+    assert rows(tmp_path / "dpo")[0]["rejected"][0]["content"] == words
 
 
 def test_four_combinations_from_one_store(tmp_path: Path) -> None:

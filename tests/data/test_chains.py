@@ -22,7 +22,7 @@ from cotree.tasks.extract import extract_answer
 from cotree.train.encode import encode_chains, prefix_tokens
 
 tokenizer = cache(tiny_tokenizer)
-tokens = st.lists(st.integers(0, 3), min_size=1, max_size=8).map(tuple)
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=8).map(lambda ids: (*ids, 9))  # 9 ends the turn
 chain_lists = st.lists(
     st.tuples(st.sampled_from(["correct", "wrong"]), tokens), max_size=12, unique_by=lambda c: c[1]
 ).map(lambda drawn: [Chain("t", i, str(ids), verdict, 1.0, "plain", ids, 5) for i, (verdict, ids) in enumerate(drawn)])
@@ -77,6 +77,13 @@ def test_dpo(found: list[Chain], length: Length, k: int, seed: int) -> None:
         assert first.prefix_tokens == min(prefix_tokens(first.chosen.tokens, c.tokens) for c in wrong)
 
 
+def test_a_right_chain_that_no_other_fits_takes_no_pair_away() -> None:
+    given = [("correct", (1, 2, 9)), ("correct", (3, 2, 1, 9)), ("no_answer", (1, 2))]
+    found = [Chain("t", i, str(ids), verdict, 1.0, "plain", ids, 5) for i, (verdict, ids) in enumerate(given)]
+    (pair,) = select_dpo(found, BuildDPO(length="shortest", pairs_per_tree=1), 0)
+    assert (pair.chosen.leaf_id, pair.rejected.leaf_id) == (1, 2)
+
+
 @given(trees, lengths, lengths, st.integers(1, 3), st.integers())
 @settings(max_examples=30, deadline=None)
 def test_all_four_combinations_from_one_tree(tree: StoredTree, sft: Length, dpo: Length, k: int, seed: int) -> None:
@@ -122,6 +129,9 @@ def test_a_step_pair_is_found() -> None:
     (pair,) = select_step_pairs(tree, chains(tree), BuildStepPairs(), 0)
     assert (pair.chosen.text, pair.rejected.text) == ("I add.\nIt is 3", "I guess.\nIt is 0")
     assert select_step_pairs(tree, chains(tree), BuildStepPairs(min_visits=3), 0) == []
+    nodes[2] = node(2, 0, "thinking", "I add.")
+    twice = tree_of("x", nodes)
+    assert select_step_pairs(twice, chains(twice), BuildStepPairs(), 0) == [], "a step is not better than itself"
 
 
 @given(chain_lists, lengths, st.integers())

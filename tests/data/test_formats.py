@@ -85,6 +85,41 @@ def test_llamafactory(built: Built, folder: Path, tmp_path: Path) -> None:
     assert (dpo["chosen"], dpo["rejected"]) == (original["chosen"][0], original["rejected"][0])
 
 
+def test_a_side_that_was_cut_off_is_not_exported_as_a_whole_one(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "dpo.jsonl", [GOOD_PAIR | {"rejected_finished": False}])
+    for form in ("llamafactory", "axolotl"):
+        with pytest.raises(UsageError, match="was cut off by max_tokens"):
+            export_to(tmp_path / "dpo.jsonl", form, str(tmp_path / form))
+    export_to(tmp_path / "dpo.jsonl", "jsonl", str(tmp_path / "out"))
+    assert next(read_rows(tmp_path / "out" / "dpo.jsonl"))["rejected_finished"] is False
+
+
+def test_a_card_counts_only_what_it_has_and_a_licence_cannot_break_its_table(tmp_path: Path) -> None:
+    about = {"models": {"m": "x\n\n# Free | [a](javascript:1)"}}
+    build(TREES, tiny_tokenizer(), Build(), tmp_path, seed=0, kinds=("sft",), about=about)
+    card = (tmp_path / "README.md").read_text()
+    assert "rejected 0.0" not in card and "Mean tokens of the student: SFT" in card
+    assert "| m | x # Free \\| \\[a\\](javascript:1) |" in card
+
+
+def test_an_export_keeps_what_is_in_the_folder_already(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    information = tmp_path / "dataset_info.json"
+    information.write_text('{"alpaca": {"file_name": "alpaca.json"}}')
+    export_to(folder, "llamafactory", str(tmp_path))
+    export_to(folder, "llamafactory", str(tmp_path))
+    assert {"alpaca", "cotree_sft", "cotree_dpo"} <= json.loads(information.read_text()).keys()
+    information.write_text("[")
+    with pytest.raises(UsageError, match="is no JSON object"):
+        export_to(folder, "llamafactory", str(tmp_path))
+    write_jsonl(tmp_path / "own.jsonl", [GOOD_ROW])
+    with pytest.raises(UsageError, match="would replace"):
+        export_to(tmp_path / "own.jsonl", "jsonl", str(tmp_path))
+    monkeypatch.chdir(folder / "sft")
+    assert export_to(Path("train.parquet"), "jsonl", str(tmp_path)) == [str(tmp_path / "sft.jsonl")]
+
+
 def test_axolotl(built: Built, folder: Path, tmp_path: Path) -> None:
     export_to(folder / "sft" / "train.parquet", "axolotl", str(tmp_path))
     export_to(folder / "dpo" / "train.parquet", "axolotl", str(tmp_path))
@@ -184,6 +219,15 @@ STEPS = {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}
         (GOOD_PAIR, {"rejected": GOOD_PAIR["chosen"]}, "row 1, column rejected: is the same as chosen"),
         (STEPS, {"labels": [True]}, "row 1, column labels: has 1 entries for 2 completions"),
         (STEPS, {"prompt": ""}, "row 1, column prompt: must be text"),
+        (STEPS, {"completions": 5}, "row 1, column completions: must be a list of texts"),
+        (STEPS, {"labels": 3}, "row 1, column labels: must be a list of true and false"),
+        (STEPS, {"labels": ["yes", "no"]}, "row 1, column labels: must be a list of true and false"),
+        (STEPS, {"visits": [1, "many"]}, "row 1, column visits: must be a list of numbers"),
+        (GOOD_ROW, {"reward": "high"}, "row 1, column reward: must be a number, not 'high'"),
+        (GOOD_ROW, {"tree_id": 7}, "row 1, column tree_id: must be text, not 7"),
+        (GOOD_PAIR, {"rejected_finished": "no"}, "row 1, column rejected_finished: must be true or false, not 'no'"),
+        (GOOD_PAIR, {"prefix_tokens": True}, "row 1, column prefix_tokens: must be a number from 0, not True"),
+        (GOOD_PAIR, {"prefix_tokens": 9, "chosen_tokens": 2}, "column prefix_tokens: 9 are more than the shorter side"),
     ],
 )
 def test_a_check_names_row_and_column(
@@ -204,10 +248,21 @@ def test_a_check_of_what_is_no_dataset(tmp_path: Path) -> None:
         ("c.jsonl", json.dumps(GOOD_ROW).encode() + b"\n{", "line 2: not JSON"),
         ("d.parquet", b"PAR2", "is no Parquet file"),
         ("e.jsonl.gz", b"no gzip", "not JSON"),
+        ("f.jsonl.gz", gzip.compress(json.dumps(GOOD_ROW).encode())[:-12], "not JSON"),
+        ("g.json", b"5", "must be an array of rows"),
+        ("h.jsonl", json.dumps(GOOD_ROW).replace('"A"', '"\\ud800"').encode(), "half of a surrogate pair"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match=message):
             check_file(tmp_path / name)
+    pq.write_table(
+        pa.Table.from_pylist([GOOD_ROW | {"tree_id": str(at)} for at in range(5_000)]), tmp_path / "i.parquet"
+    )
+    damaged = bytearray((tmp_path / "i.parquet").read_bytes())
+    damaged[100:9_000] = b"\xff" * 8_900
+    (tmp_path / "i.parquet").write_bytes(damaged)
+    with pytest.raises(UsageError, match="is no Parquet file"):
+        check_file(tmp_path / "i.parquet")
     with pytest.raises(UsageError, match="no file at"):
         check_file(tmp_path / "nowhere.jsonl")
 
@@ -271,13 +326,29 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         ({"messages": [{"role": "user", "content": "x"}]}, "does not end with the assistant"),
         ({"conversations": [{"who": "x"}]}, "a turn is no"),
         ({"prompt": "x", "response": "<think>"}, "no row of .* passed"),
+        ([1], "row 0: is no object with columns"),
+        ({"prompt": " ", "response": "x"}, "row 0: the prompt is empty"),
+        ({"prompt": "x", "response": "\ud800"}, "row 0: a message's content is no text"),
+        ({"messages": [{"role": "user", "content": None}, *GOOD_ROW["completion"]]}, "content is no text, but 'None'"),
+        ({"messages": GOOD_ROW["completion"] * 2}, "row 0: the prompt is empty, or ends with the assistant"),
+        ({"system": 5, "conversations": GOOD_ROW["prompt"] + GOOD_ROW["completion"]}, "content is no text, but '5'"),
     ],
 )
-def test_what_cannot_be_imported_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    write_jsonl(tmp_path / "theirs.jsonl", [row])
+def test_what_cannot_be_imported_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(row))
     with pytest.raises(UsageError, match=message):
         import_rows(tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build())
     assert not (tmp_path / "o.parquet").exists()
+
+
+def test_words_of_a_model_cannot_command_the_terminal(tmp_path: Path) -> None:
+    hostile = "\x1b[2Ja\rb\x9bc\u202ed\x0ce\tf"
+    shown = "\\x1b[2Ja\\rb\\x9bc\\u202ed\\x0ce\tf"
+    row = {"prompt": GOOD_ROW["prompt"], "completion": [{"role": "assistant", "content": hostile}]}
+    write_jsonl(tmp_path / "sft.jsonl", [row])
+    assert f"loss │ {shown}<|im_end|>" in preview(tmp_path / "sft.jsonl", tiny_tokenizer(), 512).plain
+    write_jsonl(tmp_path / "steps.jsonl", [STEPS | {"prompt": hostile, "completions": [hostile, "b"]}])
+    assert preview(tmp_path / "steps.jsonl", tiny_tokenizer(), 512).plain.count(shown) == 2
 
 
 def test_a_preview_shows_every_token_with_its_mark(built: Built, folder: Path) -> None:

@@ -13,16 +13,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.config import Build, Gates
 from cotree.data.card import write_card
-from cotree.data.chains import PLAIN, Chain, Reading, chains_of, mean_value
+from cotree.data.chains import Chain, Reading, chains_of, mean_value
 from cotree.data.files import Row, write_parquet
 from cotree.data.gates import passes
 from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select_step_pairs
-from cotree.errors import CotreeError
+from cotree.errors import CotreeError, UsageError
 from cotree.search.prompts import chain_text
 from cotree.store import StoredTree
 from cotree.train.encode import template_hash
@@ -78,13 +79,13 @@ class Seen:
 
 
 def build_sft(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
+              *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
     """Only the SFT dataset, into `folder/sft`; as `build`."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("sft",))
 
 
 def build_dpo(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
+              *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
     """Only the DPO dataset, into `folder/dpo`; as `build`."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("dpo",))
 
@@ -97,26 +98,33 @@ def build(
     *,
     seed: int,
     control: bool = False,
-    reading: Reading = PLAIN,
+    reading: Reading | None = None,
     kinds: Collection[str] = ("sft", "dpo", "step_pairs", "stepwise"),
     contaminated: Collection[tuple[str, str]] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Built:
     """Select rows from trees and write `folder/KIND/train.parquet` and the datasets' card.
 
-    reading: how chains are read out of trees. control: also rows for a control student, as many as SFT has.
+    reading: how chains are read out of trees; by default as `settings` say. control: also rows for a control
+        student, as many as SFT has.
     contaminated: (task, question id) of questions that repeat an evaluation question; their trees give nothing.
     about: what the card says of the run (`name`, `recipe`, `models`).
 
     Raises:
+        UsageError: reflections are to be cut, and there is no `reading` with a judge to judge those chains again.
         CotreeError: no tree gave a correct chain, or none gave both a correct and a wrong one; nothing was written.
     """
+    reading = Reading(text=settings.text, unanswered=settings.dpo.unanswered) if reading is None else reading
+    if settings.reflections == "cut" and not reading.cut_reflections:
+        raise UsageError("`reflections: cut` needs a judge of what was cut: pass reading=Reading(judge=...)")
     removed: Counter[str] = Counter()
     chains = 0
     with _Spill(settings.gates, seed) as spill:
         for tree in trees:
             found, no_answer = chains_of(tree, tokenizer, reading)
             removed["no_answer"] += no_answer
+            judged = sum(node.verdict is not None for node in tree.nodes)
+            removed["repeated_in_tree"] += judged - no_answer - len(found)
             if (tree.task, tree.question_id) in contaminated:
                 removed["contaminated"] += len(found)
                 continue
@@ -141,7 +149,9 @@ def build(
         if control:
             sizes["control"], seen["control"] = sizes["sft"], Seen()
         for kind, limit in sizes.items():
-            if limit:
+            if not limit:
+                (folder / kind / "train.parquet").unlink(missing_ok=True)  # of a build before this one
+            else:
                 rows = seen[kind].watch(spill.rows(kind, limit))
                 write_parquet(folder / kind / "train.parquet", kind, rows, noted)
     counts = _counts(chains, removed, seen)
@@ -245,10 +255,13 @@ def _assistant(chain: Chain) -> list[dict[str, str]]:
 
 
 def _step(tree: StoredTree, pair: Pair) -> Row:
-    """The sibling thoughts, what was judged of them, and the words before them."""
+    """The sibling thoughts, what was judged of them, and the words before them that the student sees."""
     assert pair.better is not None
     assert pair.worse is not None
-    row: Row = {"step_type": pair.better.type, "prefix": chain_text(tree.chain(pair.better.parent_id or 0))}
+    parting = pair.better.node_id
+    shared = takewhile(lambda node_id: node_id != parting, pair.chosen.nodes)
+    before = [tree.nodes[node_id] for node_id in shared]
+    row: Row = {"step_type": pair.better.type, "prefix": chain_text(before)}
     for side, node in (("chosen", pair.better), ("rejected", pair.worse)):
         row |= {f"{side}_step": node.text, f"{side}_value": mean_value(node), f"{side}_visits": node.visits}
     return row

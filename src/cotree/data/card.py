@@ -6,6 +6,7 @@ break out of the page. The same build gives the same bytes.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -83,11 +84,12 @@ def _front_matter(name: str, seen: Mapping[str, Seen], settings: Build) -> dict[
 
 def _lengths(counts: Mapping[str, Any]) -> str:
     gap = counts["mean_chosen_tokens"] - counts["mean_rejected_tokens"]
-    return (
-        f"Mean tokens of the student: SFT {counts['mean_sft_tokens']:.1f}, chosen {counts['mean_chosen_tokens']:.1f}, "
-        f"rejected {counts['mean_rejected_tokens']:.1f} (chosen minus rejected {gap:+.1f}), shared prefix of a pair "
-        f"{counts['mean_prefix_tokens']:.1f}."
-    )
+    sft = [f"SFT {counts['mean_sft_tokens']:.1f}"] if counts["sft_rows"] else []
+    dpo = [
+        f"chosen {counts['mean_chosen_tokens']:.1f}, rejected {counts['mean_rejected_tokens']:.1f} "
+        f"(chosen minus rejected {gap:+.1f}), shared prefix of a pair {counts['mean_prefix_tokens']:.1f}"
+    ] if counts["dpo_pairs"] else []  # fmt: skip
+    return f"Mean tokens of the student: {', '.join(sft + dpo) or 'not counted'}."
 
 
 def _samples(seen: Mapping[str, Seen]) -> list[str]:
@@ -111,7 +113,12 @@ def _block(text: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(escape(str(c)).replace("|", "\\|") for c in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """In one line, and without a link: a licence is whatever a model's file says."""
+    return re.sub(r"([|\[\]`\\])", r"\\\1", escape(" ".join(str(value).split())))
 
 
 def _listed(tasks: Counter[str]) -> str:

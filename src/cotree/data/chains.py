@@ -80,7 +80,7 @@ def chains_of(
         whole = tree.chain(leaf.node_id)
         kept = cut_reflections(whole, reading.patterns[tree.pattern]) if reading.cut_reflections else whole
         thoughts = [node for node in kept if node.type not in reading.left_out]
-        text = form(thoughts, reading.text)
+        text = form(thoughts, reading.text, unfinished=unfinished)
         verdict, reward = leaf.verdict, float(leaf.reward or 0.0)
         if len(kept) < len(whole) and reading.judge is not None and not unfinished:
             judged = reading.judge(tree, text)
@@ -113,11 +113,13 @@ def mean_value(node: StoredNode) -> float:
     return node.value / node.visits if node.visits else 0.0
 
 
-def form(thoughts: Sequence[StoredNode], text: TextForm) -> str:
+def form(thoughts: Sequence[StoredNode], text: TextForm, *, unfinished: bool = False) -> str:
     """The assistant's words. `tags`: each thought between its type's tags; `think`: all before the answer inside
-    `<think>`; `plain`: a thought a line."""
+    `<think>`; `plain`: a thought a line. An unfinished path was cut before it could close its last tag."""
     if text == "plain":
         return chain_text(thoughts)
+    if text == "think" and unfinished:
+        return f"<think>\n{chain_text(thoughts)}"
     if text == "think":
         return f"<think>\n{chain_text(thoughts[:-1])}\n</think>\n\n{chain_text(thoughts[-1:])}"
     blocks: list[list[StoredNode]] = []
@@ -128,7 +130,8 @@ def form(thoughts: Sequence[StoredNode], text: TextForm) -> str:
         else:
             blocks.append([thought])
     names = [str(block[0].type).replace("_", "-") for block in blocks]
-    return "\n".join(f"<{n}>{chain_text(b).strip()}</{n}>" for n, b in zip(names, blocks, strict=True))
+    words = "\n".join(f"<{n}>{chain_text(b).strip()}</{n}>" for n, b in zip(names, blocks, strict=True))
+    return words.removesuffix(f"</{names[-1]}>") if unfinished else words
 
 
 def cut_reflections(thoughts: Sequence[StoredNode], pattern: Pattern) -> list[StoredNode]:

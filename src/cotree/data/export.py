@@ -54,10 +54,12 @@ def export(source: Path, form: Form, out: Path) -> list[Path]:
     written = []
     for file in files:
         kind, _ = check_file(file)
-        name = file.parent.name if file.name == "train.parquet" else file.stem.split(".")[0]
+        name = file.resolve().parent.name if file.name == "train.parquet" else file.stem.split(".")[0]
         if kind == "stepwise" and form != "jsonl":
             continue  # neither trains process rewards
         written.append(out / f"{name}.jsonl")
+        if written[-1].resolve() == file.resolve():
+            raise UsageError(f"the export would replace {file} itself; name another folder with -o")
         write_jsonl(written[-1], map(_FORMS[form], read_rows(file)))
         if form == "llamafactory":
             information[f"cotree_{name}"] = {"file_name": f"{name}.jsonl", **_information(kind)}
@@ -66,14 +68,32 @@ def export(source: Path, form: Form, out: Path) -> list[Path]:
             write_text(written[-1], yaml.safe_dump(_axolotl(name, kind), sort_keys=False))
     if information:
         written.append(out / "dataset_info.json")
-        write_text(written[-1], json.dumps(information, indent=2) + "\n")
+        write_text(written[-1], json.dumps(_known(written[-1]) | information, indent=2, ensure_ascii=False) + "\n")
     return written
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """The datasets that a `dataset_info.json` names already: LLaMA-Factory's own folder has one with many."""
+    if not path.is_file():
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise UsageError(f"{path} is no JSON object, so nothing can be added to it; mend it or name another folder")
+    return known
 
 
 def _messages(row: Row) -> Row:
     """`messages` through the answer; for a preference, up to the answer, and both answers."""
     if "completion" in row:
         return {"messages": [*row["prompt"], *row["completion"]]}
+    if row.get("rejected_finished") is False:
+        raise UsageError(
+            "a rejected side was cut off by max_tokens, and another trainer would end its turn; build with "
+            "build.dpo.unanswered=false, or export --to jsonl"
+        )
     return {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
 
 

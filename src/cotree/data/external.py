@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.config import Build
 from cotree.data.chains import Chain
-from cotree.data.files import Row, read_rows, write_parquet
+from cotree.data.files import Row, is_text, read_rows, write_parquet
 from cotree.data.gates import passes
 from cotree.errors import UsageError
 from cotree.eval.diagnosis import diagnose
@@ -120,6 +120,18 @@ def import_rows(
 
 def _conversation(raw: Row, where: str) -> tuple[Messages, str]:
     """The prompt's messages and the last assistant's words."""
+    messages, text = _turns(raw, where)
+    for message in (*messages, {"content": text}):
+        if not isinstance(message["content"], str) or not is_text(message["content"]):
+            raise UsageError(f"{where}: a message's content is no text, but {str(message['content'])[:60]!a}")
+    if messages[-1]["role"] == "assistant" or not all(message["content"].strip() for message in messages):
+        raise UsageError(f"{where}: the prompt is empty, or ends with the assistant")
+    return messages, text
+
+
+def _turns(raw: Row, where: str) -> tuple[Messages, str]:
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where}: is no object with columns, but {str(raw)[:60]!a}")
     turns = raw.get("conversations") or raw.get("messages")
     if turns:
         try:

@@ -10,6 +10,7 @@ import errno
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -51,6 +52,12 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
     "dpo": _columns(_DPO + _COMMON),
     "step_pairs": _columns(_DPO + _COMMON + _STEP + " rejected_visits"),
     "stepwise": _columns(_REWARDS + "; int64: leaf_id" + _COMMON),
+}
+_PLAIN: Mapping[str, tuple[Any, str]] = {
+    "int64": (int, "a number from 0"),
+    "double": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "string": (str, "text"),
 }
 # What a file must have to be of a type, whoever wrote it.
 _NEEDED = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"),
@@ -126,20 +133,23 @@ def read_rows(path: Path) -> Iterator[Row]:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(_BATCH):
                     yield from batch.to_pylist()
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError
             raise UsageError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
         return
     number = 1
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             if path.suffix == ".json":
-                yield from json.load(lines)
+                found = json.load(lines)
+                if not isinstance(found, list):
+                    raise ValueError("a .json file must be an array of rows")
+                yield from found
                 return
             for line in lines:
                 if line.strip():
                     yield json.loads(line)
                 number += 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
         raise UsageError(f"{path}: line {number}: not JSON ({error})") from None
 
 
@@ -202,11 +212,17 @@ def _faults(row: Row, kind: str) -> Iterator[tuple[str, str]]:
     if kind == "stepwise":
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             yield "prompt", "must be text"
-        if not row["completions"] or not all(isinstance(step, str) for step in row["completions"]):
+        steps = row["completions"]
+        if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
             yield "completions", "must be a list of texts"
-        for column in ("labels", "values", "visits"):
-            if column in row and len(row[column] or []) != len(row["completions"] or []):
-                yield column, f"has {len(row[column] or [])} entries for {len(row['completions'] or [])} completions"
+            return
+        for column, entry in (("labels", bool), ("values", int | float), ("visits", int)):
+            found = row.get(column, None if column == "labels" else [0] * len(steps))
+            if not isinstance(found, list) or not all(isinstance(one, entry) for one in found):
+                yield column, f"must be a list of {'true and false' if column == 'labels' else 'numbers'}"
+            elif len(found) != len(steps):
+                yield column, f"has {len(found)} entries for {len(steps)} completions"
+        yield from _plain_faults(row, COLUMNS[kind])
         return
     sides = [column for column in ("completion", "chosen", "rejected") if column in row]
     for column in ("prompt", *sides):
@@ -215,10 +231,28 @@ def _faults(row: Row, kind: str) -> Iterator[tuple[str, str]]:
             yield column, fault
     if kind == "dpo" and row["chosen"] == row["rejected"]:
         yield "rejected", "is the same as chosen"
-    for column, columns in COLUMNS[kind].items():
-        whole_number = columns == "int64" and row.get(column) is not None
-        if whole_number and (not isinstance(row[column], int) or row[column] < 0):
-            yield column, f"must be a number from 0, not {row[column]!r}"
+    faults = list(_plain_faults(row, COLUMNS["step_pairs" if kind == "dpo" else kind]))
+    yield from faults
+    sizes = [row[name] for name in ("chosen_tokens", "rejected_tokens") if row.get(name) is not None]
+    if kind == "dpo" and not faults and sizes and (row.get("prefix_tokens") or 0) > min(sizes):
+        yield "prefix_tokens", f"{row['prefix_tokens']} are more than the shorter side has ({min(sizes)})"
+
+
+def _plain_faults(row: Row, columns: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Faults of the columns that hold one value; a missing or empty one is none, for files of others have fewer."""
+    for column, kind in columns.items():
+        value = row.get(column)
+        if value is None or kind not in _PLAIN or column == "prompt":
+            continue
+        wanted, name = _PLAIN[kind]
+        wrong = not isinstance(value, wanted) or (kind != "bool" and isinstance(value, bool))
+        if wrong or (kind == "int64" and value < 0):
+            yield column, f"must be {name}, not {value!r}"
+
+
+def is_text(words: str) -> bool:
+    """Whether words can be written as UTF-8; JSON can hold halves of surrogate pairs, which cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in words) if not words.isascii() else True
 
 
 def _messages_fault(messages: Any, is_prompt: bool) -> str | None:
@@ -229,6 +263,8 @@ def _messages_fault(messages: Any, is_prompt: bool) -> str | None:
             return f"message {at}: unknown role {message.get('role')!r}"
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             return f"message {at}: has no content"
+        if not is_text(message["content"]):
+            return f"message {at}: has half of a surrogate pair, which no tokenizer reads"
     if is_prompt:
         return None if messages[-1]["role"] != "assistant" else "must not end with the assistant's message"
     return None if [m["role"] for m in messages] == ["assistant"] else "must be exactly one assistant message"

@@ -6,6 +6,7 @@ same as its colour.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _STYLES = {"prompt": "dim", "shared": "cyan", "loss": "green", "chosen": "green", "rejected": "red"}
+
+
+# All but the newline and the tab; with the marks that turn the direction of what follows.
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text of a model with its control characters written out, so that it cannot command the terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, rows: int = 3) -> Text:
@@ -37,15 +47,17 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
     text = Text(f"{path}: {count} {kind} rows\n")
 
     def part(mark: str, ids: Sequence[int]) -> None:
-        for line in tokenizer.decode(ids).splitlines(keepends=True):
-            shown = line.replace("\n", "⏎") + "\n"
+        for line in re.findall(r"[^\n]*\n|[^\n]+", tokenizer.decode(ids)):
+            shown = visible(line.replace("\n", "⏎")) + "\n"
             text.append(f"{mark:>8} │ ", style="bold").append(shown, style=_STYLES[mark])
 
     if kind == "stepwise":
         for row in islice(read_rows(path), rows):
-            text.append(f"\n{row['prompt']}\n")
+            text.append(f"\n{visible(row['prompt'])}\n")
             for step, label in zip(row["completions"], row["labels"], strict=True):
-                text.append(f"{'right' if label else 'wrong':>8} │ {step}\n", style="green" if label else "red")
+                text.append(
+                    f"{'right' if label else 'wrong':>8} │ {visible(step)}\n", style="green" if label else "red"
+                )
         return text
     longest = []
     for index, row in enumerate(read_rows(path)):

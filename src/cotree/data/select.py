@@ -67,7 +67,9 @@ def select_dpo(chains: Sequence[Chain], settings: BuildDPO, seed: int) -> list[P
     correct = by_length((c for c in chains if c.verdict == "correct"), settings.length, seed)
     wrong = by_length((c for c in chains if c.verdict != "correct"), settings.length, seed)
     pairs = []
-    for chosen in correct[: settings.pairs_per_tree]:
+    for chosen in correct:
+        if len(pairs) == settings.pairs_per_tree:
+            break
         # A path that was cut off can be the very beginning of a right one.
         others = [chain for chain in wrong if chosen.tokens[: len(chain.tokens)] != chain.tokens]
         if not others:
@@ -92,7 +94,8 @@ def select_step_pairs(tree: StoredTree, chains: Sequence[Chain], settings: Build
         (a, b) if mean_value(a) > mean_value(b) else (b, a)
         for nodes in children.values()
         for a, b in combinations(nodes, 2)
-        if abs(mean_value(a) - mean_value(b)) >= settings.min_gap
+        if a.text.strip() != b.text.strip()  # the same step cannot be better than itself
+        and abs(mean_value(a) - mean_value(b)) >= settings.min_gap
     ]
     siblings.sort(key=lambda both: (mean_value(both[1]) - mean_value(both[0]), both[0].node_id, both[1].node_id))
     shortest, used, pairs = by_length(chains, "shortest", seed), set[tuple[str, int]](), list[Pair]()
