@@ -66,7 +66,7 @@ def select_dpo(chains: Sequence[Chain], settings: BuildDPO, seed: int) -> list[P
     the fewest student tokens with it (shortest common prefix), ties by relative length, then seed; each chain once."""
     correct = by_length((c for c in chains if c.verdict == "correct"), settings.length, seed)
     wrong = by_length((c for c in chains if c.verdict != "correct"), settings.length, seed)
-    pairs = []
+    pairs: list[Pair] = []
     for chosen in correct:
         if len(pairs) == settings.pairs_per_tree:
             break
