@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
+import subprocess
 import sys
+import time
 import urllib.request
 from hashlib import sha256
 from importlib.util import find_spec
@@ -244,3 +247,22 @@ def test_another_type_holds_the_same_weights(tmp_path: Path, monkeypatch: pytest
     for name in before.tensors:
         error = abs(before.array(name) - after.array(name))
         assert (error <= abs(before.array(name)) * 2**-11 + 2**-25).all()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.3, 0.5, 0.8])
+def test_ctrl_c_while_the_engine_starts_ends_the_process(seconds: float) -> None:
+    script = (
+        "import time, xllamacpp; from cotree.llm.embedded import at_type, locate, serve\n"
+        "path = at_type(locate('smollm2-135m-instruct'), 'Q8_0'); print('starting', flush=True)\n"
+        "with serve(path): time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"starting\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(timeout=30) != 0
+        finally:
+            process.kill()

@@ -13,6 +13,7 @@ import json
 import os
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,19 +199,26 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     # llama.cpp cuts unlikely tokens unless told not to; other servers do not, and a temperature should mean one thing.
     # The 256 likeliest keep that meaning, and sorting the whole vocabulary for every token costs a quarter of the time.
     params.sampling.top_k, params.sampling.min_p = 256, 0.0
-    try:
+
+    def start() -> xllamacpp.Server:
         server = xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise UsageError(f"llama.cpp cannot load {path}: {error}; is it a GGUF of a supported model?") from None
-    try:
         _warm_up(server.listening_address)
+        return server
+
+    # In a thread, which Ctrl-C does not reach: an engine that is closed before its loop has begun never ends.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            server = pool.submit(start).result()
+        except RuntimeError as error:
+            raise UsageError(f"llama.cpp cannot load {path}: {error}; is it a GGUF of a supported model?") from None
+    try:
         yield server.listening_address
     finally:
         del server
 
 
 def _warm_up(url: str) -> None:
-    """Have one token written: an engine that is closed before its loop has begun never ends."""
+    """Have one token written: then the engine's loop has begun."""
     body = json.dumps({"prompt": "Hi", "n_predict": 1, "cache_prompt": False}).encode()
     request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})  # noqa: S310
     with urllib.request.urlopen(request, timeout=120) as reply:  # noqa: S310 - the address is our own server's
