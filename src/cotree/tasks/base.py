@@ -95,6 +95,7 @@ class Task(ABC):
     `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
     `answer_form`: an answer is written in a box on one line (`number`: has no brace of its own, so the first one ends
     it), or as free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
+    `comparable`: two answers can say the same, so that they can vote; two essays cannot.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Task(ABC):
     blocking: bool = False
     generated: bool = True
     answer_form: AnswerForm = "boxed"
+    comparable: bool = True
 
     def __init__(self, data: str | Path | None = None) -> None:
         if data is not None and self.source is None:
@@ -135,6 +137,10 @@ class Task(ABC):
         """The verdict on an extracted answer: `correct` or `wrong`."""
         correct = normalise_number(answer) == normalise_number(question.gold)
         return Verdict("correct" if correct else "wrong", float(correct), answer)
+
+    def same_answer(self, left: str, right: str, question: Question) -> bool:
+        """Whether two extracted answers say the same. Never looks at the question's gold."""
+        return left == right or self.verify(left, replace(question, gold=right)).kind == "correct"
 
     def judge(self, question: Question, completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> Verdict:
         """Extract, then verify. A completion cut by length has an answer only if it closed one."""

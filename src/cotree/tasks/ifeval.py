@@ -73,6 +73,7 @@ class IFEval(Benchmark):
     source = Source("ifeval.jsonl", "google/IFEval", "Apache-2.0", 541)
     prompt_version = "ifeval/row-1"
     answer_form = "text"
+    comparable = False
 
     def question(self, row: Row) -> Question:
         """`key` or `id`, `prompt`, `instruction_id_list`, `kwargs`; `language` where there is one."""

@@ -75,6 +75,7 @@ class FileTask(Benchmark):
         self.name, self.description = self.own.name, self.own.description
         self.blocking = self.own.verifier == "math"
         self.answer_form = "text" if self.own.extractor == "text" else "boxed"
+        self.comparable = self.own.extractor != "text"
         self.prompt_version = f"{self.name}/{self.own.prompt_version}"
         beside = path.parent / self.own.data
         given = str(beside) if beside.exists() else self.own.data
