@@ -82,6 +82,7 @@ def preview(
     overrides: Overrides = None,
     kind: Annotated[str, typer.Option(help="sft, dpo, control, step_pairs or stepwise.")] = "sft",
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    data: Annotated[Path | None, typer.Option(help="A folder that `cotree build --out` wrote.")] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Show a run's rows as the trainer sees them: loss mask, shared prefix, special tokens, lengths."""
@@ -89,7 +90,8 @@ def preview(
     from cotree.data.stage import preview_run
     from cotree.progress import Output
 
-    Output().say(preview_run(load_recipe(recipe, overrides or []), runs_dir, kind, rows))
+    loaded = load_recipe(recipe, overrides or [])
+    Output().say(preview_run(loaded, data or runs_dir / loaded.name / "data", kind, rows))
 
 
 @app.command(epilog="Example: cotree diagnose runs/laptop/eval/samples_dpo.jsonl")

@@ -171,7 +171,7 @@ def test_every_judged_leaf_is_a_chain_or_counted_and_steps_follow_what_the_stude
     settings = Build(dpo=BuildDPO(unanswered=unanswered), step_pairs=BuildStepPairs(min_visits=1), max_tokens=60)
     reading = Reading(unanswered=unanswered, left_out={"sub_task"})
     counts = build(trees, tiny_tokenizer(), settings, tmp_path, seed=0, reading=reading).counts
-    gates = ("no_answer", "too_long", "loop", "language", "repeated_in_tree")
+    gates = ("no_answer", "too_long", "loop", "language", "special_tokens", "repeated_in_tree")
     judged = sum(node.verdict is not None for tree in trees for node in tree.nodes)
     assert counts["removed"]["repeated_in_tree"]
     assert counts["chains"] + sum(counts["removed"].get(gate, 0) for gate in gates) == judged
@@ -182,6 +182,9 @@ def test_every_judged_leaf_is_a_chain_or_counted_and_steps_follow_what_the_stude
 def test_the_settings_alone_say_how_chains_are_read(tmp_path: Path) -> None:
     build_sft(TREES, tiny_tokenizer(), tmp_path, Build(text="think"))
     assert all(row["completion"][0]["content"].startswith("<think>") for row in rows(tmp_path / "sft"))
+    unjudged = Reading(cut_reflections=True)
+    with pytest.raises(UsageError, match="needs a judge"):
+        build_sft(TREES, tiny_tokenizer(), tmp_path, Build(reflections="cut"), reading=unjudged)
     with pytest.raises(UsageError, match="needs a judge"):
         build_sft(TREES, tiny_tokenizer(), tmp_path, Build(reflections="cut"))
 
@@ -240,6 +243,7 @@ LOOP = "I add the same two numbers once more. " * 60
     [
         ("loop", [tree("a", [(f"{LOOP} It is 3", "correct"), ("3", "correct"), ("4", "wrong")])], {}, 1),
         ("language", [tree("a", [("所以答案是三 3", "correct"), ("3", "correct"), ("4", "wrong")])], {}, 1),
+        ("special_tokens", [tree("a", [("<|im_end|> 3", "correct"), ("3", "correct"), ("4", "wrong")])], {}, 1),
         ("no_answer", [tree("a", [("cut", "no_answer"), ("3", "correct"), ("4", "wrong")])], {}, 1),
         ("too_long", [tree("a", [("3 " * 600, "correct"), ("3", "correct"), ("4", "wrong")])], {"language": False}, 1),
         ("duplicate", [TREES[0], replace(TREES[0], tree_id="z")], {}, 2),
@@ -258,7 +262,7 @@ def test_a_gate_removes_and_counts(
     assert f"| {gate} | {count} |" in (tmp_path / "README.md").read_text()
     texts = [row["completion"][0]["content"] for row in rows(tmp_path / "sft")]
     assert len(set(texts)) == len(texts) or gate in ("duplicate", "balance")
-    assert not any("答案" in text or LOOP in text for text in texts)
+    assert not any("答案" in text or LOOP in text or "im_end" in text for text in texts)
 
 
 def test_gates_can_be_opened(tmp_path: Path) -> None:

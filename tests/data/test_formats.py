@@ -282,7 +282,7 @@ EXTERNAL = {
 def test_long_chains_of_others_become_sft_rows(tmp_path: Path, form: str) -> None:
     with gzip.open(tmp_path / "theirs.jsonl.gz", "wt") as file:
         file.write(json.dumps(EXTERNAL[form]))
-    counts = import_rows(
+    counts, _ = import_rows(
         tmp_path / "theirs.jsonl.gz", tiny_tokenizer(), tmp_path / "ours.parquet", Build(max_tokens=900)
     )
     assert counts == {"verified": 0, "written": 1}
@@ -308,14 +308,18 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         {"prompt": "Who knows?", "response": "所以答案是五"},
         {"prompt": "Who knows?", "response": "I wonder about it. " * 200},
         {"prompt": "Held out, is it?", "response": "So \\boxed{2}"},
+        {"prompt": "Who knows?", "response": "I do.<|im_end|>\n<|im_start|>user\nNo: \\boxed{2}"},
+        {"prompt": "Who <|im_end|> knows?", "response": "I do: \\boxed{2}"},
+        {"words": "no conversation"},
     ]
     write_jsonl(tmp_path / "theirs.jsonl", rows)
     held_out = [Question("h", "other", ({"role": "user", "content": "Held out, is it?"},), "2")]
-    counts = import_rows(
+    counts, faults = import_rows(
         tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build(max_tokens=9_000), letters, held_out
     )
-    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 2, "verified": 2, "written": 3,
-                      "wrong": 2}  # fmt: skip
+    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 2, "special_tokens": 2,
+                      "verified": 2, "written": 3, "wrong": 2}  # fmt: skip
+    assert faults == ["row 12: no `conversations`, no `messages`, and no prompt with a response; it has words"]
     assert [row["reward"] for row in read_rows(tmp_path / "o.parquet")] == [1.0, 1.0, None]
 
 
@@ -336,9 +340,11 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
 )
 def test_what_cannot_be_imported_is_named(tmp_path: Path, row: Any, message: str) -> None:
     (tmp_path / "theirs.jsonl").write_text(json.dumps(row))
+    (tmp_path / "o.parquet").write_text("of an import before")
     with pytest.raises(UsageError, match=message):
         import_rows(tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build())
-    assert not (tmp_path / "o.parquet").exists()
+    assert (tmp_path / "o.parquet").read_text() == "of an import before"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_words_of_a_model_cannot_command_the_terminal(tmp_path: Path) -> None:

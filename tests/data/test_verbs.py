@@ -58,6 +58,7 @@ def test_check_export_and_diagnose(
         (["build", LAPTOP, "build.sft.select=best"], "`build.sft.select`: Input should be 'length' or 'value'"),
         (["preview", LAPTOP], "run `cotree build` first"),
         (["preview", LAPTOP, "--kind", "dpo"], "no rows at"),
+        (["preview", LAPTOP, "--data", "other"], "no rows at other/sft/train.parquet"),
         (
             ["preview", LAPTOP, "--kind", "speech"],
             "unknown kind `speech`; known: sft, control, dpo, step_pairs, stepwise",

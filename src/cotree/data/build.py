@@ -26,7 +26,7 @@ from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select
 from cotree.errors import CotreeError, UsageError
 from cotree.search.prompts import chain_text
 from cotree.store import StoredTree
-from cotree.train.encode import template_hash
+from cotree.train.encode import special_words, template_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,13 +80,13 @@ class Seen:
 
 def build_sft(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
               *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
-    """Only the SFT dataset, into `folder/sft`; as `build`."""
+    """Only the SFT dataset, into `folder/sft`; as `build`. The folder's card is that of the last build into it."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("sft",))
 
 
 def build_dpo(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
               *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
-    """Only the DPO dataset, into `folder/dpo`; as `build`."""
+    """Only the DPO dataset, into `folder/dpo`; as `build`. The folder's card is that of the last build into it."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("dpo",))
 
 
@@ -115,10 +115,12 @@ def build(
         CotreeError: no tree gave a correct chain, or none gave both a correct and a wrong one; nothing was written.
     """
     reading = Reading(text=settings.text, unanswered=settings.dpo.unanswered) if reading is None else reading
-    if settings.reflections == "cut" and not reading.cut_reflections:
+    cut = settings.reflections == "cut" or reading.cut_reflections
+    if cut and not (reading.cut_reflections and reading.judge):
         raise UsageError("`reflections: cut` needs a judge of what was cut: pass reading=Reading(judge=...)")
     removed: Counter[str] = Counter()
     chains = 0
+    special = special_words(tokenizer)
     with _Spill(settings.gates, seed) as spill:
         for tree in trees:
             found, no_answer = chains_of(tree, tokenizer, reading)
@@ -129,7 +131,7 @@ def build(
                 removed["contaminated"] += len(found)
                 continue
             prompt = "\n\n".join(message["content"] for message in tree.messages)
-            usable = [chain for chain in found if passes(chain, prompt, settings, removed)]
+            usable = [chain for chain in found if passes(chain, prompt, settings, special, removed)]
             chains += len(usable)
             for kind, rank, row in _rows(tree, prompt, usable, settings, seed, control):
                 if kind in kinds or kind == "control":

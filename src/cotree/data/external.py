@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.config import Build
 from cotree.data.chains import Chain
-from cotree.data.files import Row, is_text, read_rows, write_parquet
+from cotree.data.files import Row, is_text, read_rows, whole, write_parquet
 from cotree.data.gates import passes
 from cotree.errors import UsageError
 from cotree.eval.diagnosis import diagnose
@@ -22,7 +22,7 @@ from cotree.llm.tokenizer import load_tokenizer
 from cotree.tasks import Question, Task
 from cotree.tasks import task as find_task
 from cotree.tasks.decontamination import contaminated
-from cotree.train.encode import encode_chains, template_hash
+from cotree.train.encode import encode_chains, special_words, template_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,9 +43,12 @@ def import_file(
     tokenizer = load_tokenizer(student if folder_or_hub else locate(student))
     judge = None if task is None else find_task(task)
     questions = [question for name in held_out for question in find_task(name).questions()]
-    counts = import_rows(source, tokenizer, out, Build(max_tokens=max_tokens), judge, questions)
-    left_out = ", ".join(f"{name} {n}" for name, n in counts.items() if name not in ("written", "verified"))
-    return f"{out}: {counts['written']} rows, {counts['verified']} of them verified; left out: {left_out or 'nothing'}"
+    counts, faults = import_rows(source, tokenizer, out, Build(max_tokens=max_tokens), judge, questions)
+    left_out = [f"{name} {n}" for name, n in counts.items() if name not in ("written", "verified")]
+    if faults:
+        left_out.append(f"malformed {len(faults)} (the first: {faults[0]})")
+    told = f"{out}: {counts['written']} rows, {counts['verified']} of them verified"
+    return f"{told}; left out: {', '.join(left_out) or 'nothing'}"
 
 
 def import_rows(
@@ -55,7 +58,7 @@ def import_rows(
     settings: Build,
     task: Task | None = None,
     held_out: Sequence[Question] = (),
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[str]]:
     """Read a file of long chains, gate them, and write SFT rows to `out` (Parquet).
 
     The forms: `conversations` ({from, value}: Sky-T1, ShareGPT, OpenThoughts), `messages` ({role, content}: OpenR1),
@@ -63,24 +66,25 @@ def import_rows(
     held_out: evaluation questions; rows that repeat one are left out.
 
     Returns:
-        How many were `written`, and how many of them were `verified`; the rest is what was left out, and why.
+        How many were `written`, how many of them `verified`, and how many each gate left out; and what is wrong with
+        each row that is of no known form.
 
     Raises:
-        UsageError: a row is of no known form, or none passed.
+        UsageError: no row passed; `out` stays as it was.
     """
+    faults: list[str] = []
     counts: Counter[str] = Counter()
     golds = {_plain(q.messages[-1]["content"]): q for q in task.questions()} if task is not None else {}
 
     asked = [] if not held_out else [
-        Question(str(index), "import", tuple(_conversation(raw, f"{source}: row {index}")[0]), "")
-        for index, raw in enumerate(read_rows(source))
+        Question(str(index), "import", tuple(prompt), "") for index, _, prompt, _ in _well_formed(source, [])
     ]  # fmt: skip
     repeated = contaminated(asked, held_out)
+    special = special_words(tokenizer)
 
     def rows() -> Iterator[Row]:
         seen = set[int]()
-        for index, raw in enumerate(read_rows(source)):
-            prompt, text = _conversation(raw, f"{source}: row {index}")
+        for index, raw, prompt, text in _well_formed(source, faults):
             key = hash((str(prompt), text))
             verdict = _verdict(raw, prompt, text, task, golds)
             found = diagnose(text, answered=None if verdict is None else verdict != "no_answer")
@@ -94,7 +98,7 @@ def import_rows(
             name = str(raw.get("id", index))
             chain = Chain(name, 0, text, verdict or "", float(verdict == "correct"), "external", tuple(ids.completion),
                           len(ids.prompt))  # fmt: skip
-            if not passes(chain, " ".join(message["content"] for message in prompt), settings, counts):
+            if not passes(chain, " ".join(message["content"] for message in prompt), settings, special, counts):
                 continue
             counts["written"] += 1
             counts["verified"] += verdict is not None
@@ -112,10 +116,22 @@ def import_rows(
             }
 
     noted = {"template": template_hash(tokenizer), "source": source.name}
-    if not write_parquet(out, "sft", rows(), noted):
-        out.unlink()
-        raise UsageError(f"no row of {source} passed: {dict(counts) or 'it has none'}")
-    return dict(sorted(counts.items()))
+    with whole(out) as partial:
+        if not write_parquet(partial, "sft", rows(), noted):
+            fault = f"; {len(faults)} malformed, the first: {faults[0]}" if faults else ""
+            raise UsageError(f"no row of {source} passed: {dict(counts) or 'none was judged'}{fault}")
+    return dict(sorted(counts.items())), faults
+
+
+def _well_formed(source: Path, faults: list[str]) -> Iterator[tuple[int, Row, Messages, str]]:
+    """Number, row, prompt and response of every row of a known form; what the others lack is added to `faults`."""
+    for index, raw in enumerate(read_rows(source)):
+        try:
+            prompt, text = _conversation(raw, f"row {index}")
+        except UsageError as error:
+            faults.append(str(error))
+        else:
+            yield index, raw, prompt, text
 
 
 def _conversation(raw: Row, where: str) -> tuple[Messages, str]:

@@ -5,6 +5,7 @@ Invariant: a gate removes whole chains, before any selection, and each one it re
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,11 +20,15 @@ _FORMULAS = ("GREEK", "MATHEMATICAL", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "D
 _MAX_FOREIGN = 0.2
 
 
-def passes(chain: Chain, prompt: str, settings: Build, removed: Counter[str]) -> bool:
-    """Whether a judged chain may be selected; the first gate that says no is counted in `removed`."""
+def passes(chain: Chain, prompt: str, settings: Build, special: re.Pattern[str], removed: Counter[str]) -> bool:
+    """Whether a judged chain may be selected; the first gate that says no is counted in `removed`.
+
+    special: finds the names of the student's special tokens, which in a text would open turns that nobody took.
+    """
     gates = settings.gates
     checks: list[tuple[str, bool, Callable[[], bool]]] = [
         ("too_long", True, lambda: chain.prompt_tokens + len(chain.tokens) > settings.max_tokens),
+        ("special_tokens", True, lambda: bool(special.search(chain.text) or special.search(prompt))),
         # A short text with an answer is no loop by any rule; one without an answer is there to be rejected.
         (
             "loop",

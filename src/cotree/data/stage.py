@@ -73,11 +73,11 @@ def build_beside(recipe: Recipe, runs_dir: Path, folder: Path) -> Built:
     return build_run(recipe, run.trees, run.result("search")["config"], folder)
 
 
-def preview_run(recipe: Recipe, runs_dir: Path, kind: str, rows: int) -> Text:
-    """A run's rows as its trainer sees them (`data.preview`)."""
+def preview_run(recipe: Recipe, folder: Path, kind: str, rows: int) -> Text:
+    """A build's rows as the recipe's trainer sees them (`data.preview`)."""
     if kind not in COLUMNS:
         raise UsageError(f"unknown kind `{kind}`; known: {', '.join(COLUMNS)}")
-    path = runs_dir / recipe.name / "data" / kind / "train.parquet"
+    path = folder / kind / "train.parquet"
     if not path.is_file():
         section = f" with a `build.{kind}` section" if kind in ("step_pairs", "stepwise") else ""
         raise UsageError(f"no rows at {path}; run `cotree build` first{section}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -159,6 +160,12 @@ def unfinished_turn(chain: Chain) -> Chain:
 def prefix_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two completions share at their start."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
+
+
+def special_words(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds a special token's name in a text, which the tokenizer would take for the token itself."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
