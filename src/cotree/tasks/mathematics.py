@@ -188,30 +188,7 @@ class AIME24(Mathematics):
     description = "AIME 2024 I and II; integers from 0 to 999"
     prompt_version = "aime24/boxed-1"
     source = Source("aime_2024.jsonl", "HuggingFaceH4/aime_2024", "problems: MAA", 30)
-    examples = (
-        _example(
-            "Find the number of positive divisors of $2^3 \\cdot 3^4 \\cdot 5$ that are multiples of $6$.",
-            "I choose the exponents of each prime, those of 2 and 3 being at least one.",
-            "The exponent of $2$ is $1$ to $3$, of $3$ $1$ to $4$, of $5$ is $0$ or $1$; $3 \\cdot 4 \\cdot 2 = 24$.",
-            "Dividing by $6$ leaves the divisors of $2^2 \\cdot 3^3 \\cdot 5$, and $3 \\cdot 4 \\cdot 2 = 24$ again.",
-            "24",
-        ),
-        _example(
-            "The real numbers $a$ and $b$ satisfy $a + b = 9$ and $ab = 8$. Find $a^3 + b^3$.",
-            "I write the sum of cubes with the sum and the product.",
-            "$a^3 + b^3 = (a + b)^3 - 3ab(a + b) = 729 - 216 = 513$.",
-            "$a$ and $b$ are $1$ and $8$, and $1 + 512 = 513$.",
-            "513",
-        ),
-        _example(
-            "A fair coin is tossed $6$ times. The probability of exactly $2$ heads is $\\frac{m}{n}$ with $m$ and $n$ "
-            "relatively prime positive integers. Find $m + n$.",
-            "I count the sequences with two heads, cancel, and add.",
-            "$\\binom{6}{2} = 15$ of $2^6 = 64$ sequences, and $15/64$ cannot be cancelled, so $m + n = 79$.",
-            "$15$ is odd and $64$ is a power of two, so the fraction is in lowest terms and $15 + 64 = 79$.",
-            "79",
-        ),
-    )
+    examples = MATH500.examples
 
 
 class AIME25(AIME24):
