@@ -70,9 +70,7 @@ LAUNCHERS = {
 }
 
 
-def launch(
-    launcher: list[str], dpo_rows: Path, student: Path, out: Path, port: int, child: str = CHILD
-) -> None:
+def launch(launcher: list[str], dpo_rows: Path, student: Path, out: Path, port: int, child: str = CHILD) -> None:
     out.mkdir()
     (out / "child.py").write_text(child)
     option = "--master-port" if "torch" in launcher[0] else "--main_process_port"

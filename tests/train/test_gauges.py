@@ -1,4 +1,4 @@
-"""Probes on a student that really forgets to answer: what they report, when they stop a run, which student they keep."""
+"""Probes on a student that really forgets to answer: what they report, when they stop a run, whom they keep."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_the_best_student_of_the_probes_is_kept_where_asked(
     assert (kept.steps, kept.kept) == (8, answered)
     assert 1 < answered < 8
     tokenizer = AutoTokenizer.from_pretrained(answering)
-    prompts = list({tuple(row.prompt): row.prompt for row in encode_sft(tokenizer, read_rows(endless), 512).rows}.values())
+    encoded = encode_sft(tokenizer, read_rows(endless), 512).rows
+    prompts = list({tuple(row.prompt): row.prompt for row in encoded}.values())
     for out, step in (("last", 8), ("best", answered)):
         found = probe(load_model(tmp_path / out / "model"), tokenizer, prompts[:2], PROBE)
         assert found["probe_no_answer"] == ratios[step - 1]

@@ -1,4 +1,4 @@
-"""What a training stage can be told: adapters, precision, checkpointing, compiling, reporters; and what it says before."""
+"""What a training stage can be told: adapters, precision, checkpointing, compiling, reporters, and what it says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
-from tests.train.tiny_student import distance, gradients
+from tests.train.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import LoRA, Probe, TrainDPO, TrainSFT
@@ -21,6 +21,7 @@ from cotree.train.encode import encode_sft
 from cotree.train.model import load_model
 from cotree.train.plan import plan
 from cotree.train.sft import ChainTrainer, train_sft
+from cotree.train.student import load_student
 from cotree.train.trainer import StepLog, read_rows, training_arguments
 
 SFT = TrainSFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
@@ -111,9 +112,11 @@ def test_whole_runs_with_checkpointing_and_bf16(student: Path, sft_rows: Path, t
     assert 1e-6 < distance(low, plain) < 0.3
 
 
-def test_the_plan_is_what_the_run_then_does(student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path) -> None:
+def test_the_plan_is_what_the_run_then_does(sft_rows: Path, dpo_rows: Path, tmp_path: Path) -> None:
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    student = load_student(file, tmp_path / "student")
     for rows, settings, train in ((sft_rows, SFT, train_sft), (dpo_rows, DPO, train_dpo)):
-        planned = plan(rows, student, settings, 0, 512)
+        planned = plan(rows, file, settings, 0, 512)
         done = train(rows, student, tmp_path / settings.__class__.__name__, settings, 0, 512)  # type: ignore[arg-type]
         assert (planned.rows, planned.steps, planned.tokens) == (done.rows, done.steps, done.tokens)
         assert planned.packed_tokens == done.packed < done.tokens
@@ -121,9 +124,12 @@ def test_the_plan_is_what_the_run_then_does(student: Path, sft_rows: Path, dpo_r
         assert planned.packs >= planned.steps
         assert planned.peak_bytes > 16 * 50_000
         assert planned.seconds > 0
-    smaller = plan(dpo_rows, student, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
+    full = plan(dpo_rows, file, DPO, 0, 512)
+    adapter = plan(dpo_rows, file, DPO.model_copy(update={"lora": ADAPTER}), 0, 512)
+    assert adapter.peak_bytes < full.peak_bytes
+    smaller = plan(dpo_rows, file, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
     assert smaller.packs == DPO.epochs * smaller.rows
-    assert plan(dpo_rows, student, DPO, 0, 60).too_long > 0
+    assert plan(dpo_rows, file, DPO, 0, 60).too_long > 0
 
 
 class Greedy(ChainTrainer):
@@ -165,11 +171,11 @@ def test_a_reporter_gets_every_step(student: Path, sft_rows: Path, tmp_path: Pat
         content = content[16 + length :]
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    assert [step for step, _ in found["train/loss"]] == [log.step for log in logs]
+    assert [loss for _, loss in found["train/loss"]] == pytest.approx([log.loss for log in logs])
     for name in ("grad_norm", "tokens", "probe_tokens"):
-        assert found[f"train/{name}"] == [
-            (log.step, pytest.approx(log.gauges[name])) for log in logs if name in log.gauges
-        ]
-    assert found["train/loss"] == [(log.step, pytest.approx(log.loss)) for log in logs]
+        expected = {log.step: log.gauges[name] for log in logs if name in log.gauges}
+        assert dict(found[f"train/{name}"]) == pytest.approx(expected)
 
 
 def test_a_reporter_that_is_not_there_is_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ and a new one is zero at first, so the model at step 0 is the SFT checkpoint, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled:
         UsageError: it is not trainable (see `families.family_of`), the folder holds no model, or peft is missing.
     """
     # Attention is other for every pack: it would be compiled for each of them, and is not.
-    attention = torch.compiler.disable(forest_attention) if compiled else forest_attention
-    AttentionInterface.register(ATTENTION, attention)
+    outside: Callable[[Any], Any] = torch.compiler.disable
+    AttentionInterface.register(ATTENTION, outside(forest_attention) if compiled else forest_attention)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
     adapted = (student / "adapter_config.json").exists()
     if adapted or lora is not None:
