@@ -237,24 +237,24 @@ def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 def _show_steps(name: str, update: Update, output: Output) -> Callable[[StepLog], None]:
     """Shows each step's loss and the gauges that there are, a probe's until the next one; says warnings."""
-    shown: dict[str, float] = {}
+    latest: dict[str, float] = {}
 
     def show(log: StepLog) -> None:
-        gauges = {key: log.gauges[key] for key in _SHOWN_GAUGES if key in log.gauges}
-        shown.update({"loss": log.loss} | gauges)
-        update(log.step, log.total_steps, ", ".join(f"{_SHOWN_GAUGES.get(k, k)} {v:.3f}" for k, v in shown.items()))
+        latest.update(log.gauges, loss=log.loss)
+        update(log.step, log.total_steps, ", ".join(s.format(latest[k]) for k, s in _GAUGES.items() if k in latest))
         for warning in log.warnings:
             output.say(f"  warning at {name} step {log.step}: {warning}")
 
     return show
 
 
-_SHOWN_GAUGES = {
-    "margin": "margin",
-    "chosen_reward": "chosen reward",
-    "probe_tokens": "probe: tokens",
-    "probe_loop": "loops",
-    "probe_no_answer": "no answer",
+_GAUGES = {
+    "loss": "loss {:.3f}",
+    "margin": "margin {:.3f}",
+    "chosen_reward": "chosen reward {:.3f}",
+    "probe_tokens": "probe: tokens {:.1f}",
+    "probe_loop": "loops {:.2f}",
+    "probe_no_answer": "no answer {:.2f}",
 }
 
 

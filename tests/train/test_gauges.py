@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.train.tiny_student import message, sft_row
+from tests.train.tiny_student import message, sft_row, write_tiny_gguf
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from cotree.config import LoRA, Probe, TrainSFT
+from cotree.config import LoRA, Probe, TrainSFT, parse_recipe
+from cotree.pipeline import run
+from cotree.progress import Output, Update
+from cotree.report.summary import read_log
+from cotree.run_folder import open_run
 from cotree.train.encode import encode_sft
 from cotree.train.gauges import WINDOW, best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import load_model
@@ -138,6 +145,53 @@ def test_what_is_kept_survives_a_stop_bit_for_bit(
     assert resumed.kept == result.kept
     assert same(weights(Path("moved")), weights(uninterrupted))
     assert sorted(path.name for path in Path("moved").iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
+
+
+class Kept(Output):
+    """Keeps what a run says and shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.remarks: list[str] = []
+
+    def say(self, line: object = "") -> None:
+        self.lines.append(str(line))
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Update]:
+        yield lambda done, total, remark: self.remarks.append(f"{title} {done}/{total} {remark}")
+
+
+def test_a_run_says_its_warnings_and_shows_its_gauges(
+    answering: Path, endless: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The stage of a run whose search and build are done."""
+    model = AutoModelForCausalLM.from_pretrained(answering)
+    raw: dict[str, Any] = {
+        "name": "forgets",
+        "models": {"tiny": {"embedded": str(write_tiny_gguf(model, tokenizer, tmp_path / "tiny.gguf"))}},
+        "roles": {"thinker": "tiny"},
+        "tasks": {"train": {"letters": 1}, "eval": {"letters": 1}},
+        "train": {"student": "tiny", "sft": changed(every=2, stop_rise=0.4).model_dump()},
+        "eval": {"control": False},
+    }
+    recipe, output = parse_recipe(raw, "test"), Kept()
+    with open_run(tmp_path, recipe) as folder:
+        with folder.stage("search") as result:
+            result.update(counts={}, compared=[])
+        with folder.stage("build"):
+            (folder.data / "sft").mkdir(parents=True)
+            shutil.copy(endless, folder.data / "sft" / "train.parquet")
+    out = run(recipe, tmp_path, only="train_sft", output=output)
+    log = read_log(out / "checkpoints" / "sft" / "log.jsonl")
+    (stopped,) = (line for line in log if line.warning)
+    assert f"  warning at sft step {stopped.step}: {stopped.warning}" in output.lines
+    assert len(output.remarks) == len(log)
+    assert output.remarks[1] == (  # the probe's figures stay until the next one
+        f"sft steps 2/8 loss {log[1].loss:.3f}, probe: tokens {log[0].probe_tokens:.1f}, "
+        f"loops {log[0].probe_loop:.2f}, no answer {log[0].probe_no_answer:.2f}"
+    )
 
 
 ratio = st.sampled_from([0.0, 0.5, 1.0])
