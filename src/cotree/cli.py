@@ -38,6 +38,7 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Run one stage: search, build, train_sft, ...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each stage would cost.")] = False,
     runs_dir: RunsDir = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
@@ -46,7 +47,8 @@ def run(
     from cotree.pipeline import run as run_recipe
     from cotree.progress import Output
 
-    run_recipe(load_recipe(recipe, overrides or []), runs_dir, only=only, output=Output(quiet=quiet))
+    loaded = load_recipe(recipe, overrides or [])
+    run_recipe(loaded, runs_dir, only=only, dry=dry_run, output=Output(quiet=quiet))
 
 
 @app.command(epilog="Example: cotree build recipes/laptop.yaml build.dpo.length=longest --out datasets/long")

@@ -301,21 +301,24 @@ class LoRA(Section):
 class Probe(Section):
     """Ask the student `questions` of the training prompts every `every` steps, greedily, and diagnose what it writes.
 
-    stop_rise: stop training when the no-answer ratio is this much above that of the first probe.
+    stop_rise: stop training when the no-answer ratio is more than this above that of the first probe.
+    keep: `best` makes the student of the probe with the fewest missing answers (then the fewest loops; of equals the
+        last) the trained one, instead of that of the last step.
     """
 
     every: int = Field(50, ge=1)
     questions: int = Field(8, ge=1)
     max_tokens: int = Field(256, ge=1)
     stop_rise: float | None = Field(None, gt=0, le=1)
+    keep: Literal["last", "best"] = "last"
 
 
 class Optimizer(Section):
     """What SFT and DPO share. `batch_size` counts chains (SFT) or pairs (DPO) in one optimizer step.
 
     A step is computed in packs of at most `pack_tokens` tokens, shared ones counted once: it changes memory and time,
-    never the gradient. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `report_to` names Trainer's
-    reporters (tensorboard, wandb, ...).
+    never the gradient. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `compile` is torch.compile on all
+    but the attention. `report_to` names Trainer's reporters (tensorboard, wandb, ...).
     """
 
     learning_rate: float = Field(5e-5, gt=0)
@@ -328,6 +331,7 @@ class Optimizer(Section):
     save_steps: int = Field(20, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     lora: LoRA | None = None
     report_to: tuple[str, ...] = ()
     probe: Probe | None = None

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.config import STAGES, Recipe
-from cotree.errors import CotreeError, UsageError, spoken_for
+from cotree.data.stage import student_source
+from cotree.dry_run import dry_run
+from cotree.errors import UsageError, spoken_for
 from cotree.progress import Output, Update
 from cotree.run_folder import RunFolder, find_run, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
@@ -27,9 +29,14 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Recipe, runs_dir: Path = Path("runs"), *, only: str | None = None, output: Output | None = None
+    recipe: Recipe,
+    runs_dir: Path = Path("runs"),
+    *,
+    only: str | None = None,
+    dry: bool = False,
+    output: Output | None = None,
 ) -> Path:
-    """Run all stages of a recipe, or one; calling it again resumes.
+    """Run all stages of a recipe, or one; calling it again resumes. `dry`: only say what they would cost.
 
     Returns:
         The run folder.
@@ -44,6 +51,10 @@ def run(
         raise UsageError(f"unknown stage `{only}`; stages are {', '.join(STAGES)}")
     wanted = STAGES if only is None else (only,)
     before = find_run(runs_dir, recipe)
+    if dry:
+        for line in dry_run(before, wanted):
+            output.say(line)
+        return before.path
     missing = [s for s in STAGES[: STAGES.index(wanted[0])] if not before.done(s)]
     if missing:
         raise UsageError(f"stage `{wanted[0]}` needs `{missing[0]}` first; run without --only, or that stage")
@@ -91,7 +102,7 @@ def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
     _questions(recipe.tasks.dev, "dev")
     _questions(recipe.tasks.eval, "test")
     questions = _eval_questions(recipe)
-    tokenizer = load_tokenizer(_student_source(recipe))
+    tokenizer = load_tokenizer(student_source(recipe))
     if "eval" in ahead:
         _check_lengths(recipe, questions, tokenizer)
     if "search" not in ahead:
@@ -123,7 +134,7 @@ def _check_lengths(
     from cotree.eval.evaluate import tokens_needed
     from cotree.llm.gguf_file import GGUF
 
-    file, settings = GGUF(_student_source(recipe)), recipe.eval
+    file, settings = GGUF(student_source(recipe)), recipe.eval
     takes = file.get(f"{file['general.architecture']}.context_length")
     for t, question in questions:
         needed = tokens_needed(tokenizer, t, question, settings.max_tokens, settings.examples)
@@ -208,7 +219,7 @@ def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.train.student import load_student
 
     recipe = run.recipe
-    base = load_student(_student_source(recipe), run.checkpoint("base") / "model")
+    base = load_student(student_source(recipe), run.checkpoint("base") / "model")
     trained = 0
     for name in ("sft", "control") if recipe.eval.control else ("sft",):
         with output.progress(f"{name} steps") as update:
@@ -219,13 +230,32 @@ def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
                 recipe.train.sft,
                 seed=recipe.seed,
                 max_tokens=recipe.build.max_tokens,
-                on_step=partial(_show_step, update),
+                on_step=_show_steps(name, update, output),
             ).tokens
     result["tokens"] = {"trained": trained}
 
 
-def _show_step(update: Update, log: StepLog) -> None:
-    update(log.step, log.total_steps, f"loss {log.loss:.3f}")
+def _show_steps(name: str, update: Update, output: Output) -> Callable[[StepLog], None]:
+    """Shows each step's loss and the gauges that there are, a probe's until the next one; says warnings."""
+    latest: dict[str, float] = {}
+
+    def show(log: StepLog) -> None:
+        latest.update(log.gauges, loss=log.loss)
+        update(log.step, log.total_steps, ", ".join(s.format(latest[k]) for k, s in _GAUGES.items() if k in latest))
+        for warning in log.warnings:
+            output.say(f"  warning at {name} step {log.step}: {warning}")
+
+    return show
+
+
+_GAUGES = {
+    "loss": "loss {:.3f}",
+    "margin": "margin {:.3f}",
+    "chosen_reward": "chosen reward {:.3f}",
+    "probe_tokens": "probe: tokens {:.1f}",
+    "probe_loop": "loops {:.2f}",
+    "probe_no_answer": "no answer {:.2f}",
+}
 
 
 def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
@@ -240,7 +270,7 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
             recipe.train.dpo,
             seed=recipe.seed,
             max_tokens=recipe.build.max_tokens,
-            on_step=partial(_show_step, update),
+            on_step=_show_steps("dpo", update, output),
         )
     result["tokens"] = {"trained": trained.tokens}
 
@@ -254,7 +284,7 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
     recipe = run.recipe
     settings = recipe.eval
-    source = _student_source(recipe)
+    source = student_source(recipe)
     tokenizer = load_tokenizer(source)
     questions = _eval_questions(recipe)
     models = [("base", "base", False), ("base+examples", "base", True), ("control", "control", False)]
@@ -349,15 +379,6 @@ def _print_search(run: RunFolder, output: Output) -> None:
     for line in summary_lines(summary):
         output.say(line)
     output.say(f"trees: {run.trees}; go on with the same command without --only")
-
-
-def _student_source(recipe: Recipe) -> Path:
-    from cotree.llm.embedded import locate
-
-    embedded = recipe.models[recipe.train.student].embedded
-    if embedded is None:
-        raise CotreeError("a student's weights must be embedded")
-    return locate(embedded)
 
 
 _STAGE = {

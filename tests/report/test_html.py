@@ -230,3 +230,12 @@ def test_a_recipe_that_is_no_yaml_is_an_error(run: Path) -> None:
     (run / "recipe.yaml").write_text("a: [")
     with pytest.raises(UsageError, match=r"recipe\.yaml: no valid YAML"):
         write_report(run)
+
+
+def test_a_warning_of_the_training_stands_in_the_page(run: Path) -> None:
+    assert "Warning at step" not in write_report(run).read_text()
+    log = run / "checkpoints" / "dpo" / "log.jsonl"
+    with log.open("a") as file:
+        file.write(json.dumps({"step": 57, "loss": 0.4, "warning": "chosen_falls: <b>raise</b> alpha"}) + "\n")
+    page = Page(write_report(run).read_text())
+    assert "Warning at step 57 of dpo: chosen_falls: <b>raise</b> alpha" in "".join(page.text)

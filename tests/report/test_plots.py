@@ -42,6 +42,27 @@ def test_only_what_was_logged_is_drawn() -> None:
     assert both[0].keys == [("sft", "var(--c1)"), ("control", "var(--c2)")]
 
 
+def test_probes_and_rewards_are_drawn() -> None:
+    dpo = [line(step, chosen_reward=-0.1 * step, rejected_reward=-0.3 * step) for step in (1, 2, 3)]
+    probed = [line(step, probe_tokens=20.0 * step, probe_loop=0.0, probe_no_answer=step / 4) for step in (1, 3)]
+    figures = {figure.title: figure for figure in training_figures({"dpo": dpo, "sft": probed})}
+    assert list(figures) == [
+        "Rewards (beta times the log-ratio)",
+        "Probes of sft: mean tokens",
+        "Probes of sft: ratios",
+    ]
+    assert [name for name, _ in figures["Rewards (beta times the log-ratio)"].keys] == ["chosen", "rejected"]
+    assert [name for name, _ in figures["Probes of sft: ratios"].keys] == ["no answer", "loop"]
+    (left, low), (right, high) = points_of(figures["Probes of sft: ratios"].svg)
+    assert left < right and low > high, "the no-answer ratio rises"
+
+
+def test_the_few_probes_of_a_long_log_are_all_drawn() -> None:
+    log = [line(step, **({"probe_tokens": 1.0} if step % 500 == 0 else {})) for step in range(1, 10 * MAX_POINTS)]
+    (figure,) = training_figures({"dpo": log})
+    assert (len(points_of(figure.svg)), figure.note) == (5, "")
+
+
 def test_a_curve_keeps_its_colour_when_the_other_is_absent() -> None:
     (figure,) = training_figures({"control": [line(step, loss=1.0 / step) for step in (1, 2)]})
     assert figure.keys == [("control", "var(--c2)")]

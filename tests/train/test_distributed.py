@@ -26,6 +26,37 @@ if __name__ == "__main__":
     rows, student, out, settings = sys.argv[1:]
     train_dpo(Path(rows), Path(student), Path(out), TrainDPO.model_validate_json(settings), 0, 512)
 """
+SHARDED = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoTokenizer
+from cotree.config import TrainDPO
+from cotree.train.dpo import PairTrainer, ReferencedPair
+from cotree.train.encode import encode_dpo
+from cotree.train.model import load_model
+from cotree.train.trainer import read_rows, training_arguments
+rows, student, out, settings = sys.argv[1:]
+settings = TrainDPO.model_validate_json(settings)
+pairs = encode_dpo(AutoTokenizer.from_pretrained(student), read_rows(Path(rows)), 512).rows
+step = [ReferencedPair(pair, -9.0, -11.0) for pair in pairs]
+arguments = training_arguments(Path(out), settings, 1, 0)
+model = load_model(Path(student))
+if arguments.world_size > 1:
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+trainer = PairTrainer(model, [step], arguments, settings)
+assert len(trainer.packs(step)) > 2
+loss = trainer.training_step(model, step)
+gradients = {name: values.grad for name, values in model.named_parameters()}
+if arguments.world_size > 1:
+    assert all(values.to_local().numel() < values.numel() for values in gradients.values())
+    gradients = {name: values.full_tensor() for name, values in gradients.items()}
+if arguments.process_index == 0:
+    torch.save({"loss": loss, **gradients}, f"{out}.pt")
+"""
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
     "accelerate": [
@@ -39,9 +70,9 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher: list[str], dpo_rows: Path, student: Path, out: Path, port: int) -> None:
+def launch(launcher: list[str], dpo_rows: Path, student: Path, out: Path, port: int, child: str = CHILD) -> None:
     out.mkdir()
-    (out / "child.py").write_text(CHILD)
+    (out / "child.py").write_text(child)
     option = "--master-port" if "torch" in launcher[0] else "--main_process_port"
     command = [sys.executable, "-m", *launcher, f"{option}={port}", str(out / "child.py"), str(dpo_rows), str(student)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
@@ -71,3 +102,17 @@ def test_two_processes_are_one(launcher: str, student: Path, dpo_rows: Path, tmp
         for name in one.keys() - {"seconds"}:
             assert both[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
     assert torch.isfinite(torch.cat([values.flatten() for values in right.values()])).all()
+
+
+@pytest.mark.slow
+def test_a_step_of_a_sharded_student_has_the_same_gradient(
+    student: Path, dpo_rows: Path, tmp_path: Path, free_port: int
+) -> None:
+    """torch's FSDP2 by itself: accelerate gives it to accelerators only."""
+    two = LAUNCHERS["torchrun"]
+    one = [each.replace("=2", "=1") for each in two]
+    for name, launcher in (("one", one), ("two", two)):
+        launch(launcher, dpo_rows, student, tmp_path / name, free_port, SHARDED)
+    alone, sharded = (torch.load(tmp_path / name / "run.pt") for name in ("one", "two"))
+    assert sharded.pop("loss").item() == pytest.approx(alone.pop("loss").item(), rel=1e-6)
+    assert distance(sharded, alone) < 1e-5

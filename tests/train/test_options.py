@@ -1,27 +1,27 @@
-"""What a training stage can be told: adapters, precision, checkpointing, probes, reporters; and what it says before."""
+"""What a training stage can be told: adapters, precision, checkpointing, compiling, reporters, and what it says."""
 
 from __future__ import annotations
 
 import json
-import resource
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.tiny_student import distance, gradients
+from tensorboardX.proto.event_pb2 import Event
+from tests.train.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import LoRA, Probe, TrainDPO, TrainSFT
 from cotree.errors import CotreeError, UsageError
-from cotree.train import trainer as trainer_module
 from cotree.train.dpo import train_dpo
 from cotree.train.encode import encode_sft
-from cotree.train.gauges import WINDOW, chosen_falls
 from cotree.train.model import load_model
 from cotree.train.plan import plan
 from cotree.train.sft import ChainTrainer, train_sft
+from cotree.train.student import load_student
 from cotree.train.trainer import StepLog, read_rows, training_arguments
 
 SFT = TrainSFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
@@ -70,6 +70,38 @@ def test_checkpointing_changes_no_gradient(student: Path, sft_rows: Path, tmp_pa
     assert distance(found, expected) < 1e-5
 
 
+def test_a_bf16_step_is_near_to_fp32(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    logs: list[StepLog] = []
+    for precision in ("fp32", "bf16"):
+        settings = TrainSFT(batch_size=11, precision=precision)
+        train_sft(sft_rows, student, tmp_path / precision, settings, 0, 512, logs.append)
+    plain, low = logs
+    assert low.loss != plain.loss
+    assert low.loss == pytest.approx(plain.loss, rel=5e-3)
+    assert low.gauges["grad_norm"] == pytest.approx(plain.gauges["grad_norm"], rel=3e-2)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_and_gradients_of_a_plain_one(
+    student: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    logs: dict[str, list[StepLog]] = {"plain": [], "compiled": []}
+    for name, each in logs.items():
+        probe = Probe(every=2, questions=1, max_tokens=8)
+        change = {"compile": name == "compiled", "pack_tokens": 150, "probe": probe}
+        train_dpo(dpo_rows, student, tmp_path / name / "run", DPO.model_copy(update=change), 0, 512, each.append)
+    assert 0 < counters["stats"]["unique_graphs"] < 40, "it must not be compiled for every pack"
+    for plain, compiled in zip(*logs.values(), strict=True):
+        for name in ("loss", "margin", "chosen_logps", "grad_norm"):
+            left, right = ({"loss": log.loss} | log.gauges for log in (plain, compiled))
+            assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-5), name
+    stored = [dict(load_file(tmp_path / name / "run" / "model" / "model.safetensors")) for name in logs]
+    assert distance(*stored) < 1e-4
+
+
 def test_whole_runs_with_checkpointing_and_bf16(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     for name, change in (("plain", {}), ("saved", {"gradient_checkpointing": True}), ("low", {"precision": "bf16"})):
         train_sft(sft_rows, student, tmp_path / name, SFT.model_copy(update=change), 0, 512)
@@ -80,42 +112,11 @@ def test_whole_runs_with_checkpointing_and_bf16(student: Path, sft_rows: Path, t
     assert 1e-6 < distance(low, plain) < 0.3
 
 
-def test_a_probe_reports_and_can_stop_the_run(student: Path, sft_rows: Path, tmp_path: Path) -> None:
-    logs: list[StepLog] = []
-    probe = Probe(every=2, questions=2, max_tokens=6)
-    train_sft(sft_rows, student, tmp_path / "run", SFT.model_copy(update={"probe": probe}), 0, 512, logs.append)
-    assert ["probe_no_answer" in log.gauges for log in logs] == [True, False, True]
-    assert all(0 < log.gauges["probe_tokens"] <= 6 for log in logs[::2])
-    plain = tmp_path / "plain"
-    train_sft(sft_rows, student, plain, SFT, 0, 512)
-    left, right = (dict(load_file(out / "model" / "model.safetensors")) for out in (tmp_path / "run", plain))
-    assert distance(left, right) == 0, "a probe only looks"
-
-
-def test_a_rising_no_answer_ratio_stops_where_asked(
-    student: Path, sft_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers = iter([0.0, 0.5, 1.0])
-    monkeypatch.setattr(trainer_module, "probe", lambda *_: {"probe_no_answer": next(answers)})
-    logs: list[StepLog] = []
-    settings = SFT.model_copy(update={"probe": Probe(every=1, stop_rise=0.4)})
-    result = train_sft(sft_rows, student, tmp_path / "run", settings, 0, 512, logs.append)
-    assert result.steps == len(logs) == 2
-    assert logs[-1].warnings == ("no_answer_rises: by 0.50 since the first probe; training stops here",)
-    assert (tmp_path / "run" / "model").exists()
-
-
-def test_falling_chosen_chains_are_named() -> None:
-    falling = [{"chosen_reward": -0.1 * at} for at in range(WINDOW)]
-    assert (chosen_falls(falling) or "").startswith("chosen_falls: over the last 10 steps")
-    assert chosen_falls(falling[1:]) is None
-    assert chosen_falls([{"chosen_reward": 0.1}] * WINDOW) is None
-    assert chosen_falls([{"loss": 1.0}] * WINDOW) is None
-
-
-def test_the_plan_is_what_the_run_then_does(student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path) -> None:
+def test_the_plan_is_what_the_run_then_does(sft_rows: Path, dpo_rows: Path, tmp_path: Path) -> None:
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    student = load_student(file, tmp_path / "student")
     for rows, settings, train in ((sft_rows, SFT, train_sft), (dpo_rows, DPO, train_dpo)):
-        planned = plan(rows, student, settings, 0, 512)
+        planned = plan(rows, file, settings, 0, 512)
         done = train(rows, student, tmp_path / settings.__class__.__name__, settings, 0, 512)  # type: ignore[arg-type]
         assert (planned.rows, planned.steps, planned.tokens) == (done.rows, done.steps, done.tokens)
         assert planned.packed_tokens == done.packed < done.tokens
@@ -123,25 +124,58 @@ def test_the_plan_is_what_the_run_then_does(student: Path, sft_rows: Path, dpo_r
         assert planned.packs >= planned.steps
         assert planned.peak_bytes > 16 * 50_000
         assert planned.seconds > 0
-    smaller = plan(dpo_rows, student, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
+    full = plan(dpo_rows, file, DPO, 0, 512)
+    adapter = plan(dpo_rows, file, DPO.model_copy(update={"lora": ADAPTER}), 0, 512)
+    assert adapter.peak_bytes < full.peak_bytes
+    smaller = plan(dpo_rows, file, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
     assert smaller.packs == DPO.epochs * smaller.rows
-    assert plan(dpo_rows, student, DPO, 0, 60).too_long > 0
+    assert plan(dpo_rows, file, DPO, 0, 60).too_long > 0
 
 
-def test_out_of_memory_says_which_pack_and_what_to_lower(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+class Greedy(ChainTrainer):
+    """A trainer that asks for more memory than there is."""
+
+    def share(self, model: torch.nn.Module, rows: Any, step: Any) -> Any:
+        return super().share(model, rows, step)[0] + torch.zeros(2**45).sum(), {}
+
+
+@pytest.mark.parametrize(
+    ("cap", "message"),
+    [
+        (2048, r"step 1, in a pack of 11 rows and \d+ tokens: lower pack_tokens \(now 2048\), or set gradient_ch"),
+        (1, r"step 1, in a pack of 1 rows and \d+ tokens: lower build.max_tokens, or set gradient_checkpointing"),
+    ],
+)
+def test_out_of_memory_says_which_pack_and_what_to_lower(
+    cap: int, message: str, student: Path, sft_rows: Path, tmp_path: Path
+) -> None:
     chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
-    trainer = ChainTrainer(load_model(student), [chains], training_arguments(tmp_path, SFT, 1, 0), SFT)
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    message = r"step 1, in a pack of 11 rows and \d+ tokens: lower pack_tokens \(now 2048\)"
-    resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, old[1]))
-    try:
-        with pytest.raises(CotreeError, match=message), trainer._room_for(chains):
-            torch.zeros(2**30)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, old)
+    settings = SFT.model_copy(update={"pack_tokens": cap})
+    trainer = Greedy(load_model(student), [chains], training_arguments(tmp_path, settings, 1, 0), settings)
+    with pytest.raises(CotreeError, match=message):
+        trainer.training_step(trainer.model, chains)
     with pytest.raises(RuntimeError, match="another"), trainer._room_for(chains):
         raise RuntimeError("another")
+
+
+def test_a_reporter_gets_every_step(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    logs: list[StepLog] = []
+    settings = SFT.model_copy(update={"report_to": ("tensorboard",), "probe": Probe(every=2, max_tokens=4)})
+    train_sft(sft_rows, student, tmp_path / "run", settings, 0, 512, logs.append)
+    (file,) = (tmp_path / "run" / "trainer" / "runs").glob("*/events.out.tfevents.*")
+    found: dict[str, list[tuple[int, float]]] = {}
+    content = file.read_bytes()
+    while content:  # a record: its length, a checksum of that, an event, a checksum of that
+        (length,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    assert [step for step, _ in found["train/loss"]] == [log.step for log in logs]
+    assert [loss for _, loss in found["train/loss"]] == pytest.approx([log.loss for log in logs])
+    for name in ("grad_norm", "tokens", "probe_tokens"):
+        expected = {log.step: log.gauges[name] for log in logs if name in log.gauges}
+        assert dict(found[f"train/{name}"]) == pytest.approx(expected)
 
 
 def test_a_reporter_that_is_not_there_is_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:

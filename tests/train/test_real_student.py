@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.tiny_student import Post, check_served
+from tests.train.test_step import plain_loss
+from tests.train.tiny_student import Post, check_served, distance, gradients, in_float64
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cotree.config import TrainDPO
+from cotree.train.dpo import PairTrainer, ReferencedPair
+from cotree.train.encode import encode_dpo
 from cotree.train.export_gguf import export_gguf
+from cotree.train.forest import forest_tokens
+from cotree.train.model import load_model
 from cotree.train.student import load_student
+from cotree.train.trainer import training_arguments
 
 pytestmark = pytest.mark.real
 
@@ -57,6 +64,35 @@ def test_the_engine_decodes_an_export_as_transformers_does(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for question in QUESTIONS:
         check_served(model, tokenizer, post, prompt(question), tolerance, tokens=32)
+
+
+def test_a_packed_step_of_real_pairs_is_the_plain_computation(folder: Path, tmp_path: Path) -> None:
+    """The real vocabulary and weights, the first layers: in float64 the loss is the same, in float32 the gradient."""
+    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "few")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    start = "First, I add the apples of all bags: 3 * 5 = 15. "
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": QUESTIONS[0]}],
+            "chosen": [{"role": "assistant", "content": f"{start}So he has 12 + 15 = \\boxed{{{27 + number}}}"}],
+            "rejected": [{"role": "assistant", "content": f"{start * (1 + number % 2)}Wait! Is it {number}?"}],
+        }
+        for number in range(3)
+    ]
+    switch = TrainDPO(mask_prefix=False, sft_scope="full")
+    pairs = [ReferencedPair(pair, -30.0, -35.0) for pair in encode_dpo(tokenizer, rows, 512).rows]
+    assert forest_tokens(pairs) < 0.4 * sum(pair.tokens for pair in pairs)
+    for dtype, loss_limit, gradient_limit in ((torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 2e-5)):
+        packed, plain = load_model(tmp_path / "few"), AutoModelForCausalLM.from_pretrained(tmp_path / "few")
+        if dtype == torch.float64:
+            packed, plain = in_float64(packed), in_float64(plain)
+        expected = plain_loss(plain, pairs, switch)
+        expected.backward()  # type: ignore[no-untyped-call]
+        trainer = PairTrainer(packed, [pairs], training_arguments(tmp_path, switch, 1, 0), switch)
+        loss, found = gradients(trainer, pairs)
+        assert abs(loss - expected.item()) <= loss_limit
+        assert distance(found, {name: values.grad for name, values in plain.named_parameters()}) <= gradient_limit
 
 
 def test_the_engine_and_the_trainer_cut_text_alike(base: Path, folder: Path, serve: Callable[[Path], Post]) -> None:

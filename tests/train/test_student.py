@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.tiny_student import TEMPLATE, tiny_model, tiny_tokenizer, write_tiny_gguf
+from tests.train.tiny_student import TEMPLATE, distance, tiny_model, tiny_tokenizer, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cotree.config import TrainSFT
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.durable import whole_folder
+from cotree.train.export_gguf import export_gguf
+from cotree.train.sft import train_sft
 from cotree.train.student import load_student
 
 
@@ -32,6 +35,31 @@ def test_a_gguf_loads_as_transformers_own_reader_loads_it(tmp_path: Path) -> Non
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
     for key in ("rope_parameters", "rms_norm_eps", "head_dim", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
         assert getattr(ours.config, key) == getattr(theirs.config, key), key
+
+
+def test_a_student_from_gguf_is_trained_and_saved_whichever_reader_it_came_through(
+    sft_rows: Path, tmp_path: Path
+) -> None:
+    """What transformers reads from GGUF refuses to be saved until it forgets how it was quantised; ours never knew."""
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    ours = load_student(file, tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(tmp_path / "theirs")
+    load_tokenizer(file).save_pretrained(tmp_path / "theirs")
+    weights = []
+    for folder in (ours, load_student(tmp_path / "theirs", tmp_path / "copied")):
+        settings = TrainSFT(batch_size=11, warmup_ratio=0, learning_rate=1e-2)
+        assert train_sft(sft_rows, folder, tmp_path / f"{folder.name}-run", settings, 0, 512).steps == 1
+        trained = AutoModelForCausalLM.from_pretrained(tmp_path / f"{folder.name}-run" / "model")
+        assert not hasattr(trained.config, "quantization_config")
+        weights.append({name: values.detach() for name, values in trained.named_parameters()})
+    assert distance(*weights) < 1e-6
+    assert distance(weights[0], tiny_model().state_dict()) > 1e-3
+    exported = export_gguf(tmp_path / "ours-run" / "model", file, tmp_path / "trained.gguf", "F32")
+    again = load_file(load_student(exported, tmp_path / "again") / "model.safetensors")
+    assert all(torch.equal(values, weights[0][name]) for name, values in again.items())
 
 
 def test_the_tokenizer_in_the_folder_is_that_of_the_file(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def write_report(run: Path) -> Path:
         percent=show.percent, number=show.number, signed=show.signed, duration=show.duration, interval=show.interval
     )
     final = _final_model(summary)
+    logs = {name: read_log(run / "checkpoints" / name / "log.jsonl") for name in LOGS}
     page = environment.get_template("report.html.jinja").render(
         summary=summary,
         manifest=read_manifest(run),
@@ -59,7 +60,8 @@ def write_report(run: Path) -> Path:
         paper_form=show.paper_form,
         interval_plot=interval_plot,
         interval_axis=interval_axis,
-        figures=training_figures({name: read_log(run / "checkpoints" / name / "log.jsonl") for name in LOGS}),
+        figures=training_figures(logs),
+        warnings=[(name, line.step, line.warning) for name, log in logs.items() for line in log if line.warning],
         search=_search(summary.search),
         share=share,
         verdict=verdict(summary.search.compared) if summary.search.compared else "",

@@ -52,11 +52,28 @@ def training_figures(logs: Mapping[str, Sequence[LogLine]]) -> list[Figure]:
             [("chosen", dpo, lambda line: line.chosen_logps), ("rejected", dpo, lambda line: line.rejected_logps)],
         ),
         _curves(
+            "Rewards (beta times the log-ratio)",
+            [("chosen", dpo, lambda line: line.chosen_reward), ("rejected", dpo, lambda line: line.rejected_reward)],
+        ),
+        *(figure for name, log in (*sft, ("dpo", dpo)) for figure in _probe_figures(name, log)),
+        _curves(
             "Learning rate",
             [(name, logs.get(name, ()), lambda line: line.learning_rate) for name in ("sft", "dpo")],
         ),
     ]
     return [figure for figure in figures if figure is not None]
+
+
+def _probe_figures(name: str, log: Sequence[LogLine]) -> list[Figure | None]:
+    """What a student wrote while it was trained."""
+    ratios: list[tuple[str, Sequence[LogLine], Value]] = [
+        ("no answer", log, lambda line: line.probe_no_answer),
+        ("loop", log, lambda line: line.probe_loop),
+    ]
+    return [
+        _curves(f"Probes of {name}: mean tokens", [("tokens", log, lambda line: line.probe_tokens)]),
+        _curves(f"Probes of {name}: ratios", ratios, limits=(0.0, 1.0)),
+    ]
 
 
 def interval_plot(row: EvalRow, constant: float | None, *, accent: bool) -> str:
@@ -117,15 +134,15 @@ def _curves(
         "xtick.major.width": 0.5,
         "ytick.major.size": 0,
     }
-    span = max(1, *(-(-len(log) // MAX_POINTS) for _, log, _ in series))
+    drawn = [[(line.step, y) for line in log if (y := value(line)) is not None] for _, log, value in series]
+    span = max(1, *(-(-len(points) // MAX_POINTS) for points in drawn))
     keys = []
     with matplotlib.rc_context(style):
         canvas = Canvas(figsize=(3.3, 1.9), layout="constrained")
         axes = canvas.add_subplot()
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        for (name, log, value), (stand_in, color) in zip(series, SERIES.items(), strict=False):
-            points = [(line.step, y) for line in log if (y := value(line)) is not None]
+        for (name, *_), points, (stand_in, color) in zip(series, drawn, SERIES.items(), strict=False):
             if not points:
                 continue
             steps, values = zip(*_averaged(points, span), strict=True)

@@ -218,16 +218,22 @@ class SampleTree(Part):
 
 
 class LogLine(Part):
-    """One line of a trainer's log. The keys after `learning_rate` are DPO's."""
+    """One line of a trainer's log. `probe_` keys are there where the student was asked, those after them in DPO."""
 
     step: int
     total_steps: int | None = None
     loss: float | None = None
     learning_rate: float | None = None
+    warning: str | None = None
+    probe_tokens: float | None = None
+    probe_loop: float | None = None
+    probe_no_answer: float | None = None
     accuracy: float | None = None
     margin: float | None = None
     chosen_logps: float | None = None
     rejected_logps: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
 
 
 def read_summary(run: Path) -> Summary:

@@ -88,7 +88,7 @@ def train_dpo(
         arguments = training_arguments(out, settings, len(steps), seed)
         with arguments.main_process_first(local=False):
             claim(out, rows, student, settings, seed, max_tokens)
-        model = load_model(student, settings.lora, seed)
+        model = load_model(student, settings.lora, seed, settings.compile)
         model.to(arguments.device)
         pairs = _with_reference(model, encoded.rows, settings, out, weights_hash(student), arguments, on_reference)
         trainer = PairTrainer(model, [[pairs[index] for index in step] for step in steps], arguments, settings)

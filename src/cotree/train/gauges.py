@@ -29,6 +29,20 @@ def chosen_falls(history: Sequence[dict[str, Any]]) -> str | None:
     )
 
 
+def no_answer_rises(history: Sequence[dict[str, Any]], stop_rise: float) -> str | None:
+    """The warning `no_answer_rises`, if the last probe's no-answer ratio is more than that above the first one's."""
+    probed = [entry["probe_no_answer"] for entry in history if "probe_no_answer" in entry]
+    rise = probed[-1] - probed[0]
+    return f"no_answer_rises: by {rise:.2f} since the first probe; training stops here" if rise > stop_rise else None
+
+
+def best_step(history: Sequence[dict[str, Any]]) -> int:
+    """The probed step with the least (no-answer, loop) ratios; of equal ones the last, which learnt most."""
+    probed = [entry for entry in history if "probe_no_answer" in entry]
+    best = min(probed, key=lambda entry: (entry["probe_no_answer"], entry["probe_loop"], -entry["step"]))
+    return int(best["step"])
+
+
 def probe(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Probe) -> dict[str, float]:
     """What the student writes on some prompts: mean tokens, and the ratios of loops and of texts without an answer."""
     lengths, loops, missing = [], [], []
@@ -38,7 +52,7 @@ def probe(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Pr
     try:
         for prompt in prompts:
             ids = torch.tensor([prompt], device=next(model.parameters()).device)
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each text would be compiled anew
                 written = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),

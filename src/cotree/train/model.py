@@ -6,6 +6,7 @@ and a new one is zero at first, so the model at step 0 is the SFT checkpoint, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ from cotree.train.families import family_of
 from cotree.train.student import quiet
 
 
-def load_model(student: Path, lora: LoRA | None = None, seed: int = 0) -> PreTrainedModel:
+def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled: bool = False) -> PreTrainedModel:
     """A student folder (a model, or a PEFT adapter that names its base) as a model, checked to be trainable.
 
     Args:
         student: the folder.
         lora: add a new adapter of this size, and freeze the rest.
         seed: of the adapter's random half; the other half is zero.
+        compiled: by torch.compile, at the first forward pass of each kind.
 
     Raises:
         UsageError: it is not trainable (see `families.family_of`), the folder holds no model, or peft is missing.
     """
-    AttentionInterface.register(ATTENTION, forest_attention)
+    # Attention is other for every pack: it would be compiled for each of them, and is not.
+    outside: Callable[[Any], Any] = torch.compiler.disable
+    AttentionInterface.register(ATTENTION, outside(forest_attention) if compiled else forest_attention)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
     adapted = (student / "adapter_config.json").exists()
     if adapted or lora is not None:
@@ -47,13 +51,15 @@ def load_model(student: Path, lora: LoRA | None = None, seed: int = 0) -> PreTra
                 model = AutoModelForCausalLM.from_pretrained(student, **options)
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load the student {student}: {str(error).splitlines()[0]}") from error
-    if lora is None:
-        return model
-    from peft import LoraConfig, get_peft_model
+    if lora is not None:
+        from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, settings)
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, settings)
+    if compiled:
+        model.compile(dynamic=True)
+    return model
 
 
 def save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:

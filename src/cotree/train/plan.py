@@ -1,16 +1,22 @@
-"""What a training stage would do, before it does it: rows, tokens, packs, and estimates of memory and time."""
+"""What a training stage would do, before it does it: rows, tokens, packs, and estimates of memory and time.
+
+Invariant: nothing is written and no weight is loaded.
+"""
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from cotree.config import TrainDPO, TrainSFT
+from cotree.data.files import check_template
+from cotree.llm.gguf_file import GGUF
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.encode import Chain, Encoded, Pair, encode_dpo, encode_sft
 from cotree.train.forest import forest_tokens, packs
+from cotree.train.student import gguf_config
 from cotree.train.trainer import fixed_steps, read_rows
 
 
@@ -19,7 +25,8 @@ class TrainPlan:
     """Rows, rows over the token limit, steps, packs, tokens of all epochs unpacked and packed, and two estimates.
 
     `peak_bytes` and `seconds` are estimates: weights, gradients, Adam's moments and the largest pack's activations in
-    fp32; and the matrices' work at the speed of a matrix product measured here. Half or twice of it is no surprise.
+    fp32; and the matrices' work, the reference's included, at the speed of a matrix product measured here. Half or
+    twice of it is no surprise.
     """
 
     rows: int
@@ -38,22 +45,25 @@ class TrainPlan:
 
 
 def plan(rows: Path, student: Path, settings: TrainSFT | TrainDPO, seed: int, max_tokens: int) -> TrainPlan:
-    """Plan `train_sft` or `train_dpo` (by the type of settings); arguments and errors are theirs."""
-    tokenizer, read = load_tokenizer(student), read_rows(rows)
+    """Plan `train_sft` or `train_dpo` (by the type of settings) of a GGUF; other arguments are theirs."""
+    file, read = GGUF(student), read_rows(rows)
+    config, tokenizer = gguf_config(file), load_tokenizer(student)
+    check_template(rows, tokenizer)
     encoded: Encoded[Chain] | Encoded[Pair]
     encode = encode_sft if isinstance(settings, TrainSFT) else encode_dpo
     encoded = encode(tokenizer, read, max_tokens)
     steps = fixed_steps([tuple(row.prompt) for row in encoded.rows], settings.batch_size, settings.epochs, seed)
     dealt = [pack for step in steps for pack in packs([encoded.rows[index] for index in step], settings.pack_tokens)]
     sizes = [forest_tokens(pack) for pack in dealt]
-    config = json.loads((student / "config.json").read_text())
-    weights = sum(file.stat().st_size for file in student.glob("*.safetensors")) // 4
+    weights = sum(prod(tensor.shape) for tensor in file.tensors.values())
     # A layer keeps about ten rows of the model's width and four of the feed-forward's for each token; the vocabulary
     # is kept twice, where a token is scored.
     kept = config["num_hidden_layers"] * (10 * config["hidden_size"] + 4 * config["intermediate_size"])
     kept = kept // 6 if settings.gradient_checkpointing else kept
-    peak = 16 * weights + 4 * max(sizes, default=0) * (kept + 2 * config["vocab_size"])
-    work = 6 * weights * sum(sizes)
+    peak = (4 if settings.lora else 16) * weights + 4 * max(sizes, default=0) * (kept + 2 * config["vocab_size"])
+    work = (4 if settings.lora else 6) * weights * sum(sizes)  # an adapter leaves out the gradients of the weights
+    if isinstance(settings, TrainDPO) and settings.has_reference:
+        work += 2 * weights * sum(map(forest_tokens, packs(encoded.rows, settings.pack_tokens)))
     return TrainPlan(
         rows=len(encoded.rows),
         too_long=encoded.too_long,

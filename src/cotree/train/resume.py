@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from cotree.config import Optimizer
@@ -42,11 +43,11 @@ def claim(out: Path, rows: Path, student: Path, settings: Optimizer, seed: int, 
         draft.write_text(json.dumps(inputs))
 
 
-def seal_checkpoint(checkpoint: Path) -> None:
-    """Say that a checkpoint is whole, and delete the older ones, which it replaces."""
+def seal_checkpoint(checkpoint: Path, best: int | None) -> None:
+    """Say that a checkpoint is whole, and delete the older ones, which it replaces, but not that of step `best`."""
     (checkpoint / _MARKER).touch()
     for other in checkpoint.parent.glob("checkpoint-*"):
-        if other != checkpoint:
+        if other not in (checkpoint, checkpoint.with_name(f"checkpoint-{best}")):
             shutil.rmtree(other)
 
 
@@ -59,6 +60,14 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(checkpoint)
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def clear(folder: Path) -> None:
+    """Delete the checkpoints of a finished run; what reporters wrote beside them stays."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def weights_hash(model: Path) -> str:

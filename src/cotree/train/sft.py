@@ -77,7 +77,7 @@ def train_sft(
         with arguments.main_process_first(local=False):
             claim(out, rows, student, settings, seed, max_tokens)
         trainer = ChainTrainer(
-            load_model(student, settings.lora, seed),
+            load_model(student, settings.lora, seed, settings.compile),
             [[encoded.rows[index] for index in step] for step in steps],
             arguments,
             settings,

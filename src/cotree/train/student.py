@@ -49,7 +49,7 @@ def load_student(source: str | Path, folder: Path) -> Path:
 def _from_gguf(file: GGUF, folder: Path) -> None:
     from safetensors.numpy import save_file
 
-    config = _config(file)
+    config = gguf_config(file)
     kv_heads: int = config["num_key_value_heads"]
     rotates = FAMILIES[config["model_type"]].rotates_pairs
     weights: dict[str, np.ndarray] = {}
@@ -69,7 +69,7 @@ def _from_gguf(file: GGUF, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _config(file: GGUF) -> dict[str, Any]:
+def gguf_config(file: GGUF) -> dict[str, Any]:
     """The transformers config of a GGUF file."""
     arch = file["general.architecture"]
     family = next((name for name, known in FAMILIES.items() if known.gguf == arch), None)

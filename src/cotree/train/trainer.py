@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,9 +38,9 @@ from cotree.errors import CotreeError, UsageError
 from cotree.train.durable import whole_file, whole_folder, writing
 from cotree.train.encode import Encoded
 from cotree.train.forest import forest_tokens, packs
-from cotree.train.gauges import chosen_falls, probe
+from cotree.train.gauges import best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import save_model
-from cotree.train.resume import last_checkpoint, seal_checkpoint
+from cotree.train.resume import clear, last_checkpoint, seal_checkpoint
 from cotree.train.student import quiet
 
 
@@ -77,7 +76,7 @@ class TrainResult:
     """What a training run was like.
 
     Attributes:
-        steps: optimizer steps.
+        steps: optimizer steps; kept: the one whose student was kept (the last, or the best of the probes).
         rows: rows trained on (of one epoch); too_long: rows left out because they are over the token limit.
         tokens: tokens in the rows of all epochs, prompts included.
         packed: tokens computed for them, as shared ones are computed once.
@@ -86,6 +85,7 @@ class TrainResult:
     """
 
     steps: int
+    kept: int
     rows: int
     too_long: int
     tokens: int
@@ -128,6 +128,7 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
         self.steps = steps
         self.pack_tokens = settings.pack_tokens
         self.probe = settings.probe
+        self.ask: Callable[[], dict[str, float]] = dict
         self.gauges: dict[str, float] = {}
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
@@ -188,9 +189,12 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
             ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's gauges to what Trainer logs."""
+        """Add the step's gauges, and a probe where one is due or training ends, to what Trainer logs and reports."""
+        step, settings = self.state.global_step, self.probe
         if "loss" in logs:
             logs |= self.gauges
+            if settings is not None and ((step - 1) % settings.every == 0 or step == self.state.max_steps):
+                logs |= self.ask()
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[list[Row]]:
@@ -210,7 +214,7 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
                 raise OSError(str(error)) from error
             self.accelerator.wait_for_everyone()
             if self.args.process_index == 0:
-                seal_checkpoint(checkpoint)
+                seal_checkpoint(checkpoint, self.state.best_global_step)
 
 
 def add_over_processes(values: Tensor) -> Tensor:
@@ -221,18 +225,16 @@ def add_over_processes(values: Tensor) -> Tensor:
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Writes `log.jsonl`, probes, calls `on_step`, once a step; skips a checkpoint that the final model replaces."""
+    """Writes `log.jsonl`, warns, calls `on_step`, once a step; skips a checkpoint that the final model replaces."""
 
     def __init__(
         self,
         log: Path,
         began: float,
         on_step: Callable[[StepLog], None] | None,
-        ask: Callable[[], dict[str, float]],
         settings: Probe | None,
     ) -> None:
         self.log = log
-        self.ask = ask
         self.settings = settings
         self.began = began
         self.on_step = on_step
@@ -248,6 +250,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             with whole_file(self.log) as draft:
                 draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
         self.before = state.log_history[-1]["seconds"] if state.log_history else 0.0
+        if state.best_global_step is not None:  # the folder may have been moved since
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -258,13 +262,15 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         if "loss" not in entry:
             state.log_history.pop()  # Trainer's own summary at the end
             return
-        probed = [line["probe_no_answer"] for line in state.log_history if "probe_no_answer" in line]
-        if self.settings is not None and (state.global_step - 1) % self.settings.every == 0:
-            entry |= self.ask()
-            rise = entry["probe_no_answer"] - (probed or [entry["probe_no_answer"]])[0]
-            if self.settings.stop_rise is not None and rise > self.settings.stop_rise:
-                entry["warning"] = f"no_answer_rises: by {rise:.2f} since the first probe; training stops here"
+        if self.settings is not None and "probe_no_answer" in entry:
+            stop_rise = self.settings.stop_rise
+            if stop_rise is not None and (rises := no_answer_rises(state.log_history, stop_rise)):
+                entry["warning"] = rises
                 control.should_training_stop = True
+            if self.settings.keep == "best" and best_step(state.log_history) == state.global_step:
+                state.best_global_step, state.best_model_checkpoint = state.global_step, None
+                # Trainer loads the best checkpoint at the end; the last step needs none.
+                control.should_save = state.global_step < state.max_steps
         if not any("warning" in line for line in state.log_history) and (falls := chosen_falls(state.log_history)):
             entry["warning"] = falls
         entry["seconds"] = self.seconds()
@@ -301,7 +307,7 @@ def finished(out: Path) -> TrainResult | None:
     """The stored result if the run in `out` is done."""
     if not (out / "model").exists():
         return None
-    shutil.rmtree(out / "trainer", ignore_errors=True)  # a kill may have come between the two
+    clear(out / "trainer")  # a kill may have come between the two
     return TrainResult(**json.loads((out / "result.json").read_text()))
 
 
@@ -342,6 +348,8 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         raise UsageError(f"batch_size {settings.batch_size} is less than the {arguments.world_size} processes")
     if settings.gradient_checkpointing:  # a flag of Trainer's that transformers is renaming
         arguments.activation_checkpointing = arguments.gradient_checkpointing = True
+    if settings.probe is not None and settings.probe.keep == "best":  # to Trainer that would need an evaluation
+        arguments.load_best_model_at_end, arguments.metric_for_best_model = True, "probe_no_answer"
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer wraps the model in DataParallel, which splits rows
     return arguments
 
@@ -374,7 +382,8 @@ def run(
         few = [list(prompt) for prompt in prompts[: trainer.probe.questions]]
         return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, trainer.probe)
 
-    progress = _Progress(out / "log.jsonl", began, on_step, ask, trainer.probe)
+    trainer.ask = ask
+    progress = _Progress(out / "log.jsonl", began, on_step, trainer.probe)
     trainer.add_callback(progress)
     with quiet():
         with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
@@ -383,6 +392,7 @@ def run(
         history = trainer.state.log_history
         result = TrainResult(
             steps=trainer.state.global_step,
+            kept=trainer.state.best_global_step or trainer.state.global_step,
             rows=len(encoded.rows),
             too_long=encoded.too_long,
             tokens=sum(row.tokens for step in trainer.steps for row in step),
@@ -398,7 +408,7 @@ def run(
                 tokenizer.save_pretrained(draft)
                 with whole_file(out / "result.json") as text:
                     text.write_text(json.dumps(asdict(result), indent=2) + "\n")
-            shutil.rmtree(out / "trainer", ignore_errors=True)
+            clear(out / "trainer")
         trainer.accelerator.wait_for_everyone()
     return result
 

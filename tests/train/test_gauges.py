@@ -1,0 +1,222 @@
+"""Probes on a student that really forgets to answer: what they report, when they stop a run, whom they keep."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.train.tiny_student import message, sft_row, write_tiny_gguf
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from cotree.config import LoRA, Probe, TrainSFT, parse_recipe
+from cotree.pipeline import run
+from cotree.progress import Output, Update
+from cotree.report.summary import read_log
+from cotree.run_folder import open_run
+from cotree.train.encode import encode_sft
+from cotree.train.gauges import WINDOW, best_step, chosen_falls, no_answer_rises, probe
+from cotree.train.model import load_model
+from cotree.train.sft import train_sft
+from cotree.train.trainer import StepLog, TrainResult, read_rows
+
+PROBE = Probe(every=1, questions=2, max_tokens=32)
+# At this rate two epochs make a student that answers into one that goes on and on.
+FORGETS = TrainSFT(batch_size=2, epochs=2, learning_rate=1e-2, save_steps=3, probe=PROBE)
+
+
+def rows(text: str, path: Path) -> Path:
+    table = [sft_row(index) | {"completion": message("assistant", text)} for index in range(8)]
+    pq.write_table(pa.Table.from_pylist(table), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def answering(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student that answers every question."""
+    folder = tmp_path_factory.mktemp("answering")
+    learns = TrainSFT(batch_size=8, epochs=16, learning_rate=1e-2)
+    train_sft(rows("The answer is: \\boxed{7}", folder / "rows.parquet"), student, folder / "run", learns, 0, 512)
+    return folder / "run" / "model"
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that teach not to answer."""
+    return rows("So on and on " * 9, tmp_path_factory.mktemp("endless") / "rows.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(answering: Path, endless: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, Path]:
+    """A run that was not interrupted and kept its best student."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return train_sft(endless, answering, out, changed(keep="best"), 0, 512), out
+
+
+def changed(**probe: Any) -> TrainSFT:
+    return FORGETS.model_copy(update={"probe": PROBE.model_copy(update=probe)})
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return dict(load_file(out / "model" / "model.safetensors"))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(values, right[name]) for name, values in left.items())
+
+
+def test_a_probe_reports_also_at_the_end_and_only_looks(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    logs: list[StepLog] = []
+    settings = TrainSFT(batch_size=3, learning_rate=1e-2, probe=Probe(every=2, questions=2, max_tokens=6))
+    train_sft(sft_rows, student, tmp_path / "run", settings, 0, 512, logs.append)
+    assert ["probe_no_answer" in log.gauges for log in logs] == [True, False, True, True]
+    assert all(0 < log.gauges["probe_tokens"] <= 6 for log in logs if "probe_tokens" in log.gauges)
+    train_sft(sft_rows, student, tmp_path / "plain", settings.model_copy(update={"probe": None}), 0, 512)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+def test_a_rising_no_answer_ratio_stops_where_asked(answering: Path, endless: Path, tmp_path: Path) -> None:
+    logs: list[StepLog] = []
+    result = train_sft(endless, answering, tmp_path / "run", changed(stop_rise=0.4), 0, 512, logs.append)
+    assert 1 < result.steps == len(logs) < logs[0].total_steps
+    ratios = [log.gauges["probe_no_answer"] for log in logs]
+    assert ratios[-1] > 0.4 > max(ratios[:-1])
+    assert logs[-1].warnings == (f"no_answer_rises: by {ratios[-1]:.2f} since the first probe; training stops here",)
+    assert not any(log.warnings for log in logs[:-1])
+    assert (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=8, alpha=64)])
+def test_the_best_student_of_the_probes_is_kept_where_asked(
+    lora: LoRA | None, answering: Path, endless: Path, tmp_path: Path
+) -> None:
+    last, best = (changed(keep=keep).model_copy(update={"lora": lora}) for keep in ("last", "best"))
+    logs: list[StepLog] = []
+    ended = train_sft(endless, answering, tmp_path / "last", last, 0, 512, logs.append)
+    kept = train_sft(endless, answering, tmp_path / "best", best, 0, 512)
+    ratios = [log.gauges["probe_no_answer"] for log in logs]
+    answered = max(step for step, ratio in enumerate(ratios, 1) if ratio == min(ratios))
+    assert (ended.steps, ended.kept) == (8, 8)
+    assert (kept.steps, kept.kept) == (8, answered)
+    assert 1 < answered < 8
+    tokenizer = AutoTokenizer.from_pretrained(answering)
+    encoded = encode_sft(tokenizer, read_rows(endless), 512).rows
+    prompts = list({tuple(row.prompt): row.prompt for row in encoded}.values())
+    for out, step in (("last", 8), ("best", answered)):
+        found = probe(load_model(tmp_path / out / "model"), tokenizer, prompts[:2], PROBE)
+        assert found["probe_no_answer"] == ratios[step - 1]
+    assert ratios[7] > ratios[answered - 1]
+
+
+@pytest.mark.parametrize("stopped", [2, 5, 8])
+def test_what_is_kept_survives_a_stop_bit_for_bit(
+    stopped: int,
+    answering: Path,
+    endless: Path,
+    whole: tuple[TrainResult, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before, at and after the best step; and the run's folder may be named otherwise when it goes on."""
+
+    def stop(log: StepLog) -> None:
+        if log.step == stopped:
+            raise KeyboardInterrupt
+
+    settings, (result, uninterrupted) = changed(keep="best"), whole
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(endless, answering, tmp_path / "run", settings, 0, 512, stop)
+    stored = {int(path.name.split("-")[1]) for path in (tmp_path / "run" / "trainer").iterdir()}
+    assert len(stored) <= 2  # the last and the best
+    assert (result.kept in stored) == (stopped > result.kept)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    resumed = train_sft(endless, answering, Path("moved"), settings, 0, 512)
+    assert resumed.kept == result.kept
+    assert same(weights(Path("moved")), weights(uninterrupted))
+    assert sorted(path.name for path in Path("moved").iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
+
+
+class Kept(Output):
+    """Keeps what a run says and shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.remarks: list[str] = []
+
+    def say(self, line: object = "") -> None:
+        self.lines.append(str(line))
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Update]:
+        yield lambda done, total, remark: self.remarks.append(f"{title} {done}/{total} {remark}")
+
+
+def test_a_run_says_its_warnings_and_shows_its_gauges(
+    answering: Path, endless: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The stage of a run whose search and build are done."""
+    model = AutoModelForCausalLM.from_pretrained(answering)
+    raw: dict[str, Any] = {
+        "name": "forgets",
+        "models": {"tiny": {"embedded": str(write_tiny_gguf(model, tokenizer, tmp_path / "tiny.gguf"))}},
+        "roles": {"thinker": "tiny"},
+        "tasks": {"train": {"letters": 1}, "eval": {"letters": 1}},
+        "train": {"student": "tiny", "sft": changed(every=2, stop_rise=0.4).model_dump()},
+        "eval": {"control": False},
+    }
+    recipe, output = parse_recipe(raw, "test"), Kept()
+    with open_run(tmp_path, recipe) as folder:
+        with folder.stage("search") as result:
+            result.update(counts={}, compared=[])
+        with folder.stage("build"):
+            (folder.data / "sft").mkdir(parents=True)
+            shutil.copy(endless, folder.data / "sft" / "train.parquet")
+    out = run(recipe, tmp_path, only="train_sft", output=output)
+    log = read_log(out / "checkpoints" / "sft" / "log.jsonl")
+    (stopped,) = (line for line in log if line.warning)
+    assert f"  warning at sft step {stopped.step}: {stopped.warning}" in output.lines
+    assert len(output.remarks) == len(log)
+    assert output.remarks[1] == (  # the probe's figures stay until the next one
+        f"sft steps 2/8 loss {log[1].loss:.3f}, probe: tokens {log[0].probe_tokens:.1f}, "
+        f"loops {log[0].probe_loop:.2f}, no answer {log[0].probe_no_answer:.2f}"
+    )
+
+
+ratio = st.sampled_from([0.0, 0.5, 1.0])
+
+
+@given(probed=st.lists(st.tuples(ratio, ratio, st.integers(1, 3)), min_size=1, max_size=9), stop=ratio)
+def test_the_best_step_and_the_rise_are_those_of_the_definition(
+    probed: list[tuple[float, float, int]], stop: float
+) -> None:
+    history: list[dict[str, Any]] = []
+    for no_answer, loop, pause in probed:
+        history += [{"step": len(history) + 1 + at, "loss": 1.0} for at in range(pause)]
+        history[-1] |= {"probe_no_answer": no_answer, "probe_loop": loop}
+    best = next(entry for entry in history if entry["step"] == best_step(history))
+    for entry in history:
+        if "probe_loop" in entry:
+            mine, other = ((each["probe_no_answer"], each["probe_loop"]) for each in (best, entry))
+            assert mine < other or (mine == other and best["step"] >= entry["step"])
+    warned = no_answer_rises(history, stop)
+    assert (warned is not None) == (probed[-1][0] - probed[0][0] > stop)
+
+
+def test_falling_chosen_chains_are_named() -> None:
+    falling = [{"chosen_reward": -0.1 * at} for at in range(WINDOW)]
+    assert (chosen_falls(falling) or "").startswith("chosen_falls: over the last 10 steps")
+    assert chosen_falls(falling[1:]) is None
+    assert chosen_falls([{"chosen_reward": 0.1}] * WINDOW) is None
+    assert chosen_falls([{"loss": 1.0}] * WINDOW) is None
