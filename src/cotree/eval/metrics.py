@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal, TypedDict
 
+_FEWEST_TREES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -100,10 +102,39 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of "one of k samples is correct" from n samples with c correct (Chen et al. 2021).
 
     1 - C(n-c, k) / C(n, k): the share of k-subsets of the n samples that hold a correct one. The paper's Test@k.
+
+    Raises:
+        TypeError: for a tree, whose answers share thoughts and are no independent samples.
     """
+    if isinstance(n, TreeAnswers):
+        raise TypeError("pass@k needs independent samples and a tree's leaves are none: use tree_test_at_k")
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} is not defined for {c} correct of {n} samples")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeAnswers:
+    """What one tree answered, in its order: whether each answer is correct. `tokens`: generated for the whole tree."""
+
+    correct: tuple[bool, ...]
+    tokens: int
+
+
+def tree_test_at_k(trees: Sequence[TreeAnswers], k: int) -> tuple[float, float]:
+    """Test@k of search on one question: the share of its trees with a correct one among their first k answers, and the
+    mean tokens of a tree.
+
+    A tree is one draw, so the mean is over whole trees, each grown with a seed of its own; one that gave fewer than k
+    answers counts with those.
+
+    Raises:
+        ValueError: fewer than four trees, or k < 1.
+    """
+    if len(trees) < _FEWEST_TREES or k < 1:
+        raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {_FEWEST_TREES} trees")
+    found = sum(any(tree.correct[:k]) for tree in trees)
+    return found / len(trees), sum(tree.tokens for tree in trees) / len(trees)
 
 
 def minimum_detectable_difference(

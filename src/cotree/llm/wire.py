@@ -90,7 +90,8 @@ class Request:
 class Choice:
     """One sample. `text` is without the stop string; `tokens` counts what was generated, the stop token included.
 
-    `logprob` is the sum of the tokens' log-probabilities, None where it was not asked for.
+    `logprob` is the mean of its tokens' log-probabilities (some servers leave the stop token out), None where it was
+    not asked for.
     """
 
     text: str
@@ -117,7 +118,9 @@ class Completion:
     def to_json(self) -> str:
         """One line for the journal."""
         line = {
-            "choices": [[c.text, c.finish_reason, c.tokens, *([] if c.logprob is None else [c.logprob])] for c in self.choices],
+            "choices": [
+                [v for v in (c.text, c.finish_reason, c.tokens, c.logprob) if v is not None] for c in self.choices
+            ],
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
@@ -210,9 +213,9 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
             lasting = True
             break
         # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
-        tokens = len(logprobs or ()) or (reported if request.n == 1 else 0)
-        tokens = tokens or count_tokens(text) + (finish == "stop")
-        choices.append(Choice(text, finish, tokens, None if logprobs is None else sum(logprobs)))
+        tokens = reported if request.n == 1 else 0
+        logprob = None if logprobs is None else sum(logprobs) / max(len(logprobs), 1)
+        choices.append(Choice(text, finish, tokens or count_tokens(text) + (finish == "stop"), logprob))
     if not problem and len(choices) < request.n:
         problem = f"{len(choices)} choices came back for n={request.n}"
     completion_tokens = max(reported, sum(choice.tokens for choice in choices))

@@ -87,26 +87,16 @@ def prefixes_of(settings: Search, form: AnswerForm = "boxed") -> dict[str, tuple
     return {**PREFIXES, **own, **({"answer": (ANSWERS[form].prefix,)} if form == "text" else {})}
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A chain that has come to an answer: its thoughts, the answer the last of them, and all of them as one text.
-
-    `logprob` is the mean over its tokens, 0 where it was not asked for; `key` seeds what is asked about it.
-    """
-
-    thoughts: tuple[str, ...]
-    text: str
-    logprob: float
-    key: str
-
-
 class Judge(Protocol):
     """What an answer is worth, and which answers are doubted. `logprobs`: it needs the tokens' probabilities."""
 
     logprobs: bool
 
-    async def worth(self, growth: Growth, chain: Answered) -> tuple[Verdict | None, float]:
-        """The verdict, None where nobody can know it, and the reward."""
+    async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
+        """The verdict, None where nobody can know it, and the reward of an answer that ends its chain.
+
+        Its `path` seeds what is asked about it.
+        """
 
     async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
         """After a round that brought these leaves: the answers that earn a reflection."""
@@ -120,12 +110,12 @@ class Verified:
     def __init__(self, function: RewardFunction | None = None) -> None:
         self.function = function
 
-    async def worth(self, growth: Growth, chain: Answered) -> tuple[Verdict, float]:
+    async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict, float]:
         """The verifier's verdict; its reward, or the recipe's for an answer."""
-        verdict = await growth.task.judge_async(growth.question, chain.thoughts[-1])
+        verdict = await growth.task.judge_async(growth.question, answer.text)
         if growth.settings.reward is None or verdict.kind == "no_answer":
             return verdict, verdict.reward
-        return verdict, await growth.reward(chain, verdict, self.function)
+        return verdict, await growth.reward(answer, verdict, self.function)
 
     async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
         """The wrong ones of the round."""
@@ -271,8 +261,7 @@ class Growth:
         return completion
 
     async def _thought(self, wanted: Wanted, how: ThoughtSettings, choice: Choice) -> Thought:
-        written, finish_reason, above = choice.text, choice.finish_reason, wanted.node.chain()
-        logprob = choice.logprob or 0.0
+        written, finish_reason, above = choice.text, choice.finish_reason, wanted.node
         in_line = wanted.node.is_open and wanted.kind == wanted.node.kind and not wanted.prefix
         form = self.task.answer_form
         closed = wanted.kind == "answer" and form == "boxed" and in_box(written)[1]
@@ -280,33 +269,39 @@ class Growth:
         is_open = cut and how.ends == "tokens"
         text = thought_text(wanted.kind, wanted.prefix, written, form, in_line=in_line, is_open=is_open)
         if cut and not is_open:
-            verdict = Verdict("no_answer", 0.0, None, "thought cut by max_tokens")
-            return Thought(text, choice.tokens, finish_reason, verdict, logprob=logprob)
-        if wanted.kind != "answer":
-            return Thought(text, choice.tokens, finish_reason, None, logprob=logprob)
-        before = chain_text(above)
-        whole = f"{before}\n{text}" if before else text
-        tokens = sum(node.tokens for node in above) + choice.tokens
-        mean = (sum(node.logprob for node in above) + logprob) / max(tokens, 1)
-        chain = Answered((*(node.text for node in above), text), whole, mean, wanted.seed_key)
-        return Thought(text, choice.tokens, finish_reason, *await self.judge.worth(self, chain), logprob)
+            worth: tuple[Verdict | None, float | None] = (
+                Verdict("no_answer", 0.0, None, "thought cut by max_tokens"),
+                None,
+            )
+        elif wanted.kind != "answer":
+            worth = None, None
+        else:
+            worth = await self.judge.worth(
+                self,
+                Node(
+                    above, wanted.kind, text, wanted.seed_key, above.depth + 1, wanted.prefix,
+                    tokens=choice.tokens, logprob=choice.logprob or 0.0,
+                ),
+            )  # fmt: skip
+        return Thought(text, choice.tokens, finish_reason, *worth, choice.logprob or 0.0)
 
-    async def reward(self, chain: Answered, verdict: Verdict | None, function: RewardFunction | None) -> float:
-        """What the settings' `reward` says that a chain with an answer is worth; `function` is theirs, loaded."""
+    async def reward(self, answer: Node, verdict: Verdict | None, function: RewardFunction | None) -> float:
+        """What the settings' `reward` says that a chain is worth so far; `function` is theirs, loaded."""
         settings = self.settings.reward
         assert settings is not None
+        text = chain_text(answer.chain())
         if function is not None:
-            return call(function, self.question, chain.text, verdict)
+            return call(function, self.question, text, verdict)
         if settings.process is not None:
-            return await self._score(settings, settings.process, chain.thoughts)
+            return await self._score(settings, settings.process, [node.text for node in answer.chain()])
         assert settings.judge is not None
         completion = await self.ask(
             Writer(model=settings.judge),
-            self.calls.endpoints[settings.judge].begin(judge_messages(self.question, chain.text)),
+            self.calls.endpoints[settings.judge].begin(judge_messages(self.question, text)),
             JUDGE_PREFIX,
             n=settings.samples,
             max_tokens=4,
-            seed=draw(f"judge:{chain.key}", 2**31),
+            seed=draw(f"judge:{answer.path}", 2**31),
             stop=("\n",),
         )
         return share_of_yes([choice.text for choice in completion.choices])

@@ -35,7 +35,7 @@ class Node:
     """One thought. `path` is its place ("0.1/2.0": slot.sample at each depth) and seeds whatever grows below it.
 
     `reward` is what a leaf is worth, None where the chain goes on. `verdict` is the verifier's, None where nobody
-    verified. `logprob` is the sum over the thought's tokens, 0 where it was not asked for.
+    verified. `logprob` is the mean over the thought's tokens, 0 where it was not asked for.
     """
 
     parent: Node | None
@@ -110,6 +110,23 @@ class Wanted:
     seed_key: str
 
 
+def children(
+    wanted: Wanted, place: int, thoughts: Sequence[Thought], model: str, seed: int, seconds: float
+) -> list[Node]:
+    """The nodes of what came for a request, not yet in the tree; equal texts are one, a text without words is none."""
+    parent = wanted.node
+    found: dict[str, Node] = {}
+    for i, thought in enumerate(thoughts):
+        if thought.text in found or not thought.text:
+            continue
+        path = f"{parent.path}{place}.{i}/"
+        found[thought.text] = Node(
+            parent, wanted.kind, thought.text, path, parent.depth + 1, wanted.prefix, model, thought.tokens,
+            thought.finish_reason, seed, seconds, thought.verdict, thought.worth, thought.logprob,
+        )  # fmt: skip
+    return list(found.values())
+
+
 class Rollout:
     """One descent from a selected place to a judged leaf. Holds what it wrote until `tell` merges it."""
 
@@ -129,25 +146,14 @@ class Rollout:
     def feed(self, thoughts: Sequence[Thought], model: str, seed: int, seconds: float) -> None:
         """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
 
-        Equal texts are one thought and a text without words is none. Where nothing came, an answer is asked for in its
-        place, so that every rollout ends at a judged leaf.
+        Where nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
         """
         if self.wanted is None:
             raise ValueError("this rollout has already reached a judged leaf")
-        parent, slot, prefix = self.wanted.node, self.slot, self.wanted.prefix
-        siblings: dict[str, Node] = {}
-        for i, thought in enumerate(thoughts):
-            if thought.text in siblings or not thought.text:
-                continue
-            path = f"{parent.path}{slot.index}.{i}/"
-            siblings[thought.text] = Node(
-                parent, slot.kind, thought.text, path, parent.depth + 1, prefix, model, thought.tokens,
-                thought.finish_reason, seed, seconds, thought.verdict, thought.worth, thought.logprob,
-            )  # fmt: skip
-        new = list(siblings.values())
-        if not new and slot.kind != "answer":
-            self.slot = Slot("answer", 1, slot.index)
-            self.wanted = self._want(parent, self.slot)
+        new = children(self.wanted, self.slot.index, thoughts, model, seed, seconds)
+        if not new and self.slot.kind != "answer":
+            self.slot = Slot("answer", 1, self.slot.index)
+            self.wanted = self._want(self.wanted.node, self.slot)
             return
         for node in new:
             if node.reward is None:
