@@ -30,6 +30,15 @@ app = typer.Typer(
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/laptop.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Overrides of recipe values.")]
 RunsDir = Annotated[Path, typer.Option(help="Where run folders are kept.")]
+Served = Annotated[str, typer.Option(help="The model's name at a server.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")]
+KeyVariable = Annotated[str | None, typer.Option(help="The variable that holds a server's key.")]
+Boxed = Annotated[bool, typer.Option("--boxed", help="Answers are short, in a box, and can vote; else free text.")]
+StrategyName = Annotated[str, typer.Option(help="mcts, vote, best_of_n or beam.")]
+ValueName = Annotated[str | None, typer.Option(help="vote, likelihood or verifier (search.reward=...).")]
+Budget = Annotated[int | None, typer.Option(min=1, help="About how many tokens to generate.")]
+Rollouts = Annotated[int | None, typer.Option(min=1, help="At most so many chains.")]
+Seed = Annotated[int, typer.Option(help="Of the search.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -143,6 +152,67 @@ def check(
     from cotree.progress import Output
 
     check_recipe(load_recipe(recipe, overrides or []), Output(quiet=quiet), runs_dir)
+
+
+@app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 search.temperature=1.0')
+def decode(
+    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its words; or --task and --id.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[str, typer.Option(help="A server's URL, a .gguf or an embedded name.")] = "smollm2-135m-instruct",
+    task: Annotated[str | None, typer.Option(help="The task of the question.")] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="The question's id in its task.")] = None,
+    boxed: Boxed = False,
+    strategy: StrategyName = "mcts",
+    value: ValueName = None,
+    budget_tokens: Budget = None,
+    rollouts: Rollouts = None,
+    seed: Seed = 0,
+    served: Served = "default",
+    tokenizer: Tokenizer = None,
+    api_key_env: KeyVariable = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer one question by search that knows no gold answer."""
+    from cotree.decoding import Backend, decode_question
+    from cotree.progress import Output
+
+    # An override holds `=`; with --task there is no question before it.
+    given = [question] if task is not None and question is not None else []
+    backend = Backend((model,), (*given, *(overrides or [])), served, tokenizer, api_key_env)
+    decode_question(
+        None if given else question, backend, task_name=task, question_id=id_, boxed=boxed, strategy=strategy,
+        value=value, budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, output=Output(quiet=quiet),
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: cotree serve http://gpu1:8000 --served Qwen/Qwen3-8B --budget-tokens 4000")
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Server URLs, .gguf files, embedded names.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Overrides of a recipe.")] = None,
+    boxed: Boxed = False,
+    strategy: StrategyName = "mcts",
+    value: ValueName = None,
+    budget_tokens: Budget = None,
+    rollouts: Rollouts = None,
+    seed: Seed = 0,
+    at_once: Annotated[int, typer.Option(min=1, help="Searches at once; others wait.")] = 8,
+    host: Annotated[str, typer.Option(help="Beyond loopback COTREE_TOKEN must be set.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    served: Served = "default",
+    tokenizer: Tokenizer = None,
+    api_key_env: KeyVariable = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
+    from cotree.decoding import Backend
+    from cotree.progress import Output
+    from cotree.serve import serve as serve_models
+
+    serve_models(
+        Backend(tuple(models), tuple(set_ or []), served, tokenizer, api_key_env), strategy=strategy, value=value,
+        boxed=boxed, budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, at_once=at_once, host=host, port=port,
+        output=Output(quiet=quiet),
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: cotree report runs/laptop")

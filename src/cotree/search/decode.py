@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from cotree.config import Role, Search
 from cotree.errors import UsageError
@@ -30,8 +29,8 @@ from cotree.tasks.agreement import groups
 from cotree.tasks.base import Message
 from cotree.tasks.math_verdicts import compare
 
-Strategy = Literal["mcts", "vote", "best_of_n", "beam"]
-Value = Literal["vote", "likelihood", "verifier"]
+STRATEGIES = ("mcts", "vote", "best_of_n", "beam")
+VALUES = ("vote", "likelihood", "verifier")
 
 
 class Open(Task):
@@ -98,7 +97,7 @@ class WithoutGold:
     `likelihood`: the geometric mean of the probabilities of the chain's tokens. `verifier`: the settings' `reward`.
     """
 
-    def __init__(self, value: Value, function: RewardFunction | None = None) -> None:
+    def __init__(self, value: str, function: RewardFunction | None = None) -> None:
         self.value, self.function, self.logprobs = value, function, value == "likelihood"
 
     async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
@@ -144,8 +143,8 @@ async def decode(
     roles: Mapping[str, Role],
     settings: Search,
     *,
-    strategy: Strategy = "mcts",
-    value: Value | None = None,
+    strategy: str = "mcts",
+    value: str | None = None,
     seed: int = 0,
     on_round: Callable[[Decoded], None] = lambda best: None,
 ) -> Decoded:
@@ -186,21 +185,21 @@ async def decode(
     return replace(best, stopped=stopped)
 
 
-def default_value(task: Task, strategy: Strategy) -> Value:
+def default_value(task: Task, strategy: str) -> str:
     """`vote` where it is possible."""
     return "vote" if task.comparable and strategy in ("mcts", "vote") else "likelihood"
 
 
-def check(task: Task, strategy: Strategy, value: Value, settings: Search) -> None:
+def check(task: Task, strategy: str, value: str, settings: Search) -> None:
     """That these go together.
 
     Raises:
         UsageError: they do not; the message says what does.
     """
-    if strategy not in get_args(Strategy) or value not in get_args(Value):
+    if strategy not in STRATEGIES or value not in VALUES:
         raise UsageError(
-            f"unknown strategy `{strategy}` or value `{value}`; strategies are {', '.join(get_args(Strategy))}, "
-            f"values {', '.join(get_args(Value))}"
+            f"unknown strategy `{strategy}` or value `{value}`; strategies are {', '.join(STRATEGIES)}, "
+            f"values {', '.join(VALUES)}"
         )
     if not task.comparable and "vote" in (strategy, value):
         raise UsageError(
