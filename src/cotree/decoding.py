@@ -15,7 +15,7 @@ from cotree.errors import UsageError, spoken_for
 from cotree.llm.endpoints import open_endpoints
 from cotree.progress import Output
 from cotree.search.calls import Calls, Progress
-from cotree.search.decode import Decoded, Open, check, decode, default_value
+from cotree.search.decode import Decoded, Open, decode, settled
 from cotree.tasks import Question, Task, task
 
 # Without a budget.
@@ -92,8 +92,7 @@ def decode_question(
     """
     recipe = backend.recipe(budget_tokens, rollouts, seed)
     kind, question = _question(asked, task_name, question_id, boxed)
-    value = value or ("verifier" if recipe.search.reward else default_value(kind, strategy))
-    check(kind, strategy, value, recipe.search)
+    value = settled(kind, strategy, value, recipe.search)
     output = output or Output()
 
     async def answer() -> Decoded:

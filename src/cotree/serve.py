@@ -29,7 +29,7 @@ from cotree.errors import CotreeError, UsageError, spoken_for
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.progress import Output
 from cotree.search.calls import Calls, Progress
-from cotree.search.decode import Decoded, Open, check, decode, default_value
+from cotree.search.decode import Decoded, Open, decode, settled
 from cotree.tasks.base import Message
 from cotree.tasks.extract import spoken
 
@@ -127,8 +127,7 @@ class Server:
     ) -> None:
         self.endpoints, self.names, self.recipe, self.strategy = endpoints, names, recipe, strategy
         self.task, self.token, self.host = Open(boxed=boxed), token, host
-        self.value = value or ("verifier" if recipe.search.reward else default_value(self.task, strategy))
-        check(self.task, strategy, self.value, recipe.search)
+        self.value = settled(self.task, strategy, value, recipe.search)
         self._slots, self._room, self._started = asyncio.Semaphore(at_once), at_once + queue, int(time.time())
         self.there = 0
 
@@ -160,11 +159,16 @@ class Server:
             return _error(502, str(error))
 
     def _check_sender(self, request: web.Request) -> None:
-        host, origin = URL(f"http://{request.host}").host, request.headers.get("Origin")
-        if self.host in _LOOPBACK and host not in _LOOPBACK:
-            raise _Refused(403, f"this server answers to {self.host}, not to the name {host}")
-        if origin is not None and URL(origin).host != host:
-            raise _Refused(403, f"pages of {origin} may not ask this server")
+        origin = request.headers.get("Origin")
+        try:
+            host = URL(f"http://{request.host}").host
+            page = host if origin is None else URL(origin).host
+        except ValueError:
+            host = page = None
+        if host is None or (self.host in _LOOPBACK and host not in _LOOPBACK):
+            raise _Refused(403, f"this server answers to {self.host}, not to the name that was asked for")
+        if page != host:
+            raise _Refused(403, "pages of other servers may not ask this one")
         said = request.headers.get("Authorization", "").removeprefix("Bearer ")
         open_to_all = self.token is None or request.path == "/health"
         if not open_to_all and not hmac.compare_digest(said.encode(), str(self.token).encode()):
@@ -376,6 +380,7 @@ def serve(
     if host not in _LOOPBACK and token is None:
         raise UsageError(f"{host} can be reached by others: set {TOKEN} to a secret that clients send as their API key")
     recipe, said = backend.recipe(budget_tokens, rollouts, seed), output or Output()
+    value = settled(Open(boxed=boxed), strategy, value, recipe.search)
     used = recipe.used_models() | {name: recipe.models[name] for name in backend.names()}
 
     async def run() -> None:

@@ -156,14 +156,13 @@ async def decode(
             `stop` needs verdicts and does not count.
         strategy: `mcts`; `vote` (self-consistency) and `best_of_n` over independent whole chains; `beam` over thoughts,
             `leaves_per_round` wide.
-        value: by default `vote` where answers can be compared, else `likelihood`.
+        value: vote, likelihood or verifier; `settled` says what by default.
         on_round: told the best answer so far after each round.
 
     Raises:
         UsageError: the strategy and the task do not go with the value.
     """
-    value = value or default_value(task, strategy)
-    check(task, strategy, value, settings)
+    value = settled(task, strategy, value, settings)
     budget = settings.stop.tokens
     if budget is not None and "rollouts" not in settings.model_fields_set:
         settings = settings.model_copy(update={"rollouts": budget})
@@ -185,21 +184,19 @@ async def decode(
     return replace(best, stopped=stopped)
 
 
-def default_value(task: Task, strategy: str) -> str:
-    """`vote` where it is possible."""
-    return "vote" if task.comparable and strategy in ("mcts", "vote") else "likelihood"
-
-
-def check(task: Task, strategy: str, value: str, settings: Search) -> None:
-    """That these go together.
+def settled(task: Task, strategy: str, value: str | None, settings: Search) -> str:
+    """The value that is meant: as given, or a verifier where there is one, a vote where there can be one, likelihood.
 
     Raises:
-        UsageError: they do not; the message says what does.
+        UsageError: strategy, value and task do not go together; the message says what does.
     """
+    if value is None:
+        votes = task.comparable and strategy in ("mcts", "vote")
+        value = "verifier" if settings.reward is not None else "vote" if votes else "likelihood"
     if strategy not in STRATEGIES or value not in VALUES:
         raise UsageError(
-            f"unknown strategy `{strategy}` or value `{value}`; strategies are {', '.join(STRATEGIES)}, "
-            f"values {', '.join(VALUES)}"
+            f"unknown strategy `{strategy}` or value `{value}`; strategies are {', '.join(STRATEGIES)}, values "
+            f"{', '.join(VALUES)}"
         )
     if not task.comparable and "vote" in (strategy, value):
         raise UsageError(
@@ -209,7 +206,8 @@ def check(task: Task, strategy: str, value: str, settings: Search) -> None:
     if strategy in ("best_of_n", "beam") and value == "vote":
         raise UsageError(f"{strategy} chooses one chain by its own value: use value likelihood or verifier")
     if (value == "verifier") != (settings.reward is not None):
-        raise UsageError("value verifier needs a verifier (`reward` in the search settings), and only it takes one")
+        raise UsageError("value verifier needs a verifier (search.reward), and only it takes one")
+    return value
 
 
 async def _trees(growth: Growth, judge: WithoutGold, budget: int | None) -> AsyncIterator[list[Node]]:
