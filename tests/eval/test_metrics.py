@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from cotree.eval.metrics import (
     Sample,
+    TreeAnswers,
     constant_baseline,
     minimum_detectable_difference,
     pass_at_k,
     summarize,
+    tree_test_at_k,
     wilson,
 )
 
@@ -96,6 +98,29 @@ def test_pass_at_k_is_unbiased() -> None:
 def test_pass_at_k_refuses_more_samples_than_there_are(n: int, c: int, k: int) -> None:
     with pytest.raises(ValueError, match="not defined"):
         pass_at_k(n, c, k)
+
+
+def test_test_at_k_of_trees_is_any_of_the_first_k_averaged_over_whole_trees() -> None:
+    trees = [
+        TreeAnswers((False, True, False), 100),
+        TreeAnswers((True,), 200),
+        TreeAnswers((False, False, False, True), 300),
+        TreeAnswers((), 400),
+    ]
+    assert [tree_test_at_k(trees, k)[0] for k in (1, 2, 3, 4, 8)] == [0.25, 0.5, 0.5, 0.75, 0.75]
+    assert tree_test_at_k(trees, 1)[1] == 250, "its tokens beside it"
+    alike = [TreeAnswers((True, True, False, False), 10)] * 4
+    assert tree_test_at_k(alike, 1)[0] == 1.0 != pass_at_k(4, 2, 1), "leaves of a tree are no independent samples"
+
+
+def test_what_is_not_defined_for_trees_is_refused() -> None:
+    tree = TreeAnswers((True, False), 10)
+    with pytest.raises(ValueError, match="at least 4 trees"):
+        tree_test_at_k([tree] * 3, 1)
+    with pytest.raises(ValueError, match="Test@0"):
+        tree_test_at_k([tree] * 4, 0)
+    with pytest.raises(TypeError, match="leaves are none: use tree_test_at_k"):
+        pass_at_k(tree, 1, 1)  # type: ignore[arg-type]
 
 
 def test_minimum_detectable_difference_agrees_with_r() -> None:
