@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cotree.eval.evaluate import EvalSample
+from cotree.eval.journal import EvalSample
 from cotree.tasks import Question, Task
 from cotree.tasks.instructions import if_scores, instruction_results
 

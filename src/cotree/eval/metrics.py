@@ -16,13 +16,14 @@ from typing import Literal, TypedDict
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), and the
-    answer that was extracted."""
+    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), the
+    answer that was extracted, and whether a text without one is a loop (`diagnosis`)."""
 
     kind: Literal["correct", "wrong", "no_answer"]
     tokens: int
     finish_reason: str
     answer: str | None = None
+    loop: bool = False
 
 
 class Metrics(TypedDict):
@@ -37,6 +38,7 @@ class Metrics(TypedDict):
     low: float
     high: float
     no_answer: float
+    loop: float
     truncated: float
     finished_without_answer: float
     accuracy_answered: float | None
@@ -48,14 +50,16 @@ class Metrics(TypedDict):
 def summarize(samples: Sequence[Sample]) -> Metrics:
     """The table row of greedy samples, one a question (paper, Experiments: accuracy and ratio of no-answer outputs).
 
-    `low` and `high` are the 95% Wilson interval of `accuracy`. `no_answer` is `truncated` (no answer, cut by
-    max_tokens) plus `finished_without_answer`. Raises ValueError for no samples.
+    `low` and `high` are the 95% Wilson interval of `accuracy`. `no_answer` is `loop` (no answer, and the text repeats
+    itself) plus `truncated` (no loop, cut by max_tokens) plus `finished_without_answer`. Raises ValueError for no
+    samples.
     """
     if not samples:
         raise ValueError("no samples to summarize")
     n = len(samples)
     kinds = Counter(sample.kind for sample in samples)
-    cut = sum(sample.kind == "no_answer" and sample.finish_reason == "length" for sample in samples)
+    loops = sum(sample.kind == "no_answer" and sample.loop for sample in samples)
+    cut = sum(s.kind == "no_answer" and s.finish_reason == "length" and not s.loop for s in samples)
     low, high = wilson(kinds["correct"], n)
     answered = n - kinds["no_answer"]
     answers = [sample.answer for sample in samples if sample.answer is not None]
@@ -66,8 +70,9 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
         low=low,
         high=high,
         no_answer=kinds["no_answer"] / n,
+        loop=loops / n,
         truncated=cut / n,
-        finished_without_answer=(kinds["no_answer"] - cut) / n,
+        finished_without_answer=(kinds["no_answer"] - cut - loops) / n,
         accuracy_answered=kinds["correct"] / answered if answered else None,
         mean_tokens=sum(sample.tokens for sample in samples) / n,
         commonest=commonest,
@@ -75,8 +80,10 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
     )
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval of a proportion (Wilson 1927), without continuity correction.
+
+    The successes of questions that were sampled several times are the sum of their shares.
 
     Unlike p +- z·se it stays inside [0, 1] and has a width at 0 and at n successes. With z the normal quantile:
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
@@ -94,6 +101,23 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     low = 0.0 if successes == 0 else (center - spread) / scale
     high = 1.0 if successes == n else (center + spread) / scale
     return low, high
+
+
+def clustered_interval(shares: Sequence[float], *, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of a mean over questions that were sampled several times each.
+
+    A bootstrap (percentiles, seeded) that draws whole questions, because samples of one question resemble each other;
+    where that is narrower than Wilson's interval of as many single answers, the latter: a bootstrap of nothing but
+    zeros is [0, 0] and proves nothing.
+    """
+    import numpy as np
+
+    rng, values = np.random.default_rng(seed), np.array(shares)
+    # Sums by draw, so that a thousand questions need no matrix of two million.
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    least, most = wilson(min(float(values.sum()), len(values)), len(values))
+    return min(float(low), least), max(float(high), most)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

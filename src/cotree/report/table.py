@@ -148,7 +148,7 @@ def _note(summary: Summary) -> str:
         return ""
     return (
         f"{summary.questions}, greedy, max_tokens {', '.join(map(str, limits))}; "
-        "cut off: no answer because max_tokens came first"
+        "cut off: no answer, not in a loop, because max_tokens came first"
         + "".join(f"; on {row.task} {row.constant}" for row in summary.eval if row.constant)
     )
 

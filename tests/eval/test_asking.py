@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.fake_server import FakeServerThread
 
-from cotree.eval.evaluate import EvalSample, append_line, constant_baselines, evaluate, read_samples, tokens_needed
+from cotree.eval.asking import Sampling, ask, embedded, tokens_needed
+from cotree.eval.journal import EvalSample, append_line, read_samples
+from cotree.eval.outcome import constant_baselines
 from cotree.tasks import Question, Task, Verdict, WorkedExample, task
 from cotree.tasks.base import AnswerForm, Turn
 
@@ -74,8 +76,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, 
             widths.append(wide)
             yield server.url
 
-        monkeypatch.setattr("cotree.eval.evaluate.serve", serve)
+        monkeypatch.setattr("cotree.eval.asking.serve", serve)
         yield server, widths
+
+
+def asked_of(path: Path, asked: Sequence[tuple[Task, Question]], how: Sampling) -> list[EvalSample]:
+    return ask(embedded(path.parent, words(), asked, how), asked, path, how)
 
 
 class Talk(Task):
@@ -104,7 +110,7 @@ def test_every_turn_of_a_conversation_is_asked_on_the_models_own_replies(
     server, _ = served
     talk, path = Talk(), tmp_path / "s.jsonl"
     asked = [(talk, question) for question in talk.questions()]
-    samples = evaluate(tmp_path, words(), asked, path, max_tokens=16)
+    samples = asked_of(path, asked, Sampling(16))
     assert [(s.id, s.turn, s.part, s.kind) for s in samples] == [
         (id, turn, part, kind)
         for id in ("qa", "qb")
@@ -118,7 +124,7 @@ def test_every_turn_of_a_conversation_is_asked_on_the_models_own_replies(
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"turn": 0' in line))
     before = len(server.requests)
-    assert evaluate(tmp_path, words(), asked, path, max_tokens=16) == samples
+    assert asked_of(path, asked, Sampling(16)) == samples
     assert len(server.requests) - before == 4
 
 
@@ -130,11 +136,14 @@ def test_the_engine_is_wide_enough_for_the_longest_prompt(
     short = [(letters, question) for question in letters.questions("test", 3)]
     content = "word " * 5000
     long = [*short, (letters, replace(short[0][1], id="long", messages=({"role": "user", "content": content},)))]
-    evaluate(tmp_path, words(), short, tmp_path / "short.jsonl", max_tokens=128)
-    evaluate(tmp_path, words(), long, tmp_path / "long.jsonl", max_tokens=128)
+    asked_of(tmp_path / "short.jsonl", short, Sampling(128))
+    asked_of(tmp_path / "long.jsonl", long, Sampling(128))
     talk = Talk().questions()[0]
-    assert widths == [{"slots": 16, "context": 896}, {"slots": 6, "context": 5002 + 128 + 1}]
-    assert tokens_needed(words(), Talk(), talk, 100, False) == 3 * (3 + 1) + 3 * 100 + 1
+    assert widths == [
+        {"slots": 16, "context": 896, "shared": False},
+        {"slots": 6, "context": 5002 + 128 + 1, "shared": False},
+    ]
+    assert tokens_needed(words(), Talk(), talk, Sampling(100)) == 3 * (3 + 1) + 3 * 100 + 1
 
 
 def test_only_tasks_with_short_answers_have_a_constant_to_beat() -> None:
