@@ -20,7 +20,6 @@ from cotree.run_folder import RunFolder, find_run, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
 
 if TYPE_CHECKING:
-
     from cotree.search.calls import Progress
     from cotree.train.trainer import StepLog
 
@@ -107,14 +106,10 @@ def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
 
 
 def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:
+    from cotree.eval.asking import check_distinct
+
     asked = [(t, q) for name, n in counts.items() for t in [task(name)] for q in t.questions(split, n)]
-    seen: set[tuple[str, str]] = set()
-    for _, question in asked:
-        # A question is known by these two in every file of a run.
-        if (question.task, question.id) in seen:
-            what = f"two {split} questions of task `{question.task}` are called `{question.id}`"
-            raise UsageError(f"{what}; give each an id of its own, and each task a name of its own")
-        seen.add((question.task, question.id))
+    check_distinct(asked, split)
     return asked
 
 

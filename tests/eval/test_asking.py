@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -9,11 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.fake_server import FakeServerThread
+from tests.fake_server import FakeServer, FakeServerThread
 
-from cotree.eval.asking import Sampling, ask, embedded, tokens_needed
-from cotree.eval.journal import EvalSample, append_line, read_samples
+import cotree
+from cotree.config import Model
+from cotree.eval.asking import Sampler, Sampling, ask, embedded, opened_server, tokens_needed
+from cotree.eval.journal import JOURNAL, EvalSample, append_line, read_samples
 from cotree.eval.outcome import constant_baselines
+from cotree.llm.chat import render
+from cotree.llm.client import Choice, Completion, Request
+from cotree.llm.embedded import at_type, locate, serve
+from cotree.llm.endpoints import Endpoint
+from cotree.llm.tokenizer import load_tokenizer
+from cotree.progress import Output
 from cotree.tasks import Question, Task, Verdict, WorkedExample, task
 from cotree.tasks.base import AnswerForm, Turn
 
@@ -153,3 +165,138 @@ def test_only_tasks_with_short_answers_have_a_constant_to_beat() -> None:
     (row,) = constant_baselines(both)
     golds = [question.gold for _, question in asked]
     assert row == {"task": "letters", "answer": row["answer"], "accuracy": golds.count(str(row["answer"])) / 30}
+
+
+def letters_asked(n: int) -> list[tuple[Task, Question]]:
+    letters = task("letters")
+    return [(letters, question) for question in letters.questions("test", n)]
+
+
+def test_samples_come_from_few_requests_and_only_missing_ones_are_asked_again(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    server, widths = served
+    server.server.reply = lambda prompt, seed, index: f"\\boxed{{{(seed + index) % 7}}}"
+    path, how = tmp_path / "s.jsonl", Sampling(16, samples=6, temperature=0.5, seed=3, together=4)
+    samples = asked_of(path, letters_asked(3), how)
+    assert [s.sample for s in samples] == [0, 1, 2, 3, 4, 5] * 3
+    assert [tuple(body[key] for key in ("n", "seed", "temperature")) for body in server.requests[:2]] == [
+        (4, 3, 0.5),
+        (2, 7, 0.5),
+    ]
+    assert [s.answer for s in samples[:6]] == ["3", "4", "5", "6", "0", "1"]
+    assert widths == [{"slots": 16, "context": 784, "shared": True}]
+    assert [s.prompt_tokens > 0 for s in samples[:6]] == [True, False, False, False, True, False]
+    # A kill between the lines of one request: the others of it stay as they are.
+    path.write_text("".join(path.read_text().splitlines(True)[:-1]))
+    before = len(server.requests)
+    assert asked_of(path, letters_asked(3), how) == samples
+    assert len(server.requests) == before + 1
+    assert asked_of(path, letters_asked(3), how) == samples
+    assert len(widths) == 2, "nothing was left, so no engine was started"
+
+
+def test_each_sample_of_a_conversation_goes_its_own_way(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    server, _ = served
+    server.server.reply = lambda prompt, seed, index: f"{seed + index} after {prompt.count('[user]')}"
+    talk, how = Talk(), Sampling(16, samples=2, temperature=1.0)
+    asked: list[tuple[Task, Question]] = [(talk, talk.questions()[0])]
+    samples = asked_of(tmp_path / "s.jsonl", asked, how)
+    assert [(s.turn, s.sample, s.response) for s in samples] == [
+        (turn, sample, f"{sample} after {turn + 1}") for turn in range(3) for sample in range(2)
+    ]
+    assert len({s.prompt_hash for s in samples if s.turn == 0}) == 1
+    assert len({s.prompt_hash for s in samples if s.turn == 2}) == 2
+
+
+def test_a_lenient_verdict_takes_the_last_number(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    server, _ = served
+    ((letters, question),) = letters_asked(1)
+    server.server.reply = lambda prompt, seed, index: f"I count {question.gold}"
+    (sample,) = asked_of(tmp_path / "s.jsonl", [(letters, question)], Sampling(16))
+    assert (sample.kind, sample.lenient, sample.max_tokens, sample.family) == (
+        "no_answer",
+        "correct",
+        16,
+        question.family,
+    )
+
+
+def test_another_strategy_answers_through_the_same_seam(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    """Two answers of one tree, in this case always the same, and all that the tree has cost."""
+
+    def tree(endpoint: Endpoint, how: Sampling) -> Sampler:
+        async def decode(task: Task, question: Question, numbers: range) -> Completion:
+            choices = tuple(Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers)
+            return Completion(choices, 100, 0, 99, 0.1)
+
+        return decode
+
+    asked, how = letters_asked(2), Sampling(16, samples=4, temperature=1.0, together=2)
+    model = embedded(tmp_path, words(), asked, how)
+    samples = ask(model, asked, tmp_path / "s.jsonl", how, strategy=tree)
+    assert [(s.answer, s.prompt_tokens) for s in samples] == [("0", 100), ("1", 0), ("2", 100), ("3", 0)] * 2
+    assert served[0].calls == 0
+
+
+@pytest.mark.timed
+async def test_tokens_per_second_are_those_of_raw_requests(tmp_path: Path) -> None:
+    """An evaluation beside bare requests to the same server with as many in flight, in turns."""
+    import aiohttp
+
+    asked, in_flight = letters_asked(138), 16
+    reply = "we count the letters again " * 12 + "\\boxed{3}"
+    how = Sampling(256)
+    async with FakeServer(reply=lambda *_: reply, latency=0.05) as server:
+        model = Model(url=server.url, model="fake", mode="chat", max_in_flight=in_flight)
+        bodies = [
+            Request("", 1, 256, 0.0, 1.0, 0, (), tuple((m["role"], m["content"]) for m in q.messages)).body("fake")
+            for _, q in asked
+        ]
+
+        async def raw() -> float:
+            limit, started = asyncio.Semaphore(in_flight), time.perf_counter()
+            async with aiohttp.ClientSession(headers={"Content-Type": "application/json"}) as session:
+
+                async def one(body: bytes) -> None:
+                    async with limit, session.post(f"{server.url}/v1/chat/completions", data=body) as answer:
+                        await answer.read()
+
+                await asyncio.gather(*map(one, bodies))
+            return time.perf_counter() - started
+
+        async def ours(n: int) -> float:
+            started = time.perf_counter()
+            path = tmp_path / f"{n}.jsonl"
+            await asyncio.to_thread(ask, opened_server(model), asked, path, how)
+            return time.perf_counter() - started
+
+        pairs = [(await raw(), await ours(n)) for n in range(4)]
+    ratios = [bare / evaluated for bare, evaluated in pairs[1:]]
+    print(f"tokens/s of an evaluation over raw requests: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    assert max(ratios) >= 0.9
+
+
+@pytest.mark.real
+def test_one_greedy_sample_is_plain_generation(tmp_path: Path) -> None:
+    """The embedded model asked by `evaluate` says what it says when its prompt is sent by hand."""
+    letters = task("letters")
+    questions = letters.questions("test", 2)
+    cotree.evaluate(
+        "smollm2-135m-instruct", ["letters"], limit=2, max_tokens=16, out=tmp_path, output=Output(quiet=True)
+    )
+    gguf = at_type(locate("smollm2-135m-instruct"), "Q8_0")
+    said = []
+    with serve(gguf, slots=1, context=1024) as url:
+        for question in questions:
+            prompt = render(load_tokenizer(gguf), question.messages)
+            body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0}).encode()
+            request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+            said.append(json.load(urllib.request.urlopen(request))["choices"][0]["text"])
+    assert [sample.response for sample in read_samples(tmp_path / JOURNAL)] == said

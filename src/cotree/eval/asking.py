@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cotree.config import Model
 from cotree.errors import UsageError
 from cotree.eval.journal import EvalSample, append_line, read_samples
 from cotree.llm.client import Client, Completion, Request
 from cotree.llm.embedded import serve
-from cotree.llm.endpoints import Endpoint
+from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.llm.tokenizer import token_counter
 from cotree.search.prompts import example_messages
 from cotree.tasks import Message, Question, Task
@@ -200,6 +201,23 @@ async def embedded(
         )  # fmt: skip
         async with client:
             yield Endpoint("student", (client,), tokenizer, str(gguf))
+
+
+@asynccontextmanager
+async def opened_server(model: Model) -> AsyncIterator[Endpoint]:
+    """A server, asked whether it is ready."""
+    async with open_endpoints({"model": model}) as endpoints:
+        yield endpoints["model"]
+
+
+def check_distinct(questions: Sequence[Asked], split: str) -> None:
+    """That a question is known by its task and id, as it is in every file; else UsageError."""
+    seen: set[tuple[str, str]] = set()
+    for _, question in questions:
+        if (question.task, question.id) in seen:
+            what = f"two {split} questions of task `{question.task}` are called `{question.id}`"
+            raise UsageError(f"{what}; give each an id of its own, and each task a name of its own")
+        seen.add((question.task, question.id))
 
 
 def check_lengths(

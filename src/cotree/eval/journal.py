@@ -18,6 +18,8 @@ from cotree.eval.diagnosis import diagnose
 from cotree.eval.metrics import Sample
 from cotree.tasks.base import VerdictKind
 
+JOURNAL = "journal.jsonl"  # in the folder of an evaluation
+
 
 @dataclass(frozen=True, slots=True)
 class EvalSample:

@@ -103,21 +103,27 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     return low, high
 
 
-def clustered_interval(shares: Sequence[float], *, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
+def clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of a mean over questions that were sampled several times each.
 
-    A bootstrap (percentiles, seeded) that draws whole questions, because samples of one question resemble each other;
-    where that is narrower than Wilson's interval of as many single answers, the latter: a bootstrap of nothing but
-    zeros is [0, 0] and proves nothing.
+    The bootstrap's over whole questions, because samples of one question resemble each other; where that is narrower
+    than Wilson's interval of as many single answers, the latter: a bootstrap of nothing but zeros is [0, 0] and proves
+    nothing.
     """
+    low, high = bootstrap_interval(shares)
+    least, most = wilson(min(sum(shares), len(shares)), len(shares))
+    return min(low, least), max(high, most)
+
+
+def bootstrap_interval(values: Sequence[float], *, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of a mean, by percentiles of the means of `draws` seeded samples with replacement."""
     import numpy as np
 
-    rng, values = np.random.default_rng(seed), np.array(shares)
-    # Sums by draw, so that a thousand questions need no matrix of two million.
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    rng, found = np.random.default_rng(seed), np.array(values)
+    # Draw by draw, so that a thousand questions need no matrix of two million.
+    means = [found[rng.integers(0, len(found), len(found))].mean() for _ in range(draws)]
     low, high = np.quantile(means, [0.025, 0.975])
-    least, most = wilson(min(float(values.sum()), len(values)), len(values))
-    return min(float(low), least), max(float(high), most)
+    return float(low), float(high)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -1,0 +1,205 @@
+"""One model on some tasks, without a recipe: a server, a GGUF, an embedded model or a transformers folder.
+
+Invariant: a folder holds one model asked in one way, which `settings.json` tells; the same call goes on in it, another
+one is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from cotree.config import GGUFType, Model
+from cotree.errors import UsageError, spoken_for
+from cotree.eval.asking import Asked, Sampling, ask, check_distinct, check_lengths, embedded, opened_server
+from cotree.eval.followed import instruction_scores
+from cotree.eval.journal import JOURNAL, read_samples
+from cotree.eval.outcome import constant_baselines, outcomes
+from cotree.eval.results import Evaluation, write_results
+from cotree.llm.embedded import at_type, cache_folder, locate
+from cotree.llm.endpoints import Endpoint, check_servers
+from cotree.llm.tokenizer import load_tokenizer
+from cotree.progress import Output
+from cotree.run_folder import read_json, write_json
+from cotree.tasks import task
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    max_tokens: int = 1024,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    data: str | Path | None = None,
+    family: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    out: Path | None = None,
+    gguf: str | None = None,
+    base: str = "smollm2-135m-instruct",
+    served: str = "default",
+    tokenizer: str | None = None,
+    chat: bool = False,
+    api_key_env: str | None = None,
+    max_in_flight: int = 16,
+    output: Output | None = None,
+) -> Evaluation:
+    """Evaluate a model; calling it again resumes.
+
+    Args:
+        model: the URL of an OpenAI-compatible server, a `.gguf` file, an embedded model's name, or a transformers
+            folder, which is written as GGUF first (its metadata and tokenizer come from `base`).
+        tasks: names as in `cotree tasks`, or own tasks; their test questions are asked.
+        samples: completions a question; more than one need a temperature. The default is one greedy completion.
+        data: where the tasks' rows are, as in `cotree.task`.
+        family: only questions of this family: "3 blocks", "English", "Algebra". limit: the first so many of a task.
+        name: of the model, in tables. out: the folder, by default `runs/evals/NAME`.
+        gguf: F32, F16 or Q8_0; by default a file is served as it is, and everything else as Q8_0.
+        served, tokenizer, chat, api_key_env, max_in_flight: of a server, as `model`, `tokenizer`, `mode: chat`,
+            `api_key_env` and `max_in_flight` of a recipe's model.
+
+    Raises:
+        UsageError: found before any question was asked.
+        CotreeError: work failed after it had started; the same call resumes it.
+    """
+    if samples > 1 and temperature == 0:
+        raise UsageError("greedy samples are all alike: several samples need a temperature, e.g. --temperature 0.8")
+    if gguf is not None and gguf not in get_args(GGUFType):
+        raise UsageError(f"unknown GGUF type `{gguf}`; known: {', '.join(get_args(GGUFType))}")
+    how = Sampling(max_tokens, samples, temperature, top_p, seed)
+    questions, available = _questions(tasks, data, family, limit)
+    settings: dict[str, Any] = {
+        "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,
+        "seed": seed, "tasks": {t.name: t.prompt_version for t, _ in questions}, "available": available,
+        "family": family, "limit": limit, "gguf": gguf, "weights": None, "template": None,
+        "served": served, "chat": chat,
+    }  # fmt: skip
+    reached: AbstractAsyncContextManager[Endpoint]
+    if model.startswith(("http://", "https://")):
+        server = _server(model, served, tokenizer, chat, api_key_env, max_in_flight)
+        asyncio.run(check_servers({"model": server}))
+        if tokenizer is not None and not chat:
+            settings["template"] = _hash(load_tokenizer(tokenizer, chats=False).chat_template)
+        name, reached = name or served, opened_server(server)
+    else:
+        if chat or api_key_env:
+            raise UsageError("--chat and --api-key-env are for servers; an embedded model continues text exactly")
+        file = _local(model, base, gguf)
+        reading = load_tokenizer(tokenizer or file, chats=False)
+        settings |= {"weights": _sha256(file), "template": _hash(reading.chat_template)}
+        check_lengths(file, reading, questions, how, model)
+        name, reached = name or Path(model).stem, embedded(file, reading, questions, how)
+    folder = out or Path("runs") / "evals" / re.sub(r"[^\w.-]+", "_", name)
+    began = _begin(folder, settings)
+
+    output, started, journal = output or Output(), time.monotonic(), folder / JOURNAL
+    before = sum(sample.tokens for sample in read_samples(journal))
+    with spoken_for(), output.progress(name) as update:
+        found = ask(reached, questions, journal, how, on_sample=update)
+    seconds = time.monotonic() - started
+    new = sum(sample.tokens for sample in found) - before
+    output.say(f"{len(found)} samples; {new} new tokens in {seconds:.1f} s, {new / seconds:.0f} tokens/s")
+    evaluation = Evaluation(
+        name, outcomes(questions, found), instruction_scores(questions, found), constant_baselines(questions)
+    )
+    path = write_results(folder, evaluation, questions, found, how, settings, began, seconds)
+    output.say(str(path))
+    return evaluation
+
+
+def _questions(
+    tasks: Sequence[str], data: str | Path | None, family: str | None, limit: int | None
+) -> tuple[list[Asked], dict[str, int]]:
+    """What to ask, and how many test questions each task has in all."""
+    asked: list[Asked] = []
+    available = {}
+    for name in tasks:
+        kind = task(name, data)
+        there = kind.questions("test")
+        chosen = [question for question in there if family in (None, question.family)]
+        if not chosen:
+            families = ", ".join(sorted({question.family for question in there}))
+            raise UsageError(f"{kind.name} has no questions of family `{family}`; its families: {families}")
+        if limit is not None and limit > len(chosen):
+            raise UsageError(f"{kind.name} has {len(chosen)} such questions, not {limit}; lower the limit")
+        available[kind.name] = len(there)
+        asked += [(kind, question) for question in chosen[:limit]]
+    if not asked:
+        raise UsageError("name a task to evaluate on, e.g. --task gsm8k; `cotree tasks` lists them")
+    check_distinct(asked, "test")
+    return asked, available
+
+
+def _server(
+    url: str, served: str, tokenizer: str | None, chat: bool, api_key_env: str | None, max_in_flight: int
+) -> Model:
+    try:
+        return Model(
+            url=url, model=served, tokenizer=tokenizer, mode="chat" if chat else "completions",
+            api_key_env=api_key_env, max_in_flight=max_in_flight,
+        )  # fmt: skip
+    except ValidationError:
+        raise UsageError(f"give --tokenizer (hub id or folder) for {url}, or --chat: its server renders then") from None
+
+
+def _local(model: str, base: str, kind: str | None) -> Path:
+    """The GGUF to serve."""
+    path, wanted = Path(model), kind or "Q8_0"
+    if path.is_dir():
+        return _exported(path, locate(base), wanted)
+    if path.parent != Path(".") and ":" not in model and not path.is_file():
+        raise UsageError(f"nothing at {model}; give a server's URL, a .gguf, a transformers folder or an embedded name")
+    found = locate(model)
+    return found if kind is None and path.is_file() else at_type(found, wanted)  # type: ignore[arg-type]
+
+
+def _exported(folder: Path, base: Path, kind: str) -> Path:
+    """A transformers folder as GGUF, made once for its weights and kept in the cache folder."""
+    from cotree.train.export_gguf import export_gguf
+
+    for needed in ("config.json", "model.safetensors"):
+        if not (folder / needed).is_file():
+            raise UsageError(f"{folder} has no {needed}: it is no transformers folder with its weights in one file")
+    weights = hashlib.sha256(f"{_sha256(folder / 'model.safetensors')} {_sha256(base)}".encode()).hexdigest()
+    file = cache_folder() / f"{folder.name}-{weights[:12]}-{kind}.gguf"
+    if not file.is_file():
+        try:
+            export_gguf(folder, base, file, kind)  # type: ignore[arg-type]
+        except UsageError as error:
+            raise UsageError(f"{error}; --base names the GGUF that it was trained from") from None
+    return file
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> datetime:
+    """When the evaluation in this folder began: now, if there is none."""
+    path = folder / "settings.json"
+    known = read_json(path)
+    if known is None:
+        known = {"began": datetime.now().isoformat(), **settings}
+        write_json(path, known)
+    changed = [key for key in settings if known.get(key) != settings[key]]
+    if changed:
+        fix = "repeat them to resume it, or choose another --out or --name"
+        raise UsageError(f"{folder} holds an evaluation with other settings ({', '.join(changed)}); {fix}")
+    return datetime.fromisoformat(known["began"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(template: object) -> str | None:
+    return hashlib.sha256(str(template).encode()).hexdigest() if template else None
