@@ -292,11 +292,11 @@ def test_one_greedy_sample_is_plain_generation(tmp_path: Path) -> None:
         "smollm2-135m-instruct", ["letters"], limit=2, max_tokens=16, out=tmp_path, output=Output(quiet=True)
     )
     gguf = at_type(locate("smollm2-135m-instruct"), "Q8_0")
-    said = []
+    said = {}
     with serve(gguf, slots=1, context=1024) as url:
         for question in questions:
             prompt = render(load_tokenizer(gguf), question.messages)
             body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0}).encode()
             request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-            said.append(json.load(urllib.request.urlopen(request))["choices"][0]["text"])
-    assert [sample.response for sample in read_samples(tmp_path / JOURNAL)] == said
+            said[question.id] = json.load(urllib.request.urlopen(request))["choices"][0]["text"]
+    assert {sample.id: sample.response for sample in read_samples(tmp_path / JOURNAL)} == said

@@ -18,15 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fake_server import FakeServerThread, draw
-from tests.train.tiny_student import tiny_tokenizer
+from tests.train.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
 import cotree
 from cotree.cli import main
 from cotree.errors import UsageError
+from cotree.eval.journal import JOURNAL, read_samples
 from cotree.eval.results import Evaluation, read_results
 from cotree.eval.tables import paper_table
 from cotree.progress import Output
 from cotree.report.format import paper_form
+from cotree.train.student import load_student
 
 QUIET = Output(quiet=True)
 
@@ -279,6 +281,24 @@ def test_a_server_with_a_tokenizer_reads_the_rendered_prompt_and_a_base_model_is
         chat, base = server.requests
     assert chat["prompt"].startswith("<|im_start|>user\n") and chat["stop"] is None
     assert base["prompt"].startswith("Question: ") and base["stop"] == ["\nQuestion:"]
+
+
+def test_a_transformers_folder_is_served_like_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights: the folder that was made of a GGUF says what the GGUF says, and its export is made once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    folder = load_student(file, tmp_path / "student")
+    said = []
+    for model, name in ((file, "file"), (folder, "folder"), (folder, "again")):
+        out = tmp_path / name
+        cotree.evaluate(
+            str(model), ["letters"], limit=2, max_tokens=8, gguf="F32", base=str(file), name=name, out=out, output=QUIET
+        )
+        said.append({sample.id: sample.response for sample in read_samples(out / JOURNAL)})
+    assert said[0] == said[1] == said[2]
+    assert len(list((tmp_path / "cache" / "cotree").glob("student-*-F32.gguf"))) == 1
+    with pytest.raises(UsageError, match="--base names the GGUF that it was trained from"):
+        cotree.evaluate(str(folder), ["letters"], limit=2, output=QUIET)
 
 
 WRITTEN = (

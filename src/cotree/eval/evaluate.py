@@ -16,8 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
 from cotree.config import GGUFType, Model
 from cotree.errors import UsageError, spoken_for
 from cotree.eval.asking import Asked, Sampling, ask, check_distinct, check_lengths, embedded, opened_server
@@ -83,12 +81,17 @@ def evaluate(
     settings: dict[str, Any] = {
         "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,
         "seed": seed, "tasks": {t.name: t.prompt_version for t, _ in questions}, "available": available,
-        "family": family, "limit": limit, "gguf": gguf, "weights": None, "template": None,
+        "data": str(data or ""), "family": family, "limit": limit, "gguf": gguf, "weights": None, "template": None,
         "served": served, "chat": chat,
     }  # fmt: skip
     reached: AbstractAsyncContextManager[Endpoint]
     if model.startswith(("http://", "https://")):
-        server = _server(model, served, tokenizer, chat, api_key_env, max_in_flight)
+        if tokenizer is None and not chat:
+            raise UsageError(f"give --tokenizer (hub id or folder) for {model}, or --chat: its server renders then")
+        server = Model(
+            url=model, model=served, tokenizer=tokenizer, mode="chat" if chat else "completions",
+            api_key_env=api_key_env, max_in_flight=max_in_flight,
+        )  # fmt: skip
         asyncio.run(check_servers({"model": server}))
         if tokenizer is not None and not chat:
             settings["template"] = _hash(load_tokenizer(tokenizer, chats=False).chat_template)
@@ -140,18 +143,6 @@ def _questions(
         raise UsageError("name a task to evaluate on, e.g. --task gsm8k; `cotree tasks` lists them")
     check_distinct(asked, "test")
     return asked, available
-
-
-def _server(
-    url: str, served: str, tokenizer: str | None, chat: bool, api_key_env: str | None, max_in_flight: int
-) -> Model:
-    try:
-        return Model(
-            url=url, model=served, tokenizer=tokenizer, mode="chat" if chat else "completions",
-            api_key_env=api_key_env, max_in_flight=max_in_flight,
-        )  # fmt: skip
-    except ValidationError:
-        raise UsageError(f"give --tokenizer (hub id or folder) for {url}, or --chat: its server renders then") from None
 
 
 def _local(model: str, base: str, kind: str | None) -> Path:

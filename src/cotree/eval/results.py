@@ -52,38 +52,32 @@ def write_results(
 ) -> Path:
     """Write both kinds of files; returns the path of `results_*.json`."""
     date = began.isoformat().replace(":", "-")
+    tasks = {task.name: task for task, _ in questions}
     rows: dict[str, list[dict[str, Any]]] = {}
     for part, row in sample_rows(questions, samples, how):
         rows.setdefault(part, []).append(row)
-    tasks = {_slug(sample.part): task for sample in samples for task in _tasks(questions) if task.name == sample.task}
+    parts = {}
     for part, found in rows.items():
         write_jsonl(folder / f"samples_{part}_{date}.jsonl", found)
-    kwargs = _arguments(how)
+        task = tasks[found[0]["doc"]["task"]]
+        known = {"original": settings["available"][task.name], "effective": len({row["doc_id"] for row in found})}
+        hashes = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in found)
+        parts[part] = {
+            "results": _metrics(part, found, evaluation), "group_subtasks": [], "configs": _config(part, task, how),
+            "versions": task.prompt_version, "n-shot": 0, "higher_is_better": {"exact_match": True},
+            "n-samples": known, "task_hashes": _hash(hashes),
+        }  # fmt: skip
     content = {
-        "results": {part: _metrics(part, found, evaluation) for part, found in rows.items()},
-        "group_subtasks": {part: [] for part in rows},
-        "configs": {part: _config(part, tasks[part], how, kwargs) for part in rows},
-        "versions": {part: tasks[part].prompt_version for part in rows},
-        "n-shot": dict.fromkeys(rows, 0),
-        "higher_is_better": {part: {"exact_match": True} for part in rows},
-        "n-samples": {
-            part: {"original": settings["available"][tasks[part].name], "effective": _documents(found)}
-            for part, found in rows.items()
-        },
+        **{key: {part: about[key] for part, about in parts.items()} for key in next(iter(parts.values()))},
         "config": {
             "model": "cotree", "model_args": {"pretrained": settings["model"]}, "model_sha": settings["weights"],
-            "limit": settings["limit"], "gen_kwargs": kwargs, "random_seed": how.seed,
+            "limit": settings["limit"], "gen_kwargs": _arguments(how), "random_seed": how.seed,
         },
-        "git_hash": None,
         "date": began.timestamp(),
         "model_source": "cotree",
         "model_name": evaluation.model,
         "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", evaluation.model),
         "chat_template_sha": settings["template"],
-        "task_hashes": {
-            part: _hash("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in found))
-            for part, found in rows.items()
-        },
         "total_evaluation_time_seconds": str(seconds),
         "cotree": {**asdict(evaluation), "settings": dict(settings)},
     }  # fmt: skip
@@ -105,15 +99,12 @@ def read_results(folder: Path) -> list[Evaluation]:
         return [Evaluation(own["model"], own["rows"], own["instructions"], own["baselines"])]
     if not content.get("eval"):
         raise UsageError(f"no results of an evaluation in {folder}; give a folder of `cotree eval`, or a finished run")
-    return [
-        Evaluation(
-            model,
-            [row for row in content["eval"] if row["model"] == model],
-            [row for row in content.get("instructions", ()) if row["model"] == model],
-            content.get("baselines", ()),
-        )
-        for model in dict.fromkeys(row["model"] for row in content["eval"])
-    ]
+
+    def of(model: str, key: str) -> list[Mapping[str, Any]]:
+        return [row for row in content.get(key, ()) if row["model"] == model]
+
+    models = dict.fromkeys(row["model"] for row in content["eval"])
+    return [Evaluation(m, of(m, "eval"), of(m, "instructions"), content.get("baselines", ())) for m in models]
 
 
 def sample_rows(
@@ -183,7 +174,7 @@ def _row(
 
 
 def _metrics(part: str, rows: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": part, "alias": part, "sample_len": _documents(rows)}
+    found: dict[str, Any] = {"name": part, "alias": part, "sample_len": len({row["doc_id"] for row in rows})}
     for name in dict.fromkeys(row["filter"] for row in rows):
         values = [float(row["exact_match"]) for row in rows if row["filter"] == name]
         found[f"exact_match,{name}"] = fmean(values)
@@ -198,7 +189,7 @@ def _metrics(part: str, rows: Sequence[Mapping[str, Any]], evaluation: Evaluatio
     return found
 
 
-def _config(part: str, task: Task, how: Sampling, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _config(part: str, task: Task, how: Sampling) -> dict[str, Any]:
     filters = [] if task.answer_form == "text" else [{"name": name, "filter": []} for name in _FILTERS]
     return {
         "task": part,
@@ -206,7 +197,7 @@ def _config(part: str, task: Task, how: Sampling, kwargs: Mapping[str, Any]) -> 
         "output_type": "generate_until",
         "num_fewshot": 0,
         "repeats": how.samples,
-        "generation_kwargs": dict(kwargs),
+        "generation_kwargs": _arguments(how),
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         **({"filter_list": filters} if filters else {}),
         "metadata": {"version": task.prompt_version},
@@ -216,14 +207,6 @@ def _config(part: str, task: Task, how: Sampling, kwargs: Mapping[str, Any]) -> 
 def _arguments(how: Sampling) -> dict[str, Any]:
     sampled = {"do_sample": how.temperature > 0, "temperature": how.temperature, "top_p": how.top_p}
     return {"until": [], "max_gen_toks": how.max_tokens, **sampled}
-
-
-def _tasks(questions: Sequence[Asked]) -> list[Task]:
-    return list({task.name: task for task, _ in questions}.values())
-
-
-def _documents(rows: Sequence[Mapping[str, Any]]) -> int:
-    return len({row["doc_id"] for row in rows})
 
 
 def _slug(part: str) -> str:
