@@ -28,6 +28,7 @@ samples_strategy = st.lists(
         kind=st.sampled_from(KINDS),
         tokens=st.integers(0, 4096),
         finish_reason=st.sampled_from(["stop", "length", "content_filter"]),
+        loop=st.booleans(),
     ),
     min_size=1,
     max_size=60,
@@ -179,7 +180,7 @@ def test_a_summary_adds_up(samples: list[Sample], rng: random.Random) -> None:
     row = summarize(samples)
     wrong = sum(sample.kind == "wrong" for sample in samples) / len(samples)
     assert row["accuracy"] + wrong + row["no_answer"] == pytest.approx(1)
-    assert row["truncated"] + row["finished_without_answer"] == pytest.approx(row["no_answer"])
+    assert row["loop"] + row["truncated"] + row["finished_without_answer"] == pytest.approx(row["no_answer"])
     assert row["low"] <= row["accuracy"] <= row["high"]
     if row["accuracy_answered"] is None:
         assert row["no_answer"] == 1
@@ -205,6 +206,7 @@ def test_a_summary_by_hand() -> None:
         "low": low,
         "high": high,
         "no_answer": 0.5,
+        "loop": 0.0,
         "truncated": 0.25,
         "finished_without_answer": 0.25,
         "accuracy_answered": 0.5,

@@ -18,13 +18,14 @@ _FEWEST_TREES = 4
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), and the
-    answer that was extracted."""
+    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), the
+    answer that was extracted, and whether a text without one is a loop (`diagnosis`)."""
 
     kind: Literal["correct", "wrong", "no_answer"]
     tokens: int
     finish_reason: str
     answer: str | None = None
+    loop: bool = False
 
 
 class Metrics(TypedDict):
@@ -39,6 +40,7 @@ class Metrics(TypedDict):
     low: float
     high: float
     no_answer: float
+    loop: float
     truncated: float
     finished_without_answer: float
     accuracy_answered: float | None
@@ -50,14 +52,16 @@ class Metrics(TypedDict):
 def summarize(samples: Sequence[Sample]) -> Metrics:
     """The table row of greedy samples, one a question (paper, Experiments: accuracy and ratio of no-answer outputs).
 
-    `low` and `high` are the 95% Wilson interval of `accuracy`. `no_answer` is `truncated` (no answer, cut by
-    max_tokens) plus `finished_without_answer`. Raises ValueError for no samples.
+    `low` and `high` are the 95% Wilson interval of `accuracy`. `no_answer` is `loop` (no answer, and the text repeats
+    itself) plus `truncated` (no loop, cut by max_tokens) plus `finished_without_answer`. Raises ValueError for no
+    samples.
     """
     if not samples:
         raise ValueError("no samples to summarize")
     n = len(samples)
     kinds = Counter(sample.kind for sample in samples)
-    cut = sum(sample.kind == "no_answer" and sample.finish_reason == "length" for sample in samples)
+    loops = sum(sample.kind == "no_answer" and sample.loop for sample in samples)
+    cut = sum(s.kind == "no_answer" and s.finish_reason == "length" and not s.loop for s in samples)
     low, high = wilson(kinds["correct"], n)
     answered = n - kinds["no_answer"]
     answers = [sample.answer for sample in samples if sample.answer is not None]
@@ -68,8 +72,9 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
         low=low,
         high=high,
         no_answer=kinds["no_answer"] / n,
+        loop=loops / n,
         truncated=cut / n,
-        finished_without_answer=(kinds["no_answer"] - cut) / n,
+        finished_without_answer=(kinds["no_answer"] - cut - loops) / n,
         accuracy_answered=kinds["correct"] / answered if answered else None,
         mean_tokens=sum(sample.tokens for sample in samples) / n,
         commonest=commonest,
@@ -77,8 +82,10 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
     )
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval of a proportion (Wilson 1927), without continuity correction.
+
+    The successes of questions that were sampled several times are the sum of their shares.
 
     Unlike p +- z·se it stays inside [0, 1] and has a width at 0 and at n successes. With z the normal quantile:
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
@@ -96,6 +103,29 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     low = 0.0 if successes == 0 else (center - spread) / scale
     high = 1.0 if successes == n else (center + spread) / scale
     return low, high
+
+
+def clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean over questions that were sampled several times each.
+
+    The bootstrap's over whole questions, because samples of one question resemble each other; where that is narrower
+    than Wilson's interval of as many single answers, the latter: a bootstrap of nothing but zeros is [0, 0] and proves
+    nothing.
+    """
+    low, high = bootstrap_interval(shares)
+    least, most = wilson(min(sum(shares), len(shares)), len(shares))
+    return min(low, least), max(high, most)
+
+
+def bootstrap_interval(values: Sequence[float], *, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of a mean, by percentiles of the means of `draws` seeded samples with replacement."""
+    import numpy as np
+
+    rng, found = np.random.default_rng(seed), np.array(values)
+    # Draw by draw, so that a thousand questions need no matrix of two million.
+    means = [found[rng.integers(0, len(found), len(found))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
