@@ -124,6 +124,9 @@ def eval_(
     chat: Annotated[bool, typer.Option("--chat", help="The server renders the prompts.")] = False,
     api_key_env: Annotated[str | None, typer.Option(help="The variable that holds the server's key.")] = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
+    strategy: Annotated[str | None, typer.Option(help="Decode by mcts, vote, best_of_n or beam.")] = None,
+    value: ValueName = None,
+    budget_tokens: Budget = None,
     compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Compare two evaluations instead.")] = None,
     table: Annotated[list[Path] | None, typer.Option(help="Show this evaluation or run; may be repeated.")] = None,
     format_: Annotated[str, typer.Option("--format", help="terminal, markdown, latex or html.")] = "terminal",
@@ -147,7 +150,8 @@ def eval_(
         found = evaluate(
             model, task or [], max_tokens=max_tokens, samples=samples, temperature=temperature, top_p=top_p, seed=seed,
             data=data, family=family, limit=limit, name=name, out=out, gguf=gguf, base=base, served=served,
-            tokenizer=tokenizer, chat=chat, api_key_env=api_key_env, max_in_flight=max_in_flight, output=output,
+            tokenizer=tokenizer, chat=chat, api_key_env=api_key_env, max_in_flight=max_in_flight,
+            strategy=strategy, value=value, budget_tokens=budget_tokens, output=output,
         )  # fmt: skip
         output.say(paper_table([found], format_))
     elif recipe is None:

@@ -187,12 +187,12 @@ def _key(sample: EvalSample) -> Key:
 
 @asynccontextmanager
 async def embedded(
-    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], how: Sampling
+    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], how: Sampling, widest: int = 1
 ) -> AsyncIterator[Endpoint]:
-    """A GGUF in this process, wide enough for the longest question."""
+    """A GGUF in this process, wide enough for the longest question, and for `widest` samples of one request."""
     longest = max(tokens_needed(tokenizer, *asked, how) for asked in questions)
     context = max(_ROOM_FOR_PROMPT + how.max_tokens, longest)
-    slots, together = max(1, min(_SLOTS, _ROOM // context)), min(how.samples, how.together)
+    slots, together = max(1, min(_SLOTS, _ROOM // context)), max(min(how.samples, how.together), widest)
     # The samples of a request share its prompt, if they share their memory.
     with serve(gguf, slots=max(slots, together), context=context, shared=together > 1) as url:
         client = Client(

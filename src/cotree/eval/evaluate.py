@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from pathlib import Path
@@ -18,11 +18,22 @@ from typing import Any, get_args
 
 from cotree.config import GGUFType, Model
 from cotree.errors import UsageError, spoken_for
-from cotree.eval.asking import Asked, Sampling, ask, check_distinct, check_lengths, embedded, opened_server
+from cotree.eval.asking import (
+    Asked,
+    Sampler,
+    Sampling,
+    ask,
+    check_distinct,
+    check_lengths,
+    embedded,
+    opened_server,
+    plain,
+)
 from cotree.eval.followed import instruction_scores
 from cotree.eval.journal import JOURNAL, read_samples
 from cotree.eval.outcome import constant_baselines, outcomes
 from cotree.eval.results import Evaluation, write_results
+from cotree.eval.searching import search_of, searched
 from cotree.llm.embedded import at_type, cache_folder, locate
 from cotree.llm.endpoints import Endpoint, check_servers
 from cotree.llm.tokenizer import load_tokenizer
@@ -52,6 +63,9 @@ def evaluate(
     chat: bool = False,
     api_key_env: str | None = None,
     max_in_flight: int = 16,
+    strategy: str | None = None,
+    value: str | None = None,
+    budget_tokens: int | None = None,
     output: Output | None = None,
 ) -> Evaluation:
     """Evaluate a model; calling it again resumes.
@@ -67,6 +81,8 @@ def evaluate(
         gguf: F32, F16 or Q8_0; by default a file is served as it is, and everything else as Q8_0.
         served, tokenizer, chat, api_key_env, max_in_flight: of a server, as `model`, `tokenizer`, `mode: chat`,
             `api_key_env` and `max_in_flight` of a recipe's model.
+        strategy: decode with search (`mcts`, `vote`, `best_of_n`, `beam`; docs/decoding.md) from its worked examples,
+            for about `budget_tokens` generated tokens a sample; `value` is what it goes by.
 
     Raises:
         UsageError: found before any question was asked.
@@ -76,14 +92,21 @@ def evaluate(
         raise UsageError("greedy samples are all alike: several samples need a temperature, e.g. --temperature 0.8")
     if gguf is not None and gguf not in get_args(GGUFType):
         raise UsageError(f"unknown GGUF type `{gguf}`; known: {', '.join(get_args(GGUFType))}")
-    how = Sampling(max_tokens, samples, temperature, top_p, seed)
+    how = Sampling(max_tokens, samples, temperature, top_p, seed, examples=strategy is not None)
     questions, available = _questions(tasks, data, family, limit)
     settings: dict[str, Any] = {
         "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,
         "seed": seed, "tasks": {t.name: t.prompt_version for t, _ in questions}, "available": available,
         "data": str(data or ""), "family": family, "limit": limit, "gguf": gguf, "weights": None, "template": None,
-        "served": served, "chat": chat,
+        "served": served, "chat": chat, "strategy": strategy, "value": value, "budget_tokens": budget_tokens,
     }  # fmt: skip
+    sampler: Callable[[Endpoint, Sampling], Sampler] = plain
+    widest = 1
+    if strategy is not None:
+        search = search_of(how, budget_tokens, value)
+        sampler, widest = searched(strategy, value, search, questions), search.widest
+    elif value is not None or budget_tokens is not None:
+        raise UsageError("--value and --budget-tokens go with a --strategy")
     reached: AbstractAsyncContextManager[Endpoint]
     if model.startswith(("http://", "https://")):
         if tokenizer is None and not chat:
@@ -103,14 +126,14 @@ def evaluate(
         reading = load_tokenizer(tokenizer or file, chats=False)
         settings |= {"weights": _sha256(file), "template": _hash(reading.chat_template)}
         check_lengths(file, reading, questions, how, model)
-        name, reached = name or Path(model).stem, embedded(file, reading, questions, how)
+        name, reached = name or Path(model).stem, embedded(file, reading, questions, how, widest)
     folder = out or Path("runs") / "evals" / re.sub(r"[^\w.-]+", "_", name)
     began = _begin(folder, settings)
 
     output, started, journal = output or Output(), time.monotonic(), folder / JOURNAL
     before = sum(sample.tokens for sample in read_samples(journal))
     with spoken_for(), output.progress(name) as update:
-        found = ask(reached, questions, journal, how, on_sample=update)
+        found = ask(reached, questions, journal, how, strategy=sampler, on_sample=update)
     seconds = time.monotonic() - started
     new = sum(sample.tokens for sample in found) - before
     output.say(f"{len(found)} samples; {new} new tokens in {seconds:.1f} s, {new / seconds:.0f} tokens/s")
