@@ -36,9 +36,12 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
                 texts = [f"{TEXT}{next(number)}" for _ in range(wanted.n)]
                 right = draw(wanted.seed_key, 2)
                 verdict = Verdict("correct" if right else "wrong", float(right)) if wanted.kind == "answer" else None
-                rollout.feed([Thought(text, 24, "stop", verdict, float(right)) for text in texts], "stub", 0, 0.05)
+                rollout.feed([Thought(text, 24, "stop", verdict) for text in texts], "stub", 0, 0.05)
         for rollout in rollouts:
             search.tell(rollout)
+            for node in rollout.written:
+                if node.verdict is not None and node.verdict.kind == "wrong":
+                    search.reflect(node)
 
 
 def milliseconds(sizes: Sequence[int], seed: int) -> dict[int, float]:

@@ -113,7 +113,7 @@ class FakeServer:
         usage: Literal["llama.cpp", "vllm"] = "llama.cpp",
         cached_tokens: int = 0,
         habit: Habit = "continues",
-        ignores: Collection[Literal["stop", "n"]] = (),
+        ignores: Collection[Literal["stop", "n", "logprobs"]] = (),
         keeps_stop: bool = False,
         chat_only: bool = False,
         models: Sequence[str] | None = ("fake",),
@@ -265,7 +265,8 @@ class FakeServer:
             if self.habit == "echoes":
                 text = (begun if chat else prompt) + text
             said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            choices.append({"index": index, **said, "finish_reason": finish, "logprobs": None})
+            logprobs = self._logprobs(text, tokens, chat) if body.get("logprobs") else None
+            choices.append({"index": index, **said, "finish_reason": finish, "logprobs": logprobs})
             counts.append(tokens)
         completion_tokens = sum(counts if self.usage == "vllm" else counts[:1])
         prompt_tokens = count_tokens(prompt)
@@ -277,6 +278,16 @@ class FakeServer:
         }
         kind = "chat.completion" if chat else "text_completion"
         return {"object": kind, "model": body.get("model"), "choices": choices, "usage": usage}
+
+    def _logprobs(self, text: str, tokens: int, chat: bool) -> dict[str, Any] | None:
+        """A number for each token, drawn by its word; in vLLM's form for completions, or as all write it for chat."""
+        words = [*text.split(), "</s>"][:tokens]
+        values = [-(draw(word) % 1000) / 400 for word in words]
+        if "logprobs" in self.ignores:
+            return None
+        if self.usage == "vllm" and not chat:
+            return {"tokens": words, "token_logprobs": values}
+        return {"content": [{"token": w, "logprob": v} for w, v in zip(words, values, strict=True)]}
 
     def _scores(self, body: dict[str, Any]) -> dict[str, Any]:
         """vLLM's pooling reply of a step pooler: (bad, good) for each step, good for those of three words or more."""

@@ -19,6 +19,7 @@ def test_the_names_are_frozen_and_there() -> None:
         "build_dpo",
         "build_sft",
         "diagnose",
+        "evaluate",
         "task",
     ]
     assert all(hasattr(cotree, name) for name in cotree.__all__)

@@ -13,6 +13,7 @@ from cotree.errors import CotreeError, UsageError
 if TYPE_CHECKING:
     from cotree.data.build import build_dpo, build_sft
     from cotree.eval.diagnosis import diagnose
+    from cotree.eval.evaluate import evaluate
     from cotree.tasks import Question, Task, Verdict, task
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "build_dpo",
     "build_sft",
     "diagnose",
+    "evaluate",
     "task",
 ]
 # Where the rest of the API lives; it is loaded when it is first asked for.
@@ -36,6 +38,7 @@ _LAZY = {
     "build_dpo": "cotree.data.build",
     "build_sft": "cotree.data.build",
     "diagnose": "cotree.eval.diagnosis",
+    "evaluate": "cotree.eval.evaluate",
     "task": "cotree.tasks",
 }
 

@@ -30,6 +30,15 @@ app = typer.Typer(
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/laptop.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Overrides of recipe values.")]
 RunsDir = Annotated[Path, typer.Option(help="Where run folders are kept.")]
+Served = Annotated[str, typer.Option(help="The model's name at a server.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")]
+KeyVariable = Annotated[str | None, typer.Option(help="The variable that holds a server's key.")]
+Boxed = Annotated[bool, typer.Option("--boxed", help="Answers are short, in a box, and can vote; else free text.")]
+StrategyName = Annotated[str, typer.Option(help="mcts, vote, best_of_n or beam.")]
+ValueName = Annotated[str | None, typer.Option(help="vote, likelihood or verifier (search.reward=...).")]
+Budget = Annotated[int | None, typer.Option(min=1, help="About how many tokens to generate.")]
+Rollouts = Annotated[int | None, typer.Option(min=1, help="At most so many chains.")]
+Seed = Annotated[int, typer.Option(help="Of the search.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -96,9 +105,71 @@ def preview(
     Output().say(preview_run(loaded, data or runs_dir / loaded.name / "data", kind, rows))
 
 
+@app.command(name="eval", epilog="Example: cotree eval --model smollm2-135m-instruct --task gsm8k --limit 100")
+def eval_(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The eval stage of this recipe.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="A URL, .gguf, transformers folder or embedded name.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task to evaluate on; may be repeated.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Completions a question.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    data: Annotated[str | None, typer.Option(help="Where the rows are: file, folder or hub id.")] = None,
+    family: Annotated[str | None, typer.Option(help='Only these questions: "3 blocks", English, ...')] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of a task.")] = None,
+    name: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the results; runs/evals/NAME by default.")] = None,
+    gguf: Annotated[str | None, typer.Option(help="F32, F16 or Q8_0 instead of a file as it is.")] = None,
+    base: Annotated[str, typer.Option(help="What a folder was trained from.")] = "smollm2-135m-instruct",
+    served: Annotated[str, typer.Option(help="The model's name at the server.")] = "default",
+    tokenizer: Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The server renders the prompts.")] = False,
+    api_key_env: Annotated[str | None, typer.Option(help="The variable that holds the server's key.")] = None,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
+    strategy: Annotated[str | None, typer.Option(help="Decode by mcts, vote, best_of_n or beam.")] = None,
+    value: ValueName = None,
+    budget_tokens: Budget = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Compare two evaluations instead.")] = None,
+    table: Annotated[list[Path] | None, typer.Option(help="Show this evaluation or run; may be repeated.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="terminal, markdown, latex or html.")] = "terminal",
+    runs_dir: RunsDir = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a recipe's models, or any one model; compare two evaluations; make tables."""
+    from cotree.eval.compare import compare as compare_two
+    from cotree.eval.evaluate import evaluate
+    from cotree.eval.results import read_results
+    from cotree.eval.tables import paper_table
+    from cotree.progress import Output
+
+    output = Output(quiet=quiet)
+    if compare is not None:
+        for difference in compare_two(*compare):
+            typer.echo("\n".join(difference.lines()))
+    elif table:
+        typer.echo(paper_table([found for folder in table for found in read_results(folder)], format_))
+    elif model is not None:
+        found = evaluate(
+            model, task or [], max_tokens=max_tokens, samples=samples, temperature=temperature, top_p=top_p, seed=seed,
+            data=data, family=family, limit=limit, name=name, out=out, gguf=gguf, base=base, served=served,
+            tokenizer=tokenizer, chat=chat, api_key_env=api_key_env, max_in_flight=max_in_flight,
+            strategy=strategy, value=value, budget_tokens=budget_tokens, output=output,
+        )  # fmt: skip
+        output.say(paper_table([found], format_))
+    elif recipe is None:
+        raise UsageError("name a recipe, or --model with --task; see cotree eval --help")
+    else:
+        from cotree.config import load_recipe
+        from cotree.pipeline import run as run_recipe
+
+        run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="eval", output=output)
+
+
 @app.command(epilog="Example: cotree diagnose runs/laptop/eval/samples_dpo.jsonl")
 def diagnose(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet, JSON lines (also .gz) or a JSON array.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Parquet, JSON lines, a hub id, a run, an evaluation.")],
     field: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
     shown: Annotated[int, typer.Option(help="How many of the worst texts to show.")] = 3,
 ) -> None:
@@ -147,6 +218,67 @@ def check(
     from cotree.progress import Output
 
     check_recipe(load_recipe(recipe, overrides or []), Output(quiet=quiet), runs_dir)
+
+
+@app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 search.temperature=1.0')
+def decode(
+    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its words; or --task and --id.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[str, typer.Option(help="A server's URL, a .gguf or an embedded name.")] = "smollm2-135m-instruct",
+    task: Annotated[str | None, typer.Option(help="The task of the question.")] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="The question's id in its task.")] = None,
+    boxed: Boxed = False,
+    strategy: StrategyName = "mcts",
+    value: ValueName = None,
+    budget_tokens: Budget = None,
+    rollouts: Rollouts = None,
+    seed: Seed = 0,
+    served: Served = "default",
+    tokenizer: Tokenizer = None,
+    api_key_env: KeyVariable = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer one question by search that knows no gold answer."""
+    from cotree.decoding import Backend, decode_question
+    from cotree.progress import Output
+
+    # An override holds `=`; with --task there is no question before it.
+    given = [question] if task is not None and question is not None else []
+    backend = Backend((model,), (*given, *(overrides or [])), served, tokenizer, api_key_env)
+    decode_question(
+        None if given else question, backend, task_name=task, question_id=id_, boxed=boxed, strategy=strategy,
+        value=value, budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, output=Output(quiet=quiet),
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: cotree serve http://gpu1:8000 --served Qwen/Qwen3-8B --budget-tokens 4000")
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Server URLs, .gguf files, embedded names.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Overrides of a recipe.")] = None,
+    boxed: Boxed = False,
+    strategy: StrategyName = "mcts",
+    value: ValueName = None,
+    budget_tokens: Budget = None,
+    rollouts: Rollouts = None,
+    seed: Seed = 0,
+    at_once: Annotated[int, typer.Option(min=1, help="Searches at once; others wait.")] = 8,
+    host: Annotated[str, typer.Option(help="Beyond loopback COTREE_TOKEN must be set.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    served: Served = "default",
+    tokenizer: Tokenizer = None,
+    api_key_env: KeyVariable = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
+    from cotree.decoding import Backend
+    from cotree.progress import Output
+    from cotree.serve import serve as serve_models
+
+    serve_models(
+        Backend(tuple(models), tuple(set_ or []), served, tokenizer, api_key_env), strategy=strategy, value=value,
+        boxed=boxed, budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, at_once=at_once, host=host, port=port,
+        output=Output(quiet=quiet),
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: cotree report runs/laptop")

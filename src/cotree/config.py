@@ -494,13 +494,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} holds no recipe: expected keys like `name`, `models`, `tasks`")
+    return parse_recipe(raw, str(path), overrides)
+
+
+def parse_recipe(raw: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from plain data, which the overrides change; `where` names it in errors."""
     for override in overrides:
         _override(raw, override)
-    return parse_recipe(raw, str(path))
-
-
-def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
-    """A recipe from plain data; `where` names it in errors."""
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,6 @@ from cotree.run_folder import RunFolder, find_run, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from cotree.search.calls import Progress
     from cotree.train.trainer import StepLog
 
@@ -104,7 +102,10 @@ def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
     questions = _eval_questions(recipe)
     tokenizer = load_tokenizer(student_source(recipe))
     if "eval" in ahead:
-        _check_lengths(recipe, questions, tokenizer)
+        from cotree.eval.asking import Sampling, check_lengths
+
+        how = Sampling(recipe.eval.max_tokens, examples=recipe.eval.examples)
+        check_lengths(student_source(recipe), tokenizer, questions, how, recipe.train.student)
     if "search" not in ahead:
         return
     check_reward(recipe.search.reward)
@@ -116,33 +117,11 @@ def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
 
 
 def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:
+    from cotree.eval.asking import check_distinct
+
     asked = [(t, q) for name, n in counts.items() for t in [task(name)] for q in t.questions(split, n)]
-    seen: set[tuple[str, str]] = set()
-    for _, question in asked:
-        # A question is known by these two in every file of a run.
-        if (question.task, question.id) in seen:
-            what = f"two {split} questions of task `{question.task}` are called `{question.id}`"
-            raise UsageError(f"{what}; give each an id of its own, and each task a name of its own")
-        seen.add((question.task, question.id))
+    check_distinct(asked, split)
     return asked
-
-
-def _check_lengths(
-    recipe: Recipe, questions: Sequence[tuple[Task, Question]], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """That every question and its reply fit into the student's context."""
-    from cotree.eval.evaluate import tokens_needed
-    from cotree.llm.gguf_file import GGUF
-
-    file, settings = GGUF(student_source(recipe)), recipe.eval
-    takes = file.get(f"{file['general.architecture']}.context_length")
-    for t, question in questions:
-        needed = tokens_needed(tokenizer, t, question, settings.max_tokens, settings.examples)
-        if takes is not None and needed > takes:
-            raise UsageError(
-                f"question `{question.id}` of task `{question.task}` may need {needed} tokens, `{recipe.train.student}`"
-                f" takes {takes}; lower eval.max_tokens, or evaluate on other tasks"
-            )
 
 
 def _eval_questions(recipe: Recipe) -> list[tuple[Task, Question]]:
@@ -276,9 +255,9 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 
 def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.eval.evaluate import constant_baselines, evaluate
+    from cotree.eval.asking import Sampling, ask, embedded
     from cotree.eval.followed import instruction_scores
-    from cotree.eval.metrics import summarize
+    from cotree.eval.outcome import constant_baselines, outcomes
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.export_gguf import export_gguf
 
@@ -298,21 +277,13 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
         gguf = run.path / "student" / f"{checkpoint}-{settings.gguf}.gguf"
         if not gguf.is_file():
             export_gguf(run.checkpoint(checkpoint) / "model", source, gguf, settings.gguf)
+        how = Sampling(settings.max_tokens, examples=examples)
         with output.progress(name) as update:
-            samples = evaluate(
-                gguf,
-                tokenizer,
-                questions,
-                run.path / "eval" / f"samples_{name}.jsonl",
-                max_tokens=settings.max_tokens,
-                examples=examples,
-                on_sample=update,
-            )
+            model = embedded(gguf, tokenizer, questions, how)
+            samples = ask(model, questions, run.path / "eval" / f"samples_{name}.jsonl", how, on_sample=update)
         prompt += sum(sample.prompt_tokens for sample in samples)
         completion += sum(sample.tokens for sample in samples)
-        for part in dict.fromkeys(sample.part for sample in samples):
-            judged = [sample.judged() for sample in samples if sample.part == part]
-            rows.append({"model": name, "task": part, **summarize(judged), "max_tokens": settings.max_tokens})
+        rows += [{"model": name, **row} for row in outcomes(questions, samples)]
         followed += [{"model": name, **score} for score in instruction_scores(questions, samples)]
     # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.
     folder = run.path / "student" / "transformers"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cotree.eval.evaluate import EvalSample
 from cotree.eval.followed import instruction_scores
+from cotree.eval.journal import EvalSample
 from cotree.eval.metrics import summarize
 from cotree.report.html import write_report
 from cotree.report.summary import Instructions

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from cotree.eval.metrics import (
     Sample,
+    TreeAnswers,
     constant_baseline,
     minimum_detectable_difference,
     pass_at_k,
     summarize,
+    tree_test_at_k,
     wilson,
 )
 
@@ -26,6 +28,7 @@ samples_strategy = st.lists(
         kind=st.sampled_from(KINDS),
         tokens=st.integers(0, 4096),
         finish_reason=st.sampled_from(["stop", "length", "content_filter"]),
+        loop=st.booleans(),
     ),
     min_size=1,
     max_size=60,
@@ -98,6 +101,29 @@ def test_pass_at_k_refuses_more_samples_than_there_are(n: int, c: int, k: int) -
         pass_at_k(n, c, k)
 
 
+def test_test_at_k_of_trees_is_any_of_the_first_k_averaged_over_whole_trees() -> None:
+    trees = [
+        TreeAnswers((False, True, False), 100),
+        TreeAnswers((True,), 200),
+        TreeAnswers((False, False, False, True), 300),
+        TreeAnswers((), 400),
+    ]
+    assert [tree_test_at_k(trees, k)[0] for k in (1, 2, 3, 4, 8)] == [0.25, 0.5, 0.5, 0.75, 0.75]
+    assert tree_test_at_k(trees, 1)[1] == 250, "its tokens beside it"
+    alike = [TreeAnswers((True, True, False, False), 10)] * 4
+    assert tree_test_at_k(alike, 1)[0] == 1.0 != pass_at_k(4, 2, 1), "leaves of a tree are no independent samples"
+
+
+def test_what_is_not_defined_for_trees_is_refused() -> None:
+    tree = TreeAnswers((True, False), 10)
+    with pytest.raises(ValueError, match="at least 4 trees"):
+        tree_test_at_k([tree] * 3, 1)
+    with pytest.raises(ValueError, match="Test@0"):
+        tree_test_at_k([tree] * 4, 0)
+    with pytest.raises(TypeError, match="leaves are none: use tree_test_at_k"):
+        pass_at_k(tree, 1, 1)  # type: ignore[arg-type]
+
+
 def test_minimum_detectable_difference_agrees_with_r() -> None:
     """R's documentation of power.prop.test: p1 = .50, p2 = .75 with power .90 needs n = 76.7."""
     at_76, at_77 = (minimum_detectable_difference(n, 0.5, power=0.9) for n in (76, 77))
@@ -154,7 +180,7 @@ def test_a_summary_adds_up(samples: list[Sample], rng: random.Random) -> None:
     row = summarize(samples)
     wrong = sum(sample.kind == "wrong" for sample in samples) / len(samples)
     assert row["accuracy"] + wrong + row["no_answer"] == pytest.approx(1)
-    assert row["truncated"] + row["finished_without_answer"] == pytest.approx(row["no_answer"])
+    assert row["loop"] + row["truncated"] + row["finished_without_answer"] == pytest.approx(row["no_answer"])
     assert row["low"] <= row["accuracy"] <= row["high"]
     if row["accuracy_answered"] is None:
         assert row["no_answer"] == 1
@@ -180,6 +206,7 @@ def test_a_summary_by_hand() -> None:
         "low": low,
         "high": high,
         "no_answer": 0.5,
+        "loop": 0.0,
         "truncated": 0.25,
         "finished_without_answer": 0.25,
         "accuracy_answered": 0.5,

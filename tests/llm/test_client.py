@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fake_server import FakeServer, FakeServerThread, Fault, count_tokens
+from tests.fake_server import FakeServer, FakeServerThread, Fault, count_tokens, draw
 from tests.llm.asking import client, raw_server, request, texts, until
 
 from cotree.errors import CotreeError, UsageError
@@ -65,7 +66,16 @@ def test_the_key_is_the_same_in_every_process_and_version() -> None:
 
 
 @given(
-    st.lists(st.builds(Choice, st.text(), st.sampled_from(["stop", "length"]), st.integers(0)), max_size=3).map(tuple),
+    st.lists(
+        st.builds(
+            Choice,
+            st.text(),
+            st.sampled_from(["stop", "length"]),
+            st.integers(0),
+            st.none() | st.floats(max_value=0, allow_infinity=False),
+        ),
+        max_size=3,
+    ).map(tuple),
     st.integers(0),
     st.integers(0),
     st.integers(0),
@@ -120,6 +130,26 @@ async def test_the_texts_depend_on_the_request_only() -> None:
         assert stormy.calls > len(wanted)
         assert len(stormy.answered) == len(wanted)
     assert len(set(expected)) == len(wanted)
+
+
+@pytest.mark.parametrize("usage", ["llama.cpp", "vllm"])
+@pytest.mark.parametrize("messages", [(), (("user", "why"),)])
+async def test_log_probabilities_come_only_where_they_are_asked_for(usage: Any, messages: Any) -> None:
+    def says(prompt: str, seed: int, index: int) -> str:
+        return " so count again" if index else " two"
+
+    plain = request("" if messages else "p", messages=messages)
+    asked = replace(plain, logprobs=True)
+    async with FakeServer(reply=says, usage=usage) as server, client(server.url) as c:
+        without, found = await c.complete(plain), await c.complete(asked)
+    assert {choice.logprob for choice in without.choices} == {None}
+    values = [[-(draw(word) % 1000) / 400 for word in [*text.split(), "</s>"]] for text in ("two", "so count again")]
+    assert [choice.logprob for choice in found.choices] == [pytest.approx(sum(v) / len(v)) for v in values]
+    assert [replace(choice, logprob=None) for choice in found.choices] == list(without.choices)
+    assert "logprobs" not in server.requests[0]
+    assert server.requests[1]["logprobs"] == (1 if not messages else True)
+    assert asked.key("m") != plain.key("m")
+    assert Completion.from_json(found.to_json()) == found
 
 
 @pytest.mark.parametrize("usage", ["llama.cpp", "vllm"])

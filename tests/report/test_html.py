@@ -117,9 +117,9 @@ def test_text_that_has_no_utf8_is_replaced(run: Path) -> None:
 def test_the_evaluation_table_shows_the_summarys_numbers(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     page = Page(write_report(run).read_text())
-    shown = iter([row for row in page.rows if len(row) == 11 and row[0] != "model"])
+    shown = iter([row for row in page.rows if len(row) == 12 and row[0] != "model"])
     for row in summary["eval"]:
-        model, accuracy, interval, plot, none, cut, finished, answered, tokens, limit, n = next(shown)
+        model, accuracy, interval, plot, none, loop, cut, finished, answered, tokens, limit, n = next(shown)
         assert (model, plot, limit, n) == (row["model"], "", str(row["max_tokens"]), str(row["n"]))
         low, high = interval.split("–")
         for cell, value in (
@@ -127,6 +127,7 @@ def test_the_evaluation_table_shows_the_summarys_numbers(run: Path) -> None:
             (low, row["low"]),
             (high, row["high"]),
             (none, row["no_answer"]),
+            (loop, row["loop"]),
             (cut, row["truncated"]),
             (finished, row["finished_without_answer"]),
             (answered, row["accuracy_answered"]),
@@ -192,7 +193,7 @@ def test_absent_numbers_are_dashes(run: Path) -> None:
     }
     edit(run / "summary.json", eval=[{**row, "max_tokens": 16, "accuracy_answered": None}], baselines=[])
     page = Page(write_report(run).read_text())
-    assert ["base", "0.0", "0.0–49.0", "", "100.0", "–", "–", "–", "9.0", "16", "4"] in page.rows
+    assert ["base", "0.0", "0.0–49.0", "", "100.0", "–", "–", "–", "–", "9.0", "16", "4"] in page.rows
 
 
 @pytest.mark.parametrize(

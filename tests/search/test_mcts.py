@@ -33,6 +33,14 @@ def write(rollout: Rollout, noise: int) -> None:
         rollout.feed(thoughts, "model", 0, 0.0)
 
 
+def tell(search: TreeSearch, rollout: Rollout) -> None:
+    """Merge a rollout; its wrong answers are doubted."""
+    search.tell(rollout)
+    for node in rollout.written:
+        if node.verdict is not None and node.verdict.kind == "wrong":
+            search.reflect(node)
+
+
 def below(node: Node) -> list[Node]:
     return [node, *(n for child in node.children for n in below(child))]
 
@@ -65,7 +73,7 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
             else:
                 write(rollout, seed)
                 assert any(n.verdict is not None for n in rollout.written), "a rollout ends at a judged leaf"
-                search.tell(rollout)
+                tell(search, rollout)
                 told += 1
             asked += 1
     assert told <= rollouts
@@ -74,7 +82,7 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
     for node in search.nodes:
         judged = [n for n in below(node) if n.verdict is not None]
         assert node.visits == len(judged)
-        assert node.value == pytest.approx(sum(n.verdict.reward for n in judged if n.verdict))
+        assert node.value == pytest.approx(sum(n.reward or 0.0 for n in judged))
         assert 0 <= node.value <= node.visits
         assert node.virtual == 0
         assert node.open_below == sum(len(n.slots) for n in below(node))
@@ -84,6 +92,12 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
     assert sum(n.kind == "reflection" for n in search.nodes) <= 3
     assert told == rollouts or search.root.open_below == 0
     assert [n.id for n in search.nodes] == list(range(len(search.nodes)))
+    rewards = [random.Random(f"{seed}-{leaf.id}").random() for leaf in search.leaves]
+    search.revalue(rewards)
+    worth = dict(zip((leaf.id for leaf in search.leaves), rewards, strict=True))
+    for node in search.nodes:
+        assert node.visits == sum(n.id in worth for n in below(node)), "another value is no other visit"
+        assert node.value == pytest.approx(sum(worth.get(n.id, 0.0) for n in below(node)))
 
 
 @given(pattern=st.sampled_from(list(PATTERNS)), seed=st.integers(0, 10_000), k=st.integers(1, 6), data=st.data())
@@ -102,9 +116,25 @@ def test_the_tree_does_not_depend_on_the_order_of_completions(
             for rollout in order:
                 write(rollout, seed)
             for rollout in batch:
-                search.tell(rollout)
+                tell(search, rollout)
         trees.append(shape(search))
     assert trees[0] == trees[1]
+
+
+def test_a_tree_with_nothing_to_grow_begins_anew_beside_what_it_has() -> None:
+    search = TreeSearch({"root": {"thinking": 2}, "thinking": {"answer": 1}}, "s", rollouts=9, max_reflections=0)
+    places = []
+    while search.rollouts_left:
+        if search.root.open_below == 0:
+            before = shape(search)
+            search.widen()
+            assert shape(search) == before
+        for rollout in search.ask(2):
+            write(rollout, 2)
+            search.tell(rollout)
+            places += [node.path for node in rollout.written if node.depth == 1]
+    assert search.rollouts == 9
+    assert len(set(places)) == len(places) > 2, "every place has a seed of its own"
 
 
 def test_a_failed_rollout_leaves_no_trace() -> None:
@@ -131,7 +161,7 @@ def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> 
                 rollout.feed(
                     [Thought(f"{wanted.seed_key} {i}", 1, "stop", verdict) for i in range(wanted.n)], "m", 0, 0
                 )
-            search.tell(rollout)
+            tell(search, rollout)
     (reflection,) = (n for n in search.nodes if n.kind == "reflection")
     assert reflection.parent is not None
     assert {child.kind for child in reflection.parent.children} == {"answer", "reflection"}

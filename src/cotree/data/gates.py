@@ -52,6 +52,12 @@ def foreign_share(text: str, prompt: str) -> float:
     return sum(n for script, n in letters.items() if script not in asked) / max(letters.total(), 1)
 
 
+def main_script(text: str) -> str:
+    """The script of most of a text's first letters: "latin", "cjk", ...; "-" where it has none."""
+    found = _scripts(text[:2_000]).most_common(1)
+    return found[0][0].lower() if found else "-"
+
+
 def _scripts(text: Iterable[str]) -> Counter[str]:
     found = Counter(_script(character) for character in text)
     del found[""]

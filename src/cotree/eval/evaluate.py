@@ -1,197 +1,219 @@
-"""Greedy evaluation of one model on held-out questions, through the engine that also serves the teacher.
+"""One model on some tasks, without a recipe: a server, a GGUF, an embedded model or a transformers folder.
 
-Invariants: every model gets the same plain prompt, GGUF type and max_tokens; a sample is written as soon as it is
-judged, so an interrupted evaluation goes on where it stopped and its numbers are those of an uninterrupted one.
+Invariant: a folder holds one model asked in one way, which `settings.json` tells; the same call goes on in it, another
+one is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
-from cotree.errors import CotreeError
-from cotree.eval.metrics import Sample, constant_baseline
-from cotree.llm.chat import render
-from cotree.llm.client import Client, Request
-from cotree.llm.embedded import serve
-from cotree.llm.tokenizer import token_counter
-from cotree.search.prompts import example_messages
-from cotree.tasks import Question, Task
-from cotree.tasks.base import VerdictKind
-from cotree.tasks.extract import spoken
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# Narrow slots keep the KV cache small: 768 tokens are wide enough for most prompts, and where some are longer, fewer
-# slots share `_ROOM` tokens.
-_SLOTS, _ROOM_FOR_PROMPT, _ROOM = 16, 768, 32_768
-
-
-@dataclass(frozen=True, slots=True)
-class EvalSample:
-    """One line of `samples_*.jsonl`: what a model said to one question, and the verdict."""
-
-    task: str
-    id: str
-    response: str
-    finish_reason: str
-    tokens: int
-    prompt_tokens: int
-    kind: VerdictKind
-    answer: str | None
-    gold: str
-    turn: int = 0
-
-    @property
-    def part(self) -> str:
-        """The row of the table that it counts in: its task, and each later turn of a conversation apart, so that a
-        row has one sample a question."""
-        return f"{self.task}, turn {self.turn + 1}" if self.turn else self.task
-
-    def judged(self) -> Sample:
-        """As the metrics take it."""
-        return Sample(self.kind, self.tokens, self.finish_reason, self.answer)
+from cotree.config import GGUFType, Model
+from cotree.errors import UsageError, spoken_for
+from cotree.eval.asking import (
+    Asked,
+    Sampler,
+    Sampling,
+    ask,
+    check_distinct,
+    check_lengths,
+    embedded,
+    opened_server,
+    plain,
+)
+from cotree.eval.followed import instruction_scores
+from cotree.eval.journal import JOURNAL, read_samples
+from cotree.eval.outcome import constant_baselines, outcomes
+from cotree.eval.results import Evaluation, write_results
+from cotree.eval.searching import search_of, searched
+from cotree.llm.embedded import at_type, cache_folder, locate
+from cotree.llm.endpoints import Endpoint, check_servers
+from cotree.llm.tokenizer import load_tokenizer
+from cotree.progress import Output
+from cotree.run_folder import read_json, write_json
+from cotree.tasks import task
 
 
 def evaluate(
-    gguf: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[tuple[Task, Question]],
-    samples: Path,
+    model: str,
+    tasks: Sequence[str],
     *,
-    max_tokens: int,
-    examples: bool = False,
-    on_sample: Callable[[int, int, str], None] | None = None,
-) -> list[EvalSample]:
-    """Ask a GGUF every question greedily and judge; `samples` (JSONL) is both output and memory.
-
-    In a conversation the model reads its own replies, their thinking left out; every turn is a sample.
+    max_tokens: int = 1024,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    data: str | Path | None = None,
+    family: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    out: Path | None = None,
+    gguf: str | None = None,
+    base: str = "smollm2-135m-instruct",
+    served: str = "default",
+    tokenizer: str | None = None,
+    chat: bool = False,
+    api_key_env: str | None = None,
+    max_in_flight: int = 16,
+    strategy: str | None = None,
+    value: str | None = None,
+    budget_tokens: int | None = None,
+    output: Output | None = None,
+) -> Evaluation:
+    """Evaluate a model; calling it again resumes.
 
     Args:
-        examples: put the search's worked examples before the question.
-        on_sample: called with (done, wanted, remark) after each.
+        model: the URL of an OpenAI-compatible server, a `.gguf` file, an embedded model's name, or a transformers
+            folder, which is written as GGUF first (its metadata and tokenizer come from `base`).
+        tasks: names as in `cotree tasks`, or own tasks; their test questions are asked.
+        samples: completions a question; more than one need a temperature. The default is one greedy completion.
+        data: where the tasks' rows are, as in `cotree.task`.
+        family: only questions of this family: "3 blocks", "English", "Algebra". limit: the first so many of a task.
+        name: of the model, in tables. out: the folder, by default `runs/evals/NAME`.
+        gguf: F32, F16 or Q8_0; by default a file is served as it is, and everything else as Q8_0.
+        served, tokenizer, chat, api_key_env, max_in_flight: of a server, as `model`, `tokenizer`, `mode: chat`,
+            `api_key_env` and `max_in_flight` of a recipe's model.
+        strategy: decode with search (`mcts`, `vote`, `best_of_n`, `beam`; docs/decoding.md) from its worked examples,
+            for about `budget_tokens` generated tokens a sample; `value` is what it goes by.
+
+    Raises:
+        UsageError: found before any question was asked.
+        CotreeError: work failed after it had started; the same call resumes it.
     """
-    done = {(s.task, s.id, s.turn): s for s in read_samples(samples)}
-    wanted = [
-        (question.task, question.id, turn)
-        for _, question in questions
-        for turn in range(question.turn, question.turn + 1 + len(question.later))
-    ]
-    left = [
-        asked for asked in questions if (asked[1].task, asked[1].id, asked[1].turn + len(asked[1].later)) not in done
-    ]
-    # Family after family, as the search: a slot then has most of the next prompt warm, the worked examples above all.
-    left.sort(key=lambda asked: (asked[1].task, asked[1].family))
-    if left:
-        longest = max(tokens_needed(tokenizer, *asked, max_tokens, examples) for asked in questions)
-        context = max(_ROOM_FOR_PROMPT + max_tokens, longest)
-        slots = max(1, min(_SLOTS, _ROOM // context))
-        with serve(gguf, slots=slots, context=context) as url:
-            asyncio.run(_ask(url, slots, tokenizer, left, samples, done, max_tokens, examples, len(wanted), on_sample))
-    return [done[key] for key in wanted]
+    if samples > 1 and temperature == 0:
+        raise UsageError("greedy samples are all alike: several samples need a temperature, e.g. --temperature 0.8")
+    if gguf is not None and gguf not in get_args(GGUFType):
+        raise UsageError(f"unknown GGUF type `{gguf}`; known: {', '.join(get_args(GGUFType))}")
+    how = Sampling(max_tokens, samples, temperature, top_p, seed, examples=strategy is not None)
+    questions, available = _questions(tasks, data, family, limit)
+    settings: dict[str, Any] = {
+        "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,
+        "seed": seed, "tasks": {t.name: t.prompt_version for t, _ in questions}, "available": available,
+        "data": str(data or ""), "family": family, "limit": limit, "gguf": gguf, "weights": None, "template": None,
+        "served": served, "chat": chat, "strategy": strategy, "value": value, "budget_tokens": budget_tokens,
+    }  # fmt: skip
+    sampler: Callable[[Endpoint, Sampling], Sampler] = plain
+    widest = 1
+    if strategy is not None:
+        search = search_of(how, budget_tokens, value)
+        sampler, widest = searched(strategy, value, search, questions), search.widest
+    elif value is not None or budget_tokens is not None:
+        raise UsageError("--value and --budget-tokens go with a --strategy")
+    reached: AbstractAsyncContextManager[Endpoint]
+    if model.startswith(("http://", "https://")):
+        if tokenizer is None and not chat:
+            raise UsageError(f"give --tokenizer (hub id or folder) for {model}, or --chat: its server renders then")
+        server = Model(
+            url=model, model=served, tokenizer=tokenizer, mode="chat" if chat else "completions",
+            api_key_env=api_key_env, max_in_flight=max_in_flight,
+        )  # fmt: skip
+        asyncio.run(check_servers({"model": server}))
+        if tokenizer is not None and not chat:
+            settings["template"] = _hash(load_tokenizer(tokenizer, chats=False).chat_template)
+        name, reached = name or served, opened_server(server)
+    else:
+        if chat or api_key_env:
+            raise UsageError("--chat and --api-key-env are for servers; an embedded model continues text exactly")
+        file = _local(model, base, gguf)
+        reading = load_tokenizer(tokenizer or file, chats=False)
+        settings |= {"weights": _sha256(file), "template": _hash(reading.chat_template)}
+        check_lengths(file, reading, questions, how, model)
+        name, reached = name or Path(model).stem, embedded(file, reading, questions, how, widest)
+    folder = out or Path("runs") / "evals" / re.sub(r"[^\w.-]+", "_", name)
+    began = _begin(folder, settings)
+
+    output, started, journal = output or Output(), time.monotonic(), folder / JOURNAL
+    before = sum(sample.tokens for sample in read_samples(journal))
+    with spoken_for(), output.progress(name) as update:
+        found = ask(reached, questions, journal, how, strategy=sampler, on_sample=update)
+    seconds = time.monotonic() - started
+    new = sum(sample.tokens for sample in found) - before
+    output.say(f"{len(found)} samples; {new} new tokens in {seconds:.1f} s, {new / seconds:.0f} tokens/s")
+    evaluation = Evaluation(
+        name, outcomes(questions, found), instruction_scores(questions, found), constant_baselines(questions)
+    )
+    path = write_results(folder, evaluation, questions, found, how, settings, began, seconds)
+    output.say(str(path))
+    return evaluation
 
 
-def tokens_needed(
-    tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, max_tokens: int, examples: bool
-) -> int:
-    """The most tokens that a question's last turn can take, prompt and reply, when every reply is `max_tokens` long."""
-    turns, following = 1, question.follow_up("")
-    while following is not None:
-        turns, question, following = turns + 1, following, following.follow_up("")
-    # The server may add a token of beginning.
-    return token_counter(tokenizer)(_prompt(tokenizer, task, question, examples)) + turns * max_tokens + 1
+def _questions(
+    tasks: Sequence[str], data: str | Path | None, family: str | None, limit: int | None
+) -> tuple[list[Asked], dict[str, int]]:
+    """What to ask, and how many test questions each task has in all."""
+    asked: list[Asked] = []
+    available = {}
+    for name in tasks:
+        kind = task(name, data)
+        there = kind.questions("test")
+        chosen = [question for question in there if family in (None, question.family)]
+        if not chosen:
+            families = ", ".join(sorted({question.family for question in there}))
+            raise UsageError(f"{kind.name} has no questions of family `{family}`; its families: {families}")
+        if limit is not None and limit > len(chosen):
+            raise UsageError(f"{kind.name} has {len(chosen)} such questions, not {limit}; lower the limit")
+        available[kind.name] = len(there)
+        asked += [(kind, question) for question in chosen[:limit]]
+    if not asked:
+        raise UsageError("name a task to evaluate on, e.g. --task gsm8k; `cotree tasks` lists them")
+    check_distinct(asked, "test")
+    return asked, available
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, examples: bool) -> str:
-    shown = example_messages(task.worked_examples(question), task.answer_form) if examples else []
-    return render(tokenizer, [*shown, *question.messages])
+def _local(model: str, base: str, kind: str | None) -> Path:
+    """The GGUF to serve."""
+    path, wanted = Path(model), kind or "Q8_0"
+    if path.is_dir():
+        return _exported(path, locate(base), wanted)
+    if path.parent != Path(".") and ":" not in model and not path.is_file():
+        raise UsageError(f"nothing at {model}; give a server's URL, a .gguf, a transformers folder or an embedded name")
+    found = locate(model)
+    return found if kind is None and path.is_file() else at_type(found, wanted)  # type: ignore[arg-type]
 
 
-async def _ask(
-    url: str,
-    slots: int,
-    tokenizer: PreTrainedTokenizerBase,
-    left: Sequence[tuple[Task, Question]],
-    samples: Path,
-    done: dict[tuple[str, str, int], EvalSample],
-    max_tokens: int,
-    examples: bool,
-    wanted: int,
-    on_sample: Callable[[int, int, str], None] | None,
-) -> None:
-    async with Client(
-        "student", url, "default", max_in_flight=slots, count_tokens=token_counter(tokenizer), timeout=600.0
-    ) as client:
+def _exported(folder: Path, base: Path, kind: str) -> Path:
+    """A transformers folder as GGUF, made once for its weights and kept in the cache folder."""
+    from cotree.train.export_gguf import export_gguf
 
-        async def one(task: Task, question: Question) -> EvalSample:
-            prompt = _prompt(tokenizer, task, question, examples)
-            completion = await client.complete(Request(prompt, 1, max_tokens, 0.0, 1.0, 0, ()))
-            choice = completion.choices[0]
-            verdict = await task.judge_async(question, choice.text, choice.finish_reason)
-            sample = EvalSample(
-                task.name, question.id, choice.text, choice.finish_reason, choice.tokens, completion.prompt_tokens,
-                verdict.kind, verdict.answer, question.gold, question.turn,
-            )  # fmt: skip
-            append_line(samples, asdict(sample))
-            done[question.task, question.id, question.turn] = sample
-            if on_sample is not None:
-                on_sample(len(done), wanted, "")
-            return sample
-
-        async def converse(task: Task, question: Question) -> None:
-            following: Question | None = question
-            while following is not None:
-                sample = done.get((following.task, following.id, following.turn)) or await one(task, following)
-                following = following.follow_up(spoken(sample.response))
-
-        async with asyncio.TaskGroup() as group:
-            for task, question in left:
-                group.create_task(converse(task, question))
-
-
-def constant_baselines(questions: Sequence[tuple[Task, Question]]) -> list[dict[str, Any]]:
-    """For each task what the best constant answer scores on the first turns; a free text has no such answer."""
-    golds: dict[str, list[str]] = {}
-    for task, question in questions:
-        if task.answer_form != "text":
-            golds.setdefault(task.name, []).append(question.gold)
-    best = {name: constant_baseline(found) for name, found in golds.items()}
-    return [{"task": name, "answer": answer, "accuracy": accuracy} for name, (answer, accuracy) in best.items()]
-
-
-def read_samples(path: Path) -> list[EvalSample]:
-    """The samples of a file; a last line that a kill cut in half is dropped from the file."""
-    if not path.is_file():
-        return []
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return [EvalSample(**json.loads(line)) for line in whole.split(b"\n") if line]
-
-
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for needed in ("config.json", "model.safetensors"):
+        if not (folder / needed).is_file():
+            raise UsageError(f"{folder} has no {needed}: it is no transformers folder with its weights in one file")
+    weights = hashlib.sha256(f"{_sha256(folder / 'model.safetensors')} {_sha256(base)}".encode()).hexdigest()
+    file = cache_folder() / f"{folder.name}-{weights[:12]}-{kind}.gguf"
+    if not file.is_file():
         try:
-            before = os.fstat(descriptor).st_size
-            line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
-            # A nearly full disk takes a part and says so only by the count.
-            if os.write(descriptor, line) < len(line):
-                os.ftruncate(descriptor, before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        fix = "free some space, then re-run the same command to resume"
-        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
+            export_gguf(folder, base, file, kind)  # type: ignore[arg-type]
+        except UsageError as error:
+            raise UsageError(f"{error}; --base names the GGUF that it was trained from") from None
+    return file
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> datetime:
+    """When the evaluation in this folder began: now, if there is none."""
+    path = folder / "settings.json"
+    known = read_json(path)
+    if known is None:
+        known = {"began": datetime.now().isoformat(), **settings}
+        write_json(path, known)
+    changed = [key for key in settings if known.get(key) != settings[key]]
+    if changed:
+        fix = "repeat them to resume it, or choose another --out or --name"
+        raise UsageError(f"{folder} holds an evaluation with other settings ({', '.join(changed)}); {fix}")
+    return datetime.fromisoformat(known["began"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(template: object) -> str | None:
+    return hashlib.sha256(str(template).encode()).hexdigest() if template else None

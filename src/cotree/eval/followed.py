@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
-from cotree.eval.evaluate import EvalSample
+from cotree.eval.journal import EvalSample
 from cotree.tasks import Question, Task
 from cotree.tasks.instructions import if_scores, instruction_results
 
@@ -17,16 +18,19 @@ from cotree.tasks.instructions import if_scores, instruction_results
 def instruction_scores(
     questions: Sequence[tuple[Task, Question]], samples: Sequence[EvalSample]
 ) -> list[dict[str, Any]]:
-    """The rows of `instructions.if_scores` for each task that has instructions, with the task's name."""
+    """The rows of `instructions.if_scores` for each task that has instructions, with the task's name and the ratio of
+    no-answer outputs."""
     asked = {key: question for _, first in questions for key, question in _turns(first).items()}
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(sample.task for sample in samples):
         found = [
-            instruction_results(asked[name, sample.id, sample.turn], sample.response, sample.finish_reason)
-            for sample in samples
-            if sample.task == name and "instructions" in asked[name, sample.id, sample.turn].spec
+            (instruction_results(asked[name, s.id, s.turn], s.response, s.finish_reason), s.kind == "no_answer")
+            for s in samples
+            if s.task == name and "instructions" in asked[name, s.id, s.turn].spec
         ]
-        rows += [{"task": name, **asdict(score)} for score in if_scores(found)]
+        for score in if_scores(result for result, _ in found):
+            none = [none for r, none in found if r.group == score.group and score.turn in (None, r.turn)]
+            rows.append({"task": name, **asdict(score), "no_answer": fmean(none)})
     return rows
 
 

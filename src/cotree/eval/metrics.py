@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal, TypedDict
 
+_FEWEST_TREES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), and the
-    answer that was extracted."""
+    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), the
+    answer that was extracted, and whether a text without one is a loop (`diagnosis`)."""
 
     kind: Literal["correct", "wrong", "no_answer"]
     tokens: int
     finish_reason: str
     answer: str | None = None
+    loop: bool = False
 
 
 class Metrics(TypedDict):
@@ -37,6 +40,7 @@ class Metrics(TypedDict):
     low: float
     high: float
     no_answer: float
+    loop: float
     truncated: float
     finished_without_answer: float
     accuracy_answered: float | None
@@ -48,14 +52,16 @@ class Metrics(TypedDict):
 def summarize(samples: Sequence[Sample]) -> Metrics:
     """The table row of greedy samples, one a question (paper, Experiments: accuracy and ratio of no-answer outputs).
 
-    `low` and `high` are the 95% Wilson interval of `accuracy`. `no_answer` is `truncated` (no answer, cut by
-    max_tokens) plus `finished_without_answer`. Raises ValueError for no samples.
+    `low` and `high` are the 95% Wilson interval of `accuracy`. `no_answer` is `loop` (no answer, and the text repeats
+    itself) plus `truncated` (no loop, cut by max_tokens) plus `finished_without_answer`. Raises ValueError for no
+    samples.
     """
     if not samples:
         raise ValueError("no samples to summarize")
     n = len(samples)
     kinds = Counter(sample.kind for sample in samples)
-    cut = sum(sample.kind == "no_answer" and sample.finish_reason == "length" for sample in samples)
+    loops = sum(sample.kind == "no_answer" and sample.loop for sample in samples)
+    cut = sum(s.kind == "no_answer" and s.finish_reason == "length" and not s.loop for s in samples)
     low, high = wilson(kinds["correct"], n)
     answered = n - kinds["no_answer"]
     answers = [sample.answer for sample in samples if sample.answer is not None]
@@ -66,8 +72,9 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
         low=low,
         high=high,
         no_answer=kinds["no_answer"] / n,
+        loop=loops / n,
         truncated=cut / n,
-        finished_without_answer=(kinds["no_answer"] - cut) / n,
+        finished_without_answer=(kinds["no_answer"] - cut - loops) / n,
         accuracy_answered=kinds["correct"] / answered if answered else None,
         mean_tokens=sum(sample.tokens for sample in samples) / n,
         commonest=commonest,
@@ -75,8 +82,10 @@ def summarize(samples: Sequence[Sample]) -> Metrics:
     )
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval of a proportion (Wilson 1927), without continuity correction.
+
+    The successes of questions that were sampled several times are the sum of their shares.
 
     Unlike p +- z·se it stays inside [0, 1] and has a width at 0 and at n successes. With z the normal quantile:
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
@@ -96,14 +105,66 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return low, high
 
 
+def clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean over questions that were sampled several times each.
+
+    The bootstrap's over whole questions, because samples of one question resemble each other; where that is narrower
+    than Wilson's interval of as many single answers, the latter: a bootstrap of nothing but zeros is [0, 0] and proves
+    nothing.
+    """
+    low, high = bootstrap_interval(shares)
+    least, most = wilson(min(sum(shares), len(shares)), len(shares))
+    return min(low, least), max(high, most)
+
+
+def bootstrap_interval(values: Sequence[float], *, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of a mean, by percentiles of the means of `draws` seeded samples with replacement."""
+    import numpy as np
+
+    rng, found = np.random.default_rng(seed), np.array(values)
+    # Draw by draw, so that a thousand questions need no matrix of two million.
+    means = [found[rng.integers(0, len(found), len(found))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of "one of k samples is correct" from n samples with c correct (Chen et al. 2021).
 
     1 - C(n-c, k) / C(n, k): the share of k-subsets of the n samples that hold a correct one. The paper's Test@k.
+
+    Raises:
+        TypeError: for a tree, whose answers share thoughts and are no independent samples.
     """
+    if isinstance(n, TreeAnswers):
+        raise TypeError("pass@k needs independent samples and a tree's leaves are none: use tree_test_at_k")
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} is not defined for {c} correct of {n} samples")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeAnswers:
+    """What one tree answered, in its order: whether each answer is correct. `tokens`: generated for the whole tree."""
+
+    correct: tuple[bool, ...]
+    tokens: int
+
+
+def tree_test_at_k(trees: Sequence[TreeAnswers], k: int) -> tuple[float, float]:
+    """Test@k of search on one question: the share of its trees with a correct one among their first k answers, and the
+    mean tokens of a tree.
+
+    A tree is one draw, so the mean is over whole trees, each grown with a seed of its own; one that gave fewer than k
+    answers counts with those.
+
+    Raises:
+        ValueError: fewer than four trees, or k < 1.
+    """
+    if len(trees) < _FEWEST_TREES or k < 1:
+        raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {_FEWEST_TREES} trees")
+    found = sum(any(tree.correct[:k]) for tree in trees)
+    return found / len(trees), sum(tree.tokens for tree in trees) / len(trees)
 
 
 def minimum_detectable_difference(

@@ -12,30 +12,35 @@ from pathlib import Path
 from typing import Any
 
 from cotree.data.files import read_rows
+from cotree.data.gates import main_script
 from cotree.errors import UsageError
 from cotree.eval.diagnosis import Diagnosis, diagnose
+from cotree.eval.journal import JOURNAL
+from cotree.tasks.loading import HUB_ID
 
 _FLAGS = ("loop", "over_reflection", "instruction_failure", "no_answer")
 _TEXTS = ("completion", "response", "text", "output", "chosen", "solution")
 _SOURCES = ("source", "task", "model", "benchmark")
 
 
-def diagnose_file(path: Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
-    """Lines of a report over a Parquet or JSON-lines file.
+def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
+    """Lines of a report over a Parquet or JSON-lines file, a data set on the hub, an evaluation or a whole run.
 
     field: the column that holds the text (a string, or messages whose last is read); by default the first that a row
         has of completion, response, text, output, chosen, solution, messages, conversations.
 
     Raises:
-        UsageError: there is no such file, or a row has no text.
+        UsageError: there is nothing of that name, or a row has no text.
     """
     counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     worst: list[tuple[int, float, int, Diagnosis, str]] = []
-    for index, row in enumerate(read_rows(path)):
-        text = _text(row, field, f"{path}: row {index}")
+    for index, (file, row) in enumerate(_rows(where)):
+        text = _text(row, field, f"{where}: row {index}")
         found = diagnose(text, finish_reason=str(row.get("finish_reason") or "stop"), answered=_answered(row))
-        source = next((str(row[name]) for name in _SOURCES if isinstance(row.get(name), str)), path.stem)
-        group = counts[source, str(row.get("language") or "-")]
+        source = next((str(row[name]) for name in _SOURCES if isinstance(row.get(name), str)), file)
+        if Path(where).is_dir():  # several models or data sets
+            source = f"{file}: {source}"
+        group = counts[source, str(row.get("language") or main_script(text))]
         group.update(["rows"], characters=len(text))
         group.update(flag for flag in _FLAGS if getattr(found, flag))
         badness = (sum(getattr(found, flag) for flag in _FLAGS), found.evidence["duplicate_4grams"], -index)
@@ -50,6 +55,29 @@ def diagnose_file(path: Path, field: str | None = None, shown: int = 3) -> Itera
         if flags:
             named = ", ".join(flag for flag in _FLAGS if getattr(found, flag))
             yield f"\nrow {-negative}: {named}; {len(text)} characters, ends: ...{text[-160:]!r}"
+
+
+def _rows(where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows, each with the name of what it stands in."""
+    path = Path(where)
+    if path.is_dir():
+        files = sorted([*path.glob(JOURNAL), *path.glob("eval/samples_*.jsonl"), *path.glob("data/*/train.parquet")])
+        if not files:
+            raise UsageError(f"{path} is neither a run nor an evaluation; name a file in it")
+        for file in files:
+            name = file.parent.name if file.suffix == ".parquet" else file.stem.removeprefix("samples_")
+            yield from ((name, row) for row in read_rows(file))
+    elif not path.exists() and HUB_ID.fullmatch(str(where)) and not path.suffix:
+        from datasets import load_dataset
+
+        try:
+            splits = load_dataset(str(where), streaming=True)
+            yield from ((f"{where}/{split}", row) for split, rows in splits.items() for row in rows)
+        except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UsageError(f"cannot load {where} from the hub: {reason}") from None
+    else:
+        yield from ((path.stem, row) for row in read_rows(path))
 
 
 def _text(row: dict[str, Any], field: str | None, where: str) -> str:

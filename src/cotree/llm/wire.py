@@ -30,7 +30,7 @@ class Request:
 
     With `messages` ((role, content) pairs) the server renders the conversation, and `prompt` is how its assistant's
     turn begins ("": it has not begun). With `scores` nothing is written: the conversation's steps are scored, and the
-    one choice's text is the JSON list of the scores.
+    one choice's text is the JSON list of the scores. `logprobs` asks what each token's probability was.
     """
 
     prompt: str
@@ -42,12 +42,15 @@ class Request:
     stop: tuple[str, ...]
     messages: tuple[tuple[str, str], ...] = ()
     scores: bool = False
+    logprobs: bool = False
 
     def key(self, model: str) -> bytes:
         """The sha256 of the fields and the model's name: equal requests to equal models have equal keys."""
         # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
         numbers = (int(self.n), int(self.max_tokens), float(self.temperature) + 0.0, float(self.top_p) + 0.0)
-        head = json.dumps([model, *numbers, int(self.seed), self.stop, self.messages, self.scores], allow_nan=False)
+        fields = [model, *numbers, int(self.seed), self.stop, self.messages, self.scores]
+        # A field more would rename every completion that journals hold.
+        head = json.dumps([*fields, "logprobs"] if self.logprobs else fields, allow_nan=False)
         # The prompt is the long part, and goes in as it is: a line end cannot stand in the JSON before it.
         return hashlib.sha256(f"{head}\n{self.prompt}".encode("utf-8", "surrogatepass")).digest()
 
@@ -74,6 +77,8 @@ class Request:
             "seed": self.seed,
             "stop": self.stop or None,  # some servers refuse an empty list
         }
+        if self.logprobs:
+            body |= {"logprobs": True, "top_logprobs": 1} if self.messages else {"logprobs": 1}
         return json.dumps(body).encode()
 
     def prompt_text(self) -> str:
@@ -83,11 +88,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One sample. `text` is without the stop string; `tokens` counts what was generated, the stop token included."""
+    """One sample. `text` is without the stop string; `tokens` counts what was generated, the stop token included.
+
+    `logprob` is the mean of its tokens' log-probabilities (some servers leave the stop token out), None where it was
+    not asked for.
+    """
 
     text: str
     finish_reason: Literal["stop", "length"]
     tokens: int
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +118,9 @@ class Completion:
     def to_json(self) -> str:
         """One line for the journal."""
         line = {
-            "choices": [[c.text, c.finish_reason, c.tokens] for c in self.choices],
+            "choices": [
+                [v for v in (c.text, c.finish_reason, c.tokens, c.logprob) if v is not None] for c in self.choices
+            ],
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
@@ -195,9 +207,15 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
             problem = "the server keeps the reasoning apart from the text; start it without a reasoning parser"
             lasting = True
             break
+        logprobs = _logprobs(entry) if request.logprobs else None
+        if request.logprobs and logprobs is None:
+            problem = "the server gives no log-probabilities; use another value than likelihood"
+            lasting = True
+            break
         # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
         tokens = reported if request.n == 1 else 0
-        choices.append(Choice(text, finish, tokens or count_tokens(text) + (finish == "stop")))
+        logprob = None if logprobs is None else sum(logprobs) / max(len(logprobs), 1)
+        choices.append(Choice(text, finish, tokens or count_tokens(text) + (finish == "stop"), logprob))
     if not problem and len(choices) < request.n:
         problem = f"{len(choices)} choices came back for n={request.n}"
     completion_tokens = max(reported, sum(choice.tokens for choice in choices))
@@ -232,6 +250,16 @@ def _text(entry: dict[str, Any], request: Request) -> str | None:
         return None
     # Half of a surrogate pair is valid JSON, but no file or database takes it.
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _logprobs(entry: dict[str, Any]) -> list[float] | None:
+    """Each token's log-probability: in a list (vLLM's completions) or one entry a token (chat, and llama.cpp)."""
+    try:
+        given = entry["logprobs"]
+        found = given.get("token_logprobs")
+        return [float(p) for p in (found or (token["logprob"] for token in given["content"]))]
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return None
 
 
 def _reasoning(entry: dict[str, Any]) -> bool:

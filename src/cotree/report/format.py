@@ -22,10 +22,10 @@ def interval(row: EvalRow) -> str:
     return f"{percent(row.low)}–{percent(row.high)}"
 
 
-def paper_form(row: EvalRow) -> str:
+def paper_form(accuracy: float, no_answer: float) -> str:
     """A cell of the paper's tables, "87.4 (0.23%)": accuracy, and the ratio of no-answer outputs in parentheses."""
-    ratio = f"{100 * row.no_answer:.2f}".rstrip("0").rstrip(".")
-    return f"{percent(row.accuracy)} ({ratio}%)"
+    ratio = f"{100 * no_answer:.2f}".rstrip("0").rstrip(".")
+    return f"{percent(accuracy)} ({ratio}%)"
 
 
 def number(value: float | None) -> str:

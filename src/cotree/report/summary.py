@@ -44,6 +44,7 @@ class EvalRow(Part):
     low: float = Field(ge=0, le=1)
     high: float = Field(ge=0, le=1)
     no_answer: float = Field(ge=0, le=1)
+    loop: float | None = None
     truncated: float | None = None
     finished_without_answer: float | None = None
     accuracy_answered: float | None = None

@@ -1,4 +1,4 @@
-"""The evaluation table and the lines under it, for the terminal and for Markdown.
+"""The evaluation table of a run and the lines under it, for the terminal (`eval/tables.py` has the other forms).
 
 Invariant: every number shown is in summary.json; nothing is computed here but percents, differences and rates.
 """
@@ -15,8 +15,7 @@ from cotree.report.summary import MODELS, Summary
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEAD = ("task", "model", "accuracy %", "95% interval", "no answer %", "cut off %", "if answered %", "tokens", "n")
-LEFT = ("task", "model")
+HEAD = ("model", "accuracy %", "95% interval", "no answer %", "cut off %", "if answered %", "tokens", "n")
 
 
 def eval_table(summary: Summary | Mapping[str, Any]) -> Table:
@@ -30,7 +29,7 @@ def eval_table(summary: Summary | Mapping[str, Any]) -> Table:
         box=box.SIMPLE_HEAD, caption=_note(summary), caption_justify="left", show_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column("model", min_width=max(map(len, MODELS)), vertical="bottom")
-    for head in HEAD[2:]:
+    for head in HEAD[1:]:
         table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
     for task, rows in _rows(summary):
         # Text, so that brackets in a name are no markup.
@@ -39,15 +38,6 @@ def eval_table(summary: Summary | Mapping[str, Any]) -> Table:
             table.add_row(*(Text(cell) for cell in cells))
         table.add_section()
     return table
-
-
-def eval_table_text(summary: Summary | Mapping[str, Any]) -> str:
-    """The same table in Markdown, with its note below; ends in a newline."""
-    summary = Summary.model_validate(summary)
-    lines = [_line(HEAD), "|" + "|".join("---" if head in LEFT else "---:" for head in HEAD) + "|"]
-    for task, rows in _rows(summary):
-        lines += [_line((task, *cells)) for cells in rows]
-    return "\n".join([*lines, "", _note(summary)]) + "\n"
 
 
 def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
@@ -148,10 +138,6 @@ def _note(summary: Summary) -> str:
         return ""
     return (
         f"{summary.questions}, greedy, max_tokens {', '.join(map(str, limits))}; "
-        "cut off: no answer because max_tokens came first"
+        "cut off: no answer, not in a loop, because max_tokens came first"
         + "".join(f"; on {row.task} {row.constant}" for row in summary.eval if row.constant)
     )
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

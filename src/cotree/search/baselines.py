@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cotree.config import Role, Search
 from cotree.eval.metrics import wilson
-from cotree.llm.client import Request
+from cotree.llm.client import Choice
 from cotree.search.calls import Calls
 from cotree.search.driver import Grower
-from cotree.search.growth import patterns_of, prefixes_of, writers_of
-from cotree.search.prompts import search_messages
+from cotree.search.growth import Growth, patterns_of
 from cotree.search.thoughts import draw, prefix_of
 from cotree.store import StoredTree
 from cotree.tasks import Question, Task
@@ -80,51 +79,66 @@ async def best_of_n(
     return [tasks[i].result() for i in range(len(asked))]
 
 
-async def _sample(
-    calls: Calls, roles: Mapping[str, Role], settings: Search, task: Task, question: Question, tree: StoredTree
-) -> Found:
-    first = next(iter(patterns_of(settings)[tree.pattern]["root"]))
-    writers = writers_of(first, roles)
-    prefixes = prefixes_of(settings, task.answer_form)
-    free_text = task.answer_form == "text"
-    budget = tree.completion_tokens
-    tokens = uncached = rounds = samples = 0
+async def whole_chains(
+    growth: Growth, budget: int | None, most: int | None = None
+) -> AsyncIterator[list[tuple[str, Choice]]]:
+    """Independent whole chains, a request at a time: as many as come nearest to `budget` generated tokens, or `most`.
+
+    They begin as the tree does: with its worked examples, first prefix, thinker and sampling.
+    """
+    first = next(iter(patterns_of(growth.settings)[growth.pattern]["root"]))
+    free_text = growth.task.answer_form == "text"
+    tokens = rounds = samples = 0
     n = 1
-    chains: dict[str, str] = {}
-    answers: list[tuple[str, bool]] = []
     while n > 0:
-        seed = f"best_of_n/{tree.tree_id}/{rounds}"
-        writer = writers[draw(f"writer:{seed}", len(writers))]
-        prompt = calls.endpoints[writer.model].begin(search_messages(task, question))
-        prefix = prefix_of(first, seed, prefixes)
-        request = Request(
-            prompt=prompt.text + prefix,
+        key = f"best_of_n/{growth.tree_id}/{rounds}"
+        writer, prefix = growth.writer(first, key), prefix_of(first, key, growth.search.prefixes)
+        completion = await growth.ask(
+            writer,
+            growth.prompt(writer.model),
+            prefix,
             n=n,
-            max_tokens=settings.max_thought_tokens * 4,
-            temperature=settings.temperature if writer.temperature is None else writer.temperature,
-            top_p=settings.top_p if writer.top_p is None else writer.top_p,
-            seed=draw(f"request:{seed}", 2**31),
+            max_tokens=growth.settings.max_thought_tokens * 4,
+            seed=draw(f"request:{key}", 2**31),
             stop=() if free_text else ("}\n",),
-            messages=prompt.messages,
+            logprobs=growth.judge.logprobs,
         )
-        completion = await calls.complete(writer.model, request, tree.tree_id)
         rounds += 1
-        uncached += completion.prompt_tokens - completion.cached_tokens
+        chains = []
         for choice in completion.choices:
-            samples += 1
             # Some servers withhold a text; the budget must end even if they withhold all of them.
             tokens += max(choice.tokens, 1)
             text = f"{prefix}{choice.text}"
             # The stop string took the box's brace with it.
             if not free_text and choice.finish_reason == "stop" and text.count("{") > text.count("}"):
                 text += "}"
+            chains.append((text, choice))
+        yield chains
+        samples += len(chains)
+        left = growth.settings.widest if most is None else most - samples
+        n = min(growth.settings.widest, left, left if budget is None else affordable(budget, tokens, samples))
+
+
+def affordable(budget: int, spent: int, count: int) -> int:
+    """How many more of what `count` took `spent` tokens for come nearest to the budget."""
+    return round((budget - spent) * count / max(spent, 1))
+
+
+async def _sample(
+    calls: Calls, roles: Mapping[str, Role], settings: Search, task: Task, question: Question, tree: StoredTree
+) -> Found:
+    growth = Growth(task, question, tree.tree_id, calls, roles, settings, 0)
+    tokens = 0
+    chains: dict[str, str] = {}
+    answers: list[tuple[str, bool]] = []
+    async for written in whole_chains(growth, tree.completion_tokens):
+        for text, choice in written:
+            tokens += max(choice.tokens, 1)
             verdict = await task.judge_async(question, text, choice.finish_reason)
             if verdict.answer is not None:
                 chains[text] = verdict.kind
                 answers.append((verdict.answer, verdict.kind == "correct"))
-        # As many more as come nearest to the budget, by the mean of those so far.
-        n = min(settings.widest, round((budget - tokens) * samples / max(tokens, 1)))
-    return _found(chains, answers, tokens, uncached)
+    return _found(chains, answers, tokens, growth.spent.prompt_tokens - growth.spent.cached_tokens)
 
 
 def of_tree(tree: StoredTree) -> Found:

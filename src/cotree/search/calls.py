@@ -38,9 +38,9 @@ class Progress:
 
 
 class Calls:
-    """The models of a search behind its journal."""
+    """The models of a search behind its journal. Without a store nothing is kept."""
 
-    def __init__(self, store: TreeStore, endpoints: Mapping[str, Endpoint], progress: Progress) -> None:
+    def __init__(self, store: TreeStore | None, endpoints: Mapping[str, Endpoint], progress: Progress) -> None:
         self.store, self.endpoints, self.progress = store, endpoints, progress
         self._arrived: list[tuple[Call, asyncio.Future[None]]] = []
 
@@ -48,7 +48,7 @@ class Calls:
         """The completion of a request. Requests of one tree go to one server, where its prompts are warm."""
         endpoint = self.endpoints[model]
         key = request.key(endpoint.identity)
-        recalled = self.store.recall(key)
+        recalled = None if self.store is None else self.store.recall(key)
         if recalled is not None:
             self.progress.recalled += 1
             return Completion.from_json(recalled)
@@ -61,6 +61,8 @@ class Calls:
 
     async def _commit(self, call: Call) -> None:
         """Return when the call is in the journal. What arrives in one turn of the event loop is one transaction."""
+        if self.store is None:
+            return
         loop = asyncio.get_running_loop()
         if not self._arrived:
             loop.call_soon(self._commit_arrived)
@@ -71,6 +73,7 @@ class Calls:
     def _commit_arrived(self) -> None:
         arrived, self._arrived = self._arrived, []
         failure: Exception | None = None
+        assert self.store is not None
         try:
             self.store.journal([call for call, _ in arrived])
         except Exception as error:  # noqa: BLE001 - those who wait raise it; unraised here, they would wait for ever

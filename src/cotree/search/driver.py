@@ -15,7 +15,7 @@ from cotree.config import Role, Search
 from cotree.errors import UsageError
 from cotree.llm.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
-from cotree.search.growth import Growth, patterns_of, prefixes_of
+from cotree.search.growth import Growth, Verified, patterns_of, prefixes_of
 from cotree.search.reward import check_reward
 from cotree.store import Call, StoredTree, TreeStore
 from cotree.tasks import Question, Task
@@ -54,7 +54,7 @@ class Grower:
         self.config = config_hash(settings, roles, {name: e.identity for name, e in endpoints.items()}, seed)
         self.progress = Progress()
         self.calls = Calls(store, endpoints, self.progress)
-        self._reward = check_reward(settings.reward)
+        self._judge = Verified(check_reward(settings.reward))
 
     def grown(self, questions: Sequence[Asked]) -> list[tuple[Task, Question, StoredTree]]:
         """Every question, later turns included, with its stored tree."""
@@ -149,7 +149,7 @@ class Grower:
             self.roles,
             self.settings,
             self.seed,
-            self._reward,
+            self._judge,
         )
 
     def _could_use_more(self, growth: Growth) -> bool:

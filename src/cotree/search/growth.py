@@ -1,5 +1,7 @@
 """One question's tree while it grows: what the search wants is asked of the models, what comes is judged and told.
 
+Who judges is a part: `Verified` is the search's own, decoding brings one that has no gold (`decode.WithoutGold`).
+
 Invariant: rounds are serial and a round's rollouts are told in the order in which they were asked, so which text stands
 where does not depend on latency or on how many trees grow at once. A round that fails leaves no trace in the tree.
 """
@@ -11,13 +13,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from cotree.config import Reward, Role, Search, Writer
 from cotree.config import Thought as ThoughtSettings
-from cotree.llm.client import Completion, Request
+from cotree.llm.client import Choice, Completion, Request
 from cotree.llm.endpoints import Prompt
 from cotree.search.calls import Calls
-from cotree.search.mcts import Rollout, Thought, TreeSearch, Wanted
+from cotree.search.mcts import Node, Rollout, Thought, TreeSearch, Wanted
 from cotree.search.prompts import (
     THOUGHT_STOPS,
     chain_text,
@@ -84,6 +87,41 @@ def prefixes_of(settings: Search, form: AnswerForm = "boxed") -> dict[str, tuple
     return {**PREFIXES, **own, **({"answer": (ANSWERS[form].prefix,)} if form == "text" else {})}
 
 
+class Judge(Protocol):
+    """What an answer is worth, and which answers are doubted. `logprobs`: it needs the tokens' probabilities."""
+
+    logprobs: bool
+
+    async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
+        """The verdict, None where nobody can know it, and the reward of an answer that ends its chain.
+
+        Its `path` seeds what is asked about it.
+        """
+
+    async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
+        """After a round that brought these leaves: the answers that earn a reflection."""
+
+
+class Verified:
+    """The task's verifier, and the recipe's reward where it has one. A wrong answer is doubted."""
+
+    logprobs = False
+
+    def __init__(self, function: RewardFunction | None = None) -> None:
+        self.function = function
+
+    async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict, float]:
+        """The verifier's verdict; its reward, or the recipe's for an answer."""
+        verdict = await growth.task.judge_async(growth.question, answer.text)
+        if growth.settings.reward is None or verdict.kind == "no_answer":
+            return verdict, verdict.reward
+        return verdict, await growth.reward(answer, verdict, self.function)
+
+    async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
+        """The wrong ones of the round."""
+        return [leaf for leaf in new if leaf.verdict is not None and leaf.verdict.kind == "wrong"]
+
+
 class Growth:
     """The tree of one question: `run` grows it until its budget or a stop condition ends it."""
 
@@ -96,10 +134,10 @@ class Growth:
         roles: Mapping[str, Role],
         settings: Search,
         seed: int,
-        reward: RewardFunction | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.task, self.question, self.tree_id = task, question, tree_id
-        self.calls, self.roles, self.settings, self.reward = calls, roles, settings, reward
+        self.calls, self.roles, self.settings, self.judge = calls, roles, settings, judge or Verified()
         patterns = patterns_of(settings)
         self.pattern = settings.patterns[draw(f"pattern/{tree_id}", len(settings.patterns))]
         self.search = TreeSearch(
@@ -121,7 +159,7 @@ class Growth:
         """Rounds until the search is done."""
         started = time.monotonic()
         while not self.search.done:
-            await self._round()
+            await self.round()
             seconds = time.monotonic() - started
             self.stopped = self.tally.reason(self.settings.stop, self.spent.completion_tokens, seconds)
             if self.stopped is not None:
@@ -131,7 +169,8 @@ class Growth:
         """More rollouts than the recipe's, for `run` to spend."""
         self.search.extend(rollouts)
 
-    async def _round(self) -> None:
+    async def round(self) -> None:
+        """Up to `leaves_per_round` rollouts at once, told in the order in which they were asked."""
         rollouts = self.search.ask(self.settings.leaves_per_round)
         try:
             if len(rollouts) == 1:
@@ -144,51 +183,67 @@ class Growth:
             for rollout in rollouts:
                 self.search.fail(rollout)
             raise
-        progress = self.calls.progress
+        progress, leaves = self.calls.progress, list[Node]()
         for rollout in rollouts:
             self.search.tell(rollout)
             progress.thoughts += len(rollout.written)
-            for node in rollout.written:
-                if node.verdict is not None:
-                    self.tally.add(node)
-                    progress.verdicts[node.verdict.kind] += 1
+            leaves += [node for node in rollout.written if node.reward is not None]
+        for leaf in leaves:
+            self.tally.add(leaf)
+            if leaf.verdict is not None:
+                progress.verdicts[leaf.verdict.kind] += 1
+        for doubted in await self.judge.doubts(self, leaves):
+            self.search.reflect(doubted)
 
     async def _roll(self, rollout: Rollout) -> None:
         """Write one rollout's thoughts until it has reached a judged leaf."""
         while (wanted := rollout.wanted) is not None:
-            how = self.settings.thoughts.get(wanted.kind, _AS_SHIPPED)
-            if how.text is not None:
-                rollout.feed([Thought(how.text.strip(), 0, "stop", None)], "", 0, 0.0)
-                continue
-            writer = self._writer(wanted)
-            seed = draw(f"request:{wanted.seed_key}", 2**31)
-            completion = await self._ask(
-                writer,
-                self._prompt(writer.model),
-                continuation(wanted.node, wanted.prefix),
-                n=wanted.n,
-                max_tokens=how.max_tokens or self.settings.max_thought_tokens,
-                seed=seed,
-                stop=ANSWERS[self.task.answer_form].stops if wanted.kind == "answer" else THOUGHT_STOPS,
-            )
-            thoughts = [
-                await self._thought(wanted, how, choice.text, choice.tokens, choice.finish_reason)
-                for choice in completion.choices
-            ]
-            rollout.feed(thoughts, writer.model, seed, completion.seconds)
+            rollout.feed(*await self.write(wanted))
 
-    def _writer(self, wanted: Wanted) -> Writer:
-        writers = writers_of(wanted.kind, self.roles)
-        return writers[draw(f"writer:{wanted.seed_key}", len(writers)) if len(writers) > 1 else 0]
+    async def write(self, wanted: Wanted) -> tuple[list[Thought], str, int, float]:
+        """The thoughts that are wanted, judged where they end a chain; the model that wrote, its seed and seconds."""
+        how = self.settings.thoughts.get(wanted.kind, _AS_SHIPPED)
+        if how.text is not None:
+            return [Thought(how.text.strip(), 0, "stop", None)], "", 0, 0.0
+        writer = self.writer(wanted.kind, wanted.seed_key)
+        seed = draw(f"request:{wanted.seed_key}", 2**31)
+        completion = await self.ask(
+            writer,
+            self.prompt(writer.model),
+            continuation(wanted.node, wanted.prefix),
+            n=wanted.n,
+            max_tokens=how.max_tokens or self.settings.max_thought_tokens,
+            seed=seed,
+            stop=ANSWERS[self.task.answer_form].stops if wanted.kind == "answer" else THOUGHT_STOPS,
+            logprobs=self.judge.logprobs,
+        )
+        thoughts = [await self._thought(wanted, how, choice) for choice in completion.choices]
+        return thoughts, writer.model, seed, completion.seconds
 
-    def _prompt(self, model: str) -> Prompt:
+    def writer(self, kind: str, key: str) -> Writer:
+        """Who writes a thought type; of several one is drawn by the key."""
+        writers = writers_of(kind, self.roles)
+        return writers[draw(f"writer:{key}", len(writers)) if len(writers) > 1 else 0]
+
+    def prompt(self, model: str) -> Prompt:
+        """The question with its worked examples, as the model reads it."""
         if model not in self._prompts:
             self._prompts[model] = self.calls.endpoints[model].begin(self._messages)
         return self._prompts[model]
 
-    async def _ask(
-        self, writer: Writer, prompt: Prompt, text: str, *, n: int, max_tokens: int, seed: int, stop: tuple[str, ...]
+    async def ask(
+        self,
+        writer: Writer,
+        prompt: Prompt,
+        text: str,
+        *,
+        n: int,
+        max_tokens: int,
+        seed: int,
+        stop: tuple[str, ...],
+        logprobs: bool = False,
     ) -> Completion:
+        """n continuations of `text` by a writer, counted in `spent`."""
         settings = self.settings
         request = Request(
             prompt=prompt.text + text,
@@ -199,14 +254,14 @@ class Growth:
             seed=seed,
             stop=stop,
             messages=prompt.messages,
+            logprobs=logprobs,
         )
         completion = await self.calls.complete(writer.model, request, self.tree_id)
         self.spent.add(completion)
         return completion
 
-    async def _thought(
-        self, wanted: Wanted, how: ThoughtSettings, written: str, tokens: int, finish_reason: str
-    ) -> Thought:
+    async def _thought(self, wanted: Wanted, how: ThoughtSettings, choice: Choice) -> Thought:
+        written, finish_reason, above = choice.text, choice.finish_reason, wanted.node
         in_line = wanted.node.is_open and wanted.kind == wanted.node.kind and not wanted.prefix
         form = self.task.answer_form
         closed = wanted.kind == "answer" and form == "boxed" and in_box(written)[1]
@@ -214,31 +269,39 @@ class Growth:
         is_open = cut and how.ends == "tokens"
         text = thought_text(wanted.kind, wanted.prefix, written, form, in_line=in_line, is_open=is_open)
         if cut and not is_open:
-            verdict = Verdict("no_answer", 0.0, None, "thought cut by max_tokens")
-            return Thought(text, tokens, finish_reason, verdict)
-        if wanted.kind != "answer":
-            return Thought(text, tokens, finish_reason, None)
-        verdict = await self.task.judge_async(self.question, text)
-        return Thought(text, tokens, finish_reason, verdict, await self._reward(wanted, text, verdict))
+            worth: tuple[Verdict | None, float | None] = (
+                Verdict("no_answer", 0.0, None, "thought cut by max_tokens"),
+                None,
+            )
+        elif wanted.kind != "answer":
+            worth = None, None
+        else:
+            worth = await self.judge.worth(
+                self,
+                Node(
+                    above, wanted.kind, text, wanted.seed_key, above.depth + 1, wanted.prefix,
+                    tokens=choice.tokens, logprob=choice.logprob or 0.0,
+                ),
+            )  # fmt: skip
+        return Thought(text, choice.tokens, finish_reason, *worth, choice.logprob or 0.0)
 
-    async def _reward(self, wanted: Wanted, answer: str, verdict: Verdict) -> float:
+    async def reward(self, answer: Node, verdict: Verdict | None, function: RewardFunction | None) -> float:
+        """What the settings' `reward` says that a chain is worth so far; `function` is theirs, loaded."""
         settings = self.settings.reward
-        if settings is None or verdict.kind == "no_answer":
-            return verdict.reward
-        before = chain_text(wanted.node.chain())
-        text = f"{before}\n{answer}" if before else answer
-        if self.reward is not None:
-            return call(self.reward, self.question, text, verdict)
+        assert settings is not None
+        text = chain_text(answer.chain())
+        if function is not None:
+            return call(function, self.question, text, verdict)
         if settings.process is not None:
-            return await self._score(settings, settings.process, [n.text for n in wanted.node.chain()] + [answer])
+            return await self._score(settings, settings.process, [node.text for node in answer.chain()])
         assert settings.judge is not None
-        completion = await self._ask(
+        completion = await self.ask(
             Writer(model=settings.judge),
             self.calls.endpoints[settings.judge].begin(judge_messages(self.question, text)),
             JUDGE_PREFIX,
             n=settings.samples,
             max_tokens=4,
-            seed=draw(f"judge:{wanted.seed_key}", 2**31),
+            seed=draw(f"judge:{answer.path}", 2**31),
             stop=("\n",),
         )
         return share_of_yes([choice.text for choice in completion.choices])
@@ -270,7 +333,7 @@ class Growth:
                     visits=node.visits,
                     value=node.value,
                     verdict=None if verdict is None else verdict.kind,
-                    reward=None if verdict is None else node.reward,
+                    reward=node.reward,
                     answer=None if verdict is None else verdict.answer,
                     tokens=node.tokens,
                     finish_reason=node.finish_reason,

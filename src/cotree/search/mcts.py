@@ -7,7 +7,7 @@ the tree stays the same.
 
 Invariants: a node's `visits` is the number of judged leaves at or below it and `value` the sum of their rewards; a leaf
 is judged once and never selected again; after every tell or fail no virtual loss of that rollout is left; no `answer`
-exists without a verdict. All operations cost O(depth x branching).
+exists without a reward. All operations cost O(depth x branching), `revalue` the size of the tree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One thought. `path` is its place ("0.1/2.0": slot.sample at each depth) and seeds whatever grows below it."""
+    """One thought. `path` is its place ("0.1/2.0": slot.sample at each depth) and seeds whatever grows below it.
+
+    `reward` is what a leaf is worth, None where the chain goes on. `verdict` is the verifier's, None where nobody
+    verified. `logprob` is the mean over the thought's tokens, 0 where it was not asked for.
+    """
 
     parent: Node | None
     kind: str | None
@@ -46,7 +50,8 @@ class Node:
     seed: int = 0
     seconds: float = 0.0
     verdict: Verdict | None = None
-    reward: float = 0.0
+    reward: float | None = None
+    logprob: float = 0.0
     id: int = -1
     visits: int = 0
     value: float = 0.0
@@ -59,7 +64,7 @@ class Node:
     @property
     def is_open(self) -> bool:
         """Whether its line goes on: a mini-step that ended by its token count and not by itself."""
-        return self.finish_reason == "length" and self.verdict is None
+        return self.finish_reason == "length" and self.reward is None
 
     def chain(self) -> list[Node]:
         """The thoughts from the first below the root down to this one."""
@@ -75,7 +80,8 @@ class Node:
 class Thought:
     """What came for one sample: the whole text with its prefix, and for a leaf (an answer, a cut text) its verdict.
 
-    `reward` is what a leaf is worth to the search, in [0, 1]; None: the verdict's.
+    `reward` is what a leaf is worth to the search, in [0, 1]; None: the verdict's. A leaf that nobody verified has a
+    reward alone.
     """
 
     text: str
@@ -83,13 +89,14 @@ class Thought:
     finish_reason: str
     verdict: Verdict | None
     reward: float | None = None
+    logprob: float = 0.0
 
     @property
-    def worth(self) -> float:
-        """The reward that counts; 0 for a thought that is no leaf."""
-        if self.reward is not None:
+    def worth(self) -> float | None:
+        """The reward that counts; None for a thought that is no leaf."""
+        if self.reward is not None or self.verdict is None:
             return self.reward
-        return 0.0 if self.verdict is None else self.verdict.reward
+        return self.verdict.reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,23 @@ class Wanted:
     n: int
     prefix: str
     seed_key: str
+
+
+def children(
+    wanted: Wanted, place: int, thoughts: Sequence[Thought], model: str, seed: int, seconds: float
+) -> list[Node]:
+    """The nodes of what came for a request, not yet in the tree; equal texts are one, a text without words is none."""
+    parent = wanted.node
+    found: dict[str, Node] = {}
+    for i, thought in enumerate(thoughts):
+        if thought.text in found or not thought.text:
+            continue
+        path = f"{parent.path}{place}.{i}/"
+        found[thought.text] = Node(
+            parent, wanted.kind, thought.text, path, parent.depth + 1, wanted.prefix, model, thought.tokens,
+            thought.finish_reason, seed, seconds, thought.verdict, thought.worth, thought.logprob,
+        )  # fmt: skip
+    return list(found.values())
 
 
 class Rollout:
@@ -122,33 +146,22 @@ class Rollout:
     def feed(self, thoughts: Sequence[Thought], model: str, seed: int, seconds: float) -> None:
         """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
 
-        Equal texts are one thought and a text without words is none. Where nothing came, an answer is asked for in its
-        place, so that every rollout ends at a judged leaf.
+        Where nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
         """
         if self.wanted is None:
             raise ValueError("this rollout has already reached a judged leaf")
-        parent, slot, prefix = self.wanted.node, self.slot, self.wanted.prefix
-        siblings: dict[str, Node] = {}
-        for i, thought in enumerate(thoughts):
-            if thought.text in siblings or not thought.text:
-                continue
-            path = f"{parent.path}{slot.index}.{i}/"
-            siblings[thought.text] = Node(
-                parent, slot.kind, thought.text, path, parent.depth + 1, prefix, model, thought.tokens,
-                thought.finish_reason, seed, seconds, thought.verdict, thought.worth,
-            )  # fmt: skip
-        new = list(siblings.values())
-        if not new and slot.kind != "answer":
-            self.slot = Slot("answer", 1, slot.index)
-            self.wanted = self._want(parent, self.slot)
+        new = children(self.wanted, self.slot.index, thoughts, model, seed, seconds)
+        if not new and self.slot.kind != "answer":
+            self.slot = Slot("answer", 1, self.slot.index)
+            self.wanted = self._want(self.wanted.node, self.slot)
             return
         for node in new:
-            if node.verdict is None:
+            if node.reward is None:
                 node.slots = self._search.row(node)
                 node.slots_made = len(node.slots)
         self.written.extend(new)
-        self.answers += sum(node.verdict is not None for node in new)
-        live = [node for node in new if node.verdict is None]
+        self.answers += sum(node.reward is not None for node in new)
+        live = [node for node in new if node.reward is None]
         if self.answers or not live:
             self.wanted = None
             return
@@ -231,10 +244,8 @@ class TreeSearch:
             self.nodes.append(node)
             node.parent.children.append(node)
             self._add(node, open_below=len(node.slots))
-            if node.verdict is not None:
+            if node.reward is not None:
                 self._add(node, visits=1, value=node.reward)
-                if node.kind == "answer" and node.verdict.kind == "wrong":
-                    self._reflect(node.parent)
 
     def fail(self, rollout: Rollout) -> None:
         """Forget a rollout whose request failed: it counts as nothing and its place can be asked again."""
@@ -244,9 +255,34 @@ class TreeSearch:
         self.rollouts -= 1
         self.in_flight -= 1
 
-    def _reflect(self, parent: Node) -> None:
-        """A wrong answer earns its parent one reflection, the answer's sibling: the chain that goes on keeps the wrong
-        thinking but not the wrong answer. Only where thinking and an answer still fit below `max_depth`."""
+    @property
+    def leaves(self) -> list[Node]:
+        """The judged leaves in the order in which they were told."""
+        return [node for node in self.nodes if node.reward is not None]
+
+    def revalue(self, rewards: Sequence[float]) -> None:
+        """Give the `leaves` other rewards; every value is again the sum of those at or below it."""
+        for leaf, reward in zip(self.leaves, rewards, strict=True):
+            leaf.reward = reward
+        for node in self.nodes:
+            node.value = node.reward or 0.0
+        # Parents come before their children.
+        for node in reversed(self.nodes):
+            if node.parent is not None:
+                node.parent.value += node.value
+
+    def widen(self) -> None:
+        """Let the root be followed once more by its row, for a tree that has budget left and nothing to grow."""
+        for slot in self.row(self.root):
+            self.root.slots.append(Slot(slot.kind, slot.n, self.root.slots_made))
+            self.root.slots_made += 1
+            self._add(self.root, open_below=1)
+
+    def reflect(self, answer: Node) -> None:
+        """A doubted answer earns its parent one reflection, the answer's sibling: the chain that goes on keeps the
+        thinking but not the answer. Only where thinking and an answer still fit below `max_depth`."""
+        parent = answer.parent
+        assert parent is not None
         reflected = any(child.kind == "reflection" for child in parent.children)
         reflected = reflected or any(slot.kind == "reflection" for slot in parent.slots)
         if reflected or self.reflections_left == 0 or parent.depth + 3 > self.max_depth:

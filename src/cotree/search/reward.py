@@ -18,8 +18,8 @@ from cotree.errors import CotreeError, UsageError
 from cotree.tasks import Question, Verdict
 from cotree.tasks.base import Message
 
-# f(question, the whole chain's text, the task's verdict) -> reward
-RewardFunction = Callable[[Question, str, Verdict], float]
+# f(question, the whole chain's text, the task's verdict) -> reward; in decoding nobody knows the verdict: None
+RewardFunction = Callable[[Question, str, Verdict | None], float]
 
 
 def load_function(name: str) -> RewardFunction:
@@ -46,7 +46,7 @@ def load_function(name: str) -> RewardFunction:
     return found  # type: ignore[no-any-return]
 
 
-def call(function: RewardFunction, question: Question, text: str, verdict: Verdict) -> float:
+def call(function: RewardFunction, question: Question, text: str, verdict: Verdict | None) -> float:
     """The user's function, held to its contract.
 
     Raises:

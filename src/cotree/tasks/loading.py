@@ -19,7 +19,7 @@ from cotree.errors import UsageError
 
 Row = dict[str, Any]
 DATA_FOLDER = "COTREE_DATA"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def load_rows(source: Source, data: str | Path | None = None) -> list[Row]:
     if path.is_dir():
         file = _in_folder(path, source.file)
         return _read(file) if file else _from_hub(source, str(path))
-    if _HUB_ID.fullmatch(str(data)) and not str(data).endswith((".jsonl", ".gz", ".parquet")):
+    if HUB_ID.fullmatch(str(data)) and not str(data).endswith((".jsonl", ".gz", ".parquet")):
         return _from_hub(source, str(data))
     raise UsageError(f"no file or folder at {data}; {_where(source)}")
 

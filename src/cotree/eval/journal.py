@@ -1,0 +1,99 @@
+"""What a model said, a line a sample: the memory of an evaluation, and what every number is computed from.
+
+Invariant: a line is whole or not there, so whatever was asked before a kill is asked once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cotree.errors import CotreeError, UsageError
+from cotree.eval.diagnosis import diagnose
+from cotree.eval.metrics import Sample
+from cotree.tasks.base import VerdictKind
+
+JOURNAL = "journal.jsonl"  # in the folder of an evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSample:
+    """What a model said to one question, and the verdict.
+
+    kind, lenient: the verdicts under strict and lenient extraction. prompt_tokens: of its request, told with the
+    request's first sample. prompt_hash: of the conversation before any chat template, so it is the same for all models.
+    """
+
+    task: str
+    id: str
+    response: str
+    finish_reason: str
+    tokens: int
+    prompt_tokens: int
+    kind: VerdictKind
+    answer: str | None
+    gold: str
+    turn: int = 0
+    sample: int = 0
+    lenient: VerdictKind | None = None
+    detail: str = ""
+    family: str = ""
+    prompt_hash: str = ""
+    max_tokens: int = 0
+    temperature: float = 0.0
+
+    @property
+    def part(self) -> str:
+        """The row of the table that it counts in: its task, and each later turn of a conversation apart, so that a
+        row has the same number of samples for every question."""
+        return f"{self.task}, turn {self.turn + 1}" if self.turn else self.task
+
+    def judged(self) -> Sample:
+        """As the metrics take it."""
+        loop = (
+            self.kind == "no_answer" and diagnose(self.response, finish_reason=self.finish_reason, answered=False).loop
+        )
+        return Sample(self.kind, self.tokens, self.finish_reason, self.answer, loop)
+
+
+def read_samples(path: Path) -> list[EvalSample]:
+    """The samples of a journal; a last line that a kill cut in half is dropped from the file.
+
+    Raises:
+        UsageError: it is another file.
+    """
+    if not path.is_file():
+        return []
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [EvalSample(**json.loads(line)) for line in whole.split(b"\n") if line]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path} holds no samples of an evaluation ({error})") from None
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line, whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            before = os.fstat(descriptor).st_size
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+            # A nearly full disk takes a part and says so only by the count.
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        fix = "free some space, then re-run the same command to resume"
+        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None

@@ -1,0 +1,79 @@
+"""Answer evaluation's questions by search: a `Sampler` for each way of decoding.
+
+Invariant: a sample is a search of its own with a seed of its own, so samples are independent; its tokens are all that
+the search generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from cotree.config import Search, Stop, Thought, Writer
+from cotree.errors import UsageError
+from cotree.eval.asking import Asked, Sampler, Sampling
+from cotree.llm.client import Choice, Completion
+from cotree.llm.endpoints import Endpoint
+from cotree.search.calls import Calls, Progress
+from cotree.search.decode import decode, settled
+from cotree.tasks import Question, Task
+
+
+def search_of(how: Sampling, budget_tokens: int | None, value: str | None) -> Search:
+    """The search of a question.
+
+    Raises:
+        UsageError: there is no budget, nothing to draw from, or a value that evaluation does not offer.
+    """
+    if budget_tokens is None or how.temperature == 0:
+        raise UsageError("a strategy needs --budget-tokens, and a temperature to draw with, e.g. --temperature 0.8")
+    if value == "verifier":
+        raise UsageError("evaluation decodes by vote or likelihood")
+    return Search(
+        rollouts=budget_tokens, patterns=["plain"], max_thought_tokens=min(256, how.max_tokens),
+        thoughts={"answer": Thought(max_tokens=how.max_tokens)}, temperature=how.temperature, top_p=how.top_p,
+        stop=Stop(tokens=budget_tokens),
+    )  # fmt: skip
+
+
+def searched(
+    strategy: str, value: str | None, search: Search, questions: list[Asked]
+) -> Callable[[Endpoint, Sampling], Sampler]:
+    """The sampler of a strategy.
+
+    Raises:
+        UsageError: it does not go with a task's answers.
+    """
+    for task in {task.name: task for task, _ in questions}.values():
+        settled(task, strategy, value, search)
+
+    def of(endpoint: Endpoint, how: Sampling) -> Sampler:
+        calls, roles = Calls(None, {endpoint.name: endpoint}, Progress()), {"thinker": (Writer(model=endpoint.name),)}
+        # A search has requests enough to keep a server busy; thousands at once would only wait.
+        gate = asyncio.Semaphore(search.trees_in_flight)
+
+        async def one(task: Task, question: Question, seed: int) -> Completion:
+            async with gate:
+                began = time.monotonic()
+                best = await decode(task, question, calls, roles, search, strategy=strategy, value=value, seed=seed)
+            spent = best.spent
+            choice = Choice(best.text, "length" if best.cut else "stop", spent.completion_tokens)
+            seconds = time.monotonic() - began
+            return Completion(
+                (choice,), spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens, seconds
+            )  # fmt: skip
+
+        async def sample(task: Task, question: Question, numbers: range) -> Completion:
+            found = await asyncio.gather(*(one(task, question, how.seed + number) for number in numbers))
+            return Completion(
+                tuple(choice for each in found for choice in each.choices),
+                sum(each.prompt_tokens for each in found),
+                sum(each.cached_tokens for each in found),
+                sum(each.completion_tokens for each in found),
+                max(each.seconds for each in found),
+            )
+
+        return sample
+
+    return of

@@ -1,0 +1,302 @@
+"""The samples file is both output and memory: whole lines only, and it survives a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.fake_server import FakeServer, FakeServerThread
+
+import cotree
+from cotree.config import Model
+from cotree.eval.asking import Sampler, Sampling, ask, embedded, opened_server, tokens_needed
+from cotree.eval.journal import JOURNAL, EvalSample, append_line, read_samples
+from cotree.eval.outcome import constant_baselines
+from cotree.llm.chat import render
+from cotree.llm.client import Choice, Completion, Request
+from cotree.llm.embedded import at_type, locate, serve
+from cotree.llm.endpoints import Endpoint
+from cotree.llm.tokenizer import load_tokenizer
+from cotree.progress import Output
+from cotree.tasks import Question, Task, Verdict, WorkedExample, task
+from cotree.tasks.base import AnswerForm, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def sample(i: int, text: str = "x") -> EvalSample:
+    return EvalSample("letters", str(i), text, "stop", 3, 10, "wrong", "2", "3")
+
+
+def test_samples_come_back_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "s.jsonl"
+    samples = [sample(0, "naïve\u2028line\x85\r\n日本"), sample(1, '{"a": "\\n"}')]
+    for item in samples:
+        append_line(path, asdict(item))
+    assert read_samples(path) == samples
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_and_its_question_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    append_line(path, asdict(sample(0)))
+    whole = path.read_bytes()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole + whole[:cut])
+        assert read_samples(path) == [sample(0)]
+        assert path.read_bytes() == whole
+    append_line(path, asdict(sample(1)))
+    assert read_samples(path) == [sample(0), sample(1)]
+
+
+def test_no_file_is_no_samples(tmp_path: Path) -> None:
+    assert read_samples(tmp_path / "none.jsonl") == []
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are words, with a template of one line a message."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    own = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    return PreTrainedTokenizerFast(tokenizer_object=own, chat_template=template, unk_token="<unk>")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, list[dict[str, int]]]]:
+    """A fake server in the engine's place, which thinks before it says its prompt's number of lines, and how wide the
+    engine would have been."""
+    widths: list[dict[str, int]] = []
+
+    def reply(prompt: str, seed: int, index: int) -> str:
+        return f"<think>hm</think>The answer is:\nsaid {prompt.count('[user]')}"
+
+    with FakeServerThread(reply=reply) as server:
+
+        @contextmanager
+        def serve(gguf: Path, **wide: int) -> Iterator[str]:
+            widths.append(wide)
+            yield server.url
+
+        monkeypatch.setattr("cotree.eval.asking.serve", serve)
+        yield server, widths
+
+
+def asked_of(path: Path, asked: Sequence[tuple[Task, Question]], how: Sampling) -> list[EvalSample]:
+    return ask(embedded(path.parent, words(), asked, how), asked, path, how)
+
+
+class Talk(Task):
+    """Three turns; the second is answered as it should be."""
+
+    name = "talk"
+    description = "generated: conversations"
+    prompt_version = "1"
+    answer_form: AnswerForm = "text"
+
+    def questions(self, split: object = None, limit: int | None = None) -> list[Question]:
+        later = (Turn("And now?", "said 2"), Turn("And then?", "other"))
+        return [Question(f"q{i}", "talk", ({"role": "user", "content": f"Say {i}."},), "no", later=later) for i in "ab"]
+
+    def worked_examples(self, question: Question) -> list[WorkedExample]:
+        return []
+
+    def verify(self, answer: str, question: Question) -> Verdict:
+        correct = answer == question.gold
+        return Verdict("correct" if correct else "wrong", float(correct), answer)
+
+
+def test_every_turn_of_a_conversation_is_asked_on_the_models_own_replies(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    server, _ = served
+    talk, path = Talk(), tmp_path / "s.jsonl"
+    asked = [(talk, question) for question in talk.questions()]
+    samples = asked_of(path, asked, Sampling(16))
+    assert [(s.id, s.turn, s.part, s.kind) for s in samples] == [
+        (id, turn, part, kind)
+        for id in ("qa", "qb")
+        for turn, part, kind in ((0, "talk", "wrong"), (1, "talk, turn 2", "correct"), (2, "talk, turn 3", "wrong"))
+    ]
+    last = next(body["prompt"] for body in server.requests if "And then?" in body["prompt"] and "a." in body["prompt"])
+    assert last == (
+        "[user] Say a.\n[assistant] said 1\n[user] And now?\n[assistant] said 2\n[user] And then?\n[assistant]"
+    )
+    # Interrupted after a first turn: that one is not asked again.
+    whole = path.read_text()
+    path.write_text("".join(line for line in whole.splitlines(True) if '"turn": 0' in line))
+    before = len(server.requests)
+    assert asked_of(path, asked, Sampling(16)) == samples
+    assert len(server.requests) - before == 4
+
+
+def test_the_engine_is_wide_enough_for_the_longest_prompt(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    _, widths = served
+    letters = task("letters")
+    short = [(letters, question) for question in letters.questions("test", 3)]
+    content = "word " * 5000
+    long = [*short, (letters, replace(short[0][1], id="long", messages=({"role": "user", "content": content},)))]
+    asked_of(tmp_path / "short.jsonl", short, Sampling(128))
+    asked_of(tmp_path / "long.jsonl", long, Sampling(128))
+    talk = Talk().questions()[0]
+    assert widths == [
+        {"slots": 16, "context": 896, "shared": False},
+        {"slots": 6, "context": 5002 + 128 + 1, "shared": False},
+    ]
+    assert tokens_needed(words(), Talk(), talk, Sampling(100)) == 3 * (3 + 1) + 3 * 100 + 1
+
+
+def test_only_tasks_with_short_answers_have_a_constant_to_beat() -> None:
+    letters = task("letters")
+    asked = [(letters, question) for question in letters.questions("test", 30)]
+    both = [*asked, *((Talk(), question) for question in Talk().questions())]
+    (row,) = constant_baselines(both)
+    golds = [question.gold for _, question in asked]
+    assert row == {"task": "letters", "answer": row["answer"], "accuracy": golds.count(str(row["answer"])) / 30}
+
+
+def letters_asked(n: int) -> list[tuple[Task, Question]]:
+    letters = task("letters")
+    return [(letters, question) for question in letters.questions("test", n)]
+
+
+def test_samples_come_from_few_requests_and_only_missing_ones_are_asked_again(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    server, widths = served
+    server.server.reply = lambda prompt, seed, index: f"\\boxed{{{(seed + index) % 7}}}"
+    path, how = tmp_path / "s.jsonl", Sampling(16, samples=6, temperature=0.5, seed=3, together=4)
+    samples = asked_of(path, letters_asked(3), how)
+    assert [s.sample for s in samples] == [0, 1, 2, 3, 4, 5] * 3
+    assert [tuple(body[key] for key in ("n", "seed", "temperature")) for body in server.requests[:2]] == [
+        (4, 3, 0.5),
+        (2, 7, 0.5),
+    ]
+    assert [s.answer for s in samples[:6]] == ["3", "4", "5", "6", "0", "1"]
+    assert widths == [{"slots": 16, "context": 784, "shared": True}]
+    assert [s.prompt_tokens > 0 for s in samples[:6]] == [True, False, False, False, True, False]
+    # A kill between the lines of one request: the others of it stay as they are.
+    path.write_text("".join(path.read_text().splitlines(True)[:-1]))
+    before = len(server.requests)
+    assert asked_of(path, letters_asked(3), how) == samples
+    assert len(server.requests) == before + 1
+    assert asked_of(path, letters_asked(3), how) == samples
+    assert len(widths) == 2, "nothing was left, so no engine was started"
+
+
+def test_each_sample_of_a_conversation_goes_its_own_way(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    server, _ = served
+    server.server.reply = lambda prompt, seed, index: f"{seed + index} after {prompt.count('[user]')}"
+    talk, how = Talk(), Sampling(16, samples=2, temperature=1.0)
+    asked: list[tuple[Task, Question]] = [(talk, talk.questions()[0])]
+    samples = asked_of(tmp_path / "s.jsonl", asked, how)
+    assert [(s.turn, s.sample, s.response) for s in samples] == [
+        (turn, sample, f"{sample} after {turn + 1}") for turn in range(3) for sample in range(2)
+    ]
+    assert len({s.prompt_hash for s in samples if s.turn == 0}) == 1
+    assert len({s.prompt_hash for s in samples if s.turn == 2}) == 2
+
+
+def test_a_lenient_verdict_takes_the_last_number(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    server, _ = served
+    ((letters, question),) = letters_asked(1)
+    server.server.reply = lambda prompt, seed, index: f"I count {question.gold}"
+    (sample,) = asked_of(tmp_path / "s.jsonl", [(letters, question)], Sampling(16))
+    assert (sample.kind, sample.lenient, sample.max_tokens, sample.family) == (
+        "no_answer",
+        "correct",
+        16,
+        question.family,
+    )
+
+
+def test_another_strategy_answers_through_the_same_seam(
+    tmp_path: Path, served: tuple[FakeServerThread, list[dict[str, int]]]
+) -> None:
+    """Two answers of one tree, in this case always the same, and all that the tree has cost."""
+
+    def tree(endpoint: Endpoint, how: Sampling) -> Sampler:
+        async def decode(task: Task, question: Question, numbers: range) -> Completion:
+            choices = tuple(Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers)
+            return Completion(choices, 100, 0, 99, 0.1)
+
+        return decode
+
+    asked, how = letters_asked(2), Sampling(16, samples=4, temperature=1.0, together=2)
+    model = embedded(tmp_path, words(), asked, how)
+    samples = ask(model, asked, tmp_path / "s.jsonl", how, strategy=tree)
+    assert [(s.answer, s.prompt_tokens) for s in samples] == [("0", 100), ("1", 0), ("2", 100), ("3", 0)] * 2
+    assert served[0].calls == 0
+
+
+@pytest.mark.timed
+async def test_tokens_per_second_are_those_of_raw_requests(tmp_path: Path) -> None:
+    """An evaluation beside bare requests to the same server with as many in flight, in turns."""
+    import aiohttp
+
+    asked, in_flight = letters_asked(138), 16
+    reply = "we count the letters again " * 12 + "\\boxed{3}"
+    how = Sampling(256)
+    async with FakeServer(reply=lambda *_: reply, latency=0.05) as server:
+        model = Model(url=server.url, model="fake", mode="chat", max_in_flight=in_flight)
+        bodies = [
+            Request("", 1, 256, 0.0, 1.0, 0, (), tuple((m["role"], m["content"]) for m in q.messages)).body("fake")
+            for _, q in asked
+        ]
+
+        async def raw() -> float:
+            limit, started = asyncio.Semaphore(in_flight), time.perf_counter()
+            async with aiohttp.ClientSession(headers={"Content-Type": "application/json"}) as session:
+
+                async def one(body: bytes) -> None:
+                    async with limit, session.post(f"{server.url}/v1/chat/completions", data=body) as answer:
+                        await answer.read()
+
+                await asyncio.gather(*map(one, bodies))
+            return time.perf_counter() - started
+
+        async def ours(n: int) -> float:
+            started = time.perf_counter()
+            path = tmp_path / f"{n}.jsonl"
+            await asyncio.to_thread(ask, opened_server(model), asked, path, how)
+            return time.perf_counter() - started
+
+        pairs = [(await raw(), await ours(n)) for n in range(4)]
+    ratios = [bare / evaluated for bare, evaluated in pairs[1:]]
+    print(f"tokens/s of an evaluation over raw requests: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    assert max(ratios) >= 0.9
+
+
+@pytest.mark.real
+def test_one_greedy_sample_is_plain_generation(tmp_path: Path) -> None:
+    """The embedded model asked by `evaluate` says what it says when its prompt is sent by hand."""
+    letters = task("letters")
+    questions = letters.questions("test", 2)
+    cotree.evaluate(
+        "smollm2-135m-instruct", ["letters"], limit=2, max_tokens=16, out=tmp_path, output=Output(quiet=True)
+    )
+    gguf = at_type(locate("smollm2-135m-instruct"), "Q8_0")
+    said = {}
+    with serve(gguf, slots=1, context=1024) as url:
+        for question in questions:
+            prompt = render(load_tokenizer(gguf), question.messages)
+            body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0}).encode()
+            request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+            said[question.id] = json.load(urllib.request.urlopen(request))["choices"][0]["text"]
+    assert {sample.id: sample.response for sample in read_samples(tmp_path / JOURNAL)} == said

@@ -1,0 +1,115 @@
+"""The numbers of a row, by hand and against enumeration."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import combinations
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cotree.eval.asking import Asked
+from cotree.eval.journal import EvalSample
+from cotree.eval.metrics import clustered_interval, wilson
+from cotree.eval.outcome import outcomes
+from cotree.tasks import task
+from cotree.tasks.base import VerdictKind
+
+LETTERS = task("letters")
+ASKED: list[Asked] = [(LETTERS, question) for question in LETTERS.questions("test", 6)]
+LOOP = "I count the apples once more. " * 100
+
+
+def sample(i: int, kind: VerdictKind, n: int = 0, answer: str | None = "2", **more: object) -> EvalSample:
+    question = ASKED[i][1]
+    one = EvalSample("letters", question.id, "x", "stop", 3, 10, kind, answer, question.gold, sample=n, lenient=kind)
+    return replace(one, **more)  # type: ignore[arg-type]
+
+
+def test_no_answer_is_loop_or_cut_off_or_finished() -> None:
+    said = [
+        sample(0, "correct", response=LOOP),
+        sample(1, "wrong", finish_reason="length"),
+        sample(2, "no_answer", response=LOOP, finish_reason="length"),
+        sample(3, "no_answer", response=LOOP),
+        sample(4, "no_answer", finish_reason="length", lenient="correct"),
+        sample(5, "no_answer"),
+    ]
+    (row,) = outcomes(ASKED, said)
+    assert (row["loop"], row["truncated"], row["finished_without_answer"]) == (2 / 6, 1 / 6, 1 / 6)
+    assert row["no_answer"] == 4 / 6
+    assert (row["accuracy"], row["lenient"]) == (1 / 6, 2 / 6)
+    assert (row["low"], row["high"]) == wilson(1, 6)
+    assert (row["test_at"], row["majority"], row["samples"]) == ({}, None, 1), "a greedy answer is no sample"
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=6))
+def test_test_at_k_is_what_all_subsets_of_samples_give(right: list[list[bool]]) -> None:
+    said = [
+        sample(i, "correct" if ok else "wrong", n, temperature=0.7)
+        for i, answers in enumerate(right)
+        for n, ok in enumerate(answers)
+    ]
+    (row,) = outcomes(ASKED, said)
+    assert row["test_at"].keys() == {"1", "8"}, "32 are more than there are"
+    for k, (value, low, high) in row["test_at"].items():
+        subsets = [any(chosen) for answers in right for chosen in combinations(answers, int(k))]
+        assert value == pytest.approx(fmean(subsets))
+        assert 0 <= low <= value + 1e-12 and value - 1e-12 <= high <= 1
+    assert row["accuracy"] == pytest.approx(row["test_at"]["1"][0])
+    assert (row["n"], row["samples"]) == (len(right), 9)
+    least, most = wilson(sum(map(sum, right)) / 9, len(right))
+    assert row["low"] <= least + 1e-12 and most - 1e-12 <= row["high"], "never narrower than Wilson's on questions"
+
+
+def test_a_vote_counts_equal_answers_and_ties_go_to_the_first() -> None:
+    gold = ASKED[0][1].gold
+    none, some = [None, None, None, None], [None, gold, None, None]
+    votes: list[list[str | None]] = [[gold, "7", "8", f"{gold}.0"], ["7", gold, gold, "7"], [*none], [*some]]
+    said = [
+        sample(i, "no_answer" if a is None else "wrong" if a in "78" else "correct", n, a, temperature=1.0)
+        for i, answers in enumerate(votes)
+        for n, a in enumerate(answers)
+    ]
+    (row,) = outcomes(ASKED, said)
+    assert row["majority"] is not None
+    assert row["majority"] == [0.5, *wilson(2, 4)]
+
+
+def test_the_share_of_shortest_plans_is_of_the_correct_ones() -> None:
+    blocks = task("blocksworld")
+    question = ASKED[0][1]
+    asked: list[Asked] = [(blocks, replace(question, task="blocksworld", id=str(i))) for i in range(4)]
+    kinds: list[tuple[VerdictKind, str, str]] = [
+        ("correct", "optimal, 2 steps", "3 blocks"),
+        ("correct", "4 steps, 2 would do", "3 blocks"),
+        ("wrong", "", "3 blocks"),
+        ("no_answer", "", "4 blocks"),
+    ]
+    said = [
+        EvalSample("blocksworld", str(i), "x", "stop", 3, 9, kind, "p", "p", detail=detail, family=family)
+        for i, (kind, detail, family) in enumerate(kinds)
+    ]
+    (row,) = outcomes(asked, said)
+    assert row["families"]["3 blocks"] == {"n": 3, "accuracy": 2 / 3, "no_answer": 0, "optimal": 0.5}
+    assert row["families"]["4 blocks"] == {"n": 1, "accuracy": 0, "no_answer": 1, "optimal": None}
+
+
+def test_percentiles_are_tokens_that_were_generated() -> None:
+    (row,) = outcomes(ASKED, [sample(i, "wrong", tokens=10 * (i + 1), max_tokens=64) for i in range(6)])
+    assert (row["tokens_p50"], row["tokens_p90"], row["tokens_p99"], row["max_tokens"]) == (30, 60, 60, 64)
+
+
+def test_the_clustered_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    """Questions differ in difficulty, so their samples resemble each other."""
+    rng, truth, covered = random.Random(0), 0.5, 0
+    for _ in range(200):
+        chances = [rng.choice((0.1, 0.9)) for _ in range(60)]
+        shares = [fmean(rng.random() < p for _ in range(8)) for p in chances]
+        low, high = clustered_interval(shares)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 200 <= 1.0
+    assert clustered_interval([0.0] * 20) == wilson(0, 20)

@@ -1,0 +1,59 @@
+"""Evaluation by search: what a strategy answers is judged as any sample, resumes, and counts all that it generated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.fake_server import FakeServerThread
+from tests.search.test_decode import poem, talk
+
+import cotree
+from cotree.errors import UsageError
+from cotree.eval.journal import JOURNAL, read_samples
+from cotree.progress import Output
+
+HOW: dict[str, Any] = {
+    "chat": True,
+    "served": "fake",
+    "limit": 3,
+    "temperature": 0.8,
+    "budget_tokens": 150,
+    "output": Output(quiet=True),
+}
+
+
+@pytest.mark.parametrize("strategy", ["mcts", "vote", "best_of_n", "beam"])
+def test_a_strategy_is_evaluated_as_any_model_and_resumes(strategy: str, tmp_path: Path) -> None:
+    with FakeServerThread(reply=talk, usage="vllm") as server:
+        how = HOW | {"strategy": strategy, "samples": 2, "out": tmp_path}
+        found = cotree.evaluate(server.url, ["letters"], **how)
+        calls, samples = server.calls, read_samples(tmp_path / JOURNAL)
+        # The worked examples of the search are in every prompt.
+        assert all(len(request["messages"]) > 4 for request in server.requests)
+        again = cotree.evaluate(server.url, ["letters"], **how)
+        assert (again.rows, server.calls) == (found.rows, calls)
+    assert len(samples) == 6
+    assert all(75 < sample.tokens < 300 for sample in samples), "all that was generated is counted"
+    assert {sample.kind for sample in samples} <= {"correct", "wrong"}
+    by_question = [{s.response for s in samples if s.id == one.id} for one in samples]
+    assert any(len(responses) == 2 for responses in by_question), "each sample has a seed of its own"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"strategy": "mcts", "budget_tokens": None}, "needs --budget-tokens"),
+        ({"strategy": "mcts", "temperature": 0.0}, "a temperature to draw with"),
+        ({"strategy": "mcts", "value": "verifier"}, "by vote or likelihood"),
+        ({"strategy": "trees"}, "strategies are mcts"),
+        ({"strategy": "beam", "value": "vote"}, "chooses one chain by its own value"),
+        ({}, "go with a --strategy"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(how: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with FakeServerThread(reply=poem) as server:
+        with pytest.raises(UsageError, match=message):
+            cotree.evaluate(server.url, ["letters"], **(HOW | how | {"out": tmp_path}))
+        assert server.calls == 0

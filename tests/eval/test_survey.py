@@ -1,0 +1,41 @@
+"""`cotree diagnose` on a whole run, an evaluation and the hub: every source and language apart."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cotree.errors import UsageError
+from cotree.eval.journal import EvalSample, append_line
+from cotree.eval.survey import diagnose_file
+
+LOOP = "I count the apples once more. " * 100
+
+
+def test_a_run_is_its_samples_and_its_data_by_model_and_script(tmp_path: Path) -> None:
+    for i, (model, text) in enumerate((("base", LOOP), ("dpo", "\\boxed{2}"), ("dpo", "答案是二。"))):
+        sample = EvalSample("letters", str(i), text, "stop", 3, 9, "no_answer" if text is LOOP else "correct", "2", "2")
+        append_line(tmp_path / "eval" / f"samples_{model}.jsonl", asdict(sample))
+    (tmp_path / "data" / "sft").mkdir(parents=True)
+    rows = [{"completion": [{"role": "assistant", "content": "So it is \\boxed{3}"}], "task": "letters"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "sft" / "train.parquet")
+    _, *lines = diagnose_file(tmp_path)
+    shown = [line.split() for line in lines if not line.startswith("\n")]
+    assert [(cells[0], cells[2], cells[3]) for cells in shown] == [
+        ("base:", "latin", "1"), ("dpo:", "cjk", "1"), ("dpo:", "latin", "1"), ("sft:", "latin", "1"),
+    ]  # fmt: skip
+    assert "1 (100.0%)" in lines[0]
+    assert [line for line in lines if line.startswith("\nrow 1: loop")]
+
+
+def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="is neither a run nor an evaluation"):
+        list(diagnose_file(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="cannot load nobody/nothing from the hub: "):
+        list(diagnose_file("nobody/nothing"))
