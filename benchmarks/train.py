@@ -1,17 +1,21 @@
 """Training speed at equal gradients, side by side in one run: cotree's forests and TRL's trainers.
 
-    make bench-train                                 all shapes with the real SmolLM2-135M (not yet timed in full)
-    make bench-train ARGS="--run runs/laptop"        and the first step of a run's own trees
+    make bench-train                                 all shapes with the real SmolLM2-135M: about half an hour
+    make bench-train ARGS="--run runs/laptop"        `demo` is the first step of a run, not pairs written by rule
+    make bench-train ARGS="--shapes late mcts"       some; they join the file's if its settings are equal
     python -m benchmarks.train --tiny                a minute: shows that it runs, the numbers mean little
 
-Writes benchmarks/out/train.json. Every side computes the same optimizer step. The fair side is the fastest of several
-micro-batches, each tried once; then it and cotree alternate. Memory is the peak of a fresh process for one step.
+Writes benchmarks/out/train.json. Every side computes loss and gradient of the same optimizer step. The fair side is the
+fastest of several micro-batches, each tried once; then it and cotree alternate. A speed-up is a ratio of medians, with
+the smallest and the largest of the ratios of a repetition. Memory is the peak of a fresh process for one step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -19,7 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +35,17 @@ from cotree.train.encode import Chain
 from cotree.train.forest import Forest, packs
 
 OUT = Path(__file__).parent / "out" / "train.json"
+RECIPE = Path(__file__).parents[1] / "recipes" / "laptop.yaml"
 TINY = {"prompt": 12, "thought": 6, "vocabulary": 290}
-COLUMNS = ("speedup_fair", "speedup_as_is", "token_ratio", "flop_ratio", "peak_memory_ratio_bs1", "gradient_rel_l2")
+MICRO_BATCHES = (1, 2, 3, 6)
+COLUMNS = {
+    "speedup_fair": "fair",
+    "speedup_as_is": "as is",
+    "token_ratio": "tokens",
+    "flop_ratio": "FLOPs",
+    "peak_memory_ratio_bs1": "memory",
+    "gradient_rel_l2": "gradient",
+}
 
 
 def make_student(tiny: bool, folder: Path) -> Path:
@@ -52,7 +67,7 @@ def make_student(tiny: bool, folder: Path) -> Path:
 
 
 def sides(student: Path, shape: Shape, chains: list[Chain] | None, pack_tokens: int) -> dict[str, Any]:
-    """For each side what makes it, given a micro-batch where that matters."""
+    """For each side what makes its model and its step."""
     from benchmarks import train_sides
 
     if chains is not None:
@@ -61,19 +76,21 @@ def sides(student: Path, shape: Shape, chains: list[Chain] | None, pack_tokens: 
         ours, theirs, what = train_sides.cotree_step, train_sides.trl_step, shape  # type: ignore[assignment]
     return {
         "cotree": partial(ours, student, what, pack_tokens),  # type: ignore[arg-type]
-        "fair": partial(theirs, student, what, fair=True),  # type: ignore[arg-type]
-        "as_is": partial(theirs, student, what, fair=False),  # type: ignore[arg-type]
+        "fair": partial(theirs, student, what, True),  # type: ignore[arg-type]
+        "as_is": partial(theirs, student, what, False),  # type: ignore[arg-type]
     }
 
 
-def timed(model: Any, step: Any) -> tuple[float, float]:
+def timed(name: str, model: Any, step: Any, micro_batch: int) -> tuple[float, float]:
     """Seconds and loss of a step from no gradient."""
     from benchmarks.train_sides import clear
 
     clear(model)
     started = time.perf_counter()
-    loss = step()
-    return time.perf_counter() - started, loss
+    loss = step(micro_batch)
+    seconds = time.perf_counter() - started
+    print(f"  {datetime.now(UTC):%H:%M:%S} {name} {seconds:.2f} s", file=sys.stderr, flush=True)
+    return seconds, loss
 
 
 def measure(student: Path, shape: Shape, chains: list[Chain] | None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,41 +99,41 @@ def measure(student: Path, shape: Shape, chains: list[Chain] | None, arguments: 
 
     made = sides(student, shape, chains, arguments.pack_tokens)
     rows: Sequence[Any] = chains if chains is not None else shape.pairs
-    sizes = [size for size in (1, 2, 3, 6) if len(rows) % size == 0 and size <= len(rows)] or [1]
-    model, step = made["cotree"]()
-    _, loss = timed(model, step)
-    ours = gradient_of(model)
+    sizes = sorted({min(size, len(rows)) for size in MICRO_BATCHES if len(rows) % min(size, len(rows)) == 0})
+    ours, fair = made["cotree"](), made["fair"]()
+    _, loss = timed(f"{shape.name}: cotree, first step", *ours, 0)
     first: dict[int, float] = {}
-    fastest: Any = None
-    for size in sizes:
-        candidate = made["fair"](size)
-        first[size], their_loss = timed(*candidate)
-        distance = _distance(ours, gradient_of(candidate[0])) if size == sizes[-1] else 0.0
-        if first[size] == min(first.values()):
-            fastest = candidate
-    del ours
-    seconds: dict[str, list[float]] = {"cotree": [], "fair": []}
+    for size in sizes:  # the last holds all rows: TRL's SFT term is the mean of its micro-batch
+        first[size], their_loss = timed(f"{shape.name}: fair, micro-batch {size}", *fair, size)
+    distance = _distance(gradient_of(ours[0]), gradient_of(fair[0]))
+    fastest = min(first, key=lambda size: first[size])
+    seconds: dict[str, list[float]] = {"cotree": [], "fair": [], "as_is": []}
     for _ in range(arguments.repeats):
-        seconds["cotree"].append(timed(model, step)[0])
-        seconds["fair"].append(timed(*fastest)[0])
-    del model, step, fastest, candidate
-    as_is = timed(*made["as_is"](sizes[0]))[0]
+        seconds["cotree"].append(timed(f"{shape.name}: cotree", *ours, 0)[0])
+        seconds["fair"].append(timed(f"{shape.name}: fair, micro-batch {fastest}", *fair, fastest)[0])
+    del ours, fair
+    seconds["as_is"].append(timed(f"{shape.name}: as is, micro-batch {fastest}", *made["as_is"](), fastest)[0])
     peaks = {side: _peak(shape, side, student, arguments) for side in ("cotree", "fair")}
     median = {side: statistics.median(values) for side, values in seconds.items()}
+    ratios = [fair / ours for ours, fair in zip(seconds["cotree"], seconds["fair"], strict=True)]
     tokens, flops = work(student, rows, arguments.pack_tokens)
     return {
         "loss": "sft" if chains is not None else shape.loss,
         "loss_cotree": loss,
         "loss_trl": their_loss,
         "speedup_fair": median["fair"] / median["cotree"],
-        "speedup_as_is": as_is / median["cotree"],
+        "speedup_fair_range": [min(ratios), max(ratios)],
+        "speedup_as_is": median["as_is"] / median["cotree"],
         "token_ratio": tokens,
         "flop_ratio": flops,
         "peak_memory_ratio_bs1": peaks["cotree"] / peaks["fair"],
         "gradient_rel_l2": distance,
         "seconds": seconds,
-        "fair_first_seconds_by_micro_batch": first,
+        "fair_seconds_by_micro_batch": first,
         "peak_bytes": peaks,
+        "rows": len(rows),
+        "source": f"{arguments.run}" if shape.name == "demo" and arguments.run else "by rule",
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
 
 
@@ -155,7 +172,7 @@ def _distance(left: dict[str, Any], right: dict[str, Any]) -> float:
 
 
 def _peak(shape: Shape, side: str, student: Path, arguments: argparse.Namespace) -> int:
-    """Peak memory in bytes of a process that computes one step; TRL's with one row at a time."""
+    """Peak memory in bytes of a process that computes one step; TRL's with one row at a time, no reference model."""
     command = [sys.executable, "-m", "benchmarks.train", "--child", side, "--shapes", shape.name]
     command += ["--student", str(student), "--pack-tokens", str(arguments.pack_tokens), "--seed", str(arguments.seed)]
     command += ["--tiny"] * arguments.tiny + (["--run", str(arguments.run)] if arguments.run else [])
@@ -163,16 +180,32 @@ def _peak(shape: Shape, side: str, student: Path, arguments: argparse.Namespace)
     return int(done.stdout.split()[-1])
 
 
-def chosen_shapes(arguments: argparse.Namespace) -> list[tuple[Shape, list[Chain] | None]]:
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on, the code aside."""
+    import torch
+
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "machine": f"{os.cpu_count()} x {(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        "python": platform.python_version(),
+        "student": "random, tiny" if arguments.tiny else "SmolLM2-135M-Instruct, fp32",
+        "seed": arguments.seed,
+        "repeats": arguments.repeats,
+        "pack_tokens": arguments.pack_tokens,
+    }
+
+
+def chosen_shapes(arguments: argparse.Namespace, student: Path) -> list[tuple[Shape, list[Chain] | None]]:
     found: list[tuple[Shape, list[Chain] | None]] = [
         (shape, None) for shape in shapes(arguments.seed, **(TINY if arguments.tiny else {}))
     ]
     early = found[0][0]
     correct = {tuple(pair.chosen): Chain(pair.prompt, pair.chosen) for pair in early.pairs}
     wrong = {tuple(pair.rejected): Chain(pair.prompt, pair.rejected) for pair in early.pairs}
+    found.append((demo(arguments.run, student, RECIPE), None))
     found.append((Shape("sft_4_chains", "dpo", early.pairs), [*correct.values(), *wrong.values()][:4]))
-    if arguments.run:
-        found.append((demo(arguments.run), None))
     return [each for each in found if not arguments.shapes or each[0].name in arguments.shapes]
 
 
@@ -189,20 +222,29 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        ((shape, chains),) = chosen_shapes(arguments)
+        ((shape, chains),) = chosen_shapes(arguments, arguments.student)
         make = sides(arguments.student, shape, chains, arguments.pack_tokens)[arguments.child]
-        timed(*(make() if arguments.child == "cotree" else make(1)))
+        timed(f"{shape.name}: memory of {arguments.child}", *make(reference=False), 1)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
+    known = settings(arguments)
     results: dict[str, Any] = {}
+    if arguments.shapes and arguments.out.exists():
+        before = json.loads(arguments.out.read_text())
+        results = before["shapes"] if before.get("settings") == known else {}
     with tempfile.TemporaryDirectory() as folder:
         student = arguments.student or make_student(arguments.tiny, Path(folder))
-        print(f"{'shape':14}{'loss':7}" + "".join(f"{name:>23}" for name in COLUMNS), flush=True)
-        for shape, chains in chosen_shapes(arguments):
-            found = results[shape.name] = measure(student, shape, chains, arguments)
-            print(f"{shape.name:14}{found['loss']:7}" + "".join(f"{found[n]:>23.3g}" for n in COLUMNS), flush=True)
+        for shape, chains in chosen_shapes(arguments, student):
+            results[shape.name] = measure(student, shape, chains, arguments)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps({"seed": arguments.seed, "shapes": results}, indent=2) + "\n")
+            arguments.out.write_text(json.dumps({"settings": known, "shapes": results}, indent=2) + "\n")
+    print("\n".join(f"{name}: {value}" for name, value in known.items()))
+    print(f"{'shape':14}{'loss':7}{'cotree s':>9}{'fair s':>8}" + "".join(f"{each:>10}" for each in COLUMNS.values()))
+    for name, row in results.items():
+        taken = [statistics.median(row["seconds"][side]) for side in ("cotree", "fair")]
+        low, high = row["speedup_fair_range"]
+        numbers = "".join(f"{row[each]:>10.3g}" for each in COLUMNS)
+        print(f"{name:14}{row['loss']:7}{taken[0]:>9.2f}{taken[1]:>8.2f}{numbers}  fair {low:.2f}-{high:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The trees that training is measured on: token ids of pairs, drawn by seed, or those of a finished run."""
+"""The trees that training is measured on: token ids of pairs, drawn by seed, those of a run, or written by rule."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cotree.train.encode import Pair, encode_dpo, prefix_tokens
 
@@ -63,15 +63,37 @@ def shapes(seed: int, prompt: int = 120, thought: int = 60, vocabulary: int = 40
     ]
 
 
-def demo(run: Path) -> Shape:
-    """The first pairs of a finished run, as many as a step of its recipe has."""
+def demo(run: Path | None, student: Path, recipe_of_rule: Path) -> Shape:
+    """The first step of a run; without one as many pairs, each of a question of arithmetic, written by rule."""
     from cotree.config import load_recipe
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.trainer import fixed_steps, read_rows
 
-    recipe = load_recipe(run / "recipe.yaml")
-    tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model")
-    rows = encode_dpo(tokenizer, read_rows(run / "data" / "dpo" / "train.parquet"), recipe.build.max_tokens).rows
+    recipe = load_recipe(run / "recipe.yaml" if run else recipe_of_rule)
+    rows = read_rows(run / "data" / "dpo" / "train.parquet") if run else _by_rule()
+    tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model" if run else student)
+    found = encode_dpo(tokenizer, rows, recipe.build.max_tokens).rows
     settings = recipe.train.dpo
-    step = fixed_steps([tuple(row.prompt) for row in rows], settings.batch_size, settings.epochs, recipe.seed)[0]
-    return Shape("demo", "joint" if settings.alpha else "dpo", [rows[index] for index in step])
+    step = fixed_steps([tuple(row.prompt) for row in found], settings.batch_size, settings.epochs, recipe.seed)[0]
+    return Shape("demo", "joint" if settings.alpha else "dpo", [found[index] for index in step])
+
+
+def _by_rule() -> list[dict[str, Any]]:
+    """One pair a question, as the laptop's recipe has it; rejected goes wrong in its thinking."""
+    from cotree.tasks import task
+
+    arithmetic = task("arithmetic")
+    families = [arithmetic.worked_examples(question) for question in arithmetic.questions("train", 4)]
+    rows = []
+    for example in {each.question: each for examples in families for each in examples}.values():
+        steps, wrong = example.steps, str(int(example.answer) + 1)
+        bad = steps["thinking"].replace(example.answer, wrong)
+        chosen = [steps["sub_task"], steps["thinking"], f"The answer is: \\boxed{{{example.answer}}}"]
+        rejected = [steps["sub_task"], bad, steps["double_check"], f"The answer is: \\boxed{{{wrong}}}"]
+        prompt = [{"role": "user", "content": example.question}]
+        rows.append({"prompt": prompt, "chosen": _assistant(chosen), "rejected": _assistant(rejected)})
+    return rows
+
+
+def _assistant(lines: list[str]) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": "\n".join(lines)}]

@@ -2,7 +2,9 @@
 
 - fair: TRL's DPOTrainer with the reference computed beforehand, no activation checkpointing, and only the labelled
   positions scored (on a CPU it would score all of them, and compute them twice).
-- as it is: its defaults, with the reference model beside it.
+- as it is: its defaults, with the reference model beside it, which it computes in every step.
+
+cotree and fair both have the reference when a step begins, so its cost is in neither of their times.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from benchmarks.train_shapes import Shape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,17 +24,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cotree.config import TrainDPO, TrainSFT
 from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps
 from cotree.train.encode import Chain
-from cotree.train.losses import token_logps
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer
 from cotree.train.trainer import training_arguments
 
 BETA = 0.1
-Step = Callable[[], float]
+Step = Callable[[int], float]
 
 
-def cotree_step(student: Path, shape: Shape, pack_tokens: int) -> tuple[Any, Step]:
-    """The model, and what computes a step: gradients stay on the model, the loss is returned."""
+def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool = True) -> tuple[Any, Step]:
+    """The model, and what computes a step, given a micro-batch: gradients stay on the model, the loss is returned.
+
+    `reference` false leaves it at 0, which changes no size: what memory is measured with.
+    """
     settings = TrainDPO(
         batch_size=len(shape.pairs),
         beta=BETA,
@@ -43,12 +48,14 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int) -> tuple[Any, Ste
     )
     arguments = training_arguments(Path(tempfile.gettempdir()) / "unused", settings, 1, 0)
     model = load_model(student)
-    reference = reference_logps(model, shape.pairs, settings, arguments).tolist()
-    rows = [ReferencedPair(pair, *each) for pair, each in zip(shape.pairs, reference, strict=True)]
+    logps = torch.zeros(len(shape.pairs), 2)
+    if reference:
+        logps = reference_logps(model, shape.pairs, settings, arguments)
+    rows = [ReferencedPair(pair, *each) for pair, each in zip(shape.pairs, logps.tolist(), strict=True)]
     return _ours(PairTrainer(model, [rows], arguments, settings), rows)
 
 
-def cotree_sft_step(student: Path, chains: list[Chain], pack_tokens: int) -> tuple[Any, Step]:
+def cotree_sft_step(student: Path, chains: list[Chain], pack_tokens: int, reference: bool = True) -> tuple[Any, Step]:
     settings = TrainSFT(batch_size=len(chains), pack_tokens=pack_tokens, precision="fp32")
     arguments = training_arguments(Path(tempfile.gettempdir()) / "unused", settings, 1, 0)
     return _ours(ChainTrainer(load_model(student), [chains], arguments, settings), chains)
@@ -56,22 +63,22 @@ def cotree_sft_step(student: Path, chains: list[Chain], pack_tokens: int) -> tup
 
 def _ours(trainer: Any, rows: list[Any]) -> tuple[Any, Step]:
     trainer.create_accelerator_and_postprocess()
-    return trainer.model, lambda: float(trainer.training_step(trainer.model, rows))
+    return trainer.model, lambda _: float(trainer.training_step(trainer.model, rows))
 
 
-def trl_step(student: Path, shape: Shape, micro_batch: int, fair: bool) -> tuple[Any, Step]:
+def trl_step(student: Path, shape: Shape, fair: bool, reference: bool = True) -> tuple[Any, Step]:
     """TRL's DPOTrainer; gradients are accumulated over micro-batches as its loop does."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     losses = ["sigmoid", "sft"] if shape.loss == "joint" else ["sigmoid"]
     config = DPOConfig(
-        **_options(fair), beta=BETA, loss_type=losses, loss_weights=[1.0] * len(losses), precompute_ref_log_probs=False
+        **_options(fair), beta=BETA, loss_type=losses, loss_weights=[1.0] * len(losses), precompute_ref_log_probs=fair
     )
     text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     trainer = DPOTrainer(
         model=_plain(student),
-        ref_model=_plain(student),
+        ref_model=None if fair else _plain(student),
         args=config,
         train_dataset=text,
         processing_class=AutoTokenizer.from_pretrained(student),
@@ -81,16 +88,16 @@ def trl_step(student: Path, shape: Shape, micro_batch: int, fair: bool) -> tuple
     ]
     if fair:
         _score_labelled_only(trainer.model)
-        _score_labelled_only(trainer.ref_model)
-        trainer.precompute_ref_logps = True
         for row in rows:
-            chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, trainer.data_collator([row]))
+            chosen = rejected = torch.zeros(1)
+            if reference:  # it is the model itself before its first step
+                with torch.no_grad():
+                    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([row]))
             row |= {"ref_chosen_logps": chosen.item(), "ref_rejected_logps": rejected.item()}
-        trainer.ref_model = None
-    return _theirs(trainer, rows, micro_batch)
+    return _theirs(trainer, rows)
 
 
-def trl_sft_step(student: Path, chains: list[Chain], micro_batch: int, fair: bool) -> tuple[Any, Step]:
+def trl_sft_step(student: Path, chains: list[Chain], fair: bool, reference: bool = True) -> tuple[Any, Step]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -106,7 +113,7 @@ def trl_sft_step(student: Path, chains: list[Chain], micro_batch: int, fair: boo
     )
     if fair:
         _score_labelled_only(trainer.model)
-    return _theirs(trainer, list(trainer.train_dataset), micro_batch)
+    return _theirs(trainer, list(trainer.train_dataset))
 
 
 def _options(fair: bool) -> dict[str, Any]:
@@ -119,14 +126,14 @@ def _plain(student: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
 
 
-def _theirs(trainer: Any, rows: list[dict[str, Any]], micro_batch: int) -> tuple[Any, Step]:
+def _theirs(trainer: Any, rows: list[dict[str, Any]]) -> tuple[Any, Step]:
     trainer.create_accelerator_and_postprocess()
-    parts = [rows[at : at + micro_batch] for at in range(0, len(rows), micro_batch)]
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def step() -> float:
+    def step(micro_batch: int) -> float:
         trainer.model.train()
+        parts = [rows[at : at + micro_batch] for at in range(0, len(rows), micro_batch)]
         total = 0.0
         for part in parts:
             loss = trainer.compute_loss(trainer.model, trainer.data_collator(part)) / len(parts)
@@ -144,7 +151,7 @@ def _score_labelled_only(model: Any) -> None:
         hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         mask = targets != -100
-        scored = token_logps(model.lm_head(hidden[:, :-1][mask]), targets[mask])
+        scored = -F.cross_entropy(model.lm_head(hidden[:, :-1][mask]), targets[mask], reduction="none")
         logps = torch.zeros(mask.shape).masked_scatter(mask, scored)
         zeros = torch.zeros(mask.shape)
         return SimpleNamespace(

@@ -42,8 +42,31 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *x: dpo_loss(x[0], x[1], x[2], x[3], 0.3, 0.1)[0], inputs)
     logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 3, 6, 3])
-    assert torch.autograd.gradcheck(lambda x: token_logps(x, targets), [logits])
-    assert torch.equal(token_logps(logits, targets), logits.log_softmax(-1)[torch.arange(4), targets])
+    assert torch.autograd.gradcheck(lambda x: token_logps(x.clone(), targets), [logits])
+    expected = logits.log_softmax(-1)[torch.arange(4), targets]
+    torch.testing.assert_close(token_logps(logits.clone(), targets), expected, rtol=0, atol=1e-14)
+
+
+def test_log_probabilities_of_many_rows_have_the_gradients_of_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden, targets, upstream = torch.randn(75, 8), torch.randint(0, 300, (75,)), torch.randn(75)
+    gradients = []
+    for logps in (token_logps, lambda x, y: -torch.nn.functional.cross_entropy(x, y, reduction="none")):
+        head = torch.nn.Linear(8, 300)
+        torch.nn.init.constant_(head.weight, 0.1)
+        head.weight.data[::3] = 30.0  # logits so far apart that probabilities vanish
+        values = logps(head(hidden), targets)
+        values.backward(upstream)
+        assert torch.isfinite(values).all()
+        gradients.append(head.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_refuse_a_second_backward_of_what_the_first_overwrote() -> None:
+    values = token_logps(torch.randn(3, 5, requires_grad=True).clone(), torch.arange(3)).sum()
+    values.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        values.backward()  # type: ignore[no-untyped-call]
 
 
 def test_the_minimum_of_cdpo_is_where_the_label_noise_says() -> None:
