@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotree.errors import UsageError
@@ -16,6 +16,7 @@ from cotree.eval.compare import compare, mcnemar, paired_interval, sign_flip
 from cotree.eval.journal import EvalSample, append_line
 
 
+@settings(deadline=None)
 @given(st.integers(0, 7), st.integers(0, 7))
 def test_mcnemar_is_what_all_coin_flips_give_and_sign_flips_agree(gained: int, lost: int) -> None:
     n = gained + lost

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fake_server import FakeServerThread, draw
 from tests.train.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
@@ -165,6 +165,7 @@ class Text(HTMLParser):
             self.texts[-1] += data.replace("\n", "")
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("ab\\{}$&#_%~^<>|`*[]\n\x1b\"'é"), min_size=1).filter(lambda name: "a" in name))
 def test_no_name_is_markup(name: str) -> None:
     shown = " ".join("".join(c if c.isprintable() else " " for c in name).split())

@@ -8,7 +8,7 @@ from itertools import combinations
 from statistics import fmean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotree.eval.asking import Asked
@@ -46,6 +46,7 @@ def test_no_answer_is_loop_or_cut_off_or_finished() -> None:
     assert (row["test_at"], row["majority"], row["samples"]) == ({}, None, 1), "a greedy answer is no sample"
 
 
+@settings(max_examples=15, deadline=None)  # a bootstrap for each number
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=6))
 def test_test_at_k_is_what_all_subsets_of_samples_give(right: list[list[bool]]) -> None:
     said = [
@@ -65,18 +66,24 @@ def test_test_at_k_is_what_all_subsets_of_samples_give(right: list[list[bool]]) 
     assert row["low"] <= least + 1e-12 and most - 1e-12 <= row["high"], "never narrower than Wilson's on questions"
 
 
-def test_a_vote_counts_equal_answers_and_ties_go_to_the_first() -> None:
-    gold = ASKED[0][1].gold
-    none, some = [None, None, None, None], [None, gold, None, None]
-    votes: list[list[str | None]] = [[gold, "7", "8", f"{gold}.0"], ["7", gold, gold, "7"], [*none], [*some]]
-    said = [
-        sample(i, "no_answer" if a is None else "wrong" if a in "78" else "correct", n, a, temperature=1.0)
-        for i, answers in enumerate(votes)
-        for n, a in enumerate(answers)
-    ]
+@pytest.mark.parametrize(
+    ("answers", "right"),
+    [
+        (("gold", "7", "8", "gold.0"), True),
+        (("7", "gold", "gold", "7"), False),
+        (("gold", "7", "7", "gold"), True),
+        ((None, None, None, None), False),
+        ((None, "gold", None, None), True),
+    ],
+)
+def test_a_vote_counts_equal_answers_and_ties_go_to_the_first(answers: tuple[str | None, ...], right: bool) -> None:
+    said = []
+    for n, told in enumerate(answers):
+        answer = told and told.replace("gold", ASKED[0][1].gold)
+        kind: VerdictKind = "no_answer" if told is None else "correct" if "gold" in told else "wrong"
+        said.append(sample(0, kind, n, answer, temperature=1.0))
     (row,) = outcomes(ASKED, said)
-    assert row["majority"] is not None
-    assert row["majority"] == [0.5, *wilson(2, 4)]
+    assert row["majority"] == [float(right), *wilson(right, 1)]
 
 
 def test_the_share_of_shortest_plans_is_of_the_correct_ones() -> None:
