@@ -75,5 +75,5 @@ def _train(run: RunFolder, name: str, most: int, settings: TrainSFT | TrainDPO) 
     return (
         f"train {name}: {p.rows} rows ({p.too_long} over build.max_tokens left out), {p.steps} steps, {p.packs} packs; "
         f"{p.tokens:,} tokens, packed {p.packed_tokens:,} (ratio {p.token_ratio:.2f}); about "
-        f"{p.peak_bytes / 1e9:.1f} GB of memory and {duration(p.seconds)}"
+        f"{p.peak_bytes / 1e9:.1f} GB of memory, and {duration(p.seconds)} for the matrices' work alone"
     )

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -130,6 +131,10 @@ def test_the_plan_is_what_the_run_then_does(sft_rows: Path, dpo_rows: Path, tmp_
     smaller = plan(dpo_rows, file, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
     assert smaller.packs == DPO.epochs * smaller.rows
     assert plan(dpo_rows, file, DPO, 0, 60).too_long > 0
+    noted = {"cotree": json.dumps({"kind": "sft", "template": "another"})}
+    pq.write_table(pq.read_table(sft_rows).replace_schema_metadata(noted), tmp_path / "other.parquet")
+    with pytest.raises(UsageError, match="was built for another tokenizer or chat template"):
+        plan(tmp_path / "other.parquet", file, SFT, 0, 512)
 
 
 class Greedy(ChainTrainer):

@@ -25,8 +25,8 @@ class TrainPlan:
     """Rows, rows over the token limit, steps, packs, tokens of all epochs unpacked and packed, and two estimates.
 
     `peak_bytes` and `seconds` are estimates: weights, gradients, Adam's moments and the largest pack's activations in
-    fp32; and the matrices' work, the reference's included, at the speed of a matrix product measured here. Half or
-    twice of it is no surprise.
+    fp32 (half or twice of it is no surprise); and the matrices' work, the reference's included, at the speed of a
+    matrix product measured here, beside which attention, the optimizer and checkpoints take as long again or more.
     """
 
     rows: int
