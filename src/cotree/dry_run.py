@@ -47,7 +47,7 @@ def _search(recipe: Recipe, trees: int) -> str:
     search, models = recipe.search, recipe.used_models()
     patterns = [search.own_patterns.get(name) or PATTERNS[name] for name in search.patterns]
     children = max(sum(row.values()) for pattern in patterns for row in pattern.values())
-    longest = max(search.max_thought_tokens, *(thought.max_tokens or 0 for thought in search.thoughts.values()), 0)
+    longest = max([search.max_thought_tokens, *(thought.max_tokens or 0 for thought in search.thoughts.values())])
     # A rollout writes the children of each thought on its way to an answer, and a reflection on that.
     tokens = trees * search.rollouts * (search.max_depth * children + 1) * longest
     tokens = min(tokens, trees * search.stop.tokens) if search.stop.tokens else tokens
@@ -55,11 +55,9 @@ def _search(recipe: Recipe, trees: int) -> str:
     price = max((model.price.completion for model in models.values() if model.price), default=None)
     cost = "" if price is None else f", which cost at most {tokens * price / 1e6:.2f} (prompts not counted)"
     asked = ", ".join(f"{name} ({'embedded' if model.embedded else 'server'})" for name, model in models.items())
-    twice = ", best-of-n included" if search.baselines else ""
-    return (
-        f"{trees} trees of at most {search.rollouts} rollouts, written by {asked}; at most {tokens:,} generated tokens"
-        f"{twice}{cost}"
-    )
+    cost = (", best-of-n included" if search.baselines else "") + cost
+    trees_of = f"{trees} trees of at most {search.rollouts} rollouts, written by {asked}"
+    return f"{trees_of}; at most {tokens:,} generated tokens{cost}"
 
 
 def _train(run: RunFolder, name: str, most: int, settings: TrainSFT | TrainDPO) -> str:

@@ -220,21 +220,14 @@ def _show_steps(name: str, update: Update, output: Output) -> Callable[[StepLog]
 
     def show(log: StepLog) -> None:
         latest.update(log.gauges, loss=log.loss)
-        update(log.step, log.total_steps, ", ".join(s.format(latest[k]) for k, s in _GAUGES.items() if k in latest))
+        update(log.step, log.total_steps, ", ".join(f"{k} {latest[k]:.3g}" for k in _GAUGES if k in latest))
         for warning in log.warnings:
             output.say(f"  warning at {name} step {log.step}: {warning}")
 
     return show
 
 
-_GAUGES = {
-    "loss": "loss {:.3f}",
-    "margin": "margin {:.3f}",
-    "chosen_reward": "chosen reward {:.3f}",
-    "probe_tokens": "probe: tokens {:.1f}",
-    "probe_loop": "loops {:.2f}",
-    "probe_no_answer": "no answer {:.2f}",
-}
+_GAUGES = ("loss", "margin", "chosen_reward", "probe_tokens", "probe_loop", "probe_no_answer")
 
 
 def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -32,48 +32,27 @@ class Figure:
     note: str = ""
 
 
-Value = Callable[[LogLine], float | None]
-
-
 def training_figures(logs: Mapping[str, Sequence[LogLine]]) -> list[Figure]:
     """Curves over optimizer steps from the logs of `sft`, `control` and `dpo`; a figure without any point is left out.
 
     Logs longer than 300 points are averaged over equal spans, and the figure says so.
     """
-    sft = [("sft", logs.get("sft", ())), ("control", logs.get("control", ()))]
-    dpo = logs.get("dpo", ())
+    sft, control, dpo = (logs.get(name, ()) for name in ("sft", "control", "dpo"))
+    rewards = [("chosen", dpo, "chosen_reward"), ("rejected", dpo, "rejected_reward")]
     figures = [
-        _curves("SFT loss", [(name, log, lambda line: line.loss) for name, log in sft]),
-        _curves("DPO loss", [("dpo", dpo, lambda line: line.loss)]),
-        _curves("DPO margin", [("dpo", dpo, lambda line: line.margin)]),
-        _curves("Pairs with margin above 0", [("dpo", dpo, lambda line: line.accuracy)], limits=(0.0, 1.0)),
-        _curves(
-            "Log-probabilities",
-            [("chosen", dpo, lambda line: line.chosen_logps), ("rejected", dpo, lambda line: line.rejected_logps)],
-        ),
-        _curves(
-            "Rewards (beta times the log-ratio)",
-            [("chosen", dpo, lambda line: line.chosen_reward), ("rejected", dpo, lambda line: line.rejected_reward)],
-        ),
-        *(figure for name, log in (*sft, ("dpo", dpo)) for figure in _probe_figures(name, log)),
-        _curves(
-            "Learning rate",
-            [(name, logs.get(name, ()), lambda line: line.learning_rate) for name in ("sft", "dpo")],
-        ),
+        _curves("SFT loss", [("sft", sft, "loss"), ("control", control, "loss")]),
+        _curves("DPO loss", [("dpo", dpo, "loss")]),
+        _curves("DPO margin", [("dpo", dpo, "margin")]),
+        _curves("Pairs with margin above 0", [("dpo", dpo, "accuracy")], limits=(0.0, 1.0)),
+        _curves("Log-probabilities", [("chosen", dpo, "chosen_logps"), ("rejected", dpo, "rejected_logps")]),
+        _curves("Rewards (beta times the log-ratio)", rewards),
+        _curves("Learning rate", [("sft", sft, "learning_rate"), ("dpo", dpo, "learning_rate")]),
     ]
+    for name, log in (("sft", sft), ("control", control), ("dpo", dpo)):
+        ratios = [("no answer", log, "probe_no_answer"), ("loop", log, "probe_loop")]
+        figures.append(_curves(f"Probes of {name}: mean tokens", [("tokens", log, "probe_tokens")]))
+        figures.append(_curves(f"Probes of {name}: ratios", ratios, limits=(0.0, 1.0)))
     return [figure for figure in figures if figure is not None]
-
-
-def _probe_figures(name: str, log: Sequence[LogLine]) -> list[Figure | None]:
-    """What a student wrote while it was trained."""
-    ratios: list[tuple[str, Sequence[LogLine], Value]] = [
-        ("no answer", log, lambda line: line.probe_no_answer),
-        ("loop", log, lambda line: line.probe_loop),
-    ]
-    return [
-        _curves(f"Probes of {name}: mean tokens", [("tokens", log, lambda line: line.probe_tokens)]),
-        _curves(f"Probes of {name}: ratios", ratios, limits=(0.0, 1.0)),
-    ]
 
 
 def interval_plot(row: EvalRow, constant: float | None, *, accent: bool) -> str:
@@ -107,8 +86,9 @@ def _x(fraction: float) -> str:
 
 
 def _curves(
-    title: str, series: Sequence[tuple[str, Sequence[LogLine], Value]], limits: tuple[float, float] | None = None
+    title: str, series: Sequence[tuple[str, Sequence[LogLine], str]], limits: tuple[float, float] | None = None
 ) -> Figure | None:
+    """Curves of (name, log, key of its lines)."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import MaxNLocator
@@ -134,7 +114,7 @@ def _curves(
         "xtick.major.width": 0.5,
         "ytick.major.size": 0,
     }
-    drawn = [[(line.step, y) for line in log if (y := value(line)) is not None] for _, log, value in series]
+    drawn = [[(line.step, y) for line in log if (y := getattr(line, key)) is not None] for _, log, key in series]
     span = max(1, *(-(-len(points) // MAX_POINTS) for points in drawn))
     keys = []
     with matplotlib.rc_context(style):

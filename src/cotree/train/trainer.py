@@ -35,6 +35,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from cotree.config import Optimizer, Probe
 from cotree.errors import CotreeError, UsageError
+from cotree.train import forest
 from cotree.train.durable import whole_file, whole_folder, writing
 from cotree.train.encode import Encoded
 from cotree.train.forest import forest_tokens, packs
@@ -44,16 +45,12 @@ from cotree.train.resume import clear, last_checkpoint, seal_checkpoint
 from cotree.train.student import quiet
 
 
-class Item(Protocol):
+class Item(forest.Item, Protocol):
     """What a step is made of: something that knows how many tokens computing it takes."""
 
     @property
     def tokens(self) -> int:
         """Prompts included."""
-
-    @property
-    def chains(self) -> tuple[list[int], ...]:
-        """Token ids, prompts included."""
 
 
 Row = TypeVar("Row", bound=Item)
