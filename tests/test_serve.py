@@ -140,10 +140,11 @@ async def test_every_parameter_that_is_taken_changes_the_outcome() -> None:
         assert reply["choices"][0]["message"] == plain["choices"][0]["message"]
         assert len({choice["message"]["content"] for choice in reply["choices"]}) > 1
         assert reply["usage"]["completion_tokens"] > 2 * plain["usage"]["completion_tokens"]
-        stop = told.split()[2]
-        for stops in (stop, ["no such word", stop]):
+        later, earlier = told[-1], told.split()[1]
+        for stops in (later, ["no such word", later, earlier]):
             reply, _ = await changed(stop=stops)
-            assert reply["choices"][0]["message"]["content"] == told[: told.index(stop)]
+            ends = min(told.index(stop) for stop in ([stops] if isinstance(stops, str) else stops[1:]))
+            assert reply["choices"][0]["message"]["content"] == told[:ends]
         reply, _ = await changed(max_tokens=2)
         assert len(reply["choices"][0]["message"]["content"].split()) <= 2
         assert reply["choices"][0]["finish_reason"] == "length"

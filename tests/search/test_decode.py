@@ -267,7 +267,10 @@ def test_a_verifier_values_without_gold(strategy: str, source: str) -> None:
         return " yes" if "Reply with yes or no" in prompt else talk(prompt, seed, index)
 
     settings = search(reward=Reward.model_validate(reward[source]))
-    best = ask(*boxed(), settings, server={"reply": judging}, strategy=strategy, value="verifier")
+    kind = task("arithmetic")
+    best = ask(
+        kind, kind.questions("dev", 1)[0], settings, server={"reply": judging}, strategy=strategy, value="verifier"
+    )
     assert best.answer in best.votes
     assert max(best.votes.values()) > 0
 
