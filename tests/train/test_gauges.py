@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cotree.config import LoRA, Probe, TrainSFT, parse_recipe
+from cotree.errors import CotreeError
 from cotree.pipeline import run
 from cotree.progress import Output, Update
 from cotree.report.summary import read_log
@@ -94,6 +95,19 @@ def test_a_rising_no_answer_ratio_stops_where_asked(answering: Path, endless: Pa
     assert logs[-1].warnings == (f"no_answer_rises: by {ratios[-1]:.2f} since the first probe; training stops here",)
     assert not any(log.warnings for log in logs[:-1])
     assert (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_that_was_to_stop_stops_again_after_a_crash(answering: Path, endless: Path, tmp_path: Path) -> None:
+    settings = changed(stop_rise=0.4).model_copy(update={"save_steps": 1})
+    whole = train_sft(endless, answering, tmp_path / "whole", settings, 0, 512)
+
+    (tmp_path / "run" / "result.json").mkdir(parents=True)  # so that what was trained cannot be stored
+    with pytest.raises(CotreeError, match="could not write"):
+        train_sft(endless, answering, tmp_path / "run", settings, 0, 512)
+    (tmp_path / "run" / "result.json").rmdir()
+    resumed = train_sft(endless, answering, tmp_path / "run", settings, 0, 512)
+    assert (resumed.steps, resumed.tokens) == (whole.steps, whole.tokens)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=8, alpha=64)])

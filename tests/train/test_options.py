@@ -23,7 +23,7 @@ from cotree.train.model import load_model
 from cotree.train.plan import plan
 from cotree.train.sft import ChainTrainer, train_sft
 from cotree.train.student import load_student
-from cotree.train.trainer import StepLog, read_rows, training_arguments
+from cotree.train.trainer import StepLog, read_rows, room_for, training_arguments
 
 SFT = TrainSFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
 DPO = TrainDPO(batch_size=5, epochs=2.0, learning_rate=1e-2)
@@ -159,8 +159,11 @@ def test_out_of_memory_says_which_pack_and_what_to_lower(
     trainer = Greedy(load_model(student), [chains], training_arguments(tmp_path, settings, 1, 0), settings)
     with pytest.raises(CotreeError, match=message):
         trainer.training_step(trainer.model, chains)
-    with pytest.raises(RuntimeError, match="another"), trainer._room_for(chains):
+    with pytest.raises(RuntimeError, match="another"), room_for(chains, "here", cap):
         raise RuntimeError("another")
+    outside = pytest.raises(CotreeError, match=r"out of memory while training, outside the packs, .* set lora")
+    with outside, room_for((), "while training", cap):
+        torch.zeros(2**45)
 
 
 def test_a_reporter_gets_every_step(student: Path, sft_rows: Path, tmp_path: Path) -> None:

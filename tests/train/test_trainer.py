@@ -356,11 +356,29 @@ def test_other_inputs_in_the_same_folder_are_refused(
         train_sft(sft_rows, student, tmp_path, SFT.model_copy(update={"epochs": 1.0}), 0, 500)
     with pytest.raises(UsageError, match="was begun with other settings, rows"):
         train_dpo(dpo_rows, student, tmp_path, DPO, 0, 512)
+    done = train_sft(sft_rows, student, tmp_path, SFT, 0, 512)
+    assert train_sft(sft_rows, student, tmp_path, SFT, 0, 512) == done
+    with pytest.raises(UsageError, match="was begun with other seed: delete it"):
+        train_sft(sft_rows, student, tmp_path, SFT, 1, 512)
+
+
+def test_rewards_are_told_where_there_is_a_reference_to_compare_with(
+    student: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    for name, change in (("dpo", {}), ("simpo", {"loss": "simpo"}), ("free", {"reference_free": True})):
+        logs: list[StepLog] = []
+        settings = DPO.model_copy(update={**change, "batch_size": 1, "epochs": 3.0})
+        train_dpo(dpo_rows, student, tmp_path / name, settings, 0, 512, logs.append)
+        assert len(logs) >= 10
+        assert all(("chosen_reward" in log.gauges) == (name == "dpo") for log in logs)
+        assert name == "dpo" or not any(log.warnings for log in logs)
 
 
 def test_rows_that_cannot_be_trained_on_are_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot read the rows in .*nowhere"):
         train_sft(tmp_path / "nowhere", student, tmp_path / "run", SFT, 0, 512)
+    with pytest.raises(UsageError, match="has no column `chosen`: its rows are of another kind; it has prompt, compl"):
+        train_dpo(sft_rows, student, tmp_path / "run", DPO, 0, 512)
     with pytest.raises(UsageError, match=r"all 11 rows are over 8 tokens: raise build.max_tokens"):
         train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 8)
     (tmp_path / "text").write_text("no parquet")

@@ -24,7 +24,7 @@ Backend = Literal["block", "sdpa", "flex"]
 
 
 def fastest(device: torch.device) -> Backend:
-    """By measurement on CPU (docs/training.md)."""
+    """What computes least of what a mask would hide; flex_attention has no backward on CPU."""
     return "flex" if device.type == "cuda" else "block"
 
 

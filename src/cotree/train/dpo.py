@@ -39,6 +39,7 @@ from cotree.train.trainer import (
     fixed_steps,
     read_rows,
     release,
+    room_for,
     run,
     training_arguments,
 )
@@ -73,11 +74,11 @@ def train_dpo(
         CotreeError: the loss is no number any more, or the disk is full; nothing before the last checkpoint is lost.
     """
     began = monotonic()
-    result = finished(out)
-    if result is not None:
-        return result
+    if (out / "model").exists():
+        claim(out, rows, student, settings, seed, max_tokens)
+        return finished(out)
     tokenizer = load_tokenizer(student)
-    found = read_rows(rows)
+    found = read_rows(rows, ("prompt", "chosen", "rejected"))
     check_template(rows, tokenizer)
     encoded = encode_dpo(tokenizer, found, max_tokens)
     if not encoded.rows:
@@ -180,8 +181,9 @@ class PairTrainer(StepTrainer[ReferencedPair, PairStep]):
         )
         means = {"margin": d, "accuracy": (d > 0).to(d)}
         means |= {"chosen_logps": policy_chosen, "rejected_logps": policy_rejected}
-        means |= {"chosen_reward": settings.beta * (policy_chosen - reference_chosen)}
-        means |= {"rejected_reward": settings.beta * (policy_rejected - reference_rejected)}
+        if settings.has_reference:
+            means |= {"chosen_reward": settings.beta * (policy_chosen - reference_chosen)}
+            means |= {"rejected_reward": settings.beta * (policy_rejected - reference_rejected)}
         gauges = {name: values.sum() / step.pairs for name, values in means.items()}
         return loss, gauges | {"dpo_loss": dpo, "sft_loss": sft_loss}
 
@@ -247,7 +249,8 @@ def reference_logps(
     with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
         for pack in packs(pairs, settings.pack_tokens)[arguments.process_index :: arguments.world_size]:
             none = [torch.zeros(len(pair.chosen), dtype=torch.float64) for pair in pack]
-            _, chosen, rejected = pair_logps(model, pack, settings, none)
+            with room_for(pack, "in the reference", settings.pack_tokens):
+                _, chosen, rejected = pair_logps(model, pack, settings, none)
             sums[[place[id(pair)] for pair in pack]] = torch.stack([chosen, rejected], 1).to(sums)
             done += len(pack) * arguments.world_size
             if on_progress is not None:

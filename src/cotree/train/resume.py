@@ -71,8 +71,9 @@ def clear(folder: Path) -> None:
 
 
 def weights_hash(model: Path) -> str:
-    """A hash of the weights in a model folder."""
-    return hashlib.sha256(" ".join(_sha256(file) for file in sorted(model.glob("*.safetensors"))).encode()).hexdigest()
+    """A hash of what a model folder computes: its weights and its config, an adapter's with the name of its base."""
+    files = sorted([*model.glob("*.safetensors"), *model.glob("*config.json")])
+    return hashlib.sha256(" ".join(_sha256(file) for file in files).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -61,11 +61,11 @@ def train_sft(
         CotreeError: the loss is no number any more, or the disk is full; nothing before the last checkpoint is lost.
     """
     began = monotonic()
-    result = finished(out)
-    if result is not None:
-        return result
+    if (out / "model").exists():
+        claim(out, rows, student, settings, seed, max_tokens)
+        return finished(out)
     tokenizer = load_tokenizer(student)
-    found = read_rows(rows)
+    found = read_rows(rows, ("prompt", "completion"))
     check_template(rows, tokenizer)
     encoded = encode_sft(tokenizer, found, max_tokens)
     if not encoded.rows:

@@ -75,7 +75,7 @@ class TrainResult:
     Attributes:
         steps: optimizer steps; kept: the one whose student was kept (the last, or the best of the probes).
         rows: rows trained on (of one epoch); too_long: rows left out because they are over the token limit.
-        tokens: tokens in the rows of all epochs, prompts included.
+        tokens: tokens in the rows of all steps that were made, prompts included.
         packed: tokens computed for them, as shared ones are computed once.
         seconds: wall time, over all resumes.
         first, final: the metrics of the first and the last step.
@@ -157,7 +157,10 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
             counts = float(turn < len(dealt))
             pack = dealt[turn % len(dealt)]
             # DDP needs one synchronisation a step, not one a pack; it divides the sum of gradients by the processes.
-            with nullcontext() if turn == turns[-1] else self.accelerator.no_sync(model), self._room_for(pack):
+            with (
+                nullcontext() if turn == turns[-1] else self.accelerator.no_sync(model),
+                room_for(pack, f"at step {self.state.global_step + 1}", self.pack_tokens),
+            ):
                 with self.compute_loss_context_manager():
                     loss, share = self.share(model, pack, step)
                 self.accelerator.backward(loss * (counts * processes))
@@ -171,19 +174,6 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
             )
         self.gauges = dict(zip(gauges, sums[1:].tolist(), strict=True))
         return sums[0]
-
-    @contextmanager
-    def _room_for(self, pack: Sequence[Row]) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            lower = f"pack_tokens (now {self.pack_tokens})" if len(pack) > 1 else "build.max_tokens"
-            raise CotreeError(
-                f"out of memory at step {self.state.global_step + 1}, in a pack of {len(pack)} rows and "
-                f"{forest_tokens(pack)} tokens: lower {lower}, or set gradient_checkpointing: true"
-            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's gauges, and a probe where one is due or training ends, to what Trainer logs and reports."""
@@ -212,6 +202,24 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
             if self.args.process_index == 0:
                 seal_checkpoint(checkpoint, self.state.best_global_step)
+
+
+@contextmanager
+def room_for(pack: Sequence[Item], where: str, pack_tokens: int) -> Iterator[None]:
+    """Say of what a pack has too little memory for: which pack, and what to lower. Without rows it is the optimizer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        if not pack:
+            fix = "outside the packs, where the optimizer keeps two numbers a weight: set lora"
+            raise CotreeError(f"out of memory {where}, {fix}") from error
+        lower = f"pack_tokens (now {pack_tokens})" if len(pack) > 1 else "build.max_tokens"
+        raise CotreeError(
+            f"out of memory {where}, in a pack of {len(pack)} rows and {forest_tokens(pack)} tokens: lower {lower}, "
+            "or set gradient_checkpointing: true"
+        ) from error
 
 
 def add_over_processes(values: Tensor) -> Tensor:
@@ -264,6 +272,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             if stop_rise is not None and (rises := no_answer_rises(state.log_history, stop_rise)):
                 entry["warning"] = rises
                 control.should_training_stop = True
+                # A resume that began at this step would not know that it should stop.
+                control.should_save = False
             if self.settings.keep == "best" and best_step(state.log_history) == state.global_step:
                 state.best_global_step, state.best_model_checkpoint = state.global_step, None
                 # Trainer loads the best checkpoint at the end; the last step needs none.
@@ -282,11 +292,11 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], gauges, warnings))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a Parquet file.
 
     Raises:
-        UsageError: it is missing, unreadable or empty.
+        UsageError: it is missing, unreadable or empty, or lacks one of the columns.
     """
     import pyarrow
     import pyarrow.parquet
@@ -297,13 +307,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"cannot read the rows in {path}: {str(error).splitlines()[0]}") from error
     if not rows:
         raise UsageError(f"{path} has no rows: the build stage selected none; search more questions or rollouts")
+    missing = [column for column in columns if column not in rows[0]]
+    if missing:
+        raise UsageError(
+            f"{path} has no column `{missing[0]}`: its rows are of another kind; it has {', '.join(rows[0])}"
+        )
     return rows
 
 
-def finished(out: Path) -> TrainResult | None:
-    """The stored result if the run in `out` is done."""
-    if not (out / "model").exists():
-        return None
+def finished(out: Path) -> TrainResult:
+    """The stored result of a run that is done."""
     clear(out / "trainer")  # a kill may have come between the two
     return TrainResult(**json.loads((out / "result.json").read_text()))
 
@@ -385,15 +398,16 @@ def run(
     with quiet():
         with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
             checkpoint = last_checkpoint(out / "trainer")
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        history = trainer.state.log_history
+        with room_for((), "while training", trainer.pack_tokens):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        history, done = trainer.state.log_history, trainer.steps[: trainer.state.global_step]
         result = TrainResult(
             steps=trainer.state.global_step,
             kept=trainer.state.best_global_step or trainer.state.global_step,
             rows=len(encoded.rows),
             too_long=encoded.too_long,
-            tokens=sum(row.tokens for step in trainer.steps for row in step),
-            packed=sum(forest_tokens(pack) for step in trainer.steps for pack in trainer.packs(step)),
+            tokens=sum(row.tokens for step in done for row in step),
+            packed=sum(forest_tokens(pack) for step in done for pack in trainer.packs(step)),
             seconds=progress.seconds(),
             first=history[0],
             final=history[-1],
