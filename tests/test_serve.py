@@ -374,7 +374,7 @@ def test_the_verb_says_its_address_and_ends_cleanly(number: signal.Signals) -> N
 
         assert asyncio.run(asked())[0] == 200
         process.send_signal(number)
-        out, errors = process.communicate(timeout=20)
+        out, errors = process.communicate(timeout=120)
     assert (process.returncode, out, errors) == (0, "closed\n", "")
 
 
