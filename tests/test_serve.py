@@ -141,7 +141,7 @@ async def test_every_parameter_that_is_taken_changes_the_outcome() -> None:
         assert len({choice["message"]["content"] for choice in reply["choices"]}) > 1
         assert reply["usage"]["completion_tokens"] > 2 * plain["usage"]["completion_tokens"]
         later, earlier = told[-1], told.split()[1]
-        for stops in (later, ["no such word", later, earlier]):
+        for stops in (later, told[-12:], ["no such word", later, earlier]):
             reply, _ = await changed(stop=stops)
             ends = min(told.index(stop) for stop in ([stops] if isinstance(stops, str) else stops[1:]))
             assert reply["choices"][0]["message"]["content"] == told[:ends]
@@ -171,6 +171,7 @@ async def test_max_completion_tokens_is_the_budget_also_where_the_server_has_non
         ({"n": 99}, "n"),
         ({"temperature": "hot"}, "temperature"),
         ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "It"}]}, "messages"),
@@ -202,6 +203,9 @@ async def test_garbage_size_and_addresses() -> None:
             async with session.post("/v1/chat/completions", data=data) as reply:
                 assert reply.status == status
                 assert (await reply.json())["error"]["message"]
+        strange = {"Content-Type": "application/json; charset=foo"}
+        async with session.post("/v1/chat/completions", data=b"{}", headers=strange) as reply:
+            assert reply.status == 400
         for method, path, status in (("GET", "/v1/chat/completions", 405), ("GET", "/nowhere", 404)):
             async with session.request(method, path) as reply:
                 assert (reply.status, "error" in await reply.json()) == (status, True)
@@ -236,7 +240,15 @@ async def test_a_page_cannot_reach_a_loopback_server_by_a_name_of_its_own(header
 
 
 @pytest.mark.parametrize(
-    ("sent", "status"), [(None, 401), ("Bearer wrong", 401), ("Bearer ", 401), (f"Bearer {TOKEN}", 200)]
+    ("sent", "status"),
+    [
+        (None, 401),
+        ("Bearer wrong", 401),
+        ("Bearer ", 401),
+        ("Bearer \udcff", 401),
+        (f"Bearer {TOKEN}", 200),
+        (f"bearer {TOKEN}", 200),
+    ],
 )
 async def test_a_token_is_asked_for_and_never_quoted(sent: str | None, status: int) -> None:
     headers = {} if sent is None else {"Authorization": sent}
@@ -319,6 +331,8 @@ async def test_the_official_client_works() -> None:
         whole = await client.chat.completions.create(model="one", messages=HELLO, temperature=0.7, n=2, seed=4)
         assert whole.choices[0].message.content.startswith("The answer is")
         assert whole.usage.completion_tokens_details.reasoning_tokens > 0
+        again = [*HELLO, whole.choices[0].message, *HELLO]
+        assert (await client.chat.completions.create(model="one", messages=again)).choices[0].message.content
         stream = await client.chat.completions.create(
             model="one",
             messages=HELLO,

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,10 +54,15 @@ class _Text(_Part):
 class _Said(_Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Text]
+    # What this server said with an answer comes back with it in the next turn; thinking stays behind.
+    reasoning_content: str | None = None
 
     def plain(self) -> Message:
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+_Stop = Annotated[str, Field(min_length=1)]
 
 
 class _StreamOptions(_Part):
@@ -73,7 +78,7 @@ class _Body(_Part):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int = Field(1, ge=1, le=8)
     seed: int | None = None
-    stop: str | list[str] = Field([], max_length=4)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] = []
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
 
@@ -169,9 +174,12 @@ class Server:
             raise _Refused(403, f"this server answers to {self.host}, not to the name that was asked for")
         if page != host:
             raise _Refused(403, "pages of other servers may not ask this one")
-        said = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        scheme, _, said = request.headers.get("Authorization", "").partition(" ")
+        said = said if scheme.casefold() == "bearer" else ""
         open_to_all = self.token is None or request.path == "/health"
-        if not open_to_all and not hmac.compare_digest(said.encode(), str(self.token).encode()):
+        if not open_to_all and not hmac.compare_digest(
+            said.encode("utf-8", "surrogateescape"), str(self.token).encode()
+        ):
             raise _Refused(401, f"send the server's {TOKEN} as the API key", code="invalid_api_key")
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -303,6 +311,8 @@ async def _read(request: web.Request, kind: type[_B]) -> _B:
     try:
         raw = await request.json()
         asked = {key: told for key, told in raw.items() if told is not None and _NOTHING.get(key, _NOTHING) != told}
+        for key in ("messages",) if isinstance(asked.get("messages"), list) else ():
+            asked[key] = [{k: v for k, v in m.items() if v is not None} for m in asked[key]]
         return kind.model_validate(asked)
     except ValidationError as error:
         first = error.errors()[0]
@@ -310,7 +320,7 @@ async def _read(request: web.Request, kind: type[_B]) -> _B:
         unknown = first["type"] == "extra_forbidden"
         said = "is not supported where answers are decoded with search; leave it out" if unknown else first["msg"]
         raise _Refused(400, f"`{param}`: {said}", param, "unsupported_parameter" if unknown else None) from None
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError, LookupError):
         raise _Refused(400, "the body is no JSON object") from None
 
 

@@ -175,6 +175,7 @@ def test_no_name_is_markup(name: str) -> None:
     assert page.texts[:6] == ["model", "gsm8k", "math500", shown, "87.4 (0.23%)", "–"]
     latex = paper_table(found, "latex").split("\n")[4].removesuffix(r" \\")
     bare = re.sub(r"\\(text\w+\{\}|[{}$&#_%])", "", latex)
+    assert not latex.startswith(("[", "*"))
     assert bare.count("&") == 2 and not re.search(r"[\\{}$#_%~^<>]", bare)
     cell, _, _ = paper_table(found, "markdown").split("\n")[2].removeprefix("| ").rpartition(" | 87.4 (0.23%)")
     assert re.fullmatch(r"(\\.|[^`*_\[\]<|$\\])*", cell)

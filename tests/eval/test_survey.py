@@ -32,6 +32,12 @@ def test_a_run_is_its_samples_and_its_data_by_model_and_script(tmp_path: Path) -
     assert [line for line in lines if line.startswith("\nrow 1: loop")]
 
 
+def test_an_empty_reply_is_a_text_without_an_answer(tmp_path: Path) -> None:
+    append_line(tmp_path / "rows.jsonl", {"completion": "", "solution": "The answer is 4.", "source": "mine"})
+    _, line, *_ = diagnose_file(tmp_path / "rows.jsonl")
+    assert line.split()[-2:] == ["1", "(100.0%)"]
+
+
 def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="is neither a run nor an evaluation"):
         list(diagnose_file(tmp_path))

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -93,6 +94,8 @@ def evaluate(
     if gguf is not None and gguf not in get_args(GGUFType):
         raise UsageError(f"unknown GGUF type `{gguf}`; known: {', '.join(get_args(GGUFType))}")
     how = Sampling(max_tokens, samples, temperature, top_p, seed, examples=strategy is not None)
+    if strategy is not None:  # each sample is a search of its own
+        how = replace(how, together=1)
     questions, available = _questions(tasks, data, family, limit)
     settings: dict[str, Any] = {
         "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,

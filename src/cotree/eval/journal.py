@@ -62,7 +62,7 @@ class EvalSample:
 
 
 def read_samples(path: Path) -> list[EvalSample]:
-    """The samples of a journal; a last line that a kill cut in half is dropped from the file.
+    """The samples of a journal; a last line that a kill cut in half is none.
 
     Raises:
         UsageError: it is another file.
@@ -71,9 +71,6 @@ def read_samples(path: Path) -> list[EvalSample]:
         return []
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     try:
         return [EvalSample(**json.loads(line)) for line in whole.split(b"\n") if line]
     except (TypeError, ValueError) as error:
@@ -86,7 +83,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            before = os.fstat(descriptor).st_size
+            before = _drop_torn_line(path, descriptor)
             line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
             # A nearly full disk takes a part and says so only by the count.
             if os.write(descriptor, line) < len(line):
@@ -97,3 +94,16 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     except OSError as error:
         fix = "free some space, then re-run the same command to resume"
         raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
+
+
+def _drop_torn_line(path: Path, descriptor: int) -> int:
+    """The size of a file that ends with a whole line: what a kill left after it is cut off."""
+    size = os.fstat(descriptor).st_size
+    with path.open("rb") as file:
+        file.seek(max(size - 1, 0))
+        if file.read(1) in (b"", b"\n"):
+            return size
+        file.seek(0)
+        size = file.read().rfind(b"\n") + 1
+    os.ftruncate(descriptor, size)
+    return size

@@ -82,7 +82,7 @@ def _rows(where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _text(row: dict[str, Any], field: str | None, where: str) -> str:
     names = (field,) if field is not None else (*_TEXTS, "messages", "conversations")
-    value = next((row[name] for name in names if row.get(name)), None) if isinstance(row, dict) else None
+    value = next((row[name] for name in names if row.get(name) is not None), None) if isinstance(row, dict) else None
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content", value[-1].get("value"))
     if not isinstance(value, str):

@@ -113,7 +113,9 @@ def _markdown(grid: Sequence[Sequence[str]], notes: Sequence[str]) -> list[str]:
 
 
 def _latex(grid: Sequence[Sequence[str]], notes: Sequence[str]) -> list[str]:
-    head, *rows = (" & ".join(row) + r" \\" for row in grid)
+    # The `\\` before a row takes a `[` or `*` that follows for its own argument.
+    safe = ([rf"\textnormal{{}}{row[0]}" if row[0].startswith(("[", "*")) else row[0], *row[1:]] for row in grid)
+    head, *rows = (" & ".join(row) + r" \\" for row in safe)
     begin = r"\begin{tabular}{l" + "r" * (len(grid[0]) - 1) + "}"
     rule = r"\hline"
     return [begin, rule, head, rule, *rows, rule, r"\end{tabular}", "", *(rf"{note}\par" for note in notes)]
