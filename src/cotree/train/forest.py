@@ -107,7 +107,8 @@ def forest_logps(model: nn.Module, chains: Sequence[Scored], backend: Backend | 
         use_cache=False,
         layout=forest.layout,
     ).logits
-    logps = token_logps(logits[0], targets.to(device))[places.to(device)]
+    # squeeze, not [0]: the backward of an index fills a second tensor as large as the logits.
+    logps = token_logps(logits.squeeze(0), targets.to(device))[places.to(device)]
     return list(torch.split(logps, [len(chain.ids) - chain.first for chain in chains]))
 
 
