@@ -94,7 +94,7 @@ def test_a_compiled_run_has_the_losses_and_gradients_of_a_plain_one(
         probe = Probe(every=2, questions=1, max_tokens=8)
         change = {"compile": name == "compiled", "pack_tokens": 150, "probe": probe}
         train_dpo(dpo_rows, student, tmp_path / name / "run", DPO.model_copy(update=change), 0, 512, each.append)
-    assert 0 < counters["stats"]["unique_graphs"] < 40, "it must not be compiled for every pack"
+    assert 0 < counters["stats"]["unique_graphs"] < 20, "it must not be compiled for every pack"
     for plain, compiled in zip(*logs.values(), strict=True):
         for name in ("loss", "margin", "chosen_logps", "grad_norm"):
             left, right = ({"loss": log.loss} | log.gauges for log in (plain, compiled))
