@@ -311,8 +311,8 @@ async def _read(request: web.Request, kind: type[_B]) -> _B:
     try:
         raw = await request.json()
         asked = {key: told for key, told in raw.items() if told is not None and _NOTHING.get(key, _NOTHING) != told}
-        for key in ("messages",) if isinstance(asked.get("messages"), list) else ():
-            asked[key] = [{k: v for k, v in m.items() if v is not None} for m in asked[key]]
+        if isinstance(asked.get("messages"), list):
+            asked["messages"] = [{k: v for k, v in said.items() if v is not None} for said in asked["messages"]]
         return kind.model_validate(asked)
     except ValidationError as error:
         first = error.errors()[0]

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from cotree.train import sft
 from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps, train_dpo
 from cotree.train.encode import encode_dpo, encode_sft, template_hash
 from cotree.train.model import load_model
+from cotree.train.resume import weights_hash
 from cotree.train.sft import ChainTrainer, train_sft
 from cotree.train.trainer import (
     StepLog,
@@ -220,6 +222,7 @@ import sys, time
 from pathlib import Path
 from cotree.config import TrainDPO, TrainSFT
 from cotree.train.dpo import train_dpo
+from cotree.train.resume import weights_hash
 from cotree.train.sft import train_sft
 kind, rows, student, out, settings, pause = sys.argv[1:]
 train, model = (train_sft, TrainSFT) if kind == "sft" else (train_dpo, TrainDPO)
@@ -356,10 +359,20 @@ def test_other_inputs_in_the_same_folder_are_refused(
         train_sft(sft_rows, student, tmp_path, SFT.model_copy(update={"epochs": 1.0}), 0, 500)
     with pytest.raises(UsageError, match="was begun with other settings, rows"):
         train_dpo(dpo_rows, student, tmp_path, DPO, 0, 512)
+    claimed = (tmp_path / "inputs.json").stat().st_ino
     done = train_sft(sft_rows, student, tmp_path, SFT, 0, 512)
+    assert (tmp_path / "inputs.json").stat().st_ino == claimed, "processes that find it need not write it, all at once"
     assert train_sft(sft_rows, student, tmp_path, SFT, 0, 512) == done
     with pytest.raises(UsageError, match="was begun with other seed: delete it"):
         train_sft(sft_rows, student, tmp_path, SFT, 1, 512)
+
+
+def test_a_student_is_known_by_weights_and_config_and_not_by_its_tokenizer(student: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+    (copy / "tokenizer_config.json").write_text("{}")
+    assert weights_hash(copy) == weights_hash(student)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert weights_hash(copy) != weights_hash(student)
 
 
 def test_rewards_are_told_where_there_is_a_reference_to_compare_with(

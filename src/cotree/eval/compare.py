@@ -90,8 +90,7 @@ def compare_answers(part: str, first: Answered, second: Answered, names: Sequenc
             if ours != theirs:
                 said = f"{part}, question `{id_}`: {names[0]} has {what} {ours}, {names[1]} has {theirs}"
                 raise UsageError(f"{said}; evaluate both alike")
-    scores = [{id_: fmean(s.kind == "correct" for s in found) for id_, found in side.items()} for side in (first, second)]  # fmt: skip # noqa: E501
-    pairs = {id_: (before, scores[1][id_]) for id_, before in scores[0].items()}
+    pairs = {id_: (_score(found), _score(second[id_])) for id_, found in first.items()}
     changes = [after - before for before, after in pairs.values()]
     low, high = paired_interval(changes)
     if all(len(found) == 1 for found in first.values()):
@@ -100,10 +99,14 @@ def compare_answers(part: str, first: Answered, second: Answered, names: Sequenc
         test, p_value = "sign-flip permutation", sign_flip(changes)
         least, most = bootstrap_interval(changes)
         low, high = min(low, least), max(high, most)
-    before, after = (fmean(side.values()) for side in scores)
+    before, after = (fmean(side) for side in zip(*pairs.values(), strict=True))
     changed = {id_: pair for id_, pair in pairs.items() if pair[0] != pair[1]}
     detectable = minimum_detectable_difference(len(pairs), before)
     return Difference(part, len(pairs), before, after, after - before, low, high, test, p_value, changed, detectable)
+
+
+def _score(samples: Sequence[EvalSample]) -> float:
+    return fmean(sample.kind == "correct" for sample in samples)
 
 
 _SETTINGS = ("samples", "max_tokens", "temperature", "prompt")

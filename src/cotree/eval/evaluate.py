@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from cotree.config import GGUFType, Model
 from cotree.errors import UsageError, spoken_for
@@ -93,9 +93,9 @@ def evaluate(
         raise UsageError("greedy samples are all alike: several samples need a temperature, e.g. --temperature 0.8")
     if gguf is not None and gguf not in get_args(GGUFType):
         raise UsageError(f"unknown GGUF type `{gguf}`; known: {', '.join(get_args(GGUFType))}")
-    how = Sampling(max_tokens, samples, temperature, top_p, seed, examples=strategy is not None)
-    if strategy is not None:  # each sample is a search of its own
-        how = replace(how, together=1)
+    how = Sampling(max_tokens, samples, temperature, top_p, seed)
+    if strategy is not None:  # a search begins with its worked examples, and each sample is one
+        how = replace(how, examples=True, together=1)
     questions, available = _questions(tasks, data, family, limit)
     settings: dict[str, Any] = {
         "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,
@@ -125,7 +125,7 @@ def evaluate(
     else:
         if chat or api_key_env:
             raise UsageError("--chat and --api-key-env are for servers; an embedded model continues text exactly")
-        file = _local(model, base, gguf)
+        file = _local(model, base, cast(GGUFType | None, gguf))
         reading = load_tokenizer(tokenizer or file, chats=False)
         settings |= {"weights": _sha256(file), "template": _hash(reading.chat_template)}
         check_lengths(file, reading, questions, how, model)
@@ -171,7 +171,7 @@ def _questions(
     return asked, available
 
 
-def _local(model: str, base: str, kind: str | None) -> Path:
+def _local(model: str, base: str, kind: GGUFType | None) -> Path:
     """The GGUF to serve."""
     path, wanted = Path(model), kind or "Q8_0"
     if path.is_dir():
@@ -179,10 +179,10 @@ def _local(model: str, base: str, kind: str | None) -> Path:
     if path.parent != Path(".") and ":" not in model and not path.is_file():
         raise UsageError(f"nothing at {model}; give a server's URL, a .gguf, a transformers folder or an embedded name")
     found = locate(model)
-    return found if kind is None and path.is_file() else at_type(found, wanted)  # type: ignore[arg-type]
+    return found if kind is None and path.is_file() else at_type(found, wanted)
 
 
-def _exported(folder: Path, base: Path, kind: str) -> Path:
+def _exported(folder: Path, base: Path, kind: GGUFType) -> Path:
     """A transformers folder as GGUF, made once for its weights and kept in the cache folder."""
     from cotree.train.export_gguf import export_gguf
 
@@ -193,7 +193,7 @@ def _exported(folder: Path, base: Path, kind: str) -> Path:
     file = cache_folder() / f"{folder.name}-{weights[:12]}-{kind}.gguf"
     if not file.is_file():
         try:
-            export_gguf(folder, base, file, kind)  # type: ignore[arg-type]
+            export_gguf(folder, base, file, kind)
         except UsageError as error:
             raise UsageError(f"{error}; --base names the GGUF that it was trained from") from None
     return file

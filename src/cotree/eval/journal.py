@@ -81,9 +81,12 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON line, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            before = _drop_torn_line(path, descriptor)
+            before = os.fstat(descriptor).st_size
+            if before and os.pread(descriptor, 1, before - 1) != b"\n":  # a kill cut the last line in half
+                before = path.read_bytes().rfind(b"\n") + 1
+                os.ftruncate(descriptor, before)
             line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
             # A nearly full disk takes a part and says so only by the count.
             if os.write(descriptor, line) < len(line):
@@ -94,16 +97,3 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     except OSError as error:
         fix = "free some space, then re-run the same command to resume"
         raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
-
-
-def _drop_torn_line(path: Path, descriptor: int) -> int:
-    """The size of a file that ends with a whole line: what a kill left after it is cut off."""
-    size = os.fstat(descriptor).st_size
-    with path.open("rb") as file:
-        file.seek(max(size - 1, 0))
-        if file.read(1) in (b"", b"\n"):
-            return size
-        file.seek(0)
-        size = file.read().rfind(b"\n") + 1
-    os.ftruncate(descriptor, size)
-    return size

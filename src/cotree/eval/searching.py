@@ -40,7 +40,7 @@ def search_of(how: Sampling, budget_tokens: int | None, value: str | None) -> Se
 def searched(
     strategy: str, value: str | None, search: Search, questions: list[Asked]
 ) -> Callable[[Endpoint, Sampling], Sampler]:
-    """The sampler of a strategy.
+    """The sampler of a strategy; it takes one sample a call (`Sampling.together`).
 
     Raises:
         UsageError: it does not go with a task's answers.
@@ -53,26 +53,18 @@ def searched(
         # A search has requests enough to keep a server busy; thousands at once would only wait.
         gate = asyncio.Semaphore(search.trees_in_flight)
 
-        async def one(task: Task, question: Question, seed: int) -> Completion:
+        async def sample(task: Task, question: Question, numbers: range) -> Completion:
+            (number,) = numbers
             async with gate:
                 began = time.monotonic()
-                best = await decode(task, question, calls, roles, search, strategy=strategy, value=value, seed=seed)
-            spent = best.spent
+                best = await decode(
+                    task, question, calls, roles, search, strategy=strategy, value=value, seed=how.seed + number
+                )
+            spent, seconds = best.spent, time.monotonic() - began
             choice = Choice(best.text, "length" if best.cut else "stop", spent.completion_tokens)
-            seconds = time.monotonic() - began
             return Completion(
                 (choice,), spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens, seconds
             )  # fmt: skip
-
-        async def sample(task: Task, question: Question, numbers: range) -> Completion:
-            found = await asyncio.gather(*(one(task, question, how.seed + number) for number in numbers))
-            return Completion(
-                tuple(choice for each in found for choice in each.choices),
-                sum(each.prompt_tokens for each in found),
-                sum(each.cached_tokens for each in found),
-                sum(each.completion_tokens for each in found),
-                max(each.seconds for each in found),
-            )
 
         return sample
 

@@ -38,7 +38,7 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         logps = logits.gather(1, targets[:, None])
         # A few rows at a time, which stay in the cache for all passes over them.
-        for rows, found in zip(logits.split(32), logps.split(32), strict=True):  # type: ignore[no-untyped-call]
+        for rows, found in zip(torch.split(logits, 32), torch.split(logps, 32), strict=True):
             total = rows.logsumexp(1, keepdim=True)
             found -= total
             if ctx.needs_input_grad[0]:

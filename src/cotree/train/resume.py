@@ -39,6 +39,7 @@ def claim(out: Path, rows: Path, student: Path, settings: Optimizer, seed: int, 
         changed = [name for name, value in inputs.items() if found.get(name) != value]
         if changed:
             raise UsageError(f"{out} was begun with other {', '.join(changed)}: delete it, or choose another folder")
+        return
     with whole_file(path) as draft:
         draft.write_text(json.dumps(inputs))
 
@@ -72,7 +73,8 @@ def clear(folder: Path) -> None:
 
 def weights_hash(model: Path) -> str:
     """A hash of what a model folder computes: its weights and its config, an adapter's with the name of its base."""
-    files = sorted([*model.glob("*.safetensors"), *model.glob("*config.json")])
+    configs = [file for name in ("config.json", "adapter_config.json") if (file := model / name).exists()]
+    files = [*sorted(model.glob("*.safetensors")), *configs]
     return hashlib.sha256(" ".join(_sha256(file) for file in files).encode()).hexdigest()
 
 
