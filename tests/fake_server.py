@@ -283,7 +283,8 @@ class FakeServer:
         """A number for each token, drawn by its word; in vLLM's form for completions, or as all write it for chat."""
         words = [*text.split(), "</s>"][:tokens]
         values = [-(draw(word) % 1000) / 400 for word in words]
-        if "logprobs" in self.ignores:
+        # llama.cpp has nothing to say of a text that a stop string ended before its first word.
+        if "logprobs" in self.ignores or (self.usage == "llama.cpp" and not text):
             return None
         if self.usage == "vllm" and not chat:
             return {"tokens": words, "token_logprobs": values}

@@ -152,6 +152,16 @@ async def test_log_probabilities_come_only_where_they_are_asked_for(usage: Any, 
     assert Completion.from_json(found.to_json()) == found
 
 
+async def test_a_text_without_words_needs_no_log_probabilities() -> None:
+    async with (
+        FakeServer(reply=lambda p, s, i: "" if i else " two", usage="llama.cpp") as server,
+        client(server.url) as c,
+    ):
+        found = await c.complete(replace(request("p"), logprobs=True))
+    assert [choice.text for choice in found.choices] == [" two", ""]
+    assert found.choices[1].logprob == 0.0
+
+
 @pytest.mark.parametrize("usage", ["llama.cpp", "vllm"])
 async def test_tokens_of_several_choices_are_counted_by_text(usage: Any) -> None:
     # First: three words and the stop token. Second: cut at six words, no stop token.

@@ -208,13 +208,13 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
             lasting = True
             break
         logprobs = _logprobs(entry) if request.logprobs else None
-        if request.logprobs and logprobs is None:
+        if request.logprobs and logprobs is None and text:  # of no words there is nothing to tell
             problem = "the server gives no log-probabilities; use another value than likelihood"
             lasting = True
             break
         # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
         tokens = reported if request.n == 1 else 0
-        logprob = None if logprobs is None else sum(logprobs) / max(len(logprobs), 1)
+        logprob = sum(logprobs or ()) / max(len(logprobs or ()), 1) if request.logprobs else None
         choices.append(Choice(text, finish, tokens or count_tokens(text) + (finish == "stop"), logprob))
     if not problem and len(choices) < request.n:
         problem = f"{len(choices)} choices came back for n={request.n}"
