@@ -67,9 +67,7 @@ def test_the_engine_decodes_an_export_as_transformers_does(
 
 
 def test_a_packed_step_of_real_pairs_is_the_plain_computation(folder: Path, tmp_path: Path) -> None:
-    """The real vocabulary and weights, the first layers: in float64 the loss is the same, in float32 the gradient."""
-    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=2)
-    model.save_pretrained(tmp_path / "few")
+    """All layers: in float64 loss and gradient are the same, in float32 the gradient is that of float64."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     start = "First, I add the apples of all bags: 3 * 5 = 15. "
     rows = [
@@ -83,16 +81,17 @@ def test_a_packed_step_of_real_pairs_is_the_plain_computation(folder: Path, tmp_
     switch = TrainDPO(mask_prefix=False, sft_scope="full")
     pairs = [ReferencedPair(pair, -30.0, -35.0) for pair in encode_dpo(tokenizer, rows, 512).rows]
     assert forest_tokens(pairs) < 0.4 * sum(pair.tokens for pair in pairs)
+    plain = in_float64(AutoModelForCausalLM.from_pretrained(folder))
+    expected = plain_loss(plain, pairs, switch)
+    expected.backward()  # type: ignore[no-untyped-call]
+    gradient = {name: values.grad for name, values in plain.named_parameters()}
     for dtype, loss_limit, gradient_limit in ((torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 2e-5)):
-        packed, plain = load_model(tmp_path / "few"), AutoModelForCausalLM.from_pretrained(tmp_path / "few")
-        if dtype == torch.float64:
-            packed, plain = in_float64(packed), in_float64(plain)
-        expected = plain_loss(plain, pairs, switch)
-        expected.backward()  # type: ignore[no-untyped-call]
+        packed = load_model(folder)
+        packed = in_float64(packed) if dtype == torch.float64 else packed
         trainer = PairTrainer(packed, [pairs], training_arguments(tmp_path, switch, 1, 0), switch)
         loss, found = gradients(trainer, pairs)
         assert abs(loss - expected.item()) <= loss_limit
-        assert distance(found, {name: values.grad for name, values in plain.named_parameters()}) <= gradient_limit
+        assert distance(found, gradient) <= gradient_limit
 
 
 def test_the_engine_and_the_trainer_cut_text_alike(base: Path, folder: Path, serve: Callable[[Path], Post]) -> None:

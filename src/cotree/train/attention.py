@@ -73,8 +73,8 @@ class Layout:
         return [stop - start for start, stop in pairwise(cuts)]
 
     @cached_property
-    def blocks_of_runs(self) -> list[tuple[list[int], list[int], Tensor | None]]:
-        """For each run the pieces that it is, those that it sees, and its mask, None where that is simply causal."""
+    def blocks_of_runs(self) -> list[tuple[int, list[int], Tensor | None]]:
+        """For each run its length, the pieces that it sees, and its additive mask, None where it is simply causal."""
         starts = [0]
         for length in self.pieces:
             starts.append(starts[-1] + length)
@@ -83,10 +83,9 @@ class Layout:
         for spans in self.runs:
             seen = [piece for start, stop in spans for piece in range(number[start], number[stop])]
             start, stop = spans[-1]
-            own = list(range(number[start], number[stop]))
             above = sum(last - first for first, last in spans[:-1])
-            mask = torch.ones(stop - start, above + stop - start, dtype=torch.bool, device=self.ends.device)
-            found.append((own, seen, mask.tril(above) if above else None))
+            mask = torch.full((stop - start, above + stop - start), -torch.inf, device=self.ends.device)
+            found.append((stop - start, seen, mask.triu(above + 1) if above else None))
         return found
 
 
@@ -116,7 +115,7 @@ def forest_attention(
         raise ValueError(f"{ATTENTION} attention needs a layout and takes no mask: use forest.forest_logps")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves norms of q and k in float32
     if layout.backend == "block":
-        output = _block(query, key, value, scaling, layout)
+        return _block(query, key, value, scaling, layout), None
     elif layout.backend == "sdpa":
         output = _dense(query, key, value, scaling, layout.mask)
     else:
@@ -126,13 +125,14 @@ def forest_attention(
 
 def _block(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     # split, not slices: the backward of a slice fills and adds a whole row for every piece.
-    queries, keys, values = (torch.split(each, layout.pieces, dim=2) for each in (query, key, value))
+    keys, values = (torch.split(each, layout.pieces, dim=2) for each in (key, value))
+    queries = torch.split(query, [length for length, *_ in layout.blocks_of_runs], dim=2)
     outputs = []
-    for own, seen, mask in layout.blocks_of_runs:
-        q = torch.cat([queries[piece] for piece in own], dim=2)
+    for q, (_, seen, mask) in zip(queries, layout.blocks_of_runs, strict=True):
         k, v = (torch.cat([each[piece] for piece in seen], dim=2) for each in (keys, values))
-        outputs.append(_dense(q, k, v, scaling, mask))
-    return torch.cat(outputs, dim=2)
+        # Attention writes its output token by token, so it is joined without another copy.
+        outputs.append(_dense(q, k, v, scaling, mask if mask is None else mask.to(q)).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, mask: Tensor | None) -> Tensor:

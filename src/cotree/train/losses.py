@@ -32,24 +32,24 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Keeps the probabilities in the place of the logits, and puts the gradient there."""
+    """Keeps exp(logits - their maximum) in the place of the logits, and puts the gradient there."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         logps = logits.gather(1, targets[:, None])
+        totals = torch.empty_like(logps)
         # A few rows at a time, which stay in the cache for all passes over them.
-        for rows, found in zip(torch.split(logits, 32), torch.split(logps, 32), strict=True):
-            total = rows.logsumexp(1, keepdim=True)
-            found -= total
-            if ctx.needs_input_grad[0]:
-                rows.sub_(total).exp_()
-        ctx.save_for_backward(logits, targets)
+        for rows, found, total in zip(*(torch.split(each, 32) for each in (logits, logps, totals)), strict=True):
+            peak = rows.amax(1, keepdim=True)
+            torch.sum(rows.sub_(peak).exp_(), 1, keepdim=True, out=total)
+            found -= peak + total.log()
+        ctx.save_for_backward(logits, targets, totals)
         return logps[:, 0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        probabilities, targets = ctx.saved_tensors
-        gradient = probabilities.detach().mul_(-grad[:, None])
+        weights, targets, totals = ctx.saved_tensors
+        gradient = weights.detach().mul_(-grad[:, None] / totals)
         return gradient.scatter_add_(1, targets[:, None], grad[:, None]), None
 
 

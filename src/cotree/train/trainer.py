@@ -41,6 +41,7 @@ from cotree.train.encode import Encoded
 from cotree.train.forest import forest_tokens, packs
 from cotree.train.gauges import best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import save_model
+from cotree.train.recompute import keep_less
 from cotree.train.resume import clear, last_checkpoint, seal_checkpoint
 from cotree.train.student import quiet
 
@@ -127,6 +128,8 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
         self.probe = settings.probe
         self.ask: Callable[[], dict[str, float]] = dict
         self.gauges: dict[str, float] = {}
+        if not (settings.compile or settings.gradient_checkpointing):
+            keep_less(model)
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
 
