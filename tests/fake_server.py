@@ -265,7 +265,7 @@ class FakeServer:
             if self.habit == "echoes":
                 text = (begun if chat else prompt) + text
             said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            logprobs = self._logprobs(text, tokens, chat) if body.get("logprobs") else None
+            logprobs = self._logprobs(text, tokens, chat, len(text) < len(whole)) if body.get("logprobs") else None
             choices.append({"index": index, **said, "finish_reason": finish, "logprobs": logprobs})
             counts.append(tokens)
         completion_tokens = sum(counts if self.usage == "vllm" else counts[:1])
@@ -279,12 +279,12 @@ class FakeServer:
         kind = "chat.completion" if chat else "text_completion"
         return {"object": kind, "model": body.get("model"), "choices": choices, "usage": usage}
 
-    def _logprobs(self, text: str, tokens: int, chat: bool) -> dict[str, Any] | None:
+    def _logprobs(self, text: str, tokens: int, chat: bool, stopped: bool) -> dict[str, Any] | None:
         """A number for each token, drawn by its word; in vLLM's form for completions, or as all write it for chat."""
         words = [*text.split(), "</s>"][:tokens]
         values = [-(draw(word) % 1000) / 400 for word in words]
-        # llama.cpp has nothing to say of a text that a stop string ended before its first word.
-        if "logprobs" in self.ignores or (self.usage == "llama.cpp" and not text):
+        # llama.cpp leaves out the tokens of the stop string, be they part of the text.
+        if "logprobs" in self.ignores or (self.usage == "llama.cpp" and stopped and len(words) < 3):
             return None
         if self.usage == "vllm" and not chat:
             return {"tokens": words, "token_logprobs": values}

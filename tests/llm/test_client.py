@@ -152,14 +152,12 @@ async def test_log_probabilities_come_only_where_they_are_asked_for(usage: Any, 
     assert Completion.from_json(found.to_json()) == found
 
 
-async def test_a_text_without_words_needs_no_log_probabilities() -> None:
-    async with (
-        FakeServer(reply=lambda p, s, i: "" if i else " two", usage="llama.cpp") as server,
-        client(server.url) as c,
-    ):
-        found = await c.complete(replace(request("p"), logprobs=True))
-    assert [choice.text for choice in found.choices] == [" two", ""]
-    assert found.choices[1].logprob == 0.0
+async def test_a_word_that_ends_with_the_stop_string_needs_no_log_probability() -> None:
+    said = (" one two\n", "\n", " one\n")
+    async with FakeServer(reply=lambda p, s, i: said[i], usage="llama.cpp") as server, client(server.url) as c:
+        found = await c.complete(replace(request("p", n=3), stop=("\n",), logprobs=True))
+    assert [choice.text for choice in found.choices] == [" one two", "", " one"]
+    assert [choice.logprob for choice in found.choices[1:]] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("usage", ["llama.cpp", "vllm"])

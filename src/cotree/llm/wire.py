@@ -208,7 +208,9 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
             lasting = True
             break
         logprobs = _logprobs(entry) if request.logprobs else None
-        if request.logprobs and logprobs is None and text:  # of no words there is nothing to tell
+        # llama.cpp tells nothing of the last tokens, as many as the stop string has: one ".\n" may be the whole text.
+        untold = max(1, *map(count_tokens, request.stop)) if finish == "stop" and request.stop else 0
+        if request.logprobs and logprobs is None and count_tokens(text) > untold:
             problem = "the server gives no log-probabilities; use another value than likelihood"
             lasting = True
             break
