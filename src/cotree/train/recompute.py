@@ -21,6 +21,7 @@ def keep_less(model: nn.Module) -> None:
 
     Not for a model that is compiled (the compiler does this itself) or that checkpoints its layers.
     """
+    module: Any
     for module in model.modules():
         name = type(module).__name__
         if name.endswith("RMSNorm"):
