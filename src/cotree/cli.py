@@ -114,7 +114,7 @@ def eval_(
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 1024,
     samples: Annotated[int, typer.Option(min=1, help="Completions a question.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     data: Annotated[str | None, typer.Option(help="Where the rows are: file, folder or hub id.")] = None,
     family: Annotated[str | None, typer.Option(help='Only these questions: "3 blocks", English, ...')] = None,
@@ -147,7 +147,7 @@ def eval_(
     output = Output(quiet=quiet)
     if compare is not None:
         for difference in compare_two(*compare):
-            typer.echo("\n".join(difference.lines()))
+            Output().say("\n".join(difference.lines()))
     elif table:
         typer.echo(paper_table([found for folder in table for found in read_results(folder)], format_))
     elif model is not None:
@@ -175,9 +175,10 @@ def diagnose(
 ) -> None:
     """Count loops, over-reflection and missing answers in long chains of thought, by source and language."""
     from cotree.eval.survey import diagnose_file
+    from cotree.progress import Output
 
     for line in diagnose_file(file, field, shown):
-        typer.echo(line)
+        Output().say(line)
 
 
 @app.command(name="import", epilog="Example: cotree import sky_t1.jsonl --student smollm2-135m-instruct -o sky.parquet")

@@ -1,13 +1,14 @@
 """Show how far a stage is: a live bar on a terminal, a plain line every few seconds without one.
 
-Invariant: nothing is printed with `quiet`, and what is printed is never needed to understand the result. What is said
-is also kept in the run's `log.jsonl`, with the time.
+Invariant: nothing is printed with `quiet`, and what is printed is never needed to understand the result; no word of a
+model or a data set drives the terminal. What is said is also kept in the run's `log.jsonl`, with the time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,13 @@ from pathlib import Path
 
 Update = Callable[[int, int, str], None]  # done, wanted, a short remark
 _PLAIN_SECONDS = 15.0
+# Control characters but line feed and tab, marks that turn the direction of writing, halves of characters.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def harmless(text: str) -> str:
+    """A text as a terminal may show it."""
+    return _UNSAFE.sub("\ufffd", text)
 
 
 class Output:
@@ -33,6 +41,7 @@ class Output:
     def say(self, line: object = "") -> None:
         """A line, or a rich table."""
         if isinstance(line, str):
+            line = harmless(line)
             self._keep(line)
         if self.quiet:
             return
@@ -53,12 +62,15 @@ class Output:
     def _bar(self, title: str) -> Iterator[Update]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("  {task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[remark]}"), transient=True) as bar:
+        title_of, remark_of = (
+            TextColumn(each, markup=False) for each in ("  {task.description}", "{task.fields[remark]}")
+        )
+        columns = (title_of, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), remark_of)
+        with Progress(*columns, transient=True) as bar:
             shown = bar.add_task(title, total=None, remark="")
 
             def update(done: int, total: int, remark: str) -> None:
-                bar.update(shown, completed=done, total=total, remark=remark)
+                bar.update(shown, completed=done, total=total, remark=harmless(remark))
                 self.on_update()
 
             yield update
@@ -71,7 +83,7 @@ class Output:
             self.on_update()
             if time.monotonic() - last >= _PLAIN_SECONDS:
                 last = time.monotonic()
-                line = f"  {title} {done}/{total}  {remark}"
+                line = harmless(f"  {title} {done}/{total}  {remark}")
                 self._keep(line)
                 print(line, flush=True)
 
