@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cotree.config import Model, Search, Stop, Writer
-from cotree.eval.metrics import TreeAnswers, tree_test_at_k, wilson
+from cotree.eval.metrics import wilson
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.search.calls import Calls, Progress
 from cotree.search.decode import Decoded, decode
@@ -50,7 +50,8 @@ async def answers(
             best = await decode(kind, question, calls, roles, settings, strategy=strategy, value=value, seed=seed)
         return best.answer is not None and kind.verify(best.answer, question).kind == "correct", best
 
-    return list(await asyncio.gather(*map(one, questions)))
+    # Family after family: a slot then has the worked examples of the next prompt warm.
+    return list(await asyncio.gather(*map(one, sorted(questions, key=lambda question: question.family))))
 
 
 def row(found: Sequence[tuple[bool, Decoded]]) -> dict[str, Any]:
@@ -72,13 +73,6 @@ def row(found: Sequence[tuple[bool, Decoded]]) -> dict[str, Any]:
 def told(name: str, found: dict[str, Any]) -> str:
     accuracy = f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     return f"{name:24} {accuracy}  {found['tokens']:5.0f} tokens  {found['chains']:4.1f} chains a question"
-
-
-def votes_in_order(best: Decoded, question: Question) -> TreeAnswers:
-    """A tree's answers, the one with most votes first."""
-    kind = task("arithmetic")
-    correct = tuple(kind.verify(answer, question).kind == "correct" for answer in best.votes)
-    return TreeAnswers(correct, best.spent.completion_tokens)
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -108,17 +102,6 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             found = await answers(endpoints, test, method, settings(temperature), options.seed)
             result["test"].append({"method": method, "temperature": temperature, **row(found)})
             print(told(f"test {' '.join(method)} at {temperature}", result["test"][-1]), flush=True)
-        if options.trees:
-            trees = [
-                await answers(endpoints, test, METHODS[0], settings(best[METHODS[0]]), options.seed + 1 + tree)
-                for tree in range(options.trees)
-            ]
-            grown = [[votes_in_order(one[i][1], q) for one in trees] for i, q in enumerate(test)]
-            for k in (1, 2, 4):
-                shares = [tree_test_at_k(of_question, k) for of_question in grown]
-                mean, tokens = (sum(share[part] for share in shares) / len(shares) for part in (0, 1))
-                result.setdefault("trees", {})[k] = {"test_at_k": mean, "tokens": tokens}
-                print(f"Test@{k} of a tree, over {options.trees} trees: {mean:.3f} at {tokens:.0f} tokens", flush=True)
     return result
 
 
@@ -128,7 +111,6 @@ def main() -> None:
     parser.add_argument("--dev", type=int, default=24, help="dev questions, for tuning")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.5, 0.8, 1.1])
     parser.add_argument("--budget", type=int, default=300, help="generated tokens a question")
-    parser.add_argument("--trees", type=int, default=0, help="trees a question for Test@k; at least 4, or 0")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()

@@ -17,7 +17,7 @@ from tests.fake_server import FakeServer, FakeServerThread
 
 import cotree
 from cotree.config import Model
-from cotree.eval.asking import Sampler, Sampling, ask, embedded, opened_server, tokens_needed
+from cotree.eval.asking import Reply, Sampler, Sampling, ask, embedded, opened_server, tokens_needed
 from cotree.eval.journal import JOURNAL, EvalSample, append_line, read_samples
 from cotree.eval.outcome import constant_baselines
 from cotree.llm.chat import render
@@ -232,9 +232,9 @@ def test_another_strategy_answers_through_the_same_seam(
     """Two answers of one tree, in this case always the same, and all that the tree has cost."""
 
     def tree(endpoint: Endpoint, how: Sampling) -> Sampler:
-        async def decode(task: Task, question: Question, numbers: range) -> Completion:
+        async def decode(task: Task, question: Question, numbers: range) -> Reply:
             choices = tuple(Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers)
-            return Completion(choices, 100, 0, 99, 0.1)
+            return Reply(Completion(choices, 100, 0, 99, 0.1))
 
         return decode
 

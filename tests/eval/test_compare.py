@@ -82,6 +82,7 @@ def test_several_samples_are_compared_by_question(tmp_path: Path) -> None:
         ({}, [[True, True], [True, True]], "has samples 1, "),
         ({"max_tokens": 32}, [[True], [True]], "has max_tokens 16, "),
         ({"temperature": 0.7}, [[True], [True]], "has temperature 0.0, "),
+        ({"top_p": 0.9}, [[True], [True]], "has top_p 1.0, "),
         ({"prompt_hash": "def"}, [[True], [True]], "has prompt abc, "),
         ({"task": "arithmetic"}, [[True], [True]], "lacks question `q0` of letters"),
     ],
@@ -93,6 +94,13 @@ def test_what_was_asked_otherwise_is_refused(
     second = journal(tmp_path / "b.jsonl", right, **changes)
     with pytest.raises(UsageError, match=message):
         compare(first, second)
+
+
+def test_ways_of_decoding_are_compared_and_named(tmp_path: Path) -> None:
+    first = journal(tmp_path / "a.jsonl", [[True], [False]], decoding="vote by vote, 400 tokens")
+    second = journal(tmp_path / "b.jsonl", [[True], [True]], decoding="mcts by vote, 400 tokens")
+    (found,) = compare(first, second)
+    assert found.lines()[0].startswith("letters, vote by vote, 400 tokens -> mcts by vote, 400 tokens: 50.0% -> 100.0%")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

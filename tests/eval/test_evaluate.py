@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,9 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--model", "folder", "--task", "letters"], "cannot export 'mamba' models: supported are llama"),
         (["--model", "smollm2-135m-instruct", "--task", "letters", "--max-tokens", "9000"], "takes 8192; lower"),
         (["--model", "x", "--task", "letters", "--gguf", "Q2"], "unknown GGUF type `Q2`"),
+        (["--model", "x", "--task", "letters", "--top-p", "0"], "top_p 0.0 keeps no token"),
+        (["--model", "", "--task", "letters"], "name a model: a server's URL"),
+        (["--table", "folder/config.json"], "folder/config.json is no folder"),
         (["--compare", "a", "b"], "no samples at a"),
         (["--table", "bare"], "no results of an evaluation in bare"),
     ],
@@ -264,6 +268,19 @@ def test_a_mistake_is_one_line(
     told = capsys.readouterr().err
     assert message in told and told.startswith("cotree: ") and told.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_rows_that_changed_under_their_ids_are_another_evaluation(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    how: dict[str, Any] = {"chat": True, "served": "fake", "max_tokens": 16, "output": QUIET}
+    with FakeServerThread(reply=said) as server:
+        for gold, out in (("2", "out"), ("2", "out"), ("3", "out"), ("3", "rows.jsonl")):
+            rows.write_text(json.dumps({"question": "What is 1 + 1?", "answer": f"#### {gold}", "id": "a"}) + "\n")
+            fault = "is a file; --out names" if out == "rows.jsonl" else r"with other settings \(questions\)"
+            refused = pytest.raises(UsageError, match=fault) if gold == "3" else nullcontext()
+            with refused:
+                cotree.evaluate(server.url, ["gsm8k"], data=rows, out=tmp_path / out, **how)
+        assert server.calls == 1
 
 
 def test_a_server_with_a_tokenizer_reads_the_rendered_prompt_and_a_base_model_is_stopped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.search.test_decode import poem, talk
 import cotree
 from cotree.errors import UsageError
 from cotree.eval.journal import JOURNAL, read_samples
+from cotree.eval.tables import paper_table
 from cotree.progress import Output
 
 HOW: dict[str, Any] = {
@@ -35,10 +36,33 @@ def test_a_strategy_is_evaluated_as_any_model_and_resumes(strategy: str, tmp_pat
         again = cotree.evaluate(server.url, ["letters"], **how)
         assert (again.rows, server.calls) == (found.rows, calls)
     assert len(samples) == 6
+    assert {sample.decoding for sample in samples} == {
+        f"{strategy} by {'vote' if strategy in ('mcts', 'vote') else 'likelihood'}, 150 tokens"
+    }
+    assert all((sample.tree is not None) == (strategy == "mcts") for sample in samples)
+    assert (found.rows[0]["test_at"] == {}) == (strategy == "mcts"), "two trees are too few"
     assert all(75 < sample.tokens < 300 for sample in samples), "all that was generated is counted"
     assert {sample.kind for sample in samples} <= {"correct", "wrong"}
     by_question = [{s.response for s in samples if s.id == one.id} for one in samples]
     assert any(len(responses) == 2 for responses in by_question), "each sample has a seed of its own"
+
+
+def test_test_at_k_of_trees_is_about_the_first_chains_of_each(tmp_path: Path) -> None:
+    with FakeServerThread(reply=talk, usage="vllm") as server:
+        how = HOW | {"strategy": "mcts", "samples": 4, "out": tmp_path, "budget_tokens": 300}
+        found = cotree.evaluate(server.url, ["letters"], **how)
+    samples = read_samples(tmp_path / JOURNAL)
+    trees = [sample.tree for sample in samples if sample.tree is not None]
+    assert len(trees) == len(samples) == 12
+    assert max(map(len, trees)) >= 8
+    (row,) = found.rows
+    assert row["test_at"].keys() - {"32"} == {"1", "8"}
+    for k, (share, *_) in row["test_at"].items():
+        assert share == pytest.approx(sum(any(tree[: int(k)]) for tree in trees) / 12)
+    assert row["test_at"]["1"][0] < row["test_at"]["8"][0], "some trees are right, and not at once"
+    told = paper_table([found])
+    assert "4 samples each at temperature 0.8, mcts by vote, 300 tokens; " in told
+    assert "Test@8 of a tree" in told
 
 
 @pytest.mark.parametrize(

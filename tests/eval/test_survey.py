@@ -29,7 +29,20 @@ def test_a_run_is_its_samples_and_its_data_by_model_and_script(tmp_path: Path) -
         ("base:", "latin", "1"), ("dpo:", "cjk", "1"), ("dpo:", "latin", "1"), ("sft:", "latin", "1"),
     ]  # fmt: skip
     assert "1 (100.0%)" in lines[0]
-    assert [line for line in lines if line.startswith("\nrow 1: loop")]
+    assert [line for line in lines if line.startswith("\nbase, row 0, 0: loop")], "file, row and id"
+
+
+def test_sample_files_count_each_response_once(tmp_path: Path) -> None:
+    about = {"doc": {"id": "q1", "task": "letters"}, "resps": [["\\boxed{2}", LOOP]], "doc_id": 0}
+    own = {"verdicts": ["correct", "no_answer"], "finish_reasons": ["stop", "length"]}
+    for name in ("strict-match", "flexible-extract"):
+        append_line(tmp_path / "samples_letters.jsonl", about | {"filter": name, "cotree": own})
+    append_line(tmp_path / "samples_other.jsonl", {"doc": {}, "doc_id": 3, "resps": [["So it is \\boxed{4}"]]})
+    _, line, worst = diagnose_file(tmp_path / "samples_letters.jsonl")
+    assert line.split()[:3] == ["letters", "latin", "2"]
+    assert worst.startswith("\nsamples_letters, row 0, q1: loop, instruction_failure, no_answer")
+    _, line = diagnose_file(tmp_path / "samples_other.jsonl")
+    assert line.split()[:3] == ["samples_other", "latin", "1"], "a row of lm-eval itself"
 
 
 def test_an_empty_reply_is_a_text_without_an_answer(tmp_path: Path) -> None:

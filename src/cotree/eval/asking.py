@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 Asked = tuple[Task, Question]
 Key = tuple[str, str, int, int]  # task, id, turn, sample
-# Answers a question: the samples of these numbers, in their order. Whatever it spends is in the completion's tokens.
-Sampler = Callable[[Task, Question, range], Awaitable[Completion]]
 
 # Narrow slots keep the KV cache small: 768 tokens are wide enough for most prompts, and where some are longer, fewer
 # slots share `_ROOM` tokens.
@@ -64,19 +62,36 @@ class Sampling:
         return [*shown, *question.messages]
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a sampler says to a question: `completion` has a choice a sample, and whatever was spent in its tokens.
+
+    decoding: the search that chose it, for readers; "" for plain sampling. tree: of a tree the answers of all its
+    chains, in the order in which they ended.
+    """
+
+    completion: Completion
+    decoding: str = ""
+    tree: Sequence[str | None] | None = None
+
+
+# Answers a question: the samples of these numbers, in their order.
+Sampler = Callable[[Task, Question, range], Awaitable[Reply]]
+
+
 def plain(endpoint: Endpoint, how: Sampling) -> Sampler:
     """The samples of a question are independent completions of its prompt."""
     # A base model has no token that ends a turn: it would ask itself the next question.
     base = endpoint.tokenizer is not None and not endpoint.tokenizer.chat_template
     stop = ("\nQuestion:",) if base else ()
 
-    async def sample(task: Task, question: Question, numbers: range) -> Completion:
+    async def sample(task: Task, question: Question, numbers: range) -> Reply:
         prompt = endpoint.begin(how.conversation(task, question))
         seed = how.seed + numbers.start
         request = Request(
             prompt.text, len(numbers), how.max_tokens, how.temperature, how.top_p, seed, stop, prompt.messages
         )
-        return await endpoint.client(question.id).complete(request)
+        return Reply(await endpoint.client(question.id).complete(request))
 
     return sample
 
@@ -129,9 +144,9 @@ async def _ask(
         left = [number for number in numbers if (question.task, question.id, question.turn, number) not in done]
         if not left:
             return
-        completion = await sampler(task, question, numbers)
+        reply = await sampler(task, question, numbers)
         for number in left:
-            sample = await _judged(task, question, how, completion, number - numbers.start, number)
+            sample = await _judged(task, question, how, reply, number - numbers.start, number)
             append_line(journal, asdict(sample))
             done[_key(sample)] = sample
             counts.update([sample.kind, "samples"], tokens=sample.tokens)
@@ -163,21 +178,25 @@ async def _ask(
                 group.create_task(converse(task, question, numbers))
 
 
-async def _judged(
-    task: Task, question: Question, how: Sampling, completion: Completion, index: int, number: int
-) -> EvalSample:
+async def _judged(task: Task, question: Question, how: Sampling, reply: Reply, index: int, number: int) -> EvalSample:
+    completion, tree = reply.completion, None
     choice = completion.choices[index]
     verdict = await task.judge_async(question, choice.text, choice.finish_reason)
     lenient = verdict
     # A free text has one extraction, and where the strict one finds an answer the lenient one finds the same.
     if verdict.kind == "no_answer" and task.answer_form != "text":
         lenient = await asyncio.to_thread(task.judge, question, choice.text, choice.finish_reason, "lenient")
+    if reply.tree is not None:
+        tree = [
+            answer is not None and (await asyncio.to_thread(task.verify, answer, question)).kind == "correct"
+            for answer in reply.tree
+        ]
     said = json.dumps(how.conversation(task, question), ensure_ascii=False)
     return EvalSample(
         task.name, question.id, choice.text, choice.finish_reason, choice.tokens,
         completion.prompt_tokens if index == 0 else 0, verdict.kind, verdict.answer, question.gold, question.turn,
         number, lenient.kind, verdict.detail, question.family, hashlib.sha256(said.encode()).hexdigest(),
-        how.max_tokens, how.temperature,
+        how.max_tokens, how.temperature, how.top_p, reply.decoding, tree,
     )  # fmt: skip
 
 

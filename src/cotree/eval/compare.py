@@ -1,7 +1,8 @@
 """Two models on the same questions: who gained, who lost, and whether chance would do as much.
 
-Invariant: what is compared was asked alike (the same questions in the same words, as many samples, one temperature and
-max_tokens); anything else is refused. Tests and intervals are paired by question.
+Invariant: what is compared was asked alike (the same questions in the same words, as many samples, one temperature,
+top_p and max_tokens); anything else is refused. Ways of decoding may differ: they are named. Tests and intervals are
+paired by question.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def compare_answers(part: str, first: Answered, second: Answered, names: Sequenc
             if ours != theirs:
                 said = f"{part}, question `{id_}`: {names[0]} has {what} {ours}, {names[1]} has {theirs}"
                 raise UsageError(f"{said}; evaluate both alike")
+    decoded = [next(iter(side.values()))[0].decoding or "plain" for side in (first, second)]
+    if decoded[0] != decoded[1]:
+        part = f"{part}, {decoded[0]} -> {decoded[1]}"
     pairs = {id_: (_score(found), _score(second[id_])) for id_, found in first.items()}
     changes = [after - before for before, after in pairs.values()]
     low, high = paired_interval(changes)
@@ -109,13 +113,13 @@ def _score(samples: Sequence[EvalSample]) -> float:
     return fmean(sample.kind == "correct" for sample in samples)
 
 
-_SETTINGS = ("samples", "max_tokens", "temperature", "prompt")
+_SETTINGS = ("samples", "max_tokens", "temperature", "top_p", "prompt")
 
 
 def _settings(samples: Sequence[EvalSample]) -> tuple[object, ...]:
     one = samples[0]
     # Later turns hold the models' own replies.
-    return len(samples), one.max_tokens, one.temperature, "" if one.turn else one.prompt_hash[:12]
+    return len(samples), one.max_tokens, one.temperature, one.top_p, "" if one.turn else one.prompt_hash[:12]
 
 
 def mcnemar(gained: int, lost: int) -> float:

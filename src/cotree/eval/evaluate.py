@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -91,6 +92,10 @@ def evaluate(
     """
     if samples > 1 and temperature == 0:
         raise UsageError("greedy samples are all alike: several samples need a temperature, e.g. --temperature 0.8")
+    if not model:
+        raise UsageError("name a model: a server's URL, a .gguf, a transformers folder or an embedded name")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p {top_p} keeps no token, or more than all; give one above 0 and up to 1")
     if gguf is not None and gguf not in get_args(GGUFType):
         raise UsageError(f"unknown GGUF type `{gguf}`; known: {', '.join(get_args(GGUFType))}")
     how = Sampling(max_tokens, samples, temperature, top_p, seed)
@@ -100,6 +105,7 @@ def evaluate(
     settings: dict[str, Any] = {
         "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,
         "seed": seed, "tasks": {t.name: t.prompt_version for t, _ in questions}, "available": available,
+        "questions": _hash(json.dumps([asdict(q) for _, q in questions], sort_keys=True, default=str)),
         "data": str(data or ""), "family": family, "limit": limit, "gguf": gguf, "weights": None, "template": None,
         "served": served, "chat": chat, "strategy": strategy, "value": value, "budget_tokens": budget_tokens,
     }  # fmt: skip
@@ -201,6 +207,8 @@ def _exported(folder: Path, base: Path, kind: GGUFType) -> Path:
 
 def _begin(folder: Path, settings: dict[str, Any]) -> datetime:
     """When the evaluation in this folder began: now, if there is none."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; --out names the folder of the results")
     path = folder / "settings.json"
     known = read_json(path)
     if known is None:
@@ -208,6 +216,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> datetime:
         write_json(path, known)
     changed = [key for key in settings if known.get(key) != settings[key]]
     if changed:
+        changed = [key for key in changed if key != "questions"] or changed  # it follows from the others
         fix = "repeat them to resume it, or choose another --out or --name"
         raise UsageError(f"{folder} holds an evaluation with other settings ({', '.join(changed)}); {fix}")
     return datetime.fromisoformat(known["began"])
@@ -218,5 +227,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash(template: object) -> str | None:
-    return hashlib.sha256(str(template).encode()).hexdigest() if template else None
+def _hash(what: object) -> str | None:
+    return hashlib.sha256(str(what).encode()).hexdigest() if what else None

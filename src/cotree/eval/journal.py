@@ -27,6 +27,8 @@ class EvalSample:
 
     kind, lenient: the verdicts under strict and lenient extraction. prompt_tokens: of its request, told with the
     request's first sample. prompt_hash: of the conversation before any chat template, so it is the same for all models.
+    decoding: the search that chose it, "" for plain sampling. tree: of a tree, whether each of its chains is correct,
+    in the order in which they ended.
     """
 
     task: str
@@ -46,6 +48,9 @@ class EvalSample:
     prompt_hash: str = ""
     max_tokens: int = 0
     temperature: float = 0.0
+    top_p: float = 1.0
+    decoding: str = ""
+    tree: list[bool] | None = None
 
     @property
     def part(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal, TypedDict
 
-_FEWEST_TREES = 4
+FEWEST_TREES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,26 +145,23 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TreeAnswers:
-    """What one tree answered, in its order: whether each answer is correct. `tokens`: generated for the whole tree."""
+    """Whether each chain of one tree is correct, in the order in which they ended; one without an answer is not."""
 
-    correct: tuple[bool, ...]
-    tokens: int
+    correct: Sequence[bool]
 
 
-def tree_test_at_k(trees: Sequence[TreeAnswers], k: int) -> tuple[float, float]:
-    """Test@k of search on one question: the share of its trees with a correct one among their first k answers, and the
-    mean tokens of a tree.
+def tree_test_at_k(trees: Sequence[TreeAnswers], k: int) -> float:
+    """Test@k of search on one question: the share of its trees with a correct one among their first k chains.
 
-    A tree is one draw, so the mean is over whole trees, each grown with a seed of its own; one that gave fewer than k
-    answers counts with those.
+    A tree is one draw, so the mean is over whole trees, each grown with a seed of its own; one of fewer than k chains
+    counts with those.
 
     Raises:
         ValueError: fewer than four trees, or k < 1.
     """
-    if len(trees) < _FEWEST_TREES or k < 1:
-        raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {_FEWEST_TREES} trees")
-    found = sum(any(tree.correct[:k]) for tree in trees)
-    return found / len(trees), sum(tree.tokens for tree in trees) / len(trees)
+    if len(trees) < FEWEST_TREES or k < 1:
+        raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {FEWEST_TREES} trees")
+    return sum(any(tree.correct[:k]) for tree in trees) / len(trees)
 
 
 def minimum_detectable_difference(

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from cotree.eval.asking import Asked
 from cotree.eval.journal import EvalSample
 from cotree.eval.metrics import (
+    FEWEST_TREES,
     Metrics,
+    TreeAnswers,
     clustered_interval,
     constant_baseline,
     minimum_detectable_difference,
     pass_at_k,
     summarize,
+    tree_test_at_k,
     wilson,
 )
 from cotree.tasks import Task
@@ -35,16 +38,19 @@ Share = list[float]  # a share of questions, and the low and high of its 95% int
 class Outcome(Metrics):
     """A row: `Metrics`, with `n` questions of `samples` samples each, so `accuracy` is avg@n.
 
-    lenient: the accuracy under lenient extraction. test_at: the paper's Test@k for each k up to `samples`, of sampled
-    answers only. majority: how often the answer that most samples give is right (None: nothing to vote on).
-    tokens_p50, ...: percentiles of generated tokens. detectable: the least difference that two such rows can show.
-    families: accuracy, no-answer ratio and `optimal` by family; `optimal` is the share of shortest plans among the
-    correct ones (Blocksworld; None where there is none).
+    decoding: the search that chose the answers, "" for plain sampling. lenient: the accuracy under lenient extraction.
+    test_at: the paper's Test@k for each k up to `samples`, of sampled answers only; of trees for each k up to the
+    chains of the largest one, if there are enough trees. majority: how often the answer that most samples give is right
+    (None: nothing to vote on). tokens_p50, ...: percentiles of generated tokens. detectable: the least difference that
+    two such rows can show. families: accuracy, no-answer ratio and `optimal` by family; `optimal` is the share of
+    shortest plans among the correct ones (Blocksworld; None where there is none).
     """
 
     task: str
     samples: int
     temperature: float
+    top_p: float
+    decoding: str
     max_tokens: int
     lenient: float
     test_at: dict[str, Share]
@@ -83,13 +89,11 @@ def _outcome(
         task=part,
         samples=n,
         temperature=first.temperature,
+        top_p=first.top_p,
+        decoding=first.decoding,
         max_tokens=first.max_tokens,
         lenient=fmean((sample.lenient or sample.kind) == "correct" for sample in samples),
-        test_at={
-            str(k): _share([pass_at_k(n, count, k) for count in right.values()])
-            for k in _TEST_AT
-            if k <= n and first.temperature > 0
-        },
+        test_at=_test_at(by_question.values()),
         majority=_share([_vote(*asked[s[0].task, s[0].id], s) for s in by_question.values()]) if votes else None,
         tokens_p50=_percentile(lengths, 50),
         tokens_p90=_percentile(lengths, 90),
@@ -97,6 +101,19 @@ def _outcome(
         detectable=minimum_detectable_difference(len(by_question), metrics["accuracy"]),
         families=_families(task, samples),
     )
+
+
+def _test_at(questions: Collection[Sequence[EvalSample]]) -> dict[str, Share]:
+    """Test@k over questions: of independent samples by the formula, of trees by their first k chains."""
+    trees = [[TreeAnswers(sample.tree) for sample in found if sample.tree is not None] for found in questions]
+    first = next(iter(questions))
+    if any(trees):
+        most = max(len(tree.correct) for of_question in trees for tree in of_question)
+        of_trees = [k for k in _TEST_AT if k <= most and len(first) >= FEWEST_TREES]
+        return {str(k): _share([tree_test_at_k(of_question, k) for of_question in trees]) for k in of_trees}
+    counts = [(len(found), sum(sample.kind == "correct" for sample in found)) for found in questions]
+    sampled = [k for k in _TEST_AT if k <= len(first) and first[0].temperature > 0]
+    return {str(k): _share([pass_at_k(n, right, k) for n, right in counts]) for k in sampled}
 
 
 def _share(values: Sequence[float]) -> Share:

@@ -92,6 +92,8 @@ def read_results(folder: Path) -> list[Evaluation]:
     Raises:
         UsageError: there is none.
     """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; give one of `cotree eval`, or a finished run")
     found = sorted(folder.glob("results_*.json"))
     content = read_json(found[-1] if found else folder / "summary.json") or {}
     if isinstance(content.get("cotree"), dict):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from cotree.config import Search, Stop, Thought, Writer
 from cotree.errors import UsageError
-from cotree.eval.asking import Asked, Sampler, Sampling
+from cotree.eval.asking import Asked, Reply, Sampler, Sampling
 from cotree.llm.client import Choice, Completion
 from cotree.llm.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
@@ -45,26 +45,28 @@ def searched(
     Raises:
         UsageError: it does not go with a task's answers.
     """
-    for task in {task.name: task for task, _ in questions}.values():
-        settled(task, strategy, value, search)
+    values = {task.name: settled(task, strategy, value, search) for task, _ in questions}
 
     def of(endpoint: Endpoint, how: Sampling) -> Sampler:
         calls, roles = Calls(None, {endpoint.name: endpoint}, Progress()), {"thinker": (Writer(model=endpoint.name),)}
         # A search has requests enough to keep a server busy; thousands at once would only wait.
         gate = asyncio.Semaphore(search.trees_in_flight)
 
-        async def sample(task: Task, question: Question, numbers: range) -> Completion:
+        async def sample(task: Task, question: Question, numbers: range) -> Reply:
             (number,) = numbers
             async with gate:
                 began = time.monotonic()
                 best = await decode(
-                    task, question, calls, roles, search, strategy=strategy, value=value, seed=how.seed + number
-                )
+                    task, question, calls, roles, search,
+                    strategy=strategy, value=values[task.name], seed=how.seed + number,
+                )  # fmt: skip
             spent, seconds = best.spent, time.monotonic() - began
             choice = Choice(best.text, "length" if best.cut else "stop", spent.completion_tokens)
-            return Completion(
+            completion = Completion(
                 (choice,), spent.prompt_tokens, spent.cached_tokens, spent.completion_tokens, seconds
-            )  # fmt: skip
+            )
+            decoding = f"{strategy} by {values[task.name]}, {search.stop.tokens} tokens"
+            return Reply(completion, decoding, best.found if strategy == "mcts" else None)
 
         return sample
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from cotree.data.gates import main_script
 from cotree.errors import UsageError
 from cotree.eval.diagnosis import Diagnosis, diagnose
 from cotree.eval.journal import JOURNAL
+from cotree.llm.wire import one_line
 from cotree.tasks.loading import HUB_ID
 
 _FLAGS = ("loop", "over_reflection", "instruction_failure", "no_answer")
 _TEXTS = ("completion", "response", "text", "output", "chosen", "solution")
+_IDS = ("id", "question_id", "tree_id")
 _SOURCES = ("source", "task", "model", "benchmark")
 
 
 def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
-    """Lines of a report over a Parquet or JSON-lines file, a data set on the hub, an evaluation or a whole run.
+    """Lines of a report over a Parquet or JSON-lines file, a data set on the hub, an evaluation or a whole run; of
+    lm-eval's sample files every response counts once.
 
     field: the column that holds the text (a string, or messages whose last is read); by default the first that a row
         has of completion, response, text, output, chosen, solution, messages, conversations.
@@ -33,9 +37,9 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
         UsageError: there is nothing of that name, or a row has no text.
     """
     counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    worst: list[tuple[int, float, int, Diagnosis, str]] = []
-    for index, (file, row) in enumerate(_rows(where)):
-        text = _text(row, field, f"{where}: row {index}")
+    worst: list[tuple[int, float, int, str, Diagnosis, str]] = []
+    for index, (file, number, row) in enumerate(_rows(where)):
+        text = _text(row, field, f"{where}: row {number}")
         found = diagnose(text, finish_reason=str(row.get("finish_reason") or "stop"), answered=_answered(row))
         source = next((str(row[name]) for name in _SOURCES if isinstance(row.get(name), str)), file)
         if Path(where).is_dir():  # several models or data sets
@@ -44,21 +48,24 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
         group.update(["rows"], characters=len(text))
         group.update(flag for flag in _FLAGS if getattr(found, flag))
         badness = (sum(getattr(found, flag) for flag in _FLAGS), found.evidence["duplicate_4grams"], -index)
-        heapq.heappush(worst, (*badness, found, text))
+        id_ = next((row[name] for name in _IDS if row.get(name) is not None), None)
+        named = f"{file}, row {number}" + (f", {one_line(str(id_))}" if id_ is not None else "")
+        heapq.heappush(worst, (*badness, named, found, text))
         if len(worst) > shown:
             heapq.heappop(worst)
     yield f"{'source':30} {'language':8} {'rows':>6} {'characters':>10} " + " ".join(f"{flag:>19}" for flag in _FLAGS)
     for (source, language), n in sorted(counts.items()):
         shares = " ".join(f"{n[flag]:>10} ({n[flag] / n['rows']:6.1%})" for flag in _FLAGS)
-        yield f"{source[:30]:30} {language:8} {n['rows']:>6} {n['characters'] / n['rows']:>10.0f} {shares}"
-    for flags, _, negative, found, text in sorted(worst, key=lambda entry: entry[:3], reverse=True):
+        said = f"{one_line(source)[:30]:30} {one_line(language):8}"
+        yield f"{said} {n['rows']:>6} {n['characters'] / n['rows']:>10.0f} {shares}"
+    for flags, *_, named, found, text in sorted(worst, key=lambda entry: entry[:3], reverse=True):
         if flags:
-            named = ", ".join(flag for flag in _FLAGS if getattr(found, flag))
-            yield f"\nrow {-negative}: {named}; {len(text)} characters, ends: ...{text[-160:]!r}"
+            which = ", ".join(flag for flag in _FLAGS if getattr(found, flag))
+            yield f"\n{named}: {which}; {len(text)} characters, ends: ...{text[-160:]!r}"
 
 
-def _rows(where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, each with the name of what it stands in."""
+def _rows(where: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Rows, each with the name of what it stands in and its number there."""
     path = Path(where)
     if path.is_dir():
         files = sorted([*path.glob(JOURNAL), *path.glob("eval/samples_*.jsonl"), *path.glob("data/*/train.parquet")])
@@ -66,18 +73,37 @@ def _rows(where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UsageError(f"{path} is neither a run nor an evaluation; name a file in it")
         for file in files:
             name = file.parent.name if file.suffix == ".parquet" else file.stem.removeprefix("samples_")
-            yield from ((name, row) for row in read_rows(file))
+            yield from _numbered(name, read_rows(file))
     elif not path.exists() and HUB_ID.fullmatch(str(where)) and not path.suffix:
         from datasets import load_dataset
 
         try:
             splits = load_dataset(str(where), streaming=True)
-            yield from ((f"{where}/{split}", row) for split, rows in splits.items() for row in rows)
+            for split, rows in splits.items():
+                yield from _numbered(f"{where}/{split}", rows)
         except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UsageError(f"cannot load {where} from the hub: {reason}") from None
     else:
-        yield from ((path.stem, row) for row in read_rows(path))
+        yield from _numbered(path.stem, read_rows(path))
+
+
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """lm-eval has all samples of a question in one row, and that row once for each filter."""
+    first = None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("resps"), list):
+            yield name, number, row
+            continue
+        first = row.get("filter") if first is None else first
+        if row.get("filter") != first:
+            continue
+        own, doc = row.get("cotree") or {}, row.get("doc") or {}
+        texts = [text for found in row["resps"] for text in (found if isinstance(found, list) else [found])]
+        reasons, verdicts = own.get("finish_reasons") or repeat("stop"), own.get("verdicts") or repeat(None)
+        for text, reason, verdict in zip(texts, reasons, verdicts, strict=False):
+            about = {"id": doc.get("id", row.get("doc_id")), "task": doc.get("task")}
+            yield name, number, {"response": text, "finish_reason": reason, "verdict": verdict, **about}
 
 
 def _text(row: dict[str, Any], field: str | None, where: str) -> str:

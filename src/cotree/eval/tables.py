@@ -78,12 +78,16 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
 def _told(row: Mapping[str, Any]) -> str:
     """One row in words. A summary of an older run lacks the later numbers."""
     several = row.get("samples", 1) > 1
+    decoding = row.get("decoding", "")
     asked = f"{row['samples']} samples each" if several else "greedy" if not row.get("temperature") else "1 sample each"
     at = f" at temperature {row['temperature']:g}" if row.get("temperature") else ""
+    at += f", top_p {row['top_p']:g}" if row.get("top_p", 1) < 1 else ""
+    at += f", {decoding}" if decoding else ""
     parts = [f"{percent(row['accuracy'])} [{percent(row['low'])}–{percent(row['high'])}] of {row['n']}, {asked}{at}"]
     if row.get("lenient") is not None:
         parts.append(f"lenient {percent(row['lenient'])}")
-    parts += [f"Test@{k} {_with_interval(share)}" for k, share in row.get("test_at", {}).items()]
+    of = " of a tree" if decoding.startswith("mcts") else ""
+    parts += [f"Test@{k}{of} {_with_interval(share)}" for k, share in row.get("test_at", {}).items()]
     if row.get("majority") is not None:
         parts.append(f"maj@{row['samples']} {_with_interval(row['majority'])}")
     split = (percent(row.get(name)) for name in ("loop", "truncated", "finished_without_answer"))

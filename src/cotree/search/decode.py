@@ -70,8 +70,9 @@ class Decoded:
     """The best answer so far. `answer` is what was extracted, None as long as no chain has one; `said` is the text that
     holds it and `reasoning` the thoughts before.
 
-    votes: what each answer (in its first wording) has: a vote a leaf, or the sum of the leaves' values.
-    chains: how many came to an end. stopped: rollouts, tokens or deadline; "" as long as it goes on.
+    votes: what each answer (in its first wording) has: a vote a leaf, or the sum of the leaves' values. found: what
+    each chain that came to an end answers, in that order. stopped: rollouts, tokens or deadline; "" as long as it goes
+    on.
     """
 
     answer: str | None
@@ -80,9 +81,14 @@ class Decoded:
     said_tokens: int
     cut: bool
     votes: dict[str, float]
-    chains: int
+    found: tuple[str | None, ...]
     spent: Spent
     stopped: str = ""
+
+    @property
+    def chains(self) -> int:
+        """How many came to an end."""
+        return len(self.found)
 
     @property
     def text(self) -> str:
@@ -302,6 +308,6 @@ async def _best(growth: Growth, judge: WithoutGold, leaves: Sequence[Node], *, b
         said_tokens=chain[-1].tokens if chain else 0,
         cut=bool(chain) and not able and chain[-1].finish_reason == "length",
         votes={firsts[group]: count for group, count in sorted(votes.items(), key=lambda vote: -vote[1])},
-        chains=len(leaves),
+        found=tuple(answers),
         spent=replace(growth.spent),
     )
