@@ -276,6 +276,7 @@ async def test_cancelling_during_the_wait_for_a_retry_frees_the_slot() -> None:
     async with FakeServer(faults={0: Fault("429", 100)}) as server, client(server.url, max_in_flight=1) as c:
         waiting = asyncio.create_task(c.complete(request()))
         await until(lambda: server.calls == 1 and not server.in_flight)
+        await asyncio.sleep(0.2)  # the reply was sent; now it has been read too
         waiting.cancel()
         await asyncio.wait_for(c.complete(request("next")), 5)
         assert c.counters.abandoned == 0
