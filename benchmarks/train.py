@@ -116,7 +116,7 @@ def measure(student: Path, shape: Shape, chains: list[Chain] | None, arguments: 
     peaks = {side: _peak(shape, side, student, arguments) for side in ("cotree", "fair")}
     median = {side: statistics.median(values) for side, values in seconds.items()}
     ratios = [fair / ours for ours, fair in zip(seconds["cotree"], seconds["fair"], strict=True)]
-    tokens, flops = work(student, rows, arguments.pack_tokens)
+    tokens, flops = work(student, rows, arguments.pack_tokens, masked=chains is None and shape.loss == "dpo")
     return {
         "loss": "sft" if chains is not None else shape.loss,
         "loss_cotree": loss,
@@ -137,10 +137,11 @@ def measure(student: Path, shape: Shape, chains: list[Chain] | None, arguments: 
     }
 
 
-def work(student: Path, rows: Sequence[Any], pack_tokens: int) -> tuple[float, float]:
+def work(student: Path, rows: Sequence[Any], pack_tokens: int, *, masked: bool) -> tuple[float, float]:
     """Tokens and floating-point operations of the plain computation over those of the packs.
 
-    Counted: the layers' matrices, attention over what a token sees, and the vocabulary where a token is scored.
+    Counted: the layers' matrices, attention over what a token sees, and the vocabulary where a token is scored. masked:
+    what the sides of a pair share is not scored.
     """
     config = json.loads((student / "config.json").read_text())
     width, head = config["hidden_size"], config["head_dim"]
@@ -162,7 +163,8 @@ def work(student: Path, rows: Sequence[Any], pack_tokens: int) -> tuple[float, f
         forest = Forest([ids for row in pack for ids in row.chains])
         after[0] += len(forest.ids)
         after[1] += int(forest.positions.sum()) + len(forest.ids)
-        after[2] += scored([(len(row.prompt), ids) for row in pack for ids in row.chains])
+        firsts = [len(row.prompt) + (row.prefix if masked else 0) for row in pack]
+        after[2] += scored([(first, ids) for first, row in zip(firsts, pack, strict=True) for ids in row.chains])
     return before[0] / after[0], flops(*before) / flops(*after)
 
 

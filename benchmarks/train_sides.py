@@ -42,7 +42,8 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool =
         beta=BETA,
         label_smoothing=0.0,
         alpha=1.0 if shape.loss == "joint" else 0.0,
-        mask_prefix=False,
+        mask_prefix=True,  # the default: the shared prefix cancels in the margin, so the gradient is TRL's
+        sft_scope="full",
         pack_tokens=pack_tokens,
         precision="fp32",
     )

@@ -1,0 +1,53 @@
+"""How long the training stages of a finished run take: its rows packed by tree, and a row at a time.
+
+    python -m benchmarks.train_stages runs/laptop
+
+Trains the run's SFT and DPO students again, into a temporary folder, in turns. A row at a time is plain computation of
+a chain, and of a pair the two chains after their shared prompt. The weights are the same up to rounding; the steps'
+losses are printed to show it. Everything that a stage does is in its time: the reference, the optimizer, checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cotree.config import load_recipe
+from cotree.train.dpo import train_dpo
+from cotree.train.sft import train_sft
+from cotree.train.trainer import TrainResult
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path)
+    run: Path = parser.parse_args().run
+    recipe = load_recipe(run / "recipe.yaml", [])
+    start, after = run / "checkpoints" / "base" / "model", run / "checkpoints" / "sft" / "model"
+    print(f"{datetime.now(UTC):%Y-%m-%d}, {run}, seed {recipe.seed}", flush=True)
+
+    def trained(stage: str, pack_tokens: int) -> TrainResult:
+        data = run / "data" / stage / "train.parquet"
+        with tempfile.TemporaryDirectory() as folder:
+            out, size = Path(folder) / "checkpoints" / stage, {"pack_tokens": pack_tokens}
+            if stage == "sft":
+                sft = recipe.train.sft.model_copy(update=size)
+                return train_sft(data, start, out, sft, recipe.seed, recipe.build.max_tokens)
+            dpo = recipe.train.dpo.model_copy(update=size)
+            return train_dpo(data, after, out, dpo, recipe.seed, recipe.build.max_tokens)
+
+    for stage, pack_tokens in (("sft", recipe.train.sft.pack_tokens), ("dpo", recipe.train.dpo.pack_tokens)):
+        for name, size in (("a row at a time", 1), (f"packs of {pack_tokens}", pack_tokens)):
+            found = trained(stage, size)
+            loss = found.final["loss"]
+            print(
+                f"{stage}, {name}: {found.seconds:.0f} s, {found.steps} steps, {found.packed} tokens computed for "
+                f"{found.tokens}, last loss {loss:.5f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
