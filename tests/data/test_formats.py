@@ -393,8 +393,8 @@ def test_a_survey_counts_by_source_and_language_and_shows_the_worst(tmp_path: Pa
     assert "loop" in head
     assert first.split()[:3] == ["a", "en", "2"] and "1 ( 50.0%)" in first
     assert second.split()[:3] == ["b", "-", "1"] and "1 (100.0%)" in second
-    assert worst.startswith("\nrow 1: loop, instruction_failure, no_answer")
-    assert other.startswith("\nrow 2: instruction_failure, no_answer")
+    assert worst.startswith("\nsamples, row 1: loop, instruction_failure, no_answer")
+    assert other.startswith("\nsamples, row 2: instruction_failure, no_answer")
     pq.write_table(
         pa.Table.from_pylist([{"messages": [{"role": "assistant", "content": loop}]}]), tmp_path / "x.parquet"
     )
