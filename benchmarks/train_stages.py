@@ -3,8 +3,8 @@
     python -m benchmarks.train_stages runs/laptop
 
 Trains the run's SFT and DPO students again, into a temporary folder, in turns. A row at a time is plain computation of
-a chain, and of a pair the two chains after their shared prompt. The weights are the same up to rounding; the steps'
-losses are printed to show it. Everything that a stage does is in its time: the reference, the optimizer, checkpoints.
+a chain, and of a pair the two chains after their shared prompt. The weights are the same up to rounding, which the last
+loss shows. Everything that a stage does is in its time: the reference, the optimizer, checkpoints.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from tests.train.tiny_student import distance, tiny_model
 from torch import Tensor
 
-from cotree.config import LoRA
+from cotree.config import LoRA, TrainSFT
 from cotree.train.families import FAMILIES
 from cotree.train.model import load_model
 from cotree.train.recompute import keep_less
+from cotree.train.sft import ChainTrainer
+from cotree.train.trainer import training_arguments
 
 IDS = torch.arange(3, 63)[None]
 
@@ -46,8 +49,23 @@ def test_it_computes_the_same_and_keeps_less(family: str, kind: str, tmp_path: P
     for model in (plain, less):
         model.set_attn_implementation("sdpa")
     keep_less(less)
+    products: list[weakref.ref[Tensor]] = []
+    for name, module in less.named_modules():
+        if name.endswith("down_proj"):
+            module.register_forward_pre_hook(lambda _, given: products.append(weakref.ref(given[0])))
+    alive: list[bool] = []
+    less.get_output_embeddings().register_forward_hook(lambda *_: alive.extend(ref() is not None for ref in products))
     (before, expected, all_of_it), (after, found, rest) = (step(model, kind == "bf16") for model in (plain, less))
     assert torch.equal(before, after)
     assert found.keys() == expected.keys()
     assert distance(found, expected) < (0.02 if kind == "bf16" else 1e-6)
     assert rest < 0.85 * all_of_it
+    assert alive == [False, False], "what down_proj reads is not kept (its own hooks hide it from the count)"
+
+
+@pytest.mark.parametrize(("changes", "less"), [({}, True), ({"gradient_checkpointing": True}, False)])
+def test_checkpointed_layers_have_their_own_way(changes: dict[str, bool], less: bool, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    settings = TrainSFT.model_validate(changes)
+    trainer = ChainTrainer(load_model(tmp_path), [], training_arguments(tmp_path, settings, 1, 0), settings)
+    assert any("forward" in vars(module) for module in trainer.model.modules()) == less

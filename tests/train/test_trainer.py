@@ -222,7 +222,6 @@ import sys, time
 from pathlib import Path
 from cotree.config import TrainDPO, TrainSFT
 from cotree.train.dpo import train_dpo
-from cotree.train.resume import weights_hash
 from cotree.train.sft import train_sft
 kind, rows, student, out, settings, pause = sys.argv[1:]
 train, model = (train_sft, TrainSFT) if kind == "sft" else (train_dpo, TrainDPO)

@@ -2,7 +2,7 @@
 
 Invariant: the forward pass gives the same bits as transformers' modules, and the gradients the same up to rounding. Of
 a gated feed-forward only the two halves are kept (transformers keeps four tensors of that size), of an RMSNorm its
-input (transformers keeps two). So a pack takes about a third less memory, and no longer.
+input (transformers keeps two). So a pack keeps about a third less.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def keep_less(model: nn.Module) -> None:
 
 
 def _norm(self: Any, values: Tensor) -> Tensor:
-    normed: Tensor = _RMSNorm.apply(values, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-    return normed
+    apply: Callable[..., Tensor] = _RMSNorm.apply
+    return apply(values, self.weight, self.variance_epsilon)
 
 
 def _feed_forward(self: Any, values: Tensor) -> Tensor:
     gate, up = self.gate_proj(values), self.up_proj(values)
-    product: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+    apply: Callable[..., Tensor] = _Gated.apply
+    product = apply(gate, up)
     with torch.autograd.graph.saved_tensors_hooks(*_computed_again(product, gate.detach(), up.detach())):
         output: Tensor = self.down_proj(product)
     return output
