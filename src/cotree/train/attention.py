@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cotree.train.recompute import made_by
+
 ATTENTION = "cotree_forest"
 Backend = Literal["block", "sdpa", "flex"]
 
@@ -132,7 +134,8 @@ def _block(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lay
         k, v = (torch.cat([each[piece] for piece in seen], dim=2) for each in (keys, values))
         # Attention writes its output token by token, so it is joined without another copy.
         outputs.append(_dense(q, k, v, scaling, mask if mask is None else mask.to(q)).transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+    pieces = [each.detach() for each in outputs]
+    return made_by(lambda: torch.cat(pieces, dim=1), torch.cat(outputs, dim=1))
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, mask: Tensor | None) -> Tensor:

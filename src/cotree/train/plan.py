@@ -56,9 +56,9 @@ def plan(rows: Path, student: Path, settings: TrainSFT | TrainDPO, seed: int, ma
     dealt = [pack for step in steps for pack in packs([encoded.rows[index] for index in step], settings.pack_tokens)]
     sizes = [forest_tokens(pack) for pack in dealt]
     weights = sum(prod(tensor.shape) for tensor in file.tensors.values())
-    # A layer keeps about eight rows of the model's width and two of the feed-forward's for each token (`recompute`);
+    # A layer keeps about five rows of the model's width and two of the feed-forward's for each token (`recompute`);
     # the vocabulary is kept where a token is scored.
-    kept = config["num_hidden_layers"] * (8 * config["hidden_size"] + 2 * config["intermediate_size"])
+    kept = config["num_hidden_layers"] * (5 * config["hidden_size"] + 2 * config["intermediate_size"])
     kept = kept // 6 if settings.gradient_checkpointing else kept
     peak = (4 if settings.lora else 16) * weights + 4 * max(sizes, default=0) * (kept + config["vocab_size"])
     work = (4 if settings.lora else 6) * weights * sum(sizes)  # an adapter leaves out the gradients of the weights
