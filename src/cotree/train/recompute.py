@@ -3,7 +3,7 @@
 Invariant: the forward pass gives the same bits as transformers' modules, and the gradients the same up to rounding.
 Where a matrix reads the result of a norm, of a gated feed-forward's product or of joined attention, autograd would keep
 that result; here it keeps how to make it from what is kept anyway (the norm's input, the two halves, the pieces). So a
-pack keeps about half.
+pack keeps a third or more less.
 """
 
 from __future__ import annotations
