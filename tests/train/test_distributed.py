@@ -45,7 +45,8 @@ step = [ReferencedPair(pair, -9.0, -11.0) for pair in pairs]
 arguments = training_arguments(Path(out), settings, 1, 0)
 model = load_model(Path(student))
 if arguments.world_size > 1:
-    for part in (*model.model.layers, model):
+    norms = [layer.post_attention_layernorm for layer in model.model.layers]
+    for part in (*norms, model.model.norm, *model.model.layers, model):
         fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
 trainer = PairTrainer(model, [step], arguments, settings)
 assert len(trainer.packs(step)) > 2

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import inspect
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotree.config import LoRA, TrainSFT
 from cotree.train import recompute
+from cotree.train.attention import ATTENTION
 from cotree.train.families import FAMILIES
 from cotree.train.forest import Forest
 from cotree.train.model import load_model
@@ -27,7 +32,7 @@ CHAINS = [list(range(3, 63)), list(range(3, 33)) + list(range(70, 95))]
 
 
 class Made(TorchDispatchMode):
-    """Every storage that is made inside, and how much of them still lives."""
+    """Every storage that is seen inside, and how much of them still lives, known ones aside."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -41,9 +46,9 @@ class Made(TorchDispatchMode):
                 self.storages.append((StorageWeakRef(storage), storage.nbytes()))  # type: ignore[no-untyped-call]
         return result
 
-    def living(self) -> int:
+    def living(self, known: set[int]) -> int:
         living = {ref.cdata: size for ref, size in self.storages if not ref.expired()}  # type: ignore[no-untyped-call]
-        return sum(living.values())
+        return sum(size for storage, size in living.items() if storage not in known)
 
 
 def step(model: Any, bf16: bool = False) -> tuple[Tensor, dict[str, Tensor], int]:
@@ -54,7 +59,8 @@ def step(model: Any, bf16: bool = False) -> tuple[Tensor, dict[str, Tensor], int
         logits = model(
             input_ids=forest.ids[None], position_ids=forest.positions[None], use_cache=False, layout=forest.layout
         ).logits
-    kept = made.living()
+    weights = {StorageWeakRef(v.untyped_storage()).cdata for v in model.parameters()}  # type: ignore[no-untyped-call]
+    kept = made.living(weights)
     logits.float().log_softmax(-1)[0, :-1].gather(1, forest.ids[1:, None]).mean().backward()
     return logits, {n: v.grad for n, v in model.named_parameters() if v.grad is not None}, kept
 
@@ -70,7 +76,7 @@ def test_it_computes_the_same_and_keeps_less(family: str, kind: str, tmp_path: P
     assert torch.equal(before, after)
     assert found.keys() == expected.keys()
     assert distance(found, expected) < (0.02 if kind == "bf16" else 1e-6)
-    assert rest < {"full": 0.7, "lora": 0.82, "bf16": 0.78}[kind] * all_of_it
+    assert rest < {"full": 0.58, "lora": 0.73, "bf16": 0.78}[kind] * all_of_it
 
 
 def test_what_matrices_read_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +86,8 @@ def test_what_matrices_read_is_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     made: Counter[str] = Counter()
 
     def give(kept: Any) -> Tensor:
-        if not isinstance(kept, Tensor):
-            made[kept[0].make.__qualname__.split(".")[0]] += 1
+        make = inspect.getclosurevars(kept).nonlocals.get("make")
+        made.update([] if make is None else [make.__qualname__.split(".")[0]])
         return _give(kept)
 
     monkeypatch.setattr(recompute, "_give", give)
@@ -90,16 +96,19 @@ def test_what_matrices_read_is_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert made == {"_norm": 5 * layers + 1, "_feed_forward": layers, "_block": layers}  # q, k, v, gate, up; the head
 
 
-def test_a_strided_view_and_a_tensor_of_another_kind_are_kept_as_they_are() -> None:
+def test_a_strided_view_another_kind_and_a_changed_tensor_are_kept_as_they_are() -> None:
     values = torch.randn(4, 6, requires_grad=True) * 1
     other = values.detach().view(torch.int32)
     token = recompute._known.set({})
     try:
         recompute.made_by(lambda: torch.zeros(4, 6), values)
-        kept = [recompute._keep(each) for each in (values, values.view(3, 8), values.t(), values[:2], other)]
+        seen = [values, values.view(3, 8), values.t(), values[:2], other]
+        found = [bool(recompute._keep(each)().any()) for each in seen]
+        values.detach().mul_(2)
+        found.append(bool(recompute._keep(values)().any()))
     finally:
         recompute._known.reset(token)
-    assert [isinstance(each, Tensor) for each in kept] == [False, False, True, True, True]
+    assert found == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize(("changes", "less"), [({}, True), ({"gradient_checkpointing": True}, False)])
@@ -108,3 +117,56 @@ def test_checkpointed_layers_have_their_own_way(changes: dict[str, bool], less: 
     settings = TrainSFT.model_validate(changes)
     trainer = ChainTrainer(load_model(tmp_path), [], training_arguments(tmp_path, settings, 1, 0), settings)
     assert any("forward" in vars(module) for module in trainer.model.modules()) == less
+
+
+@pytest.fixture
+def wrapped(tmp_path: Path) -> Any:
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    model.set_attn_implementation("sdpa")
+    keep_less(model)
+    return model
+
+
+def test_what_no_backward_pass_reads_is_freed(tmp_path: Path) -> None:
+    """As after Ctrl-C between the two passes: torch's collector does not see through an operation that holds itself."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    for implementation in ("sdpa", ATTENTION):
+        model = load_model(tmp_path)
+        model.set_attn_implementation(implementation)
+        keep_less(model)
+        layout = {"layout": Forest(CHAINS[:1]).layout} if implementation == ATTENTION else {}
+        loss = model(input_ids=torch.tensor([CHAINS[0][:-1]]), use_cache=False, **layout).logits.sum()
+        weights = [weakref.ref(each) for each in model.parameters()]
+        assert loss.requires_grad
+        del model, loss
+        gc.collect()
+        assert [each() for each in weights] == [None] * len(weights)
+
+
+def test_a_copy_of_the_model_calls_itself(wrapped: Any) -> None:
+    copied = copy.deepcopy(wrapped)
+    with torch.no_grad():
+        for values in copied.parameters():
+            values.zero_()
+    logits = copied(torch.tensor([CHAINS[0]])).logits
+    assert not logits.any()
+    logits.sum().backward()
+    assert all(values.grad is None for values in wrapped.parameters())
+
+
+def test_changes_in_place_are_seen(wrapped: Any, tmp_path: Path) -> None:
+    plain = load_model(tmp_path)
+    plain.set_attn_implementation("sdpa")
+    for model in (plain, wrapped):
+        layer = model.model.layers[0]
+        layer.input_layernorm.register_forward_hook(lambda _, given, result: result.mul_(2))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: (given[0].mul_(2),))
+        model(torch.tensor([CHAINS[0]])).logits.log_softmax(-1)[0, :, 5].mean().backward()
+    found, expected = ({n: v.grad for n, v in model.named_parameters()} for model in (wrapped, plain))
+    assert distance(found, expected) < 1e-6
+    logits = wrapped(torch.tensor([CHAINS[0]])).logits
+    with torch.no_grad():
+        wrapped.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        logits.sum().backward()

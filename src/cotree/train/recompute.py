@@ -1,9 +1,12 @@
 """Keep less for the backward pass: what takes a few operations a number is computed again, what takes a matrix is kept.
 
-Invariant: the forward pass gives the same bits as transformers' modules, and the gradients the same up to rounding.
-Where a matrix reads the result of a norm, of a gated feed-forward's product or of joined attention, autograd would keep
-that result; here it keeps how to make it from what is kept anyway (the norm's input, the two halves, the pieces). So a
-pack keeps a third or more less.
+Invariant: in float32 and below the forward pass gives the same bits as transformers' modules (in float64 norms are
+computed in float64, too), and the gradients are the same up to rounding. Where a matrix reads the result of a norm, of
+a gated feed-forward's product or of joined attention, autograd would keep that result; here it keeps how to make it
+from what is kept anyway (the norm's input, the two halves, the pieces).
+
+Saved-tensor hooks do this. Torch does not check tensors that hooks keep for changes in place, so it is done here.
+Hooks around the whole model, such as those that offload to the CPU, no longer see what is kept.
 """
 
 from __future__ import annotations
@@ -34,18 +37,18 @@ def keep_less(model: nn.Module) -> None:
             module.forward = MethodType(_norm, module)
         elif name.endswith("MLP") and module.config.hidden_act in ("silu", "swish"):
             module.forward = MethodType(_feed_forward, module)
-    forward: Callable[..., Any] = model.forward
+    forward: Callable[..., Any] = type(model).forward
 
     @wraps(forward)
-    def keeping_less(*args: Any, **named: Any) -> Any:
+    def keeping_less(self: nn.Module, *args: Any, **named: Any) -> Any:
         token = _known.set({})
         try:
             with torch.autograd.graph.saved_tensors_hooks(_keep, _give):
-                return forward(*args, **named)
+                return forward(self, *args, **named)
         finally:
             _known.reset(token)
 
-    model.forward = keeping_less
+    model.forward = MethodType(keeping_less, model)  # a method, so that a copy of the model calls itself
 
 
 def made_by(again: Callable[[], Tensor], values: Tensor) -> Tensor:
@@ -55,36 +58,54 @@ def made_by(again: Callable[[], Tensor], values: Tensor) -> Tensor:
         again: must give the same bits, and hold nothing that would not be kept anyway.
         values: what it gives.
     """
-    known = _known.get()
-    if known is not None and values.requires_grad:
-        known[values.data_ptr()] = _Again(weakref.ref(values), again)
+    known, place = _known.get(), values.data_ptr()
+    if known is not None and values.requires_grad and place:  # tensors without memory of their own are all at 0
+        known[place] = _Again(weakref.ref(values), values._version, again)
     return values
 
 
 class _Again(NamedTuple):
     values: weakref.ref[Tensor]
+    version: int
     make: Callable[[], Tensor]
 
+    def gives(self, tensor: Tensor) -> bool:
+        """Whether a tensor in this place is made by it. While the values live, no other memory can be there."""
+        values = self.values()
+        return (
+            values is not None
+            and (values.numel(), values.dtype) == (tensor.numel(), tensor.dtype)
+            and tensor._version == self.version
+            and tensor.is_contiguous()
+        )
 
-def _keep(tensor: Tensor) -> Tensor | tuple[_Again, torch.Size]:
-    """What to keep for a tensor. While the values live, no other tensor can be in their place."""
+
+def _keep(tensor: Tensor) -> Callable[[], Tensor]:
+    """How the backward pass gets a tensor."""
     found = (_known.get() or {}).get(tensor.data_ptr())
-    if found is None or not tensor.is_contiguous():
-        return tensor
-    values = found.values()
-    if values is None or (values.numel(), values.dtype) != (tensor.numel(), tensor.dtype):
-        return tensor
-    return found, tensor.shape
+    if found is not None and found.gives(tensor):
+        make, shape = found.make, tensor.shape
+        return lambda: make().view(shape)
+    # Detached: an operation that keeps its own result would else hold itself, and be freed by a backward pass alone.
+    kept, version = tensor.detach(), tensor._version
+
+    def unchanged() -> Tensor:
+        if kept._version != version:
+            raise RuntimeError("a tensor that the backward pass needs was changed in place after the forward pass")
+        return kept
+
+    return unchanged
 
 
-def _give(kept: Tensor | tuple[_Again, torch.Size]) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept[0].make().view(kept[1])
+def _give(made: Callable[[], Tensor]) -> Tensor:
+    return made()
 
 
 def _norm(self: Any, values: Tensor) -> Tensor:
     apply: Callable[..., tuple[Tensor, Tensor]] = _RMSNorm.apply
     result, scale = apply(values, self.weight, self.variance_epsilon)
-    values, weight = values.detach(), self.weight.detach()
+    # A copy of the weight: sharded training takes it away before the matrices that read the norm ask for it.
+    values, weight = values.detach(), self.weight.detach().clone()
     return made_by(lambda: _scaled(values, weight, scale), result)
 
 
