@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo two-models test check slow bench-search bench-tasks bench-store clean
+.PHONY: help demo two-models test check slow bench-search bench-tasks bench-store bench-train clean
 
 PY := .venv/bin/python
 # The stamp names what was installed: other dependencies, other pins or a moved folder install again.

@@ -401,7 +401,11 @@ def test_the_decode_verb_prints_answer_chain_votes_and_tokens(
         with pytest.raises(SystemExit) as left:
             main()
         assert {request["temperature"] for request in fake.requests} == {0.5}
-    said = capsys.readouterr().out
+        said = capsys.readouterr().out
+        monkeypatch.setattr(sys, "argv", ["cotree", *words, "search.temperature=0.5", "-q"])
+        with pytest.raises(SystemExit):
+            main()
+        assert re.fullmatch(r"[345]\n", capsys.readouterr().out)
     assert left.value.code == 0
     assert re.search(r"answer: [345]\n\n.*\\boxed\{[345]\}\n\nvotes: [345] \d", said, re.DOTALL)
     assert re.search(r"\d+ chains; \d+ tokens generated, \d+ read .* stopped by: rollouts", said)

@@ -62,6 +62,7 @@ def run(
 
 @app.command(epilog="Example: cotree build recipes/laptop.yaml build.dpo.length=longest --out datasets/long")
 def build(
+    context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe file.")] = None,
     overrides: Overrides = None,
     check: Annotated[Path | None, typer.Option(help="Only check a dataset file: .parquet or .jsonl.")] = None,
@@ -77,6 +78,7 @@ def build(
     from cotree.progress import Output
 
     if check is not None:
+        _alone(context, "--check", "check")
         typer.echo("{}: {} faultless {} rows".format(check, *reversed(check_file(check))))
     elif recipe is None:
         raise UsageError("name a recipe, or a file with --check")
@@ -107,6 +109,7 @@ def preview(
 
 @app.command(name="eval", epilog="Example: cotree eval --model smollm2-135m-instruct --task gsm8k --limit 100")
 def eval_(
+    context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The eval stage of this recipe.")] = None,
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="A URL, .gguf, transformers folder or embedded name.")] = None,
@@ -146,11 +149,15 @@ def eval_(
 
     output = Output(quiet=quiet)
     if compare is not None:
+        _alone(context, "--compare", "compare", "quiet")
         for difference in compare_two(*compare):
             Output().say("\n".join(difference.lines()))
     elif table:
+        _alone(context, "--table", "table", "format_", "quiet")
         typer.echo(paper_table([found for folder in table for found in read_results(folder)], format_))
     elif model is not None:
+        if recipe is not None:
+            raise UsageError(f"--model does not go with a recipe, or an override: leave out {recipe}")
         found = evaluate(
             model, task or [], max_tokens=max_tokens, samples=samples, temperature=temperature, top_p=top_p, seed=seed,
             data=data, family=family, limit=limit, name=name, out=out, gguf=gguf, base=base, served=served,
@@ -164,6 +171,7 @@ def eval_(
         from cotree.config import load_recipe
         from cotree.pipeline import run as run_recipe
 
+        _alone(context, "a recipe", "recipe", "overrides", "runs_dir", "quiet")
         run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="eval", output=output)
 
 
@@ -237,7 +245,7 @@ def decode(
     served: Served = "default",
     tokenizer: Tokenizer = None,
     api_key_env: KeyVariable = None,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and errors.")] = False,
 ) -> None:
     """Answer one question by search that knows no gold answer."""
     from cotree.decoding import Backend, decode_question
@@ -246,10 +254,12 @@ def decode(
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
     backend = Backend((model,), (*given, *(overrides or [])), served, tokenizer, api_key_env)
-    decode_question(
+    found = decode_question(
         None if given else question, backend, task_name=task, question_id=id_, boxed=boxed, strategy=strategy,
         value=value, budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, output=Output(quiet=quiet),
     )  # fmt: skip
+    if quiet and found.answer is not None:
+        Output().say(found.answer)
 
 
 @app.command(epilog="Example: cotree serve http://gpu1:8000 --served Qwen/Qwen3-8B --budget-tokens 4000")
@@ -306,6 +316,18 @@ def patterns() -> None:
     for name, pattern in PATTERNS.items():
         rows = "; ".join(f"{k} > {', '.join(f'{n} {t}' for t, n in row.items())}" for k, row in pattern.items())
         typer.echo(f"{name:12} {rows}")
+
+
+def _alone(context: typer.Context, way: str, *taken: str) -> None:
+    """Refuse what a way of using a verb would ignore."""
+    given = [
+        param.opts[0]
+        for param in context.command.params
+        if param.name not in taken and (source := context.get_parameter_source(param.name or "")) is not None
+        if source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise UsageError(f"{way} does not go with {', '.join(given)}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import asdict, replace
 from itertools import product
@@ -64,6 +65,17 @@ def test_who_gained_and_who_lost(tmp_path: Path) -> None:
     assert found.lines()[1:] == ["  gained 2: q1, q2", "  lost 1: q0"]
     assert "+25.0 points" in found.lines()[0] and "p = 1 (exact McNemar)" in found.lines()[0]
     assert found.low < 0.25 < found.high
+
+
+@pytest.mark.parametrize("changed", [0, 3, 7])
+def test_what_can_be_expected_to_show_shows(changed: int, tmp_path: Path) -> None:
+    """A change of that size among as many changed questions is significant, and half of it is not."""
+    first = journal(tmp_path / "a.jsonl", [[True]] * 60)
+    second = journal(tmp_path / "b.jsonl", [[index >= changed] for index in range(60)])
+    (found,) = compare(first, second)
+    assert f"{100 * found.detectable:.1f} points or more can be expected to show" in found.lines()[0]
+    lost = math.ceil(60 * found.detectable)
+    assert mcnemar(0, lost) < 0.05 < mcnemar(0, lost // 2)
 
 
 def test_several_samples_are_compared_by_question(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,11 +93,14 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"cannot write {path}: a part of its path is a file, no folder; choose another") from None
     except OSError as error:
         fix = "; free some space, then re-run the same command to resume" if error.errno == errno.ENOSPC else ""
         raise CotreeError(f"cannot write {path}: {error.strerror or error}{fix}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

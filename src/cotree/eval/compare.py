@@ -15,7 +15,7 @@ from statistics import NormalDist, fmean
 
 from cotree.errors import UsageError
 from cotree.eval.journal import JOURNAL, EvalSample, read_samples
-from cotree.eval.metrics import bootstrap_interval, minimum_detectable_difference
+from cotree.eval.metrics import bootstrap_interval
 
 _DRAWS = 10_000
 Answered = Mapping[str, Sequence[EvalSample]]  # by a question's id
@@ -26,7 +26,8 @@ class Difference:
     """The second model minus the first on one row of the table; fractions.
 
     low, high: 95% interval of `difference`. p_value: of `test`, two-sided. changed: both scores of every question on
-    which they differ. detectable: the least difference that so many questions can be expected to show.
+    which they differ. detectable: the least difference that would be found with probability 0.8, given how much the
+    questions changed.
     """
 
     part: str
@@ -39,14 +40,14 @@ class Difference:
     test: str
     p_value: float
     changed: Mapping[str, tuple[float, float]]
-    detectable: float | None
+    detectable: float
 
     def lines(self) -> list[str]:
         """For the terminal."""
         moved = {True: list[str](), False: list[str]()}
         for id_, (before, after) in self.changed.items():
             moved[after > before].append(id_ if abs(after - before) == 1 else f"{id_} ({before:.2f} -> {after:.2f})")
-        least = "no difference" if self.detectable is None else f"{100 * self.detectable:.1f} points or more"
+        least = f"{100 * self.detectable:.1f} points or more" if self.detectable <= 1 else "no difference"
         return [
             f"{self.part}: {100 * self.first:.1f}% -> {100 * self.second:.1f}% of {self.n} questions, "
             f"{100 * self.difference:+.1f} points (95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f}), "
@@ -105,7 +106,8 @@ def compare_answers(part: str, first: Answered, second: Answered, names: Sequenc
         low, high = min(low, least), max(high, most)
     before, after = (fmean(side) for side in zip(*pairs.values(), strict=True))
     changed = {id_: pair for id_, pair in pairs.items() if pair[0] != pair[1]}
-    detectable = minimum_detectable_difference(len(pairs), before)
+    detectable = (high - low) / 2 * (1 + NormalDist().inv_cdf(0.8) / NormalDist().inv_cdf(0.975))
+    detectable = max(detectable, 6 / len(pairs))  # fewer changes are never significant, be they all one way
     return Difference(part, len(pairs), before, after, after - before, low, high, test, p_value, changed, detectable)
 
 

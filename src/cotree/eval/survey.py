@@ -72,7 +72,7 @@ def _rows(where: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
         if not files:
             raise UsageError(f"{path} is neither a run nor an evaluation; name a file in it")
         for file in files:
-            name = file.parent.name if file.suffix == ".parquet" else file.stem.removeprefix("samples_")
+            name = f"data/{file.parent.name}" if file.suffix == ".parquet" else file.stem.removeprefix("samples_")
             yield from _numbered(name, read_rows(file))
     elif not path.exists() and HUB_ID.fullmatch(str(where)) and not path.suffix:
         from datasets import load_dataset

@@ -74,7 +74,8 @@ def value(row: Row, *names: str) -> Any:
 
 
 def _where(source: Source) -> str:
-    return f"set {DATA_FOLDER} to a folder with {source.file}, or give data=FILE, a folder or a hub id ({source.hub})"
+    other = f"a file, a folder or a hub id ({source.hub}) with --data, or data= in Python"
+    return f"set {DATA_FOLDER} to a folder with {source.file}, or name {other}"
 
 
 def _in_folder(folder: Path, name: str) -> Path | None:
