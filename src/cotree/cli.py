@@ -48,6 +48,7 @@ def run(
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Run one stage: search, build, train_sft, ...")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each stage would cost.")] = False,
+    start: Annotated[Path | None, typer.Option("--from", help="Take over this run's stages of equal settings.")] = None,
     runs_dir: RunsDir = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
@@ -57,7 +58,9 @@ def run(
     from cotree.progress import Output
 
     loaded = load_recipe(recipe, overrides or [])
-    run_recipe(loaded, runs_dir, only=only, dry=dry_run, output=Output(quiet=quiet))
+    if start is not None and dry_run:
+        raise UsageError("--from makes the new run; leave out --dry-run, or ask it of the run afterwards")
+    run_recipe(loaded, runs_dir, only=only, dry=dry_run, start=start, output=Output(quiet=quiet))
 
 
 @app.command(epilog="Example: cotree build recipes/laptop.yaml build.dpo.length=longest --out datasets/long")

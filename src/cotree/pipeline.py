@@ -18,6 +18,7 @@ from cotree.data.stage import student_source
 from cotree.dry_run import dry_run
 from cotree.errors import UsageError, spoken_for
 from cotree.progress import Output, Update
+from cotree.reuse import reusable, start_from
 from cotree.run_folder import RunFolder, find_run, open_run, write_json
 from cotree.tasks import Question, Split, Task, task
 
@@ -32,9 +33,18 @@ def run(
     *,
     only: str | None = None,
     dry: bool = False,
+    start: Path | None = None,
     output: Output | None = None,
 ) -> Path:
-    """Run all stages of a recipe, or one; calling it again resumes. `dry`: only say what they would cost.
+    """Run all stages of a recipe, or one; calling it again resumes.
+
+    Args:
+        recipe: what to run.
+        runs_dir: where its folder is.
+        only: one stage.
+        dry: only say what the stages would cost.
+        start: another run, whose finished stages a new one takes over as far as their settings are equal.
+        output: where progress is said.
 
     Returns:
         The run folder.
@@ -53,10 +63,15 @@ def run(
         for line in dry_run(before, wanted):
             output.say(line)
         return before.path
-    missing = [s for s in STAGES[: STAGES.index(wanted[0])] if not before.done(s)]
+    taken = [] if start is None or (before.path / "recipe.yaml").exists() else reusable(start, recipe)
+    done = {stage for stage in STAGES if stage in taken or before.done(stage)}
+    missing = [stage for stage in STAGES[: STAGES.index(wanted[0])] if stage not in done]
     if missing:
         raise UsageError(f"stage `{wanted[0]}` needs `{missing[0]}` first; run without --only, or that stage")
-    _preflight(recipe, {stage for stage in wanted if not before.done(stage)})
+    _preflight(recipe, set(wanted) - done)
+    if start is not None and taken:
+        start_from(start, before.path, recipe, taken)
+        output.say(f"from {start}: {', '.join(taken)}")
     with open_run(runs_dir, recipe) as folder:
         output.log = folder.path / "log.jsonl"
         output.on_update = lambda: folder.beat()

@@ -1,0 +1,107 @@
+"""A new run that begins with the finished stages of another: other training on the same trees, another evaluation.
+
+Invariant: a stage is taken over only if everything that it and the stages before it read of the recipe is equal, and
+the new folder appears whole or not at all. Files are linked where the file system can; the tree store is copied.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cotree.config import Recipe, parse_recipe, recipe_yaml
+from cotree.errors import CotreeError, UsageError
+from cotree.run_folder import RunFolder, write_text
+
+# What each stage reads of a recipe beside what the stages before it read, and what it leaves.
+_STAGES = {
+    "search": (("seed", "models", "roles", "tasks.train", "search"), ("trees.db",)),
+    "build": (("build", "tasks", "train.student", "eval.control"), ("data", "samples.json")),
+    "train_sft": (("train.sft",), tuple(f"checkpoints/{name}" for name in ("base", "sft", "control", "reference"))),
+    "train_dpo": (("train.dpo",), ("checkpoints/dpo",)),
+}
+
+
+def reusable(source: Path, recipe: Recipe) -> list[str]:
+    """The stages of the run at `source` that a run of `recipe` would do in the same way; at least one.
+
+    Raises:
+        UsageError: `source` is no run, or has no such stage.
+    """
+    try:
+        known = parse_recipe(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")), str(source))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise UsageError(f"--from {source}: no run folder there (it has no recipe.yaml that can be read)") from None
+    run, found = RunFolder(source, known), list[str]()
+    theirs, ours = known.model_dump(), recipe.model_dump()
+    for stage, (keys, _) in _STAGES.items():
+        changed = [key for key in keys if _at(theirs, key) != _at(ours, key)]
+        if changed or not run.done(stage):
+            break
+        found.append(stage)
+    if not found:
+        why = f"{', '.join(changed)} differs" if changed else "its search has not finished"
+        raise UsageError(f"--from {source}: no stage of it can be taken over: {why}")
+    return found
+
+
+def start_from(source: Path, path: Path, recipe: Recipe, stages: list[str]) -> None:
+    """Make the run folder `path`, in which these stages of the run at `source` are done.
+
+    Raises:
+        UsageError: another process works in `source`.
+        CotreeError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with (source / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"another cotree works in {source}; wait for it") from None
+            for name in (name for stage in stages for name in _STAGES[stage][1]):
+                _take(source / name, partial / name)
+            run = RunFolder(partial, recipe)
+            entries = RunFolder(source, recipe).manifest["stages"]
+            run.manifest["stages"] = {stage: entries[stage] | {"from": source.name} for stage in stages}
+            run.save()
+            write_text(partial / "recipe.yaml", recipe_yaml(recipe))
+        if path.is_dir():  # with a lock at most, else it were another run
+            (path / ".lock").unlink(missing_ok=True)
+            path.rmdir()
+        partial.rename(path)
+    except OSError as error:
+        raise CotreeError(f"cannot write {path}: {error.strerror}; free some space, then run it again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True, copy_function=_link)
+    elif source.suffix == ".db":  # its last changes may still be in a file beside it
+        with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+            old.backup(new)
+    elif source.exists():
+        _link(str(source), str(target))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
