@@ -14,9 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cotree.config import Recipe, parse_recipe, recipe_yaml
+from cotree.config import Recipe, load_recipe, recipe_yaml
 from cotree.errors import CotreeError, UsageError
 from cotree.run_folder import RunFolder, write_text
 
@@ -35,10 +33,9 @@ def reusable(source: Path, recipe: Recipe) -> list[str]:
     Raises:
         UsageError: `source` is no run, or has no such stage.
     """
-    try:
-        known = parse_recipe(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")), str(source))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UsageError(f"--from {source}: no run folder there (it has no recipe.yaml that can be read)") from None
+    if not (source / "recipe.yaml").is_file():
+        raise UsageError(f"--from {source}: no run folder there (it has no recipe.yaml)")
+    known = load_recipe(source / "recipe.yaml")
     run, found = RunFolder(source, known), list[str]()
     theirs, ours = known.model_dump(), recipe.model_dump()
     for stage, (keys, _) in _STAGES.items():
