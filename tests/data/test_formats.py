@@ -35,16 +35,22 @@ HOSTILE = "</pre><script>alert(1)</script>| ``` [x](javascript:1)\n# Known"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("build")
-
-
-@pytest.fixture(scope="module")
-def built(folder: Path) -> Built:
+def built_in(tmp_path_factory: pytest.TempPathFactory) -> tuple[Built, Path]:
     steps = {"step_pairs": BuildStepPairs(min_visits=1), "stepwise": BuildStepwise()}
     wanted = Build(sft=BuildSFT(chains_per_tree=2), dpo=BuildDPO(pairs_per_tree=2), license="apache-2.0", **steps)
     about = {"name": "cards & pairs", "models": {"m": "smollm2, apache-2.0"}, "recipe": "name: x # <b>"}
-    return build(TREES, tiny_tokenizer(), wanted, folder, seed=0, control=True, about=about)
+    folder = tmp_path_factory.mktemp("build")
+    return build(TREES, tiny_tokenizer(), wanted, folder, seed=0, control=True, about=about), folder
+
+
+@pytest.fixture(scope="module")
+def built(built_in: tuple[Built, Path]) -> Built:
+    return built_in[0]
+
+
+@pytest.fixture(scope="module")
+def folder(built_in: tuple[Built, Path]) -> Path:
+    return built_in[1]
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

@@ -88,12 +88,10 @@ def test_a_forest_holds_each_beginning_once_and_a_token_sees_its_ancestors(chain
 @settings(max_examples=10, deadline=None)
 @given(chains=trees())
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_uses_the_same_mask(chains: list[Scored]) -> None:
+def test_flex_attention_uses_the_same_mask(models: tuple[Any, Any], chains: list[Scored]) -> None:
     """Its eager form: the compiled one needs CUDA for a backward."""
-    model = in_float64(tiny_model())
-    model.set_attn_implementation(ATTENTION)
     with torch.no_grad():
-        ours, flex = forest_logps(model, chains, "block"), forest_logps(model, chains, "flex")
+        ours, flex = forest_logps(models[0], chains, "block"), forest_logps(models[0], chains, "flex")
     torch.testing.assert_close(torch.cat(flex), torch.cat(ours), rtol=0, atol=1e-10)
     forest = Forest([chain.ids for chain in chains])
     assert forest.layout.blocks.to_dense().any()
