@@ -50,7 +50,8 @@ class Benchmark(Task):
         questions = []
         for index, row in enumerate(self._rows(source)):
             try:
-                questions.append(self.question({"id": f"{source.ids}-{index}"} | row if source.ids else row))
+                known = row if row.get("id") is not None else row | {"id": f"{source.ids}{index}"}
+                questions.append(self.question(known))
             except Exception as error:  # noqa: BLE001 - the row may hold anything
                 said = error if isinstance(error, UsageError) else f"not a row of {source.hub} ({error!r})"
                 raise UsageError(f"{self.name}, row {index + 1}: {said}") from None

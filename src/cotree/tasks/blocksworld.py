@@ -80,10 +80,10 @@ class Blocksworld(Benchmark):
             problem = problem_in(value(row, "query"))
         # The hub numbers the problems of three blocks anew.
         group = "blocksworld_3" if len(problem.below) == 3 else "blocksworld"
-        found = row.get("id") or f"{group}-{value(row, 'instance_id')}"
+        name = f"{group}-{row['instance_id']}" if "instance_id" in row else str(value(row, "id"))
         gold = value(row, "ground_truth_plan")
         plan = _steps(gold.strip() if isinstance(gold, str) else "\n".join(gold))
-        return self._ask(str(found), problem, plan, len(optimal_plan(problem)))
+        return self._ask(name, problem, plan, len(optimal_plan(problem)))
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The benchmark's rows (split `test` or none), or generated problems that the benchmark does not have."""

@@ -66,8 +66,8 @@ class GSM8K(Mathematics):
     name = "gsm8k"
     description = "grade-school word problems; train and dev split too"
     prompt_version = "gsm8k/boxed-1"
-    source = Source("gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, ("main",), "test", "gsm8k-test")
-    training = Source("gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, ("main",), "train", "gsm8k-train")
+    source = Source("gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, ("main",), "test", "gsm8k-test-")
+    training = Source("gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, ("main",), "train", "gsm8k-train-")
     examples = (
         _example(
             "A florist ties 9 roses into each bouquet. She makes 7 bouquets and has 4 roses left. "
@@ -160,7 +160,7 @@ class MATHTraining(Mathematics):
         7500,
         tuple(_SUBJECTS.split()),
         "train",
-        "math-train",
+        "math-train-",
     )
     examples = MATH500.examples
 

@@ -87,17 +87,10 @@ class FileTask(Benchmark):
         questions = [q for q in self._asked(self.source) if split in (None, split_of(q.id))]
         return self._first(questions, split, limit)
 
-    def _rows(self, source: Source) -> list[Row]:
-        # Rows without ids are called by their place.
-        column = self.own.fields["id"]
-        return [
-            {column: str(index)} | {name: told for name, told in row.items() if told is not None}
-            for index, row in enumerate(super()._rows(source))
-        ]
-
     def question(self, row: Row) -> Question:
         """A row with the file's fields."""
-        known = {name: str(value(row, column)) for name, column in self.own.fields.items()}
+        known = {name: str(value(row, column)) for name, column in self.own.fields.items() if name != "id"}
+        known["id"] = str(value(row, self.own.fields["id"], "id"))
         message = {"role": "user", "content": _filled(self.own.prompt, known)}
         return Question(known["id"], self.name, (message,), known["gold"].strip())
 
