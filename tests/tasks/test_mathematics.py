@@ -62,6 +62,8 @@ def test_the_library_agrees_with_what_is_decided_without_it(monkeypatch: pytest.
     looks = [gold.replace("(", "\\left( ").replace(")", " \\right)").replace("\\frac", "\\dfrac") for gold in bare]
     near = [(a, b) for i, a in enumerate(numbers) for b in numbers[i : i + 2]]
     close = [("\\frac{1}{3}", "333333/1000000"), ("-\\frac{1}{2}", "-2/4"), ("1/1000000", "1/1000001"), ("-0", "0")]
+    close += [("1204", "1,204"), ("1,204", "1,205"), ("204", "0204"), ("204", "204.0"), ("18.90", "18.9"), ("5", "+5")]
+    close += [("-0.5", "-\\frac{1}{2}"), ("1,234,567", "1234567.0"), ("1" * 20, "1" * 19 + "2"), ("6/3", "2")]
     pairs = [*zip(words, looks, strict=True), *near, *close]
     assert len(words) > 90 and len(near) > 250
 

@@ -97,7 +97,8 @@ def test_faults_are_one_line(folder: Path, old: str, new: str, said: str) -> Non
     [
         ("text", "text", "<think>no</think> \\FRAC{2}{2} \n", "correct"),
         ("text", "text", "<think>no \\frac{2}{2}", "no_answer"),
-        ("answer", "number", "The answer is 1.", "wrong"),
+        ("answer", "number", "The answer is 1.", "correct"),
+        ("answer", "number", "The answer is 2.", "wrong"),
         ("answer", "text", "\\boxed{\\frac{2}{2}}", "correct"),
     ],
 )

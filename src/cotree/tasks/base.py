@@ -7,7 +7,6 @@ decided by extraction alone, before the verifier looks.
 from __future__ import annotations
 
 import asyncio
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +16,8 @@ from typing import Any, Literal
 from cotree.errors import UsageError
 from cotree.tasks.extract import Mode, answer_text, extract_answer
 from cotree.tasks.loading import Source
+from cotree.tasks.numbers import same_number
 
-_NUMBER = re.compile(
-    r"\$?(?P<sign>[+-]?)\$?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?(?:\s*[A-Za-z]+(?: [A-Za-z]+)*)?"
-)
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]
 AnswerForm = Literal["boxed", "number", "text"]
@@ -135,7 +132,7 @@ class Task(ABC):
 
     def verify(self, answer: str, question: Question) -> Verdict:
         """The verdict on an extracted answer: `correct` or `wrong`."""
-        correct = normalise_number(answer) == normalise_number(question.gold)
+        correct = same_number(answer, question.gold)
         return Verdict("correct" if correct else "wrong", float(correct), answer)
 
     def same_answer(self, left: str, right: str, question: Question) -> bool:
@@ -154,16 +151,3 @@ class Task(ABC):
         if self.blocking:
             return await asyncio.to_thread(self.judge, question, completion, finish_reason)
         return self.judge(question, completion, finish_reason)
-
-
-def normalise_number(text: str) -> str:
-    r"""`\$1,204.`, `1204.0` and `1204 apples` name the same number; a text that is no single number stays as it is.
-
-    Dollar signs, commas between thousands, a trailing dot, zeros after the point and a unit of letters are dropped.
-    """
-    kept = text.strip().strip("$").replace("\\$", "").replace("\\,", ",").rstrip(".").strip()
-    match = _NUMBER.fullmatch(kept)
-    if match is None:
-        return kept
-    sign, digits = match["sign"].replace("+", ""), match["digits"].replace(",", "")
-    return f"{sign}{int(digits)}"

@@ -19,32 +19,18 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 import cotree
 from cotree.errors import CotreeError
 from cotree.tasks.math_worker import BYTES, SECONDS
+from cotree.tasks.numbers import number, tidy
 
 # Golds have up to a hundred characters; what is longer than this is a loop, not an answer.
 _LONGEST = 1000
 # The worker keeps the limit itself; one that does not, is killed.
 _GRACE = 2.0
-# Digits as everyone writes them; the rest is for the library.
-_INTEGER = r"(?:0|[1-9][0-9]{0,11})"
-_FRACTION = re.compile(
-    rf"(-?)(?:({_INTEGER})(?:/([1-9][0-9]{{0,11}}))?|\\frac\{{({_INTEGER})\}}\{{([1-9][0-9]{{0,11}})\}})"
-)
-# What changes the look and not the meaning; a space between two letters or digits may be a product.
-_LOOKS = re.compile(
-    r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac)|(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])"
-    r"|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|[€£¥₹]"
-)
-# `18 eggs`: the library knows few units, and takes the letters of others for variables.
-_UNIT = re.compile(r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen)\b)[A-Za-z]{3,}(?: [A-Za-z]{2,})*")
-# Digits of other scripts: Devanagari's, full-width ones.
-_DIGIT = re.compile(r"(?![0-9])\d")
 _BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 
 
@@ -55,12 +41,13 @@ def compare(gold: str, answer: str) -> tuple[bool, str]:
     Raises:
         CotreeError: no worker can be started.
     """
-    gold, answer = _tidy(gold), _tidy(answer)
+    gold, answer = tidy(gold), tidy(answer)
     if answer == gold:
         return True, ""
-    fractions = _fraction(gold), _fraction(answer)
-    if None not in fractions:
-        return fractions[0] == fractions[1], ""
+    numbers = number(gold), number(answer)
+    # The library takes decimals for equal that differ after six places.
+    if None not in numbers and (numbers[0] == numbers[1] or "." not in gold + answer):
+        return numbers[0] == numbers[1], ""
     if len(answer) > _LONGEST:
         return False, f"not checked: longer than {_LONGEST} characters"
     based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
@@ -69,22 +56,6 @@ def compare(gold: str, answer: str) -> tuple[bool, str]:
         return based[0].groups() == based[1].groups(), ""
     equal = _ask(gold, answer)
     return equal is True, "" if equal is not None else f"not checked: stopped at {SECONDS:.0f} s or {BYTES >> 30} GiB"
-
-
-def _tidy(text: str) -> str:
-    """ASCII digits, no dollars around them, no dot or unit after them, nothing that only changes the look."""
-    text = _DIGIT.sub(lambda digit: str(int(digit[0])), text)
-    text = _LOOKS.sub("", text.strip().strip("$").strip().removesuffix("."))
-    unit = _UNIT.fullmatch(text)
-    return unit[1] if unit else text
-
-
-def _fraction(text: str) -> Fraction | None:
-    match = _FRACTION.fullmatch(text)
-    if match is None:
-        return None
-    over, under = match[2] or match[4], match[3] or match[5] or "1"
-    return Fraction(int(match[1] + over), int(under))
 
 
 class _Workers:

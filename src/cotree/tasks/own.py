@@ -18,15 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotree.errors import UsageError
 from cotree.tasks.arithmetic import split_of
-from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, normalise_number
+from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.loading import Row, Source, value
 from cotree.tasks.math_verdicts import compare
+from cotree.tasks.numbers import same_number
 
 # Each takes (answer, gold) and says whether the answer is right, and what else there is to say.
 VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {
     "math": lambda answer, gold: compare(gold, answer),
-    "number": lambda answer, gold: (normalise_number(answer) == normalise_number(gold), ""),
+    "number": lambda answer, gold: (same_number(answer, gold), ""),
     "text": lambda answer, gold: (answer.casefold().split() == gold.casefold().split(), ""),
 }
 
