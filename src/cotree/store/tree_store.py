@@ -12,7 +12,8 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoredNode:
-    """A row of `nodes`, without its tree's id."""
+    """A row of `nodes`, without its tree's id; the fields are its columns in their order."""
 
     node_id: int
     parent_id: int | None
@@ -106,7 +107,7 @@ class StoredNode:
 
 @dataclass(frozen=True, slots=True)
 class StoredTree:
-    """A row of `trees` with its nodes in id order."""
+    """A row of `trees`, the fields its columns in their order, with its nodes in id order."""
 
     tree_id: str
     task: str
@@ -135,6 +136,10 @@ class StoredTree:
         return nodes[::-1]
 
 
+_NODE_COLUMNS = attrgetter(*(field.name for field in fields(StoredNode)))
+_TREE_COLUMNS = attrgetter(*(field.name for field in fields(StoredTree) if field.name != "nodes"))
+
+
 class TreeStore:
     """One SQLite file in WAL mode. Use as a context manager; one writing process at a time."""
 
@@ -151,12 +156,11 @@ class TreeStore:
             self._db.executescript(_SCHEMA)
             self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
             (version,) = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-        if int(version) != SCHEMA_VERSION:
-            self._db.close()
-            fix = "choose another name= (the trees are kept), or use the cotree that wrote it"
-            raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}; {fix}")
-        # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a call say which do.
-        with self._guard():
+            if int(version) != SCHEMA_VERSION:
+                self._db.close()
+                fix = "choose another name= (the trees are kept), or use the cotree that wrote it"
+                raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}; {fix}")
+            # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a call say which do.
             self._journalled = {key for (key,) in self._db.execute("SELECT key FROM calls")}
 
     def __enter__(self) -> TreeStore:
@@ -179,14 +183,9 @@ class TreeStore:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All that is written in the block, or nothing of it."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._guard(), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
     def recall(self, key: bytes) -> str | None:
         """The journalled completion of a request, as JSON, or None."""
@@ -198,7 +197,7 @@ class TreeStore:
 
     def journal(self, calls: Sequence[Call]) -> None:
         """Keep completions for good; committed, all or none, when this returns."""
-        with self._guard(), self._transaction():
+        with self._transaction():
             self._db.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?)", calls)
         self._journalled.update(call.key for call in calls)
 
@@ -217,27 +216,12 @@ class TreeStore:
 
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
-        with self._guard(), self._transaction():
-            done = self._db.execute(
-                "INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                (
-                    tree.tree_id, tree.task, tree.question_id, tree.turn, tree.config, tree.family,
-                    json.dumps(tree.messages), tree.gold, tree.pattern, tree.rollouts, tree.stopped, tree.calls,
-                    tree.prompt_tokens, tree.cached_tokens, tree.completion_tokens,
-                ),
-            )  # fmt: skip
+        row = [json.dumps(value) if isinstance(value, list) else value for value in _TREE_COLUMNS(tree)]
+        nodes = [(tree.tree_id, *_NODE_COLUMNS(node)) for node in tree.nodes]
+        with self._transaction():
+            done = self._db.execute("INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", row)
             if done.rowcount:
-                self._db.executemany(
-                    "INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                    [
-                        (
-                            tree.tree_id, n.node_id, n.parent_id, n.type, n.text, n.prefix, n.model, n.depth,
-                            n.visits, n.value, n.verdict, n.reward, n.answer, n.tokens, n.finish_reason, n.seed,
-                            n.seconds,
-                        )
-                        for n in tree.nodes
-                    ],
-                )  # fmt: skip
+                self._db.executemany("INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", nodes)
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
         """All trees (of one config) in the order of their ids, one at a time."""
@@ -255,6 +239,6 @@ class TreeStore:
             if row is None:
                 raise UsageError(f"{self.path} has no tree {tree_id}")
             nodes = self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
-        fields = dict(zip((column[0] for column in found.description), row, strict=True))
-        fields["messages"] = json.loads(fields["messages"])
-        return StoredTree(**fields, nodes=[StoredNode(*node[1:]) for node in nodes])
+        known = dict(zip((column[0] for column in found.description), row, strict=True))
+        known["messages"] = json.loads(known["messages"])
+        return StoredTree(**known, nodes=[StoredNode(*node[1:]) for node in nodes])
