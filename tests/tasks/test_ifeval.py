@@ -86,7 +86,7 @@ def test_a_row_that_nobody_can_judge_is_named_before_work(tmp_path: Path) -> Non
         task("ifeval", written(tmp_path / "w.jsonl", nothing)).questions()
     with pytest.raises(UsageError, match=r"2 instructions .* with 1 kwargs"):
         task("ifeval", written(tmp_path / "y.jsonl", IFEVAL_HUB | {"kwargs": [{}]})).questions()
-    with pytest.raises(UsageError, match="holds JSON in facebook/Multi-IF, not 'Describe"):
+    with pytest.raises(UsageError, match=r"multi_if, row 1: not a row of facebook/Multi-IF \(JSONDecodeError"):
         task("multi_if", written(tmp_path / "z.jsonl", MULTI_HUB | {"turn_1_prompt": "Describe."})).questions()
 
 

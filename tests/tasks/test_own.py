@@ -79,7 +79,7 @@ def test_a_recipe_names_own_tasks(folder: Path) -> None:
         ("gold: solution", "gold: answer", r"halves, row 1: a row has no field `answer`; its fields: "),
         ("gold: solution", "gould: solution", r"`fields` says nothing about gold"),
         ("halves.jsonl", "thirds.jsonl", r"no file or folder at thirds\.jsonl"),
-        ("fields:", "fields: [", r"is not YAML"),
+        ("fields:", "fields: [", r"cannot be read as YAML"),
         ("    unit: cm\n", "", r"`examples\.0`: its fields beside the steps must be the prompt's: unit"),
         ("    unit: cm", "    unit: cm\n    subtask: typo", r"`examples\.0`: its fields"),
     ],

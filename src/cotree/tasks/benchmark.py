@@ -6,14 +6,11 @@ evaluate. Which training rows are `dev` depends on a row's id alone.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 
 from cotree.errors import UsageError
-from cotree.tasks.base import Question, Split, Task
+from cotree.tasks.base import Question, Split, Task, tenth
 from cotree.tasks.loading import Row, Source, load_rows
-
-_DEV_SHARE = 10
 
 
 class Benchmark(Task):
@@ -43,7 +40,7 @@ class Benchmark(Task):
             raise UsageError(f"{self.name} is for training and has no test split; evaluate on another task")
         questions = self._asked(source)
         if split in ("train", "dev"):
-            questions = [question for question in questions if _is_dev(question.id) == (split == "dev")]
+            questions = [question for question in questions if (tenth(question.id) == 0) == (split == "dev")]
         return self._first(questions, split, limit)
 
     def _asked(self, source: Source) -> list[Question]:
@@ -59,7 +56,3 @@ class Benchmark(Task):
 
     def _rows(self, source: Source) -> list[Row]:
         return load_rows(source, self.data)
-
-
-def _is_dev(question_id: str) -> bool:
-    return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4]) % _DEV_SHARE == 0

@@ -12,8 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 
-from cotree.tasks.arithmetic import split_of
-from cotree.tasks.base import Question, Split, Verdict, WorkedExample
+from cotree.tasks.base import Question, Split, Verdict, WorkedExample, split_of
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.extract import Mode
 from cotree.tasks.loading import Row, Source, load_rows, value

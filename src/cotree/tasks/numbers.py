@@ -30,7 +30,7 @@ _PLAIN = re.compile(
 def tidy(text: str) -> str:
     """ASCII digits, no dollars, no dot or unit at the end, nothing that only changes the look."""
     text = _DIGIT.sub(lambda digit: str(int(digit[0])), text.strip())
-    text = _LOOKS.sub("", text.removesuffix(".").strip())
+    text = _LOOKS.sub("", text).removesuffix(".")
     unit = _UNIT.fullmatch(text)
     return unit[1] if unit else text
 

@@ -17,8 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotree.errors import UsageError
-from cotree.tasks.arithmetic import split_of
-from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample
+from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, split_of
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.loading import Row, Source, value
 from cotree.tasks.math_verdicts import compare
@@ -141,15 +140,12 @@ def _from_python(path: Path, name: str) -> type[Task]:
 
 def _load(path: Path) -> OwnTask:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        own = OwnTask.model_validate(raw)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the task {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        own = OwnTask.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     missing = {"id", "question", "gold"} - own.fields.keys()
     if missing:
         raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}")
