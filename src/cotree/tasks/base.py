@@ -90,7 +90,6 @@ class Task(ABC):
 
     data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
     `generated`: its training questions come from templates, so only a whole one repeats an evaluation question.
-    `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
     `answer_form`: an answer is written in a box on one line (`number`: has no brace of its own, so the first one ends
     it), or as free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
     `comparable`: two answers can say the same, so that they can vote; two essays cannot.
@@ -100,7 +99,6 @@ class Task(ABC):
     description: str
     prompt_version: str
     source: Source | None = None
-    blocking: bool = False
     generated: bool = True
     answer_form: AnswerForm = "boxed"
     comparable: bool = True
@@ -148,10 +146,8 @@ class Task(ABC):
         return self.verify(answer, question)
 
     async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
-        """`judge` that does not hold up the event loop."""
-        if self.blocking:
-            return await asyncio.to_thread(self.judge, question, completion, finish_reason)
-        return self.judge(question, completion, finish_reason)
+        """`judge` that does not hold up the event loop: some verdicts wait for a process, others take milliseconds."""
+        return await asyncio.to_thread(self.judge, question, completion, finish_reason)
 
 
 def tenth(key: str) -> int:

@@ -29,7 +29,6 @@ def _example(question: str, sub_task: str, thinking: str, double_check: str, ans
 class Mathematics(Benchmark):
     """What the five have in common: the prompt, the fields of a row, the verdict."""
 
-    blocking = True
     examples: ClassVar[tuple[WorkedExample, ...]]
 
     def question(self, row: Row) -> Question:

@@ -73,7 +73,6 @@ class FileTask(Benchmark):
     def __init__(self, path: Path, data: str | Path | None = None) -> None:
         self.own = _load(path)
         self.name, self.description = self.own.name, self.own.description
-        self.blocking = self.own.verifier == "math"
         self.answer_form = "text" if self.own.extractor == "text" else "boxed"
         self.comparable = self.own.extractor != "text"
         self.prompt_version = f"{self.name}/{self.own.prompt_version}"
