@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.benchmark_data import benchmark_rows
 
 from cotree.errors import UsageError
 from cotree.tasks import Question, task
@@ -171,10 +171,8 @@ Published = tuple[Question, dict[str, Any]]
 def published() -> Iterator[Published]:
     """Each response of the oracle with its question."""
     questions = {question.id: question for question in task("ifeval", data("ifeval.jsonl")).questions()}
-    with gzip.open(data("ifeval_oracle.jsonl.gz"), "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield questions[str(row["id"])], row
+    for row in benchmark_rows("ifeval_oracle.jsonl.gz"):
+        yield questions[str(row["id"])], row
 
 
 def test_verdicts_equal_the_published_ones() -> None:

@@ -41,8 +41,8 @@ def _pddl(plan: Sequence[Action]) -> str:
     return "\n".join(f"({' '.join(action)})" for action in plan)
 
 
-def _steps(pddl: str) -> list[Action]:
-    return [tuple(line.strip("()").split()) for line in pddl.splitlines()]
+def _steps(lines: Sequence[str]) -> list[Action]:
+    return [tuple(line.strip("()").split()) for line in lines]
 
 
 class Blocksworld(Benchmark):
@@ -81,8 +81,7 @@ class Blocksworld(Benchmark):
         group = "blocksworld_3" if len(problem.below) == 3 else "blocksworld"
         name = f"{group}-{row['instance_id']}" if "instance_id" in row else str(value(row, "id"))
         gold = value(row, "ground_truth_plan")
-        plan = _steps(gold.strip() if isinstance(gold, str) else "\n".join(gold))
-        return self._ask(name, problem, plan, len(optimal_plan(problem)))
+        return self._ask(name, problem, _steps(gold.splitlines() if isinstance(gold, str) else gold))
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The benchmark's rows (split `test` or none), or generated problems that the benchmark does not have."""
@@ -106,15 +105,14 @@ class Blocksworld(Benchmark):
                 form, text = canonical_form(Problem(problem.below, on)), zero_shot(problem)
                 if form not in known and text not in seen and (split_of(str(form)) == "dev") == dev:
                     seen.add(text)
-                    plan = optimal_plan(problem)
-                    yield self._ask(f"generated-{size}-{i}", problem, plan, len(plan))
+                    yield self._ask(f"generated-{size}-{i}", problem)
 
-    def _ask(self, name: str, problem: Problem, gold: Sequence[Action], steps: int) -> Question:
-        spec = {
-            "init": tuple(problem.init_atoms()), "goal": tuple(problem.goal_atoms()), "optimal_steps": steps,
-        }  # fmt: skip
+    def _ask(self, name: str, problem: Problem, gold: Sequence[Action] = ()) -> Question:
+        best = optimal_plan(problem)
+        atoms = {"init": tuple(problem.init_atoms()), "goal": tuple(problem.goal_atoms())}
+        spec = {**atoms, "optimal_steps": len(best)}
         message = {"role": "user", "content": zero_shot(problem)}
-        return Question(name, self.name, (message,), _pddl(gold), f"{len(problem.below)} blocks", spec=spec)
+        return Question(name, self.name, (message,), _pddl(gold or best), f"{len(problem.below)} blocks", spec=spec)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three problems of six blocks; one that is the question itself is left out."""
@@ -127,7 +125,7 @@ class Blocksworld(Benchmark):
 
     def verify(self, answer: str, question: Question) -> Verdict:
         """Run a plan of PDDL lines."""
-        plan = _steps(answer)
+        plan = _steps(answer.splitlines())
         reason = fault(problem_of(question), plan)
         if reason is not None:
             return Verdict("wrong", 0.0, answer, reason)
@@ -159,7 +157,7 @@ class BlocksworldOneShot(Blocksworld):
             group, _, number = question.id.rpartition("-")
             before = solved.get(f"{group}-{int(number) - 1}") if number.isdecimal() else None
             example = problem_of(before) if before else _EXAMPLES[0]
-            plan = _steps(before.gold) if before else optimal_plan(example)
+            plan = _steps(before.gold.splitlines()) if before else optimal_plan(example)
             message = {"role": "user", "content": one_shot(problem_of(question), example, plan)}
             asked.append(replace(question, messages=(message,)))
         return asked

@@ -2,14 +2,13 @@ r"""Whether a mathematical answer equals the gold one: math-verify's word, from 
 
 Invariants: a comparison costs at most `math_worker.SECONDS` and never the run, whatever the answer is; one that was
 stopped is wrong, with a detail that says so (an answer was there, and nobody would accept it). The workers are children
-of one `python -m` subprocess that starts when it is first needed, so this works in threads, notebooks and scripts from
-stdin. Answers written like the gold one, and plain integers and fractions, are decided here: the library agrees about
-them (a test asks it), and it needs 10 ms for what takes 10 µs.
+of one `python -m` subprocess that starts when it is first needed and ends when this process has gone, so this works in
+threads, notebooks and scripts from stdin. Answers written like the gold one, and plain numbers, are decided here: the
+library agrees about them (a test asks it), and it needs 10 ms for what takes 10 µs.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import queue
@@ -149,12 +148,4 @@ def _after_fork() -> None:
     _workers = None
 
 
-def _at_exit() -> None:
-    if _workers is not None:
-        _workers.close()
-        for ours in _workers.sockets:
-            ours.close()
-
-
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)
