@@ -164,12 +164,10 @@ class MATHTraining(Mathematics):
     examples = MATH500.examples
 
     def _gold(self, row: Row) -> str:
-        if row.get("answer") is not None:
-            return super()._gold(row)
-        boxed = last_boxed(value(row, "solution"))
-        if boxed is None:
+        gold = row.get("answer") or last_boxed(value(row, "solution"))
+        if gold is None:
             raise UsageError("a row of `math` has neither an `answer` nor a \\boxed{} in its `solution`")
-        return boxed.strip()
+        return str(gold).strip()
 
 
 class AIME24(Mathematics):

@@ -117,11 +117,7 @@ def own_task(name: str, data: str | Path | None) -> Task:
     if name.endswith((".yaml", ".yml")):
         return FileTask(Path(name), data)
     path, _, kind = name.rpartition(":")
-    return _from_python(Path(path), kind)(data)
-
-
-def _from_python(path: Path, name: str) -> type[Task]:
-    spec = importlib.util.spec_from_file_location(f"cotree_own.{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"cotree_own.{Path(path).stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -131,10 +127,10 @@ def _from_python(path: Path, name: str) -> type[Task]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything
         raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from None
-    found = getattr(module, name, None)
+    found = getattr(module, kind, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise UsageError(f"{path} has no subclass of cotree.Task called `{name}`")
-    return found
+        raise UsageError(f"{path} has no subclass of cotree.Task called `{kind}`")
+    return found(data)
 
 
 def _load(path: Path) -> OwnTask:

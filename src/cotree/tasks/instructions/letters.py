@@ -1,4 +1,4 @@
-"""Checkers of which characters a response has: punctuation, case, accents (Spanish, French), the Japanese scripts.
+"""Checkers of which characters a response has: fixed patterns, case, accents (Spanish, French), the Japanese scripts.
 
 Semantics are those of google-research's instruction_following_eval and of M-IFEval (both Apache-2.0). Patterns are
 linear: no part of one can match what the part after it needs.
@@ -25,6 +25,10 @@ _PATTERNS = (
     ("punctuation:no_period", _JA, "。", False),
     ("punctuation:question_marks", ("es",), r"¿\s*[^¿?\s][^¿?]*\?", True),
     ("punctuation:exclamation_marks", ("es",), r"¡\s*[^¡!\s][^¡!]*!", True),
+    ("detectable_format:constrained_response", ("", "en"), r"My answer is (?:yes|no|maybe)\.", True),
+    ("detectable_format:constrained_response", ("es",), r"(?:Sí|No|Quizás)\.", True),
+    ("detectable_format:constrained_response", ("fr",), r"(?:Oui|Non|Peut-être)\.", True),
+    ("detectable_format:constrained_response", _JA, "はい、そうです。|いいえ、違います。|どちらとも言えません。", True),
     ("detectable_content:informal_address", ("fr",), r"(?i)\b(?:tu|te|toi|ton|ta|tes)\b|\bt['’]", True),
     ("detectable_content:no_digits", ("fr",), r"\d", False),
     ("letters:kansuuji", _JA, r"\d", False),
