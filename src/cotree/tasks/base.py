@@ -115,8 +115,8 @@ class Task(ABC):
     def _first(self, questions: list[Question], split: Split | None, limit: int | None) -> list[Question]:
         """The first `limit` of a split's questions; UsageError where there are fewer."""
         if limit is not None and limit > len(questions):
-            there = f"in split `{split}`" if split else "in all"
-            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
+            n, there = len(questions), f"in split `{split}`" if split else "in all"
+            raise UsageError(f"{self.name} has {n} question{'s' * (n != 1)} {there}, not {limit}; lower the number")
         return questions[:limit]
 
     @abstractmethod

@@ -44,9 +44,8 @@ def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None],
         UsageError: an instruction that nobody checks, with the nearest known; arguments that it does not take.
     """
     if not names or len(names) != len(arguments):
-        raise UsageError(
-            f"{len(names)} instructions ({', '.join(names)}) with {len(arguments)} kwargs; give one for each"
-        )
+        wanted = "name one or more, with kwargs for each"
+        raise UsageError(f"instructions: {len(names)} ({', '.join(names)}), kwargs: {len(arguments)}; {wanted}")
     asked = []
     for name, given in zip(names, arguments, strict=True):
         kept = {key: told for key, told in (given or {}).items() if told}

@@ -143,9 +143,9 @@ def _load(path: Path) -> OwnTask:
         raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     missing = {"id", "question", "gold"} - own.fields.keys()
     if missing:
-        raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}")
+        raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}; name the column")
     if "{question}" not in own.prompt:
-        raise UsageError(f"{path}: `prompt` has no {{question}}")
+        raise UsageError(f"{path}: `prompt` has no {{question}}; put it where the question goes")
     shown = {name for name in own.fields.keys() - Example.model_fields.keys() if f"{{{name}}}" in own.prompt}
     for number, example in enumerate(own.examples):
         if set(example.model_extra or ()) != shown:
