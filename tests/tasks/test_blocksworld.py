@@ -332,7 +332,7 @@ def test_no_plan_is_no_answer(text: str) -> None:
 
 
 def asked(problem: Problem) -> Question:
-    spec = {"init": problem.init_atoms(), "goal": problem.goal_atoms(), "optimal_steps": len(optimal_plan(problem))}
+    spec = {"problem": problem, "optimal_steps": len(optimal_plan(problem))}
     return Question("own", "blocksworld", ({"role": "user", "content": zero_shot(problem)},), "", spec=spec)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import islice
 
 from cotree.tasks.base import Question, Split, Verdict, WorkedExample, split_of
@@ -29,12 +28,11 @@ _EXAMPLES = (
     Problem({"a": "", "b": "", "c": "a", "d": "", "e": "b", "f": ""}, {"a": "b", "d": "a"}),
 )
 
-_problem = lru_cache(4096)(Problem.from_atoms)
-
 
 def problem_of(question: Question) -> Problem:
     """The problem that a question asks."""
-    return _problem(tuple(question.spec["init"]), tuple(question.spec["goal"]))
+    problem: Problem = question.spec["problem"]
+    return problem
 
 
 def _pddl(plan: Sequence[Action]) -> str:
@@ -109,8 +107,7 @@ class Blocksworld(Benchmark):
 
     def _ask(self, name: str, problem: Problem, gold: Sequence[Action] = ()) -> Question:
         best = optimal_plan(problem)
-        atoms = {"init": tuple(problem.init_atoms()), "goal": tuple(problem.goal_atoms())}
-        spec = {**atoms, "optimal_steps": len(best)}
+        spec = {"problem": problem, "optimal_steps": len(best)}
         message = {"role": "user", "content": zero_shot(problem)}
         return Question(name, self.name, (message,), _pddl(gold or best), f"{len(problem.below)} blocks", spec=spec)
 
