@@ -61,6 +61,9 @@ def test_the_layout_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     no_split = Source("sums.jsonl", "nobody/sums", "MIT", 5, ("main",), "dev")
     with pytest.raises(UsageError, match="the splits train, test, and not `dev`"):
         load_rows(no_split, one)
+    # An own task names no split: all its rows are meant.
+    every = load_rows(Source("sums.jsonl", "nobody/sums", "MIT", 10, ("main",)), one)
+    assert [row["id"].split("/")[1] for row in every] == ["train"] * 5 + ["test"] * 5
     with pytest.raises(UsageError, match="configurations main, other, and which"):
         load_rows(Source("sums.jsonl", "nobody/sums", "MIT", 5), one)
 

@@ -27,7 +27,7 @@ class Source:
     """One set of rows: its file name in a data folder, and its place on the hub.
 
     size: rows of the full set, as published. configs: hub configurations, joined in this order; none: the only one.
-    split: the hub's split; None: the only one. ids: a row without an id is called this and its number.
+    split: the hub's split; None: all of them. ids: a row without an id is called this and its number.
     """
 
     file: str
@@ -94,9 +94,10 @@ def _from_hub(source: Source, where: str) -> list[Row]:
             raise ValueError(f"it has the configurations {', '.join(names)}, and which one is meant is not known")
         for name in names:
             splits = load_dataset(where, name)
-            if source.split not in splits and len(splits) > 1:
+            if source.split not in (None, *splits) and len(splits) > 1:
                 raise ValueError(f"it has the splits {', '.join(splits)}, and not `{source.split}`")
-            rows += splits[source.split] if source.split in splits else next(iter(splits.values()))
+            for split in [source.split] if source.split in splits else splits:
+                rows += splits[split]
     except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"no {source.file}: cannot load {where} ({reason}); {_where(source)}") from None

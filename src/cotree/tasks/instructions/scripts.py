@@ -7,6 +7,7 @@ ambiguous, the script's own marks where it is not. Thai, in which no row of the 
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache, lru_cache
 from typing import Any
 
@@ -57,10 +58,8 @@ def sentences(text: str, language: str = "") -> list[str]:
 
 def _script(text: str) -> str:
     """Which script most letters are in, where that decides how sentences end; empty where it does not."""
-    counts: dict[str, int] = {}
-    for match in _SCRIPTS.finditer(text[:_DETECTED]):
-        counts[match.lastgroup] = counts.get(match.lastgroup, 0) + 1
-    script = max(counts, key=lambda name: counts[name], default="rest")
+    counts = Counter(str(match.lastgroup) for match in _SCRIPTS.finditer(text[:_DETECTED]))
+    script = max(counts, key=counts.__getitem__, default="rest")
     return "" if script == "rest" else script
 
 
