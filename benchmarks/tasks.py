@@ -25,6 +25,7 @@ from cotree.errors import UsageError
 from cotree.tasks import TASKS, Question, Task, task
 from cotree.tasks.loading import Row, Source, load_rows
 from cotree.tasks.math_verdicts import compare
+from cotree.tasks.mathematics import Mathematics
 
 OUT = Path(__file__).parent / "out" / "tasks.json"
 Judged = tuple[Question, str]
@@ -65,7 +66,7 @@ def rate(asked: Task, judged: Sequence[Judged], repeats: int = 3) -> float:
     def run(each: Callable[[Judged], object]) -> float:
         compare.cache_clear()
         started = time.perf_counter()
-        if asked.blocking:
+        if isinstance(asked, Mathematics):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(each, judged))
         else:

@@ -18,23 +18,9 @@ def node(node_id: int, parent: int | None, text: str = "x") -> StoredNode:
 
 def tree(tree_id: str = "t1", question: str = "q1") -> StoredTree:
     nodes = [node(0, None), node(1, 0, "naïve 日本 \u2028 line"), node(2, 1)]
+    asked = [{"role": "user", "content": "?"}]
     return StoredTree(
-        tree_id,
-        "letters",
-        question,
-        0,
-        "c",
-        "count",
-        [{"role": "user", "content": "?"}],
-        "2",
-        "plain",
-        6,
-        "rollouts",
-        3,
-        100,
-        50,
-        20,
-        nodes,
+        tree_id, "letters", question, 0, "c", "count", asked, "2", "plain", 6, "rollouts", 3, 100, 50, 20, nodes
     )
 
 

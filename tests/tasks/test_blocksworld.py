@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 import random
 import time
 from collections import Counter, deque
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.benchmark_data import benchmark_rows
 
 from cotree.errors import UsageError
 from cotree.search.prompts import search_messages
@@ -44,15 +43,6 @@ DISAGREEMENTS = {
 }
 DISAGREEMENTS_BY_ID = {("qwen-qwq", f"blocksworld-{n}"): why for n, why in DISAGREEMENTS.items()}
 DISAGREEMENTS_BY_ID["deepseek-r1-api", "blocksworld_3-93"] = FIRST_LOST
-
-
-@cache
-def benchmark_rows(name: str) -> list[dict[str, Any]]:
-    folder = os.environ.get("COTREE_DATA")
-    if not folder:
-        pytest.skip(f"benchmark data not found: {name} (set COTREE_DATA to run this test)")
-    with gzip.open(Path(folder) / name, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def planbench() -> list[dict[str, Any]]:
@@ -342,7 +332,7 @@ def test_no_plan_is_no_answer(text: str) -> None:
 
 
 def asked(problem: Problem) -> Question:
-    spec = {"init": problem.init_atoms(), "goal": problem.goal_atoms(), "optimal_steps": len(optimal_plan(problem))}
+    spec = {"problem": problem, "optimal_steps": len(optimal_plan(problem))}
     return Question("own", "blocksworld", ({"role": "user", "content": zero_shot(problem)},), "", spec=spec)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.benchmark_data import benchmark_rows
 
 from cotree.errors import UsageError
 from cotree.tasks import Question, task
@@ -82,11 +82,11 @@ def test_a_row_that_nobody_can_judge_is_named_before_work(tmp_path: Path) -> Non
         task("ifeval", written(tmp_path / "x.jsonl", row)).questions()
     # Nothing asked would be followed by any answer.
     nothing = IFEVAL_HUB | {"instruction_id_list": [], "kwargs": []}
-    with pytest.raises(UsageError, match=r"ifeval, row 1: 0 instructions .* with 0 kwargs"):
+    with pytest.raises(UsageError, match=r"ifeval, row 1: instructions: 0 .*, kwargs: 0; name one or more"):
         task("ifeval", written(tmp_path / "w.jsonl", nothing)).questions()
-    with pytest.raises(UsageError, match=r"2 instructions .* with 1 kwargs"):
+    with pytest.raises(UsageError, match=r"instructions: 2 .*, kwargs: 1;"):
         task("ifeval", written(tmp_path / "y.jsonl", IFEVAL_HUB | {"kwargs": [{}]})).questions()
-    with pytest.raises(UsageError, match="holds JSON in facebook/Multi-IF, not 'Describe"):
+    with pytest.raises(UsageError, match=r"multi_if, row 1: not a row of facebook/Multi-IF \(JSONDecodeError"):
         task("multi_if", written(tmp_path / "z.jsonl", MULTI_HUB | {"turn_1_prompt": "Describe."})).questions()
 
 
@@ -171,10 +171,8 @@ Published = tuple[Question, dict[str, Any]]
 def published() -> Iterator[Published]:
     """Each response of the oracle with its question."""
     questions = {question.id: question for question in task("ifeval", data("ifeval.jsonl")).questions()}
-    with gzip.open(data("ifeval_oracle.jsonl.gz"), "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield questions[str(row["id"])], row
+    for row in benchmark_rows("ifeval_oracle.jsonl.gz"):
+        yield questions[str(row["id"])], row
 
 
 def test_verdicts_equal_the_published_ones() -> None:

@@ -61,6 +61,9 @@ def test_the_layout_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     no_split = Source("sums.jsonl", "nobody/sums", "MIT", 5, ("main",), "dev")
     with pytest.raises(UsageError, match="the splits train, test, and not `dev`"):
         load_rows(no_split, one)
+    # An own task names no split: all its rows are meant.
+    every = load_rows(Source("sums.jsonl", "nobody/sums", "MIT", 10, ("main",)), one)
+    assert [row["id"].split("/")[1] for row in every] == ["train"] * 5 + ["test"] * 5
     with pytest.raises(UsageError, match="configurations main, other, and which"):
         load_rows(Source("sums.jsonl", "nobody/sums", "MIT", 5), one)
 
@@ -77,10 +80,10 @@ def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match=r"no file or folder at .*none\.jsonl"):
         load_rows(SOURCE, tmp_path / "none.jsonl")
     (tmp_path / "half.jsonl").write_text('{"id": 1}\n{"id": ')
-    with pytest.raises(UsageError, match=r"half\.jsonl:2: not JSON lines"):
+    with pytest.raises(UsageError, match=r"half\.jsonl: line 2: not JSON"):
         load_rows(SOURCE, tmp_path / "half.jsonl")
     (tmp_path / "list.jsonl").write_text("[1]\n")
-    with pytest.raises(UsageError, match=r"list\.jsonl:1: a row is a JSON object, not list"):
+    with pytest.raises(UsageError, match=r"list\.jsonl: not every row is a JSON object"):
         load_rows(SOURCE, tmp_path / "list.jsonl")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:40])
     with pytest.raises(UsageError, match=r"cut\.jsonl\.gz"):

@@ -62,6 +62,8 @@ def test_the_library_agrees_with_what_is_decided_without_it(monkeypatch: pytest.
     looks = [gold.replace("(", "\\left( ").replace(")", " \\right)").replace("\\frac", "\\dfrac") for gold in bare]
     near = [(a, b) for i, a in enumerate(numbers) for b in numbers[i : i + 2]]
     close = [("\\frac{1}{3}", "333333/1000000"), ("-\\frac{1}{2}", "-2/4"), ("1/1000000", "1/1000001"), ("-0", "0")]
+    close += [("1204", "1,204"), ("1,204", "1,205"), ("204", "0204"), ("204", "204.0"), ("18.90", "18.9"), ("5", "+5")]
+    close += [("-0.5", "-\\frac{1}{2}"), ("1,234,567", "1234567.0"), ("1" * 20, "1" * 19 + "2"), ("6/3", "2")]
     pairs = [*zip(words, looks, strict=True), *near, *close]
     assert len(words) > 90 and len(near) > 250
 
@@ -262,9 +264,9 @@ def test_splits() -> None:
     assert gsm8k.questions() == gsm8k.questions("test")
     train, dev = ({q.id for q in gsm8k.questions(split)} for split in ("train", "dev"))
     assert len(train | dev) == 500 and not train & dev and 30 < len(dev) < 70
-    with pytest.raises(UsageError, match="math500 has a test set only, no `train` split"):
+    with pytest.raises(UsageError, match="math500 has no `train` split; name another task"):
         task("math500").questions("train")
-    with pytest.raises(UsageError, match="math is for training and has no test split"):
+    with pytest.raises(UsageError, match="math has no `test` split; name another task"):
         task("math").questions("test")
     with pytest.raises(UsageError, match="aime24 has 30 questions in all, not 31; lower the number"):
         task("aime24").questions(limit=31)

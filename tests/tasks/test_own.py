@@ -79,7 +79,7 @@ def test_a_recipe_names_own_tasks(folder: Path) -> None:
         ("gold: solution", "gold: answer", r"halves, row 1: a row has no field `answer`; its fields: "),
         ("gold: solution", "gould: solution", r"`fields` says nothing about gold"),
         ("halves.jsonl", "thirds.jsonl", r"no file or folder at thirds\.jsonl"),
-        ("fields:", "fields: [", r"is not YAML"),
+        ("fields:", "fields: [", r"cannot be read as YAML"),
         ("    unit: cm\n", "", r"`examples\.0`: its fields beside the steps must be the prompt's: unit"),
         ("    unit: cm", "    unit: cm\n    subtask: typo", r"`examples\.0`: its fields"),
     ],
@@ -97,7 +97,8 @@ def test_faults_are_one_line(folder: Path, old: str, new: str, said: str) -> Non
     [
         ("text", "text", "<think>no</think> \\FRAC{2}{2} \n", "correct"),
         ("text", "text", "<think>no \\frac{2}{2}", "no_answer"),
-        ("answer", "number", "The answer is 1.", "wrong"),
+        ("answer", "number", "The answer is 1.", "correct"),
+        ("answer", "number", "The answer is 2.", "wrong"),
         ("answer", "text", "\\boxed{\\frac{2}{2}}", "correct"),
     ],
 )

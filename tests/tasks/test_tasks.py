@@ -172,25 +172,7 @@ def test_extraction(text: str, finish: str, strict: str | None, lenient: str | N
     assert extract_answer(text, finish, "lenient") == lenient
 
 
-MARKUP = [
-    "\\boxed{",
-    "{",
-    "}",
-    "answer is ",
-    "####",
-    "$",
-    "\\[",
-    "\\(",
-    "1",
-    "1,",
-    "-",
-    "*",
-    "\n",
-    " ",
-    "x",
-    "<think>",
-    "answer",
-]
+MARKUP = ["\\boxed{", "{", "}", "answer is ", "####", "$", "\\[", "\\(", *"1-*x\n ", "1,", "<think>", "answer"]
 
 
 @given(st.lists(st.sampled_from(MARKUP), min_size=1, max_size=4))
@@ -209,7 +191,11 @@ def test_the_last_balanced_box_is_found_after_anything(noise: str, inside: str) 
     assert last_boxed(f"{noise}\\boxed{{{inside}}}") == inside
 
 
-def test_numbers_are_compared_as_numbers() -> None:
+@pytest.mark.parametrize(
+    "written", ["{}.", "${}$", "\\${}", " {} ", "0{}", "{}.0", "{}/1", "€{}", "{} apples", "{} cm"]
+)
+def test_numbers_are_compared_as_numbers(written: str) -> None:
     (question,) = task("arithmetic").questions("train", 1)
-    for written in ("{}.", "${}$", "\\${}", " {} ", "0{}", "{} apples"):
-        assert task("arithmetic").judge(question, f"\\boxed{{{written.format(question.gold)}}}").kind == "correct"
+    assert task("arithmetic").judge(question, f"\\boxed{{{written.format(question.gold)}}}").kind == "correct"
+    for other in ("{}.5", "-{}", "{}x", "{},000", "{} thousand"):
+        assert task("arithmetic").judge(question, f"\\boxed{{{other.format(question.gold)}}}").kind == "wrong"

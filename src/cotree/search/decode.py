@@ -43,7 +43,7 @@ class Open(Task):
     def __init__(self, *, boxed: bool) -> None:
         super().__init__()
         self.answer_form = "boxed" if boxed else "text"
-        self.comparable = self.blocking = boxed
+        self.comparable = boxed
 
     def ask(self, messages: Sequence[Message]) -> Question:
         """The question of a conversation, named by what it says."""
@@ -282,9 +282,7 @@ async def _said(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None
     answers = [task.extract(leaf.text, "stop", "strict") if leaf.verdict is None else None for leaf in leaves]
     if not task.comparable:
         return answers, [None] * len(leaves)
-    if task.blocking:
-        return answers, await asyncio.to_thread(groups, task, growth.question, answers)
-    return answers, groups(task, growth.question, answers)
+    return answers, await asyncio.to_thread(groups, task, growth.question, answers)
 
 
 async def _best(growth: Growth, judge: WithoutGold, leaves: Sequence[Node], *, by_vote: bool) -> Decoded:

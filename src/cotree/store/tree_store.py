@@ -12,91 +12,45 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cotree.errors import CotreeError, UsageError
 
 SCHEMA_VERSION = 3
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS calls (          -- the journal
-  key BLOB PRIMARY KEY,                     -- sha256 of request and model
-  tree_id TEXT NOT NULL,
-  model TEXT NOT NULL,
-  completion TEXT NOT NULL                  -- JSON: choices, token counts, seconds
-);
-CREATE TABLE IF NOT EXISTS trees (
-  tree_id TEXT PRIMARY KEY,                 -- sha256 of task, question and config, 16 hex digits
-  task TEXT NOT NULL,
-  question_id TEXT NOT NULL,
-  turn INTEGER NOT NULL,                    -- 0; more for the later turns of a conversation
-  config TEXT NOT NULL,                     -- hash of everything that decides the tree
-  family TEXT NOT NULL,
-  messages TEXT NOT NULL,                   -- JSON: the plain prompt
-  gold TEXT NOT NULL,
-  pattern TEXT NOT NULL,
-  rollouts INTEGER NOT NULL,                -- descents to a judged leaf
-  stopped TEXT NOT NULL,                    -- why: rollouts, exhausted, enough, easy, hopeless, tokens, deadline
-  calls INTEGER NOT NULL,
-  prompt_tokens INTEGER NOT NULL,
-  cached_tokens INTEGER NOT NULL,
-  completion_tokens INTEGER NOT NULL,       -- all that was generated, duplicates dropped from the tree included
-  UNIQUE (task, question_id, turn, config)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS nodes (
-  tree_id TEXT NOT NULL REFERENCES trees,
-  node_id INTEGER NOT NULL,                 -- 0 is the root; parents come before children
-  parent_id INTEGER,
-  type TEXT,                                -- thought type; NULL for the root
-  text TEXT NOT NULL,                       -- with its prefix
-  prefix TEXT NOT NULL,
-  model TEXT NOT NULL,
-  depth INTEGER NOT NULL,
-  visits INTEGER NOT NULL,                  -- judged leaves at or below
-  value REAL NOT NULL,                      -- the sum of their rewards
-  verdict TEXT,                             -- correct, wrong or no_answer; NULL if not a leaf that was judged
-  reward REAL,
-  answer TEXT,
-  tokens INTEGER NOT NULL,
-  finish_reason TEXT NOT NULL,
-  seed INTEGER NOT NULL,
-  seconds REAL NOT NULL,                    -- of the request that wrote it
-  PRIMARY KEY (tree_id, node_id)
-) WITHOUT ROWID;
-"""
 
 
 class Call(NamedTuple):
-    """A row of `calls`."""
+    """A row of `calls`, the journal."""
 
-    key: bytes
+    key: bytes  # sha256 of request and model
     tree_id: str
     model: str
-    completion: str
+    completion: str  # JSON: choices, token counts, seconds
 
 
 @dataclass(frozen=True, slots=True)
 class StoredNode:
-    """A row of `nodes`, without its tree's id."""
+    """A row of `nodes`, without its tree's id; the fields are its columns in their order."""
 
-    node_id: int
+    node_id: int  # 0 is the root; parents come before children
     parent_id: int | None
-    type: str | None
-    text: str
+    type: str | None  # thought type; None for the root
+    text: str  # with its prefix
     prefix: str
     model: str
     depth: int
-    visits: int
-    value: float
-    verdict: str | None
+    visits: int  # judged leaves at or below
+    value: float  # the sum of their rewards
+    verdict: str | None  # correct, wrong or no_answer; None if not a leaf that was judged
     reward: float | None
     answer: str | None
     tokens: int
     finish_reason: str
     seed: int
-    seconds: float
+    seconds: float  # of the request that wrote it
 
     @property
     def is_open(self) -> bool:
@@ -106,23 +60,23 @@ class StoredNode:
 
 @dataclass(frozen=True, slots=True)
 class StoredTree:
-    """A row of `trees` with its nodes in id order."""
+    """A row of `trees`, the fields its columns in their order, with its nodes in id order."""
 
-    tree_id: str
+    tree_id: str  # sha256 of task, question and config, 16 hex digits
     task: str
     question_id: str
-    turn: int
-    config: str
+    turn: int  # 0; more for the later turns of a conversation
+    config: str  # hash of everything that decides the tree
     family: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, str]]  # the plain prompt
     gold: str
     pattern: str
-    rollouts: int
-    stopped: str
+    rollouts: int  # descents to a judged leaf
+    stopped: str  # why: rollouts, exhausted, enough, easy, hopeless, tokens, deadline
     calls: int
     prompt_tokens: int
     cached_tokens: int
-    completion_tokens: int
+    completion_tokens: int  # all that was generated, duplicates dropped from the tree included
     nodes: list[StoredNode]
 
     def chain(self, leaf_id: int) -> list[StoredNode]:
@@ -133,6 +87,32 @@ class StoredTree:
             nodes.append(self.nodes[step])
             step = self.nodes[step].parent_id
         return nodes[::-1]
+
+
+_NODE = fields(StoredNode)
+_TREE = [field for field in fields(StoredTree) if field.name != "nodes"]
+_node_values, _tree_values = (attrgetter(*(field.name for field in columns)) for columns in (_NODE, _TREE))
+_SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "float": "REAL", "list[dict[str, str]]": "TEXT"}  # messages: JSON
+
+
+def _columns(columns: Sequence[Field[Any]]) -> str:
+    """Columns as SQL declares them, from the fields' annotations."""
+    kinds = [(field.name, str(field.type).partition(" | None")) for field in columns]
+    return ", ".join(f"{name} {_SQL_TYPES[kind]}{'' if none else ' NOT NULL'}" for name, (kind, none, _) in kinds)
+
+
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS calls (
+  key BLOB PRIMARY KEY, tree_id TEXT NOT NULL, model TEXT NOT NULL, completion TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS trees (
+  {_columns(_TREE)}, PRIMARY KEY (tree_id), UNIQUE (task, question_id, turn, config)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS nodes (
+  tree_id TEXT NOT NULL REFERENCES trees, {_columns(_NODE)}, PRIMARY KEY (tree_id, node_id)
+) WITHOUT ROWID;
+"""
 
 
 class TreeStore:
@@ -151,12 +131,11 @@ class TreeStore:
             self._db.executescript(_SCHEMA)
             self._db.execute("INSERT OR IGNORE INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
             (version,) = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-        if int(version) != SCHEMA_VERSION:
-            self._db.close()
-            fix = "choose another name= (the trees are kept), or use the cotree that wrote it"
-            raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}; {fix}")
-        # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a call say which do.
-        with self._guard():
+            if int(version) != SCHEMA_VERSION:
+                self._db.close()
+                fix = "choose another name= (the trees are kept), or use the cotree that wrote it"
+                raise UsageError(f"{path} has schema version {version}, this cotree writes {SCHEMA_VERSION}; {fix}")
+            # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a call say which do.
             self._journalled = {key for (key,) in self._db.execute("SELECT key FROM calls")}
 
     def __enter__(self) -> TreeStore:
@@ -179,14 +158,9 @@ class TreeStore:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All that is written in the block, or nothing of it."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._guard(), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
     def recall(self, key: bytes) -> str | None:
         """The journalled completion of a request, as JSON, or None."""
@@ -198,7 +172,7 @@ class TreeStore:
 
     def journal(self, calls: Sequence[Call]) -> None:
         """Keep completions for good; committed, all or none, when this returns."""
-        with self._guard(), self._transaction():
+        with self._transaction():
             self._db.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?)", calls)
         self._journalled.update(call.key for call in calls)
 
@@ -217,27 +191,12 @@ class TreeStore:
 
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
-        with self._guard(), self._transaction():
-            done = self._db.execute(
-                "INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                (
-                    tree.tree_id, tree.task, tree.question_id, tree.turn, tree.config, tree.family,
-                    json.dumps(tree.messages), tree.gold, tree.pattern, tree.rollouts, tree.stopped, tree.calls,
-                    tree.prompt_tokens, tree.cached_tokens, tree.completion_tokens,
-                ),
-            )  # fmt: skip
+        row = [json.dumps(value) if isinstance(value, list) else value for value in _tree_values(tree)]
+        nodes = [(tree.tree_id, *_node_values(node)) for node in tree.nodes]
+        with self._transaction():
+            done = self._db.execute("INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", row)
             if done.rowcount:
-                self._db.executemany(
-                    "INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                    [
-                        (
-                            tree.tree_id, n.node_id, n.parent_id, n.type, n.text, n.prefix, n.model, n.depth,
-                            n.visits, n.value, n.verdict, n.reward, n.answer, n.tokens, n.finish_reason, n.seed,
-                            n.seconds,
-                        )
-                        for n in tree.nodes
-                    ],
-                )  # fmt: skip
+                self._db.executemany("INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", nodes)
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
         """All trees (of one config) in the order of their ids, one at a time."""
@@ -255,6 +214,6 @@ class TreeStore:
             if row is None:
                 raise UsageError(f"{self.path} has no tree {tree_id}")
             nodes = self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
-        fields = dict(zip((column[0] for column in found.description), row, strict=True))
-        fields["messages"] = json.loads(fields["messages"])
-        return StoredTree(**fields, nodes=[StoredNode(*node[1:]) for node in nodes])
+        known = dict(zip((column[0] for column in found.description), row, strict=True))
+        known["messages"] = json.loads(known["messages"])
+        return StoredTree(**known, nodes=[StoredNode(*node[1:]) for node in nodes])

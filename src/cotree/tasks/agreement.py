@@ -23,16 +23,11 @@ def groups(task: Task, question: Question, answers: Sequence[str | None]) -> lis
     if not task.comparable:
         raise ValueError(f"answers of {task.name} are free texts: no two say the same")
     firsts: list[str] = []
-    known: dict[str, int] = {}
-    found: list[int | None] = []
+    known: dict[str | None, int | None] = {None: None}
     for answer in answers:
-        if answer is None:
-            found.append(None)
-            continue
-        if answer not in known:
+        if answer is not None and answer not in known:
             same = (i for i, first in enumerate(firsts) if task.same_answer(answer, first, question))
             known[answer] = next(same, len(firsts))
             if known[answer] == len(firsts):
                 firsts.append(answer)
-        found.append(known[answer])
-    return found
+    return [known[answer] for answer in answers]

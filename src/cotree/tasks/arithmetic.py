@@ -6,68 +6,44 @@ of one split can appear in another. The plain prompt names the answer format: "P
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from cotree.tasks.base import Question, Split, Task, WorkedExample
+from cotree.tasks.base import Question, Split, Task, WorkedExample, split_of
 
 ANSWER_FORMAT = "Put the final answer in \\boxed{}."
 _DRAWS = 20_000
 
 
-def split_of(key: str) -> Split:
-    """Which split a parameter key belongs to: 70% train, 10% dev, 20% test, fixed by its hash alone."""
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % 10
-    return "train" if bucket < 7 else "dev" if bucket == 7 else "test"
-
-
-Parts = tuple[str, dict[str, str], int]  # the question, its steps by thought type, the answer
+# The question, what to do, the thought, its check, the answer.
+Parts = tuple[str, str, str, str, int]
 
 
 def _sum(rng: random.Random) -> Parts:
     a, b = rng.randint(11, 50), rng.randint(11, 40)
-    return (
-        f"What is {a} + {b}?",
-        _steps(f"add {a} and {b}", f"{a} + {b} = {a + b}.", f"{a + b} - {b} = {a}", a + b),
-        a + b,
-    )
+    return f"What is {a} + {b}?", f"add {a} and {b}", f"{a} + {b} = {a + b}", f"{a + b} - {b} = {a}", a + b
 
 
 def _difference(rng: random.Random) -> Parts:
     b, c = rng.randint(2, 20), rng.randint(3, 30)
     a = b + c
-    return f"What is {a} - {b}?", _steps(f"subtract {b} from {a}", f"{a} - {b} = {c}.", f"{c} + {b} = {a}", c), c
+    return f"What is {a} - {b}?", f"subtract {b} from {a}", f"{a} - {b} = {c}", f"{c} + {b} = {a}", c
 
 
 def _product(rng: random.Random) -> Parts:
     a, b = rng.randint(2, 19), rng.randint(2, 9)
-    return (
-        f"What is {a} * {b}?",
-        _steps(f"multiply {a} by {b}", f"{a} * {b} = {a * b}.", f"{a * b} / {a} = {b}", a * b),
-        a * b,
-    )
+    return f"What is {a} * {b}?", f"multiply {a} by {b}", f"{a} * {b} = {a * b}", f"{a * b} / {a} = {b}", a * b
 
 
 def _largest(rng: random.Random) -> Parts:
     numbers = rng.sample(range(10, 100), 3)
-    listed, most = ", ".join(map(str, numbers)), max(numbers)
-    steps = _steps("compare the numbers", f"The largest is {most}.", f"No number is above {most}", most)
-    return f"Which is the largest of these numbers: {listed}?", steps, most
+    asked, most = f"Which is the largest of these numbers: {', '.join(map(str, numbers))}?", max(numbers)
+    return asked, "compare the numbers", f"The largest is {most}", f"No number is above {most}", most
 
 
-def _steps(task: str, thinking: str, check: str, result: int) -> dict[str, str]:
-    return {"sub_task": f"I {task}.", "thinking": thinking, "double_check": f"{check}, so {result} is right."}
-
-
-_FAMILIES: dict[str, Callable[[random.Random], Parts]] = {
-    "sum": _sum,
-    "difference": _difference,
-    "product": _product,
-    "largest": _largest,
-}
+_FAMILIES = {"sum": _sum, "difference": _difference, "product": _product, "largest": _largest}
 
 
 class Arithmetic(Task):
@@ -90,15 +66,19 @@ class Arithmetic(Task):
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three of the question's family, of another seed; one that is the question itself is left out."""
-        build = _FAMILIES[question.family]
-        drawn = [build(random.Random(f"example-{question.family}-{i}")) for i in range(3)]
-        examples = [WorkedExample(f"{text} {ANSWER_FORMAT}", steps, str(answer)) for text, steps, answer in drawn]
+        examples = []
+        for i in range(3):
+            rng = random.Random(f"example-{question.family}-{i}")
+            text, task, thought, check, answer = _FAMILIES[question.family](rng)
+            checked = f"{check}, so {answer} is right."
+            steps = {"sub_task": f"I {task}.", "thinking": f"{thought}.", "double_check": checked}
+            examples.append(WorkedExample(f"{text} {ANSWER_FORMAT}", steps, str(answer)))
         return [example for example in examples if example.question != question.messages[-1]["content"]]
 
     def _stream(self, family: str, split: Split | None) -> Iterator[Question]:
         seen: set[str] = set()
         for i in range(_DRAWS):
-            text, _, answer = _FAMILIES[family](random.Random(f"{family}-{i}"))
+            text, *_, answer = _FAMILIES[family](random.Random(f"{family}-{i}"))
             # The same numbers in another order are nearly the same question, so they go to the same split.
             numbers = sorted(map(int, re.findall(r"\d+", text)))
             if text in seen or (split is not None and split_of(f"{family}/{numbers}") != split):

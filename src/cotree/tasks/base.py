@@ -7,7 +7,7 @@ decided by extraction alone, before the verifier looks.
 from __future__ import annotations
 
 import asyncio
-import re
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +17,8 @@ from typing import Any, Literal
 from cotree.errors import UsageError
 from cotree.tasks.extract import Mode, answer_text, extract_answer
 from cotree.tasks.loading import Source
+from cotree.tasks.numbers import same_number
 
-_NUMBER = re.compile(
-    r"\$?(?P<sign>[+-]?)\$?(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?(?:\s*[A-Za-z]+(?: [A-Za-z]+)*)?"
-)
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]
 AnswerForm = Literal["boxed", "number", "text"]
@@ -92,7 +90,6 @@ class Task(ABC):
 
     data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
     `generated`: its training questions come from templates, so only a whole one repeats an evaluation question.
-    `blocking`: a verdict may wait for another process, so an event loop asks for it through `judge_async`.
     `answer_form`: an answer is written in a box on one line (`number`: has no brace of its own, so the first one ends
     it), or as free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
     `comparable`: two answers can say the same, so that they can vote; two essays cannot.
@@ -102,7 +99,6 @@ class Task(ABC):
     description: str
     prompt_version: str
     source: Source | None = None
-    blocking: bool = False
     generated: bool = True
     answer_form: AnswerForm = "boxed"
     comparable: bool = True
@@ -119,8 +115,8 @@ class Task(ABC):
     def _first(self, questions: list[Question], split: Split | None, limit: int | None) -> list[Question]:
         """The first `limit` of a split's questions; UsageError where there are fewer."""
         if limit is not None and limit > len(questions):
-            there = f"in split `{split}`" if split else "in all"
-            raise UsageError(f"{self.name} has {len(questions)} questions {there}, not {limit}; lower the number")
+            n, there = len(questions), f"in split `{split}`" if split else "in all"
+            raise UsageError(f"{self.name} has {n} question{'s' * (n != 1)} {there}, not {limit}; lower the number")
         return questions[:limit]
 
     @abstractmethod
@@ -135,7 +131,7 @@ class Task(ABC):
 
     def verify(self, answer: str, question: Question) -> Verdict:
         """The verdict on an extracted answer: `correct` or `wrong`."""
-        correct = normalise_number(answer) == normalise_number(question.gold)
+        correct = same_number(answer, question.gold)
         return Verdict("correct" if correct else "wrong", float(correct), answer)
 
     def same_answer(self, left: str, right: str, question: Question) -> bool:
@@ -150,20 +146,16 @@ class Task(ABC):
         return self.verify(answer, question)
 
     async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
-        """`judge` that does not hold up the event loop."""
-        if self.blocking:
-            return await asyncio.to_thread(self.judge, question, completion, finish_reason)
-        return self.judge(question, completion, finish_reason)
+        """`judge` that does not hold up the event loop: some verdicts wait for a process, others take milliseconds."""
+        return await asyncio.to_thread(self.judge, question, completion, finish_reason)
 
 
-def normalise_number(text: str) -> str:
-    r"""`\$1,204.`, `1204.0` and `1204 apples` name the same number; a text that is no single number stays as it is.
+def tenth(key: str) -> int:
+    """A number from 0 to 9 that a question's id or parameters decide, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % 10
 
-    Dollar signs, commas between thousands, a trailing dot, zeros after the point and a unit of letters are dropped.
-    """
-    kept = text.strip().strip("$").replace("\\$", "").replace("\\,", ",").rstrip(".").strip()
-    match = _NUMBER.fullmatch(kept)
-    if match is None:
-        return kept
-    sign, digits = match["sign"].replace("+", ""), match["digits"].replace(",", "")
-    return f"{sign}{int(digits)}"
+
+def split_of(key: str) -> Split:
+    """Which split a question belongs to: 70% train, 10% dev, 20% test, fixed by the hash of its key alone."""
+    part = tenth(key)
+    return "train" if part < 7 else "dev" if part == 7 else "test"

@@ -6,14 +6,11 @@ evaluate. Which training rows are `dev` depends on a row's id alone.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 
 from cotree.errors import UsageError
-from cotree.tasks.base import Question, Split, Task
+from cotree.tasks.base import Question, Split, Task, tenth
 from cotree.tasks.loading import Row, Source, load_rows
-
-_DEV_SHARE = 10
 
 
 class Benchmark(Task):
@@ -37,20 +34,19 @@ class Benchmark(Task):
             UsageError: the benchmark has no such split or fewer questions, or its data cannot be found.
         """
         source = self.source if split in (None, "test") else self.training
-        if source is None:
-            raise UsageError(f"{self.name} has a test set only, no `{split}` split; train on another task")
-        if split == "test" and source is self.training:
-            raise UsageError(f"{self.name} is for training and has no test split; evaluate on another task")
+        if source is None or (split == "test" and source is self.training):
+            raise UsageError(f"{self.name} has no `{split}` split; name another task for it")
         questions = self._asked(source)
         if split in ("train", "dev"):
-            questions = [question for question in questions if _is_dev(question.id) == (split == "dev")]
+            questions = [question for question in questions if (tenth(question.id) == 0) == (split == "dev")]
         return self._first(questions, split, limit)
 
     def _asked(self, source: Source) -> list[Question]:
         questions = []
         for index, row in enumerate(self._rows(source)):
             try:
-                questions.append(self.question({"id": f"{source.ids}-{index}"} | row if source.ids else row))
+                known = row if row.get("id") is not None else row | {"id": f"{source.ids}{index}"}
+                questions.append(self.question(known))
             except Exception as error:  # noqa: BLE001 - the row may hold anything
                 said = error if isinstance(error, UsageError) else f"not a row of {source.hub} ({error!r})"
                 raise UsageError(f"{self.name}, row {index + 1}: {said}") from None
@@ -58,7 +54,3 @@ class Benchmark(Task):
 
     def _rows(self, source: Source) -> list[Row]:
         return load_rows(source, self.data)
-
-
-def _is_dev(question_id: str) -> bool:
-    return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4]) % _DEV_SHARE == 0

@@ -9,11 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import islice
 
-from cotree.tasks.arithmetic import split_of
-from cotree.tasks.base import Question, Split, Verdict, WorkedExample
+from cotree.tasks.base import Question, Split, Verdict, WorkedExample, split_of
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.extract import Mode
 from cotree.tasks.loading import Row, Source, load_rows, value
@@ -30,20 +28,19 @@ _EXAMPLES = (
     Problem({"a": "", "b": "", "c": "a", "d": "", "e": "b", "f": ""}, {"a": "b", "d": "a"}),
 )
 
-_problem = lru_cache(4096)(Problem.from_atoms)
-
 
 def problem_of(question: Question) -> Problem:
     """The problem that a question asks."""
-    return _problem(tuple(question.spec["init"]), tuple(question.spec["goal"]))
+    problem: Problem = question.spec["problem"]
+    return problem
 
 
 def _pddl(plan: Sequence[Action]) -> str:
     return "\n".join(f"({' '.join(action)})" for action in plan)
 
 
-def _steps(pddl: str) -> list[Action]:
-    return [tuple(line.strip("()").split()) for line in pddl.splitlines()]
+def _steps(lines: Sequence[str]) -> list[Action]:
+    return [tuple(line.strip("()").split()) for line in lines]
 
 
 class Blocksworld(Benchmark):
@@ -80,10 +77,9 @@ class Blocksworld(Benchmark):
             problem = problem_in(value(row, "query"))
         # The hub numbers the problems of three blocks anew.
         group = "blocksworld_3" if len(problem.below) == 3 else "blocksworld"
-        found = row.get("id") or f"{group}-{value(row, 'instance_id')}"
+        name = f"{group}-{row['instance_id']}" if "instance_id" in row else str(value(row, "id"))
         gold = value(row, "ground_truth_plan")
-        plan = _steps(gold.strip() if isinstance(gold, str) else "\n".join(gold))
-        return self._ask(str(found), problem, plan, len(optimal_plan(problem)))
+        return self._ask(name, problem, _steps(gold.splitlines() if isinstance(gold, str) else gold))
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The benchmark's rows (split `test` or none), or generated problems that the benchmark does not have."""
@@ -107,15 +103,13 @@ class Blocksworld(Benchmark):
                 form, text = canonical_form(Problem(problem.below, on)), zero_shot(problem)
                 if form not in known and text not in seen and (split_of(str(form)) == "dev") == dev:
                     seen.add(text)
-                    plan = optimal_plan(problem)
-                    yield self._ask(f"generated-{size}-{i}", problem, plan, len(plan))
+                    yield self._ask(f"generated-{size}-{i}", problem)
 
-    def _ask(self, name: str, problem: Problem, gold: Sequence[Action], steps: int) -> Question:
-        spec = {
-            "init": tuple(problem.init_atoms()), "goal": tuple(problem.goal_atoms()), "optimal_steps": steps,
-        }  # fmt: skip
+    def _ask(self, name: str, problem: Problem, gold: Sequence[Action] = ()) -> Question:
+        best = optimal_plan(problem)
+        spec = {"problem": problem, "optimal_steps": len(best)}
         message = {"role": "user", "content": zero_shot(problem)}
-        return Question(name, self.name, (message,), _pddl(gold), f"{len(problem.below)} blocks", spec=spec)
+        return Question(name, self.name, (message,), _pddl(gold or best), f"{len(problem.below)} blocks", spec=spec)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three problems of six blocks; one that is the question itself is left out."""
@@ -128,7 +122,7 @@ class Blocksworld(Benchmark):
 
     def verify(self, answer: str, question: Question) -> Verdict:
         """Run a plan of PDDL lines."""
-        plan = _steps(answer)
+        plan = _steps(answer.splitlines())
         reason = fault(problem_of(question), plan)
         if reason is not None:
             return Verdict("wrong", 0.0, answer, reason)
@@ -160,7 +154,7 @@ class BlocksworldOneShot(Blocksworld):
             group, _, number = question.id.rpartition("-")
             before = solved.get(f"{group}-{int(number) - 1}") if number.isdecimal() else None
             example = problem_of(before) if before else _EXAMPLES[0]
-            plan = _steps(before.gold) if before else optimal_plan(example)
+            plan = _steps(before.gold.splitlines()) if before else optimal_plan(example)
             message = {"role": "user", "content": one_shot(problem_of(question), example, plan)}
             asked.append(replace(question, messages=(message,)))
         return asked

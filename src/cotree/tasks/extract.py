@@ -109,19 +109,18 @@ def after_thinking(completion: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` (`\fbox`, `\framebox`) whose braces balance, or None."""
-    opened: list[tuple[int, bool]] = []
-    last = (-1, -1)
+    # Where the content of each open box begins; -1 for other braces.
+    opened: list[int] = []
+    start = end = -1
     for match in _BRACES.finditer(text):
         brace = match.group()
         if brace == "}":
-            if opened:
-                start, is_box = opened.pop()
-                if is_box and start > last[0]:
-                    last = (start, match.start())
-        elif brace[0] == "{" or len(brace) > 2:
-            opened.append((match.end(), len(brace) > 2))
-    if last[0] >= 0:
-        return text[last[0] : last[1]]
+            if opened and (begun := opened.pop()) > start:
+                start, end = begun, match.start()
+        elif brace not in ("\\{", "\\}"):
+            opened.append(match.end() if len(brace) > 1 else -1)
+    if start >= 0:
+        return text[start:end]
     unbraced = _UNBRACED_BOX.findall(text)
     return str(unbraced[-1]) if unbraced else None
 

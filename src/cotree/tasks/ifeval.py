@@ -44,9 +44,8 @@ def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None],
         UsageError: an instruction that nobody checks, with the nearest known; arguments that it does not take.
     """
     if not names or len(names) != len(arguments):
-        raise UsageError(
-            f"{len(names)} instructions ({', '.join(names)}) with {len(arguments)} kwargs; give one for each"
-        )
+        wanted = "name one or more, with kwargs for each"
+        raise UsageError(f"instructions: {len(names)} ({', '.join(names)}), kwargs: {len(arguments)}; {wanted}")
     asked = []
     for name, given in zip(names, arguments, strict=True):
         kept = {key: told for key, told in (given or {}).items() if told}
@@ -81,7 +80,7 @@ class IFEval(Benchmark):
         language = row.get("language", "English")
         spec = spec_of(names, value(row, "kwargs"), language)
         message = {"role": "user", "content": value(row, "prompt")}
-        return Question(str(value(row, "id", "key")), self.name, (message,), ", ".join(names), language, spec=spec)
+        return Question(str(value(row, "key", "id")), self.name, (message,), ", ".join(names), language, spec=spec)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Two invented prompts; the same for all, so that their beginning stays warm in a server's cache."""
@@ -130,28 +129,21 @@ class MultiIF(IFEval):
             turns.append(Turn(turn["prompt"], ", ".join(names), spec_of(names, turn["kwargs"], language)))
         first = turns[0]
         message = {"role": "user", "content": first.text}
-        id_ = str(value(row, "id", "key"))
+        id_ = str(value(row, "key", "id"))
         return Question(id_, self.name, (message,), first.gold, language, tuple(turns[1:]), spec=first.spec)
 
 
 def _flat_turns(row: Row) -> list[dict[str, Any]]:
     turns = []
     for n in (1, 2, 3):
-        prompt = row.get(f"turn_{n}_prompt")
+        prompt, names, kwargs = (row[f"turn_{n}_{column}"] for column in ("prompt", "instruction_id_list", "kwargs"))
         # A conversation of two turns has the word None in the third's place.
         if prompt and prompt != "None":
             turns.append(
                 {
-                    "prompt": _decoded(prompt)["content"],
-                    "instruction_id_list": _decoded(value(row, f"turn_{n}_instruction_id_list")),
-                    "kwargs": [_decoded(given) for given in _decoded(value(row, f"turn_{n}_kwargs"))],
+                    "prompt": json.loads(prompt)["content"],
+                    "instruction_id_list": json.loads(names),
+                    "kwargs": [json.loads(given) for given in json.loads(kwargs)],
                 }
             )
     return turns
-
-
-def _decoded(field: Any) -> Any:
-    try:
-        return json.loads(field) if isinstance(field, str) else field
-    except ValueError:
-        raise UsageError(f"a column turn_... holds JSON in facebook/Multi-IF, not {field[:60]!r}") from None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import chain
 
-from cotree.tasks.arithmetic import ANSWER_FORMAT, split_of
-from cotree.tasks.base import Question, Split, Task, WorkedExample
+from cotree.tasks.arithmetic import ANSWER_FORMAT
+from cotree.tasks.base import Question, Split, Task, WorkedExample, split_of
 
 _COUNTS = (1, 2, 3)
 
@@ -48,26 +49,17 @@ class Letters(Task):
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """`limit` questions (all by default: as many as the words give with balanced golds)."""
         words = files("cotree.tasks").joinpath("words.txt").read_text(encoding="utf-8").split()
-        pools: dict[int, list[tuple[str, str]]] = {n: [] for n in _COUNTS}
-        for word in words:
-            if split is None or split_of(word) == split:
-                for letter in sorted(set(word)):
-                    if word.count(letter) in pools:
-                        pools[word.count(letter)].append((word, letter))
-        for n, pool in pools.items():
-            random.Random(f"letters-{n}").shuffle(pool)
-        most = len(_COUNTS) * min(map(len, pools.values()))
-        drawn = [pools[_COUNTS[i % len(_COUNTS)]][i // len(_COUNTS)] for i in range(most)]
-        return self._first([self._build(word, letter) for word, letter in drawn], split, limit)
-
-    def _build(self, word: str, letter: str) -> Question:
-        message = {"role": "user", "content": f"{_question(word, letter)} {ANSWER_FORMAT}"}
-        return Question(f"{word}-{letter}", self.name, (message,), str(word.count(letter)), "count")
+        usable = [word for word in words if split in (None, split_of(word))]
+        pools = []
+        for n in _COUNTS:
+            pools.append([(w, letter) for w in usable for letter in sorted(set(w)) if w.count(letter) == n])
+            random.Random(f"letters-{n}").shuffle(pools[-1])
+        asked = []
+        for word, letter in chain.from_iterable(zip(*pools, strict=False)):
+            message = {"role": "user", "content": f"{_question(word, letter)} {ANSWER_FORMAT}"}
+            asked.append(Question(f"{word}-{letter}", self.name, (message,), str(word.count(letter)), "count"))
+        return self._first(asked, split, limit)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """One of each count; the words are in no split."""
-        return (
-            _example("pineapple", "p"),
-            _example("garden", "r"),
-            _example("kitten", "t"),
-        )
+        return _example("pineapple", "p"), _example("garden", "r"), _example("kitten", "t")

@@ -6,8 +6,6 @@ with `value`, which knows the names of the hub and of the local files. What is m
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cotree.data.files import read_rows
 from cotree.errors import UsageError
 
 Row = dict[str, Any]
 DATA_FOLDER = "COTREE_DATA"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = (".jsonl", ".json", ".gz", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Source:
     """One set of rows: its file name in a data folder, and its place on the hub.
 
     size: rows of the full set, as published. configs: hub configurations, joined in this order; none: the only one.
-    split: the hub's split; None: the only one. ids: what ids begin with, for rows that have none.
+    split: the hub's split; None: all of them. ids: a row without an id is called this and its number.
     """
 
     file: str
@@ -50,17 +50,17 @@ def load_rows(source: Source, data: str | Path | None = None) -> list[Row]:
     Raises:
         UsageError: nothing there, or not readable; one line that names the file, the hub id and COTREE_DATA.
     """
+    place = os.environ.get(DATA_FOLDER) if data is None else data
+    if place:
+        for file in (Path(place), Path(place, source.file), Path(place, f"{source.file}.gz")):
+            if file.is_file():
+                rows: list[Row] = list(read_rows(file))
+                if not all(isinstance(row, dict) for row in rows):
+                    raise UsageError(f"{file}: not every row is a JSON object; write each as {{FIELD: VALUE, ...}}")
+                return rows
     if data is None:
-        folder = os.environ.get(DATA_FOLDER)
-        file = _in_folder(Path(folder), source.file) if folder else None
-        return _read(file) if file else _from_hub(source, source.hub)
-    path = Path(data)
-    if path.is_file():
-        return _read(path)
-    if path.is_dir():
-        file = _in_folder(path, source.file)
-        return _read(file) if file else _from_hub(source, str(path))
-    if HUB_ID.fullmatch(str(data)) and not str(data).endswith((".jsonl", ".gz", ".parquet")):
+        return _from_hub(source, source.hub)
+    if Path(data).is_dir() or (HUB_ID.fullmatch(str(data)) and Path(data).suffix not in _FILES):
         return _from_hub(source, str(data))
     raise UsageError(f"no file or folder at {data}; {_where(source)}")
 
@@ -78,62 +78,27 @@ def _where(source: Source) -> str:
     return f"set {DATA_FOLDER} to a folder with {source.file}, or name {other}"
 
 
-def _in_folder(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def _read(path: Path) -> list[Row]:
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    rows: list[Row] = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                row = json.loads(line) if line.strip() else {}
-                if not isinstance(row, dict):
-                    raise UsageError(f"{path}:{number}: a row is a JSON object, not {type(row).__name__}")
-                rows += [row] if row else []
-    except ValueError as error:
-        raise UsageError(f"{path}:{len(rows) + 1}: not JSON lines in UTF-8: {error}") from None
-    except (OSError, EOFError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow.parquet
-
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    return rows
-
-
 @cache
-def _hub_rows(where: str, configs: tuple[str, ...], split: str | None) -> tuple[Row, ...]:
+def _from_hub(source: Source, where: str) -> list[Row]:
     import huggingface_hub
     from datasets import get_dataset_config_names, load_dataset
 
-    if not Path(where).is_dir() and not huggingface_hub.is_offline_mode():
-        # One question first: `datasets` itself would try for half a minute before it says that there is no hub.
-        huggingface_hub.HfApi().dataset_info(where, timeout=10)
-    there = get_dataset_config_names(where)
-    names = [name for name in configs if name in there] or there
-    if len(names) > max(1, len(configs)):
-        raise ValueError(f"it has the configurations {', '.join(names)}, and which one is meant is not known")
     rows: list[Row] = []
-    for name in names:
-        splits = load_dataset(where, name)
-        if split not in splits and len(splits) > 1:
-            raise ValueError(f"it has the splits {', '.join(splits)}, and not `{split}`")
-        rows += list(splits[split] if split in splits else next(iter(splits.values())))
-    return tuple(rows)
-
-
-def _from_hub(source: Source, where: str) -> list[Row]:
     try:
-        return list(_hub_rows(where, source.configs, source.split))
+        if not Path(where).is_dir() and not huggingface_hub.is_offline_mode():
+            # One question first: `datasets` itself would try for half a minute before it says that there is no hub.
+            huggingface_hub.HfApi().dataset_info(where, timeout=10)
+        there = get_dataset_config_names(where)
+        names = [name for name in source.configs if name in there] or there
+        if len(names) > max(1, len(source.configs)):
+            raise ValueError(f"it has the configurations {', '.join(names)}, and which one is meant is not known")
+        for name in names:
+            splits = load_dataset(where, name)
+            if source.split not in (None, *splits) and len(splits) > 1:
+                raise ValueError(f"it has the splits {', '.join(splits)}, and not `{source.split}`")
+            for split in [source.split] if source.split in splits else splits:
+                rows += splits[split]
     except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"no {source.file}: cannot load {where} ({reason}); {_where(source)}") from None
+    return rows

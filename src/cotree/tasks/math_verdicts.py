@@ -2,14 +2,13 @@ r"""Whether a mathematical answer equals the gold one: math-verify's word, from 
 
 Invariants: a comparison costs at most `math_worker.SECONDS` and never the run, whatever the answer is; one that was
 stopped is wrong, with a detail that says so (an answer was there, and nobody would accept it). The workers are children
-of one `python -m` subprocess that starts when it is first needed, so this works in threads, notebooks and scripts from
-stdin. Answers written like the gold one, and plain integers and fractions, are decided here: the library agrees about
-them (a test asks it), and it needs 10 ms for what takes 10 µs.
+of one `python -m` subprocess that starts when it is first needed and ends when this process has gone, so this works in
+threads, notebooks and scripts from stdin. Answers written like the gold one, and plain numbers, are decided here: the
+library agrees about them (a test asks it), and it needs 10 ms for what takes 10 µs.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import queue
@@ -19,32 +18,18 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 import cotree
 from cotree.errors import CotreeError
 from cotree.tasks.math_worker import BYTES, SECONDS
+from cotree.tasks.numbers import number, tidy
 
 # Golds have up to a hundred characters; what is longer than this is a loop, not an answer.
 _LONGEST = 1000
 # The worker keeps the limit itself; one that does not, is killed.
 _GRACE = 2.0
-# Digits as everyone writes them; the rest is for the library.
-_INTEGER = r"(?:0|[1-9][0-9]{0,11})"
-_FRACTION = re.compile(
-    rf"(-?)(?:({_INTEGER})(?:/([1-9][0-9]{{0,11}}))?|\\frac\{{({_INTEGER})\}}\{{([1-9][0-9]{{0,11}})\}})"
-)
-# What changes the look and not the meaning; a space between two letters or digits may be a product.
-_LOOKS = re.compile(
-    r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac)|(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])"
-    r"|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|[€£¥₹]"
-)
-# `18 eggs`: the library knows few units, and takes the letters of others for variables.
-_UNIT = re.compile(r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen)\b)[A-Za-z]{3,}(?: [A-Za-z]{2,})*")
-# Digits of other scripts: Devanagari's, full-width ones.
-_DIGIT = re.compile(r"(?![0-9])\d")
 _BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 
 
@@ -55,12 +40,13 @@ def compare(gold: str, answer: str) -> tuple[bool, str]:
     Raises:
         CotreeError: no worker can be started.
     """
-    gold, answer = _tidy(gold), _tidy(answer)
+    gold, answer = tidy(gold), tidy(answer)
     if answer == gold:
         return True, ""
-    fractions = _fraction(gold), _fraction(answer)
-    if None not in fractions:
-        return fractions[0] == fractions[1], ""
+    numbers = number(gold), number(answer)
+    # The library takes decimals for equal that differ after six places.
+    if None not in numbers and (numbers[0] == numbers[1] or "." not in gold + answer):
+        return numbers[0] == numbers[1], ""
     if len(answer) > _LONGEST:
         return False, f"not checked: longer than {_LONGEST} characters"
     based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
@@ -69,22 +55,6 @@ def compare(gold: str, answer: str) -> tuple[bool, str]:
         return based[0].groups() == based[1].groups(), ""
     equal = _ask(gold, answer)
     return equal is True, "" if equal is not None else f"not checked: stopped at {SECONDS:.0f} s or {BYTES >> 30} GiB"
-
-
-def _tidy(text: str) -> str:
-    """ASCII digits, no dollars around them, no dot or unit after them, nothing that only changes the look."""
-    text = _DIGIT.sub(lambda digit: str(int(digit[0])), text)
-    text = _LOOKS.sub("", text.strip().strip("$").strip().removesuffix("."))
-    unit = _UNIT.fullmatch(text)
-    return unit[1] if unit else text
-
-
-def _fraction(text: str) -> Fraction | None:
-    match = _FRACTION.fullmatch(text)
-    if match is None:
-        return None
-    over, under = match[2] or match[4], match[3] or match[5] or "1"
-    return Fraction(int(match[1] + over), int(under))
 
 
 class _Workers:
@@ -178,12 +148,4 @@ def _after_fork() -> None:
     _workers = None
 
 
-def _at_exit() -> None:
-    if _workers is not None:
-        _workers.close()
-        for ours in _workers.sockets:
-            ours.close()
-
-
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)

@@ -29,7 +29,6 @@ def _example(question: str, sub_task: str, thinking: str, double_check: str, ans
 class Mathematics(Benchmark):
     """What the five have in common: the prompt, the fields of a row, the verdict."""
 
-    blocking = True
     examples: ClassVar[tuple[WorkedExample, ...]]
 
     def question(self, row: Row) -> Question:
@@ -66,8 +65,8 @@ class GSM8K(Mathematics):
     name = "gsm8k"
     description = "grade-school word problems; train and dev split too"
     prompt_version = "gsm8k/boxed-1"
-    source = Source("gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, ("main",), "test", "gsm8k-test")
-    training = Source("gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, ("main",), "train", "gsm8k-train")
+    source = Source("gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, ("main",), "test", "gsm8k-test-")
+    training = Source("gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, ("main",), "train", "gsm8k-train-")
     examples = (
         _example(
             "A florist ties 9 roses into each bouquet. She makes 7 bouquets and has 4 roses left. "
@@ -160,17 +159,15 @@ class MATHTraining(Mathematics):
         7500,
         tuple(_SUBJECTS.split()),
         "train",
-        "math-train",
+        "math-train-",
     )
     examples = MATH500.examples
 
     def _gold(self, row: Row) -> str:
-        if row.get("answer") is not None:
-            return super()._gold(row)
-        boxed = last_boxed(value(row, "solution"))
-        if boxed is None:
+        gold = row.get("answer") or last_boxed(value(row, "solution"))
+        if gold is None:
             raise UsageError("a row of `math` has neither an `answer` nor a \\boxed{} in its `solution`")
-        return boxed.strip()
+        return str(gold).strip()
 
 
 class AIME24(Mathematics):

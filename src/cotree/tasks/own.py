@@ -17,16 +17,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotree.errors import UsageError
-from cotree.tasks.arithmetic import split_of
-from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, normalise_number
+from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, split_of
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.loading import Row, Source, value
 from cotree.tasks.math_verdicts import compare
+from cotree.tasks.numbers import same_number
 
 # Each takes (answer, gold) and says whether the answer is right, and what else there is to say.
 VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {
     "math": lambda answer, gold: compare(gold, answer),
-    "number": lambda answer, gold: (normalise_number(answer) == normalise_number(gold), ""),
+    "number": lambda answer, gold: (same_number(answer, gold), ""),
     "text": lambda answer, gold: (answer.casefold().split() == gold.casefold().split(), ""),
 }
 
@@ -73,7 +73,6 @@ class FileTask(Benchmark):
     def __init__(self, path: Path, data: str | Path | None = None) -> None:
         self.own = _load(path)
         self.name, self.description = self.own.name, self.own.description
-        self.blocking = self.own.verifier == "math"
         self.answer_form = "text" if self.own.extractor == "text" else "boxed"
         self.comparable = self.own.extractor != "text"
         self.prompt_version = f"{self.name}/{self.own.prompt_version}"
@@ -87,17 +86,10 @@ class FileTask(Benchmark):
         questions = [q for q in self._asked(self.source) if split in (None, split_of(q.id))]
         return self._first(questions, split, limit)
 
-    def _rows(self, source: Source) -> list[Row]:
-        # Rows without ids are called by their place.
-        column = self.own.fields["id"]
-        return [
-            {column: str(index)} | {name: told for name, told in row.items() if told is not None}
-            for index, row in enumerate(super()._rows(source))
-        ]
-
     def question(self, row: Row) -> Question:
         """A row with the file's fields."""
-        known = {name: str(value(row, column)) for name, column in self.own.fields.items()}
+        known = {name: str(value(row, column)) for name, column in self.own.fields.items() if name != "id"}
+        known["id"] = str(value(row, self.own.fields["id"], "id"))
         message = {"role": "user", "content": _filled(self.own.prompt, known)}
         return Question(known["id"], self.name, (message,), known["gold"].strip())
 
@@ -125,11 +117,7 @@ def own_task(name: str, data: str | Path | None) -> Task:
     if name.endswith((".yaml", ".yml")):
         return FileTask(Path(name), data)
     path, _, kind = name.rpartition(":")
-    return _from_python(Path(path), kind)(data)
-
-
-def _from_python(path: Path, name: str) -> type[Task]:
-    spec = importlib.util.spec_from_file_location(f"cotree_own.{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"cotree_own.{Path(path).stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -139,28 +127,25 @@ def _from_python(path: Path, name: str) -> type[Task]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything
         raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from None
-    found = getattr(module, name, None)
+    found = getattr(module, kind, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise UsageError(f"{path} has no subclass of cotree.Task called `{name}`")
-    return found
+        raise UsageError(f"{path} has no subclass of cotree.Task called `{kind}`")
+    return found(data)
 
 
 def _load(path: Path) -> OwnTask:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        own = OwnTask.model_validate(raw)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the task {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        own = OwnTask.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     missing = {"id", "question", "gold"} - own.fields.keys()
     if missing:
-        raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}")
+        raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}; name the column")
     if "{question}" not in own.prompt:
-        raise UsageError(f"{path}: `prompt` has no {{question}}")
+        raise UsageError(f"{path}: `prompt` has no {{question}}; put it where the question goes")
     shown = {name for name in own.fields.keys() - Example.model_fields.keys() if f"{{{name}}}" in own.prompt}
     for number, example in enumerate(own.examples):
         if set(example.model_extra or ()) != shown:

@@ -71,20 +71,14 @@ _HEADING = re.compile(r"\b(?:plan|actions|steps|answer|solution|plan is|follows)
 _VERBS = {"pick": "pick-up", "put": "put-down", "place": "put-down"}
 
 
-def in_words(line: str) -> str:
-    """An atom or an action (`stack a b`) as PlanBench words it."""
-    name, *blocks = line.split()
-    return _WORDS[name].format(*(COLOURS[block] for block in blocks))
-
-
 def plan_in_words(plan: Sequence[Action]) -> list[str]:
-    """A plan's actions."""
-    return [in_words(" ".join(action)) for action in plan]
+    """A plan's actions (`("stack", "a", "b")`), or atoms in the same form, as PlanBench words them."""
+    return [_WORDS[name].format(*(COLOURS[block] for block in blocks)) for name, *blocks in plan]
 
 
 def facts_in_words(atoms: Sequence[str]) -> str:
-    """Atoms as one enumeration."""
-    *most, last = map(in_words, atoms)
+    """Atoms (`on a b`) as one enumeration."""
+    *most, last = plan_in_words([tuple(atom.split()) for atom in atoms])
     return f"{', '.join(most)} and {last}" if most else last
 
 

@@ -20,6 +20,7 @@ from cotree.tasks.instructions.registry import CHECKERS, check_arguments
 
 # The paper's columns; Multi-IF names languages in English, IFEval has none.
 _GROUPS: Mapping[str, str] = {"English": "IF(En)", "Chinese": "IF(Zh)"}
+_SHARES = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose", "average")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +87,20 @@ def if_scores(results: Iterable[Followed]) -> list[IFScore]:
         rows.setdefault(result.group, {}).setdefault(result.turn, []).append(result)
     scores: list[IFScore] = []
     for group in sorted(rows, key=["IF(Zh)", "IF(En)", "IF(Other)"].index):
-        turns = {turn: _shares(found) for turn, found in sorted(rows[group].items())}
-        prompts = {turn: len(rows[group][turn]) for turn in turns}
-        scores += [_score(group, turn, prompts[turn], shares) for turn, shares in turns.items()]
+        turns = [_score(group, turn, found) for turn, found in sorted(rows[group].items())]
+        scores += turns
         if len(turns) > 1:
-            means = [fmean(column) for column in zip(*turns.values(), strict=True)]
-            scores.append(_score(group, None, sum(prompts.values()), means))
+            means = {name: fmean(getattr(score, name) for score in turns) for name in _SHARES}
+            scores.append(IFScore(group, None, sum(score.prompts for score in turns), **means))
     return scores
 
 
-def _score(group: str, turn: int | None, prompts: int, shares: Sequence[float]) -> IFScore:
-    prompt_strict, instruction_strict, prompt_loose, instruction_loose = shares
-    return IFScore(
-        group, turn, prompts, prompt_strict, instruction_strict, prompt_loose, instruction_loose, fmean(shares)
-    )
-
-
-def _shares(found: Sequence[Followed]) -> list[float]:
+def _score(group: str, turn: int, found: Sequence[Followed]) -> IFScore:
     shares = []
     for verdicts in ([result.strict for result in found], [result.loose for result in found]):
         shares += [fmean(map(all, verdicts)), fmean(chain.from_iterable(verdicts))]
-    return shares
+    average = fmean(shares)
+    return IFScore(group, turn, len(found), *[*shares, average])
 
 
 __all__ = [

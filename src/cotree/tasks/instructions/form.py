@@ -9,17 +9,11 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from cotree.tasks.instructions.registry import checker, holds
 from cotree.tasks.instructions.scripts import sentences, words
 
-_OPTIONS: Mapping[str, Sequence[str]] = {
-    "": ("My answer is yes.", "My answer is no.", "My answer is maybe."),
-    "es": ("Sí.", "No.", "Quizás."),
-    "fr": ("Oui.", "Non.", "Peut-être."),
-    "ja": ("はい、そうです。", "いいえ、違います。", "どちらとも言えません。"),
-}
 _BULLET: Mapping[str, re.Pattern[str]] = {
     "": re.compile(r"\*(?!\*)|-"),
     "es": re.compile(r"\*(?!\*)"),
@@ -105,11 +99,6 @@ def _number_bullets(response: str, *, num_bullets: int, locale: str) -> bool:
 @checker("detectable_format:number_numbered_lists", "ja")
 def _number_numbered(response: str, *, num_items: int) -> bool:
     return sum(_NUMBERED.match(line.lstrip()) is not None for line in response.split("\n")) == num_items
-
-
-@checker("detectable_format:constrained_response")
-def _is_constrained(response: str, *, locale: str) -> bool:
-    return any(option in response for option in _OPTIONS.get(locale, _OPTIONS[""]))
 
 
 @checker("detectable_format:number_highlighted_sections")

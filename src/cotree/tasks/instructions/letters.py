@@ -1,4 +1,4 @@
-"""Checkers of which characters a response has: punctuation, case, accents (Spanish, French), the Japanese scripts.
+"""Checkers of which characters a response has: fixed patterns, case, accents (Spanish, French), the Japanese scripts.
 
 Semantics are those of google-research's instruction_following_eval and of M-IFEval (both Apache-2.0). Patterns are
 linear: no part of one can match what the part after it needs.
@@ -25,6 +25,10 @@ _PATTERNS = (
     ("punctuation:no_period", _JA, "。", False),
     ("punctuation:question_marks", ("es",), r"¿\s*[^¿?\s][^¿?]*\?", True),
     ("punctuation:exclamation_marks", ("es",), r"¡\s*[^¡!\s][^¡!]*!", True),
+    ("detectable_format:constrained_response", ("", "en"), r"My answer is (?:yes|no|maybe)\.", True),
+    ("detectable_format:constrained_response", ("es",), r"(?:Sí|No|Quizás)\.", True),
+    ("detectable_format:constrained_response", ("fr",), r"(?:Oui|Non|Peut-être)\.", True),
+    ("detectable_format:constrained_response", _JA, "はい、そうです。|いいえ、違います。|どちらとも言えません。", True),
     ("detectable_content:informal_address", ("fr",), r"(?i)\b(?:tu|te|toi|ton|ta|tes)\b|\bt['’]", True),
     ("detectable_content:no_digits", ("fr",), r"\d", False),
     ("letters:kansuuji", _JA, r"\d", False),
@@ -35,15 +39,8 @@ _PATTERNS = (
     # A run of kanji without its reading in hiragana and full-width brackets behind it.
     ("letters:furigana", _JA, f"(?<!{_KANJI}){_KANJI}++(?!（[ぁ-ん]+）)", False),
 )
-# (instruction, locales, language, whether in capitals)
-_CASES = (
-    ("change_case:english_capital", LOCALES, "en", True),
-    ("change_case:english_lowercase", LOCALES, "en", False),
-    ("change_case:spanish_capital", ("es",), "es", True),
-    ("change_case:spanish_lowercase", ("es",), "es", False),
-    ("change_case:french_capital", ("fr",), "fr", True),
-    ("change_case:french_lowercase", ("fr",), "fr", False),
-)
+# `change_case:NAME_capital` and `change_case:NAME_lowercase`: (name, locales, language)
+_CASES = (("english", LOCALES, "en"), ("spanish", ("es",), "es"), ("french", ("fr",), "fr"))
 # Exactly so many words have one of these letters.
 _SPANISH_LETTERS = (("special_character:enie", "ñÑ"), ("special_character:dieresis", "üÜ"))
 _QUOTED = regex.compile("「[^「」\n]*」|『[^『』\n]*』")
@@ -77,8 +74,9 @@ def _exactly(response: str, *, let_frequency: int, letters: str) -> bool:
 
 for _name, _locales, _text, _wanted in _PATTERNS:
     checker(_name, *_locales)(partial(_finds, pattern=regex.compile(_text, regex.V1), wanted=_wanted))
-for _name, _locales, _language, _capital in _CASES:
-    checker(_name, *_locales)(partial(_in_case, language=_language, capital=_capital))
+for _name, _locales, _language in _CASES:
+    checker(f"change_case:{_name}_capital", *_locales)(partial(_in_case, language=_language, capital=True))
+    checker(f"change_case:{_name}_lowercase", *_locales)(partial(_in_case, language=_language, capital=False))
 for _name, _text in _SPANISH_LETTERS:
     checker(_name, "es")(partial(_exactly, letters=_text))
 

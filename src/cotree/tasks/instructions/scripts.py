@@ -1,16 +1,14 @@
 """What a word, a sentence and a language are, in the scripts that the benchmarks use.
 
 Invariant: nothing here depends on chance or the network. Words: a run of letters, digits and their combining marks; a
-Han or kana character each is one, as Multi-IF counts them; Thai by the dictionary that Multi-IF asks, PyThaiNLP's.
-Sentences: Punkt with the language's model where a period is ambiguous, the script's own marks where it is not.
+Han or kana character each is one, as Multi-IF counts them. Sentences: Punkt with the language's model where a period is
+ambiguous, the script's own marks where it is not. Thai, in which no row of the benchmarks asks for lengths, is not cut.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from functools import cache, lru_cache
-from importlib.resources import files
-from itertools import groupby
 from typing import Any
 
 import regex
@@ -24,17 +22,11 @@ WORD = regex.compile(
     regex.V1,
 )
 _SCRIPTS = regex.compile(
-    rf"(?P<characters>[{CHARACTER_SCRIPTS}])|(?P<hi>\p{{Devanagari}})|(?P<th>\p{{Thai}})|(?P<ru>\p{{Cyrillic}})|(?P<rest>\p{{L}})"
+    rf"(?P<characters>[{CHARACTER_SCRIPTS}])|(?P<hi>\p{{Devanagari}})|(?P<ru>\p{{Cyrillic}})|(?P<rest>\p{{L}})"
 )
-_THAI = regex.compile(r"\p{Thai}+")
-# More than the words of any run, so that as little as possible is left over.
-_UNKNOWN = 1_000_000
-_THAI_CONSONANT = re.compile("[ก-ฮ]")
 _ENDS = {
     "characters": regex.compile(r"[^\n。！？!?．]*[。！？!?．]+[」』”’）》】\"']*|[^\n。！？!?．]+"),
     "danda": regex.compile(r"[^।॥!?]*[।॥!?]+[”’)\"']*|[^।॥!?]+"),
-    # Thai has no mark for the end of a sentence but a space; other spaces stand beside numbers and foreign words.
-    "th": regex.compile(r"(?:[^\n.!?\s]|(?<!\p{Thai})[ \t]|[ \t](?!\p{Thai})|[.!?](?=\S))+"),
 }
 _PUNKT = {
     "en": "english", "es": "spanish", "fr": "french", "de": "german", "it": "italian", "pt": "portuguese",
@@ -48,35 +40,7 @@ _DETECTED = 30_000
 def words(text: str) -> list[str]:
     """The words of a text in any mix of scripts."""
     found: list[str] = WORD.findall(text)
-    return [part for word in found for part in (_thai_words(word) if _THAI.search(word) else (word,))]
-
-
-def _thai_words(run: str) -> list[str]:
-    """The fewest dictionary words that a run can be cut into; letters that are in none are a word of their own."""
-    known, longest = _thai_dictionary()
-    # For each end: the cost of the best cut up to it, and where its last piece begins.
-    best = [(0, 0)]
-    for end in range(1, len(run) + 1):
-        options = [(best[end - 1][0] + _UNKNOWN, end - 1)]
-        options += [(best[i][0] + 1, i) for i in range(max(0, end - longest), end) if run[i:end] in known]
-        best.append(min(options))
-    cuts, end = [], len(run)
-    while end > 0:
-        cuts.append((best[end][1], end))
-        end = best[end][1]
-    pieces: list[str] = []
-    for in_dictionary, group in groupby(reversed(cuts), key=lambda cut: run[slice(*cut)] in known):
-        found = list(group)
-        pieces += [run[slice(*cut)] for cut in (found if in_dictionary else [(found[0][0], found[-1][1])])]
-    # Every Thai word has a consonant; what has none repeats or marks the word before it.
-    return [piece for piece in pieces if _THAI_CONSONANT.search(piece) or not _THAI.search(piece)]
-
-
-@cache
-def _thai_dictionary() -> tuple[frozenset[str], int]:
-    text = files("newmm_tokenizer").joinpath("words_th.txt").read_text(encoding="utf-8-sig")
-    known = frozenset(text.split())
-    return known, max(map(len, known))
+    return found
 
 
 def sentences(text: str, language: str = "") -> list[str]:
@@ -94,10 +58,8 @@ def sentences(text: str, language: str = "") -> list[str]:
 
 def _script(text: str) -> str:
     """Which script most letters are in, where that decides how sentences end; empty where it does not."""
-    counts: dict[str, int] = {}
-    for match in _SCRIPTS.finditer(text[:_DETECTED]):
-        counts[match.lastgroup] = counts.get(match.lastgroup, 0) + 1
-    script = max(counts, key=lambda name: counts[name], default="rest")
+    counts = Counter(str(match.lastgroup) for match in _SCRIPTS.finditer(text[:_DETECTED]))
+    script = max(counts, key=counts.__getitem__, default="rest")
     return "" if script == "rest" else script
 
 
