@@ -36,7 +36,8 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
                 texts = [f"{TEXT}{next(number)}" for _ in range(wanted.n)]
                 right = draw(wanted.seed_key, 2)
                 verdict = Verdict("correct" if right else "wrong", float(right)) if wanted.kind == "answer" else None
-                rollout.feed([Thought(text, 24, "stop", verdict) for text in texts], "stub", 0, 0.05)
+                reward = None if verdict is None else verdict.reward
+                rollout.feed([Thought(text, 24, "stop", verdict, reward, model="stub") for text in texts])
         for rollout in rollouts:
             search.tell(rollout)
             for node in rollout.written:

@@ -23,14 +23,14 @@ def write(rollout: Rollout, noise: int) -> None:
             if wanted.kind == "answer":
                 kind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
                 verdict = Verdict(kind, float(kind == "correct"))  # type: ignore[arg-type]
-                thoughts.append(Thought(f"answer {own.randint(0, 3)}", 3, "stop", verdict))
+                thoughts.append(Thought(f"answer {own.randint(0, 3)}", 3, "stop", verdict, verdict.reward))
             elif roll < 0.05 or own.random() < 0.1:
-                thoughts.append(Thought("", 1, "stop", None))
+                thoughts.append(Thought("", 1))
             elif roll < 0.1:
-                thoughts.append(Thought(f"cut {i}", 3, "length", Verdict("no_answer", 0.0)))
+                thoughts.append(Thought(f"cut {i}", 3, "length", Verdict("no_answer", 0.0), 0.0))
             else:
-                thoughts.append(Thought(f"{wanted.kind} {own.randint(0, 5)}", 3, "stop", None))
-        rollout.feed(thoughts, "model", 0, 0.0)
+                thoughts.append(Thought(f"{wanted.kind} {own.randint(0, 5)}", 3))
+        rollout.feed(thoughts)
 
 
 def tell(search: TreeSearch, rollout: Rollout) -> None:
@@ -66,7 +66,7 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
     while not search.done:
         batch = search.ask(k)
         assert 0 < len(batch) <= k
-        assert len({id(r.first) for r in batch}) == len(batch), "two rollouts of a round grow one place"
+        assert len({id(r.slot) for r in batch}) == len(batch), "two rollouts of a round grow one place"
         for rollout in batch:
             if asked in failing:
                 search.fail(rollout)
@@ -157,10 +157,8 @@ def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> 
     while not search.done:
         for rollout in search.ask(1):
             while (wanted := rollout.wanted) is not None:
-                verdict = Verdict("wrong", 0.0) if wanted.kind == "answer" else None
-                rollout.feed(
-                    [Thought(f"{wanted.seed_key} {i}", 1, "stop", verdict) for i in range(wanted.n)], "m", 0, 0
-                )
+                judged = (Verdict("wrong", 0.0), 0.0) if wanted.kind == "answer" else ()
+                rollout.feed([Thought(f"{wanted.seed_key} {i}", 1, "stop", *judged) for i in range(wanted.n)])
             tell(search, rollout)
     (reflection,) = (n for n in search.nodes if n.kind == "reflection")
     assert reflection.parent is not None

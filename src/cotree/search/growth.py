@@ -12,27 +12,20 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cotree.config import Reward, Role, Search, Writer
+from cotree.config import Role, Search, Writer
 from cotree.config import Thought as ThoughtSettings
+from cotree.llm.chat import Prompt
 from cotree.llm.client import Choice, Completion, Request
-from cotree.llm.endpoints import Prompt
 from cotree.search.calls import Calls
 from cotree.search.mcts import Node, Rollout, Thought, TreeSearch, Wanted
-from cotree.search.prompts import (
-    THOUGHT_STOPS,
-    chain_text,
-    continuation,
-    in_box,
-    search_messages,
-    thought_text,
-)
+from cotree.search.prompts import THOUGHT_STOPS, chain_text, continuation, in_box, search_messages, thought_text
 from cotree.search.reward import (
     JUDGE_PREFIX,
-    RewardFunction,
     call,
+    check_reward,
     combined,
     judge_messages,
     share_of_yes,
@@ -42,7 +35,7 @@ from cotree.search.stopping import Tally
 from cotree.search.thoughts import ANSWERS, PATTERNS, PREFIXES, draw
 from cotree.store import StoredNode, StoredTree
 from cotree.tasks import Question, Task, Verdict
-from cotree.tasks.base import AnswerForm
+from cotree.tasks.base import AnswerForm, Message
 
 _AS_SHIPPED = ThoughtSettings()
 
@@ -107,15 +100,12 @@ class Verified:
 
     logprobs = False
 
-    def __init__(self, function: RewardFunction | None = None) -> None:
-        self.function = function
-
     async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict, float]:
         """The verifier's verdict; its reward, or the recipe's for an answer."""
         verdict = await growth.task.judge_async(growth.question, answer.text)
         if growth.settings.reward is None or verdict.kind == "no_answer":
             return verdict, verdict.reward
-        return verdict, await growth.reward(answer, verdict, self.function)
+        return verdict, await growth.reward(answer, verdict)
 
     async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
         """The wrong ones of the round."""
@@ -163,22 +153,15 @@ class Growth:
             seconds = time.monotonic() - started
             self.stopped = self.tally.reason(self.settings.stop, self.spent.completion_tokens, seconds)
             if self.stopped is not None:
-                self.search.stop()
-
-    def extend(self, rollouts: int) -> None:
-        """More rollouts than the recipe's, for `run` to spend."""
-        self.search.extend(rollouts)
+                self.search.rollouts_left = 0
 
     async def round(self) -> None:
         """Up to `leaves_per_round` rollouts at once, told in the order in which they were asked."""
         rollouts = self.search.ask(self.settings.leaves_per_round)
         try:
-            if len(rollouts) == 1:
-                await self._roll(rollouts[0])
-            else:
-                async with asyncio.TaskGroup() as group:
-                    for rollout in rollouts:
-                        group.create_task(self._roll(rollout))
+            async with asyncio.TaskGroup() as group:
+                for rollout in rollouts:
+                    group.create_task(self._roll(rollout))
         except BaseException:
             for rollout in rollouts:
                 self.search.fail(rollout)
@@ -198,149 +181,124 @@ class Growth:
     async def _roll(self, rollout: Rollout) -> None:
         """Write one rollout's thoughts until it has reached a judged leaf."""
         while (wanted := rollout.wanted) is not None:
-            rollout.feed(*await self.write(wanted))
+            rollout.feed(await self.write(wanted))
 
-    async def write(self, wanted: Wanted) -> tuple[list[Thought], str, int, float]:
-        """The thoughts that are wanted, judged where they end a chain; the model that wrote, its seed and seconds."""
+    async def write(self, wanted: Wanted) -> list[Thought]:
+        """The thoughts that are wanted, judged where they end a chain."""
         how = self.settings.thoughts.get(wanted.kind, _AS_SHIPPED)
         if how.text is not None:
-            return [Thought(how.text.strip(), 0, "stop", None)], "", 0, 0.0
+            return [Thought(how.text.strip())]
         writer = self.writer(wanted.kind, wanted.seed_key)
         seed = draw(f"request:{wanted.seed_key}", 2**31)
         completion = await self.ask(
             writer,
-            self.prompt(writer.model),
             continuation(wanted.node, wanted.prefix),
             n=wanted.n,
             max_tokens=how.max_tokens or self.settings.max_thought_tokens,
             seed=seed,
             stop=ANSWERS[self.task.answer_form].stops if wanted.kind == "answer" else THOUGHT_STOPS,
-            logprobs=self.judge.logprobs,
         )
-        thoughts = [await self._thought(wanted, how, choice) for choice in completion.choices]
-        return thoughts, writer.model, seed, completion.seconds
+        written = [await self._thought(wanted, how, choice) for choice in completion.choices]
+        return [replace(thought, model=writer.model, seed=seed, seconds=completion.seconds) for thought in written]
+
+    async def _thought(self, wanted: Wanted, how: ThoughtSettings, choice: Choice) -> Thought:
+        above, form, logprob = wanted.node, self.task.answer_form, choice.logprob or 0.0
+        closed = wanted.kind == "answer" and form == "boxed" and in_box(choice.text)[1]
+        cut = choice.finish_reason == "length" and not closed
+        is_open, in_line = cut and how.ends == "tokens", above.is_open and wanted.kind == above.kind
+        text = thought_text(wanted.kind, wanted.prefix, choice.text, form, in_line=in_line, is_open=is_open)
+        worth: tuple[Verdict | None, float | None] = (None, None)
+        if cut and not is_open:
+            worth = Verdict("no_answer", 0.0, None, "thought cut by max_tokens"), 0.0
+        elif wanted.kind == "answer":
+            leaf = Node(above, wanted.kind, text, wanted.seed_key, above.depth + 1, wanted.prefix)
+            leaf.tokens, leaf.logprob = choice.tokens, logprob
+            worth = await self.judge.worth(self, leaf)
+        return Thought(text, choice.tokens, choice.finish_reason, *worth, logprob)
 
     def writer(self, kind: str, key: str) -> Writer:
         """Who writes a thought type; of several one is drawn by the key."""
         writers = writers_of(kind, self.roles)
         return writers[draw(f"writer:{key}", len(writers)) if len(writers) > 1 else 0]
 
-    def prompt(self, model: str) -> Prompt:
-        """The question with its worked examples, as the model reads it."""
-        if model not in self._prompts:
-            self._prompts[model] = self.calls.endpoints[model].begin(self._messages)
-        return self._prompts[model]
-
     async def ask(
         self,
         writer: Writer,
-        prompt: Prompt,
         text: str,
         *,
         n: int,
         max_tokens: int,
         seed: int,
         stop: tuple[str, ...],
-        logprobs: bool = False,
+        messages: Sequence[Message] | None = None,
     ) -> Completion:
-        """n continuations of `text` by a writer, counted in `spent`."""
-        settings = self.settings
-        request = Request(
-            prompt=prompt.text + text,
-            n=n,
-            max_tokens=max_tokens,
-            temperature=settings.temperature if writer.temperature is None else writer.temperature,
-            top_p=settings.top_p if writer.top_p is None else writer.top_p,
-            seed=seed,
-            stop=stop,
-            messages=prompt.messages,
-            logprobs=logprobs,
+        """n continuations of `text`, the assistant's words so far, in answer to `messages` (by default the question
+        with its worked examples)."""
+        endpoint, settings = self.calls.endpoints[writer.model], self.settings
+        if messages is not None:
+            prompt = endpoint.begin(messages)
+        elif writer.model in self._prompts:
+            prompt = self._prompts[writer.model]
+        else:
+            prompt = self._prompts[writer.model] = endpoint.begin(self._messages)
+        return await self._complete(
+            writer.model,
+            Request(
+                prompt=prompt.text + text,
+                n=n,
+                max_tokens=max_tokens,
+                temperature=settings.temperature if writer.temperature is None else writer.temperature,
+                top_p=settings.top_p if writer.top_p is None else writer.top_p,
+                seed=seed,
+                stop=stop,
+                messages=prompt.messages,
+                logprobs=self.judge.logprobs,
+            ),
         )
-        completion = await self.calls.complete(writer.model, request, self.tree_id)
+
+    async def _complete(self, model: str, request: Request) -> Completion:
+        """A completion, counted in `spent`."""
+        completion = await self.calls.complete(model, request, self.tree_id)
         self.spent.add(completion)
         return completion
 
-    async def _thought(self, wanted: Wanted, how: ThoughtSettings, choice: Choice) -> Thought:
-        written, finish_reason, above = choice.text, choice.finish_reason, wanted.node
-        in_line = wanted.node.is_open and wanted.kind == wanted.node.kind and not wanted.prefix
-        form = self.task.answer_form
-        closed = wanted.kind == "answer" and form == "boxed" and in_box(written)[1]
-        cut = finish_reason == "length" and not closed
-        is_open = cut and how.ends == "tokens"
-        text = thought_text(wanted.kind, wanted.prefix, written, form, in_line=in_line, is_open=is_open)
-        if cut and not is_open:
-            worth: tuple[Verdict | None, float | None] = (
-                Verdict("no_answer", 0.0, None, "thought cut by max_tokens"),
-                None,
-            )
-        elif wanted.kind != "answer":
-            worth = None, None
-        else:
-            worth = await self.judge.worth(
-                self,
-                Node(
-                    above, wanted.kind, text, wanted.seed_key, above.depth + 1, wanted.prefix,
-                    tokens=choice.tokens, logprob=choice.logprob or 0.0,
-                ),
-            )  # fmt: skip
-        return Thought(text, choice.tokens, finish_reason, *worth, choice.logprob or 0.0)
-
-    async def reward(self, answer: Node, verdict: Verdict | None, function: RewardFunction | None) -> float:
-        """What the settings' `reward` says that a chain is worth so far; `function` is theirs, loaded."""
-        settings = self.settings.reward
+    async def reward(self, answer: Node, verdict: Verdict | None) -> float:
+        """What the settings' `reward` says that a chain is worth so far."""
+        settings, chain = self.settings.reward, answer.chain()
         assert settings is not None
-        text = chain_text(answer.chain())
+        function = check_reward(settings)
         if function is not None:
-            return call(function, self.question, text, verdict)
+            return call(function, self.question, chain_text(chain), verdict)
         if settings.process is not None:
-            return await self._score(settings, settings.process, [node.text for node in answer.chain()])
+            messages = steps_messages(self.question, [node.text for node in chain], settings.separator)
+            request = Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True)
+            scored = await self._complete(settings.process, request)
+            return combined(json.loads(scored.choices[0].text), len(chain), settings.combine)
         assert settings.judge is not None
         completion = await self.ask(
             Writer(model=settings.judge),
-            self.calls.endpoints[settings.judge].begin(judge_messages(self.question, text)),
             JUDGE_PREFIX,
             n=settings.samples,
             max_tokens=4,
             seed=draw(f"judge:{answer.path}", 2**31),
             stop=("\n",),
+            messages=judge_messages(self.question, chain_text(chain)),
         )
         return share_of_yes([choice.text for choice in completion.choices])
-
-    async def _score(self, settings: Reward, model: str, thoughts: Sequence[str]) -> float:
-        """The process reward of a chain."""
-        messages = steps_messages(self.question, thoughts, settings.separator)
-        request = Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True)
-        completion = await self.calls.complete(model, request, self.tree_id)
-        self.spent.add(completion)
-        return combined(json.loads(completion.choices[0].text), len(thoughts), settings.combine)
 
     def stored(self, config: str) -> StoredTree:
         """The tree as the store keeps it."""
         question, spent, search = self.question, self.spent, self.search
         stopped = self.stopped or ("exhausted" if search.root.open_below == 0 else "rollouts")
-        nodes = []
-        for node in search.nodes:
-            verdict = node.verdict
-            nodes.append(
-                StoredNode(
-                    node_id=node.id,
-                    parent_id=None if node.parent is None else node.parent.id,
-                    type=node.kind,
-                    text=node.text,
-                    prefix=node.prefix,
-                    model=node.model,
-                    depth=node.depth,
-                    visits=node.visits,
-                    value=node.value,
-                    verdict=None if verdict is None else verdict.kind,
-                    reward=node.reward,
-                    answer=None if verdict is None else verdict.answer,
-                    tokens=node.tokens,
-                    finish_reason=node.finish_reason,
-                    seed=node.seed,
-                    seconds=node.seconds,
-                )
+        nodes = [
+            StoredNode(
+                node.id, None if node.parent is None else node.parent.id, node.kind, node.text, node.prefix, node.model,
+                node.depth, node.visits, node.value, None if node.verdict is None else node.verdict.kind, node.reward,
+                None if node.verdict is None else node.verdict.answer, node.tokens, node.finish_reason, node.seed,
+                node.seconds,
             )
+            for node in search.nodes
+        ]  # fmt: skip
         return StoredTree(
             self.tree_id, question.task, question.id, question.turn, config, question.family, list(question.messages),
             question.gold, self.pattern, search.rollouts, stopped, spent.calls, spent.prompt_tokens,

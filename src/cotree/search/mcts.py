@@ -78,51 +78,46 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """What came for one sample: the whole text with its prefix, and for a leaf (an answer, a cut text) its verdict.
+    """What came for one sample: the whole text with its prefix, who wrote it, and how.
 
-    `reward` is what a leaf is worth to the search, in [0, 1]; None: the verdict's. A leaf that nobody verified has a
-    reward alone.
+    A leaf (an answer, a cut text) has a `reward`, what it is worth to the search in [0, 1], and a `verdict` if somebody
+    verified it; another thought has neither.
     """
 
     text: str
-    tokens: int
-    finish_reason: str
-    verdict: Verdict | None
+    tokens: int = 0
+    finish_reason: str = "stop"
+    verdict: Verdict | None = None
     reward: float | None = None
     logprob: float = 0.0
-
-    @property
-    def worth(self) -> float | None:
-        """The reward that counts; None for a thought that is no leaf."""
-        if self.reward is not None or self.verdict is None:
-            return self.reward
-        return self.verdict.reward
+    model: str = ""
+    seed: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A request for text: `n` thoughts of one type that follow `node`'s chain."""
+    """A request for text: `n` thoughts of one type that follow `node`'s chain, in its slot `place`."""
 
     node: Node
     kind: str
     n: int
+    place: int
     prefix: str
     seed_key: str
 
 
-def children(
-    wanted: Wanted, place: int, thoughts: Sequence[Thought], model: str, seed: int, seconds: float
-) -> list[Node]:
+def children(wanted: Wanted, thoughts: Sequence[Thought]) -> list[Node]:
     """The nodes of what came for a request, not yet in the tree; equal texts are one, a text without words is none."""
     parent = wanted.node
     found: dict[str, Node] = {}
     for i, thought in enumerate(thoughts):
         if thought.text in found or not thought.text:
             continue
-        path = f"{parent.path}{place}.{i}/"
+        path = f"{parent.path}{wanted.place}.{i}/"
         found[thought.text] = Node(
-            parent, wanted.kind, thought.text, path, parent.depth + 1, wanted.prefix, model, thought.tokens,
-            thought.finish_reason, seed, seconds, thought.verdict, thought.worth, thought.logprob,
+            parent, wanted.kind, thought.text, path, parent.depth + 1, wanted.prefix, thought.model, thought.tokens,
+            thought.finish_reason, thought.seed, thought.seconds, thought.verdict, thought.reward, thought.logprob,
         )  # fmt: skip
     return list(found.values())
 
@@ -132,47 +127,35 @@ class Rollout:
 
     def __init__(self, search: TreeSearch, node: Node, slot: Slot) -> None:
         self._search = search
-        self.start, self.first, self.slot = node, slot, slot
+        self.start, self.slot = node, slot
         self.written: list[Node] = []
-        self.answers = 0
-        self.wanted: Wanted | None = self._want(node, slot)
+        self.wanted: Wanted | None = search.want(node, slot)
 
-    def _want(self, node: Node, slot: Slot) -> Wanted:
-        key = f"{self._search.seed}/{node.path}/{slot.index}:{slot.kind}"
-        # A mini-step that broke off inside a line is continued word by word, so no prefix comes between.
-        prefix = "" if node.is_open and slot.kind == node.kind else prefix_of(slot.kind, key, self._search.prefixes)
-        return Wanted(node, slot.kind, slot.n, prefix, key)
-
-    def feed(self, thoughts: Sequence[Thought], model: str, seed: int, seconds: float) -> None:
+    def feed(self, thoughts: Sequence[Thought]) -> None:
         """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
 
         Where nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
         """
         if self.wanted is None:
             raise ValueError("this rollout has already reached a judged leaf")
-        new = children(self.wanted, self.slot.index, thoughts, model, seed, seconds)
-        if not new and self.slot.kind != "answer":
-            self.slot = Slot("answer", 1, self.slot.index)
-            self.wanted = self._want(self.wanted.node, self.slot)
+        new = children(self.wanted, thoughts)
+        if not new and self.wanted.kind != "answer":
+            self.wanted = self._search.want(self.wanted.node, Slot("answer", 1, self.wanted.place))
             return
-        for node in new:
-            if node.reward is None:
-                node.slots = self._search.row(node)
-                node.slots_made = len(node.slots)
         self.written.extend(new)
-        self.answers += sum(node.reward is not None for node in new)
         live = [node for node in new if node.reward is None]
-        if self.answers or not live:
-            self.wanted = None
-            return
-        self.slot = live[0].slots.pop(0)
-        self.wanted = self._want(live[0], self.slot)
+        for node in live:
+            node.slots = self._search.row(node)
+            node.slots_made = len(node.slots)
+        reached = not live or len(live) < len(new)
+        self.wanted = None if reached else self._search.want(live[0], live[0].slots.pop(0))
 
 
 class TreeSearch:
     """One question's tree. `rollouts` bounds the descents, `max_reflections` the second chances in the whole tree.
 
-    `rollouts_left` is what may still be asked, `rollouts` what was asked and has not failed.
+    `rollouts_left` is what may still be asked, for whoever drives the search to lower or to raise; `rollouts` is what
+    was asked and has not failed.
     """
 
     def __init__(
@@ -190,7 +173,6 @@ class TreeSearch:
         self.exploration, self.max_depth = exploration, max_depth
         self.rollouts_left, self.reflections_left = rollouts, max_reflections
         self.rollouts = 0
-        self.in_flight = 0
         self.root = Node(None, None, "", "", 0, id=0)
         self.root.slots = self.row(self.root)
         self.root.slots_made = len(self.root.slots)
@@ -200,15 +182,7 @@ class TreeSearch:
     @property
     def done(self) -> bool:
         """No rollout is under way, and the budget is spent or nothing is left to grow."""
-        return self.in_flight == 0 and (self.rollouts_left == 0 or self.root.open_below == 0)
-
-    def stop(self) -> None:
-        """Ask for nothing more; rollouts under way are still told."""
-        self.rollouts_left = 0
-
-    def extend(self, rollouts: int) -> None:
-        """Go on with a larger budget, from where the tree stands."""
-        self.rollouts_left += rollouts
+        return self.root.virtual == 0 and (self.rollouts_left == 0 or self.root.open_below == 0)
 
     def row(self, node: Node) -> list[Slot]:
         """What may follow a node by the pattern; near `max_depth` only an answer."""
@@ -216,6 +190,13 @@ class TreeSearch:
             return [Slot("answer", 1, 0)]
         following = self.pattern[node.kind or "root"]
         return [Slot(kind, n, i) for i, (kind, n) in enumerate(following.items())]
+
+    def want(self, node: Node, slot: Slot) -> Wanted:
+        """The request for what stands in a slot of a node."""
+        key = f"{self.seed}/{node.path}/{slot.index}:{slot.kind}"
+        # A mini-step that broke off inside a line is continued word by word, so no prefix comes between.
+        prefix = "" if node.is_open and slot.kind == node.kind else prefix_of(slot.kind, key, self.prefixes)
+        return Wanted(node, slot.kind, slot.n, slot.index, prefix, key)
 
     def ask(self, k: int = 1) -> list[Rollout]:
         """Up to `k` rollouts from different places (fewer when the tree or the budget has no more)."""
@@ -227,7 +208,6 @@ class TreeSearch:
             self._add(node, open_below=-1, virtual=1)
             self.rollouts_left -= 1
             self.rollouts += 1
-            self.in_flight += 1
             asked.append(Rollout(self, node, slot))
         return asked
 
@@ -235,9 +215,8 @@ class TreeSearch:
         """Merge a finished rollout: its nodes join the tree, its judged leaves count once, its virtual loss goes."""
         if rollout.wanted is not None:
             raise ValueError("tell needs a rollout that has reached a judged leaf; use fail for one that has not")
-        rollout.start.slots.remove(rollout.first)
+        rollout.start.slots.remove(rollout.slot)
         self._add(rollout.start, virtual=-1)
-        self.in_flight -= 1
         for node in rollout.written:
             assert node.parent is not None
             node.id = len(self.nodes)
@@ -249,11 +228,10 @@ class TreeSearch:
 
     def fail(self, rollout: Rollout) -> None:
         """Forget a rollout whose request failed: it counts as nothing and its place can be asked again."""
-        rollout.first.in_flight = False
+        rollout.slot.in_flight = False
         self._add(rollout.start, open_below=1, virtual=-1)
         self.rollouts_left += 1
         self.rollouts -= 1
-        self.in_flight -= 1
 
     @property
     def leaves(self) -> list[Node]:
@@ -283,9 +261,8 @@ class TreeSearch:
         thinking but not the answer. Only where thinking and an answer still fit below `max_depth`."""
         parent = answer.parent
         assert parent is not None
-        reflected = any(child.kind == "reflection" for child in parent.children)
-        reflected = reflected or any(slot.kind == "reflection" for slot in parent.slots)
-        if reflected or self.reflections_left == 0 or parent.depth + 3 > self.max_depth:
+        there = [child.kind for child in parent.children] + [slot.kind for slot in parent.slots]
+        if "reflection" in there or self.reflections_left == 0 or parent.depth + 3 > self.max_depth:
             return
         self.reflections_left -= 1
         parent.slots.insert(0, Slot("reflection", 1, parent.slots_made))

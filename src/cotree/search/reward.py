@@ -10,11 +10,14 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from cotree.config import Reward
 from cotree.errors import CotreeError, UsageError
+from cotree.search.mcts import Node
+from cotree.store import StoredNode
 from cotree.tasks import Question, Verdict
 from cotree.tasks.base import Message
 
@@ -22,8 +25,9 @@ from cotree.tasks.base import Message
 RewardFunction = Callable[[Question, str, Verdict | None], float]
 
 
+@cache
 def load_function(name: str) -> RewardFunction:
-    """The function that `module:name` or `path/to/file.py:name` names.
+    """The function that `module:name` or `path/to/file.py:name` names, loaded once.
 
     Raises:
         UsageError: no such module, file or function; the message says which.
@@ -103,3 +107,8 @@ def combined(scores: Sequence[float], steps: int, how: Literal["least", "product
 def check_reward(reward: Reward | None) -> RewardFunction | None:
     """The user's function, loaded before any work starts; None without one."""
     return None if reward is None or reward.function is None else load_function(reward.function)
+
+
+def merit(chain: Sequence[Node | StoredNode]) -> tuple[float, float]:
+    """By what the chains of a tree are compared: the reward at the end, then the mean v/n on the way."""
+    return chain[-1].reward or 0.0, sum(node.value / node.visits for node in chain if node.visits) / len(chain)
