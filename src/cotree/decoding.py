@@ -116,7 +116,7 @@ def decode_question(
     spent = best.spent
     output.say(
         f"{best.chains} chains; {spent.completion_tokens} tokens generated, {spent.prompt_tokens} read "
-        f"({spent.cached_tokens} cached) in {spent.calls} calls; stopped by: {best.stopped}"
+        f"({spent.cached_tokens} cached) in {spent.requests} calls; stopped by: {best.stopped}"
     )
     return best
 

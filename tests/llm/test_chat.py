@@ -99,9 +99,10 @@ def test_odd_messages(message: Any, problem: str, lasting: bool) -> None:
     reply = read_reply(content, request(n=1), count_tokens)
     assert problem in reply.problem
     assert bool(problem) == bool(reply.problem)
-    assert (reply.lasting, len(reply.choices)) == (lasting, 0 if problem else 1)
+    assert reply.completion is not None
+    assert (reply.lasting, len(reply.completion.choices)) == (lasting, 0 if problem else 1)
     # Nothing says how long the prompt is, so all of its words are counted.
-    assert reply.prompt_tokens == 5
+    assert reply.completion.prompt_tokens == 5
 
 
 async def test_separated_reasoning_is_an_error_and_not_an_empty_thought() -> None:

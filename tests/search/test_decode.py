@@ -71,7 +71,7 @@ def ask(
 
     with FakeServerThread(**({"reply": talk} | (server or {}))) as fake:
         best = asyncio.run(run(fake.url))
-        assert best.spent.calls == fake.calls
+        assert best.spent.requests == fake.calls
     return best
 
 

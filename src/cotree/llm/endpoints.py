@@ -18,16 +18,14 @@ from typing import TYPE_CHECKING
 from cotree.config import Model, Price
 from cotree.errors import UsageError
 from cotree.llm.chat import Prompt, begin
-from cotree.llm.client import Client, Counters
+from cotree.llm.client import ATTEMPTS, Client, Counters
 from cotree.llm.embedded import at_type, locate, serve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Endpoint", "Prompt", "check_servers", "identity", "open_endpoints"]
-
 # llama.cpp under load can take minutes for a batch; a call that is slow must not be made twice.
-_EMBEDDED_TIMEOUT = 600.0
+_SERVER_TIMEOUT, _EMBEDDED_TIMEOUT = 60.0, 600.0
 # About right for English; stands in only where a server reports no usage and no tokenizer is given.
 _BYTES_PER_TOKEN = 4
 
@@ -71,13 +69,13 @@ def identity(model: Model) -> str:
 
 @asynccontextmanager
 async def open_endpoints(
-    models: Mapping[str, Model], *, widest: int = 8, attempts: int | None = None
+    models: Mapping[str, Model], *, widest: int = 8, attempts: int = ATTEMPTS
 ) -> AsyncIterator[dict[str, Endpoint]]:
     """Start or reach every model; all are ready when this yields.
 
     Args:
         widest: the most samples that one request will ask for; an embedded engine needs a slot for each.
-        attempts: how often a request is sent before it fails; the client's own number if None.
+        attempts: how often a request is sent before it fails.
 
     Raises:
         UsageError: a model is missing, a server does not answer, or an API key is not in the environment.
@@ -86,16 +84,13 @@ async def open_endpoints(
         endpoints: dict[str, Endpoint] = {}
         for name, model in models.items():
             tokenizer = _tokenizer(model)
-            urls, timeout = model.urls, 60.0
-            if model.embedded is not None:
-                path = at_type(locate(model.embedded), model.gguf)
-                urls = (stack.enter_context(serve(path, slots=max(model.max_in_flight, widest), shared=True)),)
-                timeout = _EMBEDDED_TIMEOUT
-            clients = [_client(name, url, model, tokenizer, timeout, attempts) for url in dict.fromkeys(urls)]
-            for client in clients:
-                await stack.enter_async_context(client)
             if model.embedded is None:
-                await _all_ready(clients, model)
+                clients = await _reach(stack, name, model, tokenizer, attempts)
+            else:
+                path = at_type(locate(model.embedded), model.gguf)
+                url = stack.enter_context(serve(path, slots=max(model.max_in_flight, widest), shared=True))
+                client = _client(name, url, model, tokenizer, _EMBEDDED_TIMEOUT, attempts)
+                clients = [await stack.enter_async_context(client)]
             rendering = tokenizer if model.mode == "completions" else None
             endpoints[name] = Endpoint(name, tuple(clients), rendering, identity(model), model.price)
         yield endpoints
@@ -109,16 +104,17 @@ async def check_servers(models: Mapping[str, Model]) -> None:
     """
     async with AsyncExitStack() as stack:
         for name, model in models.items():
-            clients = [_client(name, url, model, None, 60.0, None) for url in dict.fromkeys(model.urls)]
-            for client in clients:
-                await stack.enter_async_context(client)
-            await _all_ready(clients, model)
+            await _reach(stack, name, model, None, ATTEMPTS)
 
 
-async def _all_ready(clients: Sequence[Client], model: Model) -> None:
-    """Ask all servers of a model at once; one line names every one that is not ready."""
-    asked = (client.ready(model.mode) for client in clients)
-    results = await asyncio.gather(*asked, return_exceptions=True)
+async def _reach(
+    stack: AsyncExitStack, name: str, model: Model, tokenizer: PreTrainedTokenizerBase | None, attempts: int
+) -> list[Client]:
+    """Clients of all servers of a model, asked at once; one line names every one that is not ready."""
+    clients = [_client(name, url, model, tokenizer, _SERVER_TIMEOUT, attempts) for url in model.urls]
+    for client in clients:
+        await stack.enter_async_context(client)
+    results = await asyncio.gather(*(client.ready(model.mode) for client in clients), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, UsageError):
             raise result
@@ -127,6 +123,7 @@ async def _all_ready(clients: Sequence[Client], model: Model) -> None:
         raise UsageError(problems[0])
     if problems:
         raise UsageError(f"{len(problems)} of {len(clients)} servers are not ready: {'; '.join(problems)}")
+    return clients
 
 
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
@@ -138,34 +135,19 @@ def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
 
 
 def _client(
-    name: str,
-    url: str,
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase | None,
-    timeout: float,
-    attempts: int | None,
+    name: str, url: str, model: Model, tokenizer: PreTrainedTokenizerBase | None, timeout: float, attempts: int
 ) -> Client:
     from cotree.llm.tokenizer import token_counter
 
-    def guess(text: str) -> int:
-        return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
-
-    return Client(
-        name,
-        url,
-        "default" if model.embedded is not None else model.model,
-        max_in_flight=model.max_in_flight,
-        count_tokens=guess if tokenizer is None else token_counter(tokenizer),
-        api_key=_api_key(name, model),
-        timeout=timeout,
-        **({} if attempts is None else {"attempts": attempts}),
-    )
-
-
-def _api_key(name: str, model: Model) -> str | None:
-    if model.api_key_env is None:
-        return None
-    key = os.environ.get(model.api_key_env)
-    if not key:
+    key = None if model.api_key_env is None else os.environ.get(model.api_key_env)
+    if model.api_key_env is not None and not key:
         raise UsageError(f"model `{name}`: the environment variable {model.api_key_env} is not set; export its API key")
-    return key
+    return Client(
+        name, url, model.model, max_in_flight=model.max_in_flight,
+        count_tokens=_guessed_tokens if tokenizer is None else token_counter(tokenizer), api_key=key, timeout=timeout,
+        attempts=attempts,
+    )  # fmt: skip
+
+
+def _guessed_tokens(text: str) -> int:
+    return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)

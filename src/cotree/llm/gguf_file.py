@@ -69,7 +69,7 @@ class GGUF:
             *dims, kind, offset = struct.unpack_from(f"<{rank}QIQ", data, at + 4)
             at += 4 + 8 * rank + 12
             table.append((name, tuple(reversed(dims)), kind, offset))
-        start = -(-at // self.alignment) * self.alignment
+        start = _aligned(at, self.alignment)
         self.tensors = {name: Tensor(shape, kind, start + offset) for name, shape, kind, offset in table}
 
     @property

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cotree.eval.metrics import wilson
-from cotree.llm.client import Choice
+from cotree.llm.client import Choice, Counters
 from cotree.search.driver import Asked, Grower
-from cotree.search.growth import Growth, Spent
+from cotree.search.growth import Growth
 from cotree.search.thoughts import draw, prefix_of
 from cotree.store import StoredTree
 from cotree.tasks import Question, Task
@@ -139,7 +139,7 @@ def of_tree(tree: StoredTree) -> Found:
     return _found(chains, [(str(leaf.answer), leaf.verdict == "correct") for leaf in leaves], tree)
 
 
-def _found(chains: Mapping[str, str], answers: Sequence[tuple[str, bool]], spent: Spent | StoredTree) -> Found:
+def _found(chains: Mapping[str, str], answers: Sequence[tuple[str, bool]], spent: Counters | StoredTree) -> Found:
     kinds = Counter(chains.values())
     # The first answer wins a tie: Counter keeps the order of arrival.
     votes = Counter(answer for answer, _ in answers).most_common(1)

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 
 from cotree.config import Role, Search
 from cotree.errors import UsageError
+from cotree.llm.client import Counters
 from cotree.search.baselines import affordable, whole_chains
 from cotree.search.calls import Calls
-from cotree.search.growth import Growth, Spent
+from cotree.search.growth import Growth
 from cotree.search.mcts import Node, Slot, children
 from cotree.search.prompts import chain_text
 from cotree.search.reward import merit
@@ -81,7 +82,7 @@ class Decoded:
     cut: bool
     votes: dict[str, float]
     found: tuple[str | None, ...]
-    spent: Spent
+    spent: Counters
     stopped: str = ""
 
     @property

@@ -12,13 +12,13 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from cotree.config import Role, Search, Writer
 from cotree.config import Thought as ThoughtSettings
 from cotree.llm.chat import Prompt
-from cotree.llm.client import Choice, Completion, Request
+from cotree.llm.client import Choice, Completion, Counters, Request
 from cotree.search.calls import Calls
 from cotree.search.mcts import Node, Rollout, Thought, TreeSearch, Wanted
 from cotree.search.prompts import THOUGHT_STOPS, chain_text, continuation, in_box, search_messages, thought_text
@@ -38,23 +38,6 @@ from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import AnswerForm, Message
 
 _AS_SHIPPED = ThoughtSettings()
-
-
-@dataclass
-class Spent:
-    """What one tree cost, journalled calls included; the model's own count of generated tokens."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-    def add(self, completion: Completion) -> None:
-        """Count one completion."""
-        self.calls += 1
-        self.prompt_tokens += completion.prompt_tokens
-        self.cached_tokens += completion.cached_tokens
-        self.completion_tokens += completion.completion_tokens
 
 
 def writers_of(kind: str, roles: Mapping[str, Role]) -> Role:
@@ -140,7 +123,7 @@ class Growth:
             prefixes=prefixes_of(settings, task.answer_form),
         )
         self.tally = Tally()
-        self.spent = Spent()
+        self.spent = Counters()  # of this tree alone, journalled calls included
         self.stopped: str | None = None
         self._messages = search_messages(task, question)
         self._prompts: dict[str, Prompt] = {}
@@ -259,6 +242,7 @@ class Growth:
     async def _complete(self, model: str, request: Request) -> Completion:
         """A completion, counted in `spent`."""
         completion = await self.calls.complete(model, request, self.tree_id)
+        self.spent.requests += 1
         self.spent.add(completion)
         return completion
 
@@ -301,6 +285,6 @@ class Growth:
         ]  # fmt: skip
         return StoredTree(
             self.tree_id, question.task, question.id, question.turn, config, question.family, list(question.messages),
-            question.gold, self.pattern, search.rollouts, stopped, spent.calls, spent.prompt_tokens,
+            question.gold, self.pattern, search.rollouts, stopped, spent.requests, spent.prompt_tokens,
             spent.cached_tokens, spent.completion_tokens, nodes,
         )  # fmt: skip
