@@ -349,19 +349,17 @@ def test_a_deadline_ends_it_with_the_best_so_far() -> None:
 
 @pytest.mark.real
 def test_the_real_model_is_decoded_with_votes_and_likelihood() -> None:
-    from cotree.decoding import Backend, decode_question
+    from cotree.decoding import decode as decode_one
     from cotree.progress import Output
 
-    backend = Backend(("smollm2-135m-instruct",), ("search.max_thought_tokens=24",))
     question = task("arithmetic").questions()[0].id
     for value in ("vote", "likelihood"):
-        best = decode_question(
-            None,
-            backend,
-            task_name="arithmetic",
+        best = decode_one(
+            task="arithmetic",
             question_id=question,
             value=value,
             rollouts=4,
+            overrides=["search.max_thought_tokens=24"],
             output=Output(quiet=True),
         )
         assert best.answer is not None
