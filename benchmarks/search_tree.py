@@ -11,7 +11,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from cotree.search.mcts import Thought, TreeSearch
+from cotree.search.mcts import TreeSearch
 from cotree.search.thoughts import draw
 from cotree.tasks import Verdict
 
@@ -33,11 +33,12 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
         rollouts = search.ask(leaves)
         for rollout in rollouts:
             while (wanted := rollout.wanted) is not None:
-                texts = [f"{TEXT}{next(number)}" for _ in range(wanted.n)]
+                thoughts = [wanted.thought(i, f"{TEXT}{next(number)}") for i in range(wanted.n)]
                 right = draw(wanted.seed_key, 2)
-                verdict = Verdict("correct" if right else "wrong", float(right)) if wanted.kind == "answer" else None
-                reward = None if verdict is None else verdict.reward
-                rollout.feed([Thought(text, 24, "stop", verdict, reward, model="stub") for text in texts])
+                for thought in thoughts if wanted.kind == "answer" else ():
+                    thought.verdict = Verdict("correct" if right else "wrong", float(right))
+                    thought.reward = float(right)
+                rollout.feed(thoughts)
         for rollout in rollouts:
             search.tell(rollout)
             for node in rollout.written:

@@ -66,7 +66,10 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["run", LAPTOP, "train.sft.learning_rate=.inf"], "finite number"),
         (["run", LAPTOP, "models.smollm2.embedded=not.gguf"], "not.gguf"),
         (["run", LAPTOP, "search.reward={function: 'nowhere:f'}"], "cannot load nowhere"),
-        (["run", LAPTOP, "search.own_patterns={mine: {root: {thinking: 1}}}"], "`thinking` is a dead end"),
+        (
+            ["run", LAPTOP, "search.own_patterns={mine: {root: {thinking: 1}}}"],
+            "from `thinking` no answer can be reached",
+        ),
         (["run", LAPTOP, f"models.far={FAR}", "roles.reflector=far"], "start the server"),
         (["run", LAPTOP, f"models.far={FAR_WITH_KEY}", "roles.reflector=far"], "NO_KEY is not"),
         (["report", "nowhere"], "does not exist"),

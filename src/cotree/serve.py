@@ -14,18 +14,19 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from yarl import URL
 
 from cotree.config import Recipe, Search, Thought, Writer
 from cotree.decoding import Backend
 from cotree.errors import CotreeError, UsageError, spoken_for
 from cotree.llm.chat import Prompt
+from cotree.llm.client import Counters
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.progress import Output
 from cotree.search.calls import Calls, Progress
@@ -65,10 +66,6 @@ class _Said(_Part):
 _Stop = Annotated[str, Field(min_length=1)]
 
 
-class _StreamOptions(_Part):
-    include_usage: bool = False
-
-
 class _Body(_Part):
     """What both addresses take. `max_tokens` bounds the answer that is returned."""
 
@@ -80,23 +77,35 @@ class _Body(_Part):
     seed: int | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] = []
     stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
+    stream_options: dict[Literal["include_usage"], bool] = {}
 
 
 class _Chat(_Body):
     """`max_completion_tokens` bounds all that is generated, the reasoning included: it is the search's budget."""
 
-    is_text: ClassVar = False
     messages: list[_Said] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
+    @field_validator("messages")
+    @classmethod
+    def _asks(cls, messages: list[_Said]) -> list[_Said]:
+        if messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        return messages
+
+    def conversation(self) -> list[Message]:
+        return [said.plain() for said in self.messages]
+
 
 class _Completion(_Body):
-    is_text: ClassVar = True
     prompt: str = Field(min_length=1)
+    max_completion_tokens: ClassVar = None
+
+    def conversation(self) -> list[Message]:
+        return [{"role": "user", "content": self.prompt}]
 
 
-_B = TypeVar("_B", bound=_Body)
+_Asked = _Chat | _Completion
 
 
 class _AsWritten(Endpoint):
@@ -141,8 +150,8 @@ class Server:
     def app(self) -> web.Application:
         """The web application."""
         app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._guard])
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_post("/v1/completions", self._completion)
+        app.router.add_post("/v1/chat/completions", partial(self._reply, _Chat))
+        app.router.add_post("/v1/completions", partial(self._reply, _Completion))
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         return app
@@ -188,35 +197,20 @@ class Server:
         about = {"object": "model", "created": self._started, "owned_by": "cotree"}
         return web.json_response({"object": "list", "data": [{"id": name, **about} for name in self.names]})
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = await _read(request, _Chat)
-        if body.messages[-1].role != "user":
-            raise _Refused(400, "the last message must be the user's", "messages")
-        return await self._reply(request, body, [said.plain() for said in body.messages], body.max_completion_tokens)
-
-    async def _completion(self, request: web.Request) -> web.StreamResponse:
-        body = await _read(request, _Completion)
-        return await self._reply(request, body, [{"role": "user", "content": body.prompt}])
-
-    async def _reply(
-        self, request: web.Request, body: _Chat | _Completion, messages: list[Message], budget: int | None = None
-    ) -> web.StreamResponse:
+    async def _reply(self, kind: type[_Asked], request: web.Request) -> web.StreamResponse:
+        body = await _read(request, kind)
         if body.model not in self.names:
             what = f"there is no model `{body.model}`; there is {', '.join(self.names)}"
             raise _Refused(404, what, "model", "model_not_found")
         roles = {**self.recipe.roles, "thinker": (Writer(model=body.model),)}
         endpoints = dict(self.endpoints)
-        for name in {writer.model for role in roles.values() for writer in role} if body.is_text else ():
+        for name in {writer.model for role in roles.values() for writer in role} if kind is _Completion else ():
             if endpoints[name].tokenizer is None:
                 what = f"the backend of `{name}` takes conversations only: ask /v1/chat/completions"
                 raise _Refused(400, what, "prompt")
             endpoints[name] = _AsWritten(**vars(endpoints[name]))
-        calls, settings, question = (
-            Calls(None, endpoints, Progress()),
-            self._settings(body, budget),
-            self.task.ask(messages),
-        )
-        first = self.recipe.seed if body.seed is None else body.seed
+        calls, question = Calls(None, endpoints, Progress()), self.task.ask(body.conversation())
+        settings, first = self._settings(body), self.recipe.seed if body.seed is None else body.seed
 
         async def search() -> list[Decoded]:
             async with asyncio.TaskGroup() as group:
@@ -231,38 +225,33 @@ class Server:
                 ]  # fmt: skip
             return [one.result() for one in found]
 
-        async with self._turn():
-            if body.stream:
-                return await self._stream(request, body, search)
-            found = await search()
+        if self.there >= self._room:
+            raise _Refused(429, "too many searches wait already; ask again later", code="rate_limit_exceeded")
+        self.there += 1
+        try:
+            async with self._slots:
+                if body.stream:
+                    return await self._stream(request, body, search)
+                found = await search()
+        finally:
+            self.there -= 1
         choices = [self._choice(body, index, best) for index, best in enumerate(found)]
         return web.json_response({**_head(body), "choices": choices, "usage": _usage(found)})
 
-    def _settings(self, body: _Body, budget: int | None) -> Search:
+    def _settings(self, body: _Asked) -> Search:
         """The server's settings with what the request changes."""
         search = self.recipe.search
         asked: dict[str, Any] = {k: v for k in ("temperature", "top_p") if (v := getattr(body, k)) is not None}
         if body.max_tokens is not None:
             answer = search.thoughts.get("answer", Thought()).model_copy(update={"max_tokens": body.max_tokens})
             asked["thoughts"] = {**search.thoughts, "answer": answer}
-        if budget is not None:
-            least = min(budget, search.stop.tokens or budget)
+        if body.max_completion_tokens is not None:
+            least = min(body.max_completion_tokens, search.stop.tokens or body.max_completion_tokens)
             asked["stop"] = search.stop.model_copy(update={"tokens": least})
         return search.model_copy(update=asked)
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        if self.there >= self._room:
-            raise _Refused(429, "too many searches wait already; ask again later", code="rate_limit_exceeded")
-        self.there += 1
-        try:
-            async with self._slots:
-                yield
-        finally:
-            self.there -= 1
-
     async def _stream(
-        self, request: web.Request, body: _Chat | _Completion, search: Callable[[], Awaitable[list[Decoded]]]
+        self, request: web.Request, body: _Asked, search: Callable[[], Awaitable[list[Decoded]]]
     ) -> web.StreamResponse:
         """Server-sent events: nothing can be said before the search has ended, so until then only comments go out."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
@@ -285,25 +274,25 @@ class Server:
             searching.cancel()
         for index, best in enumerate(found):
             await send({**head, "choices": [self._choice(body, index, best)]})
-        if body.stream_options.include_usage:
+        if body.stream_options.get("include_usage"):
             await send({**head, "choices": [], "usage": _usage(found)})
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    def _choice(self, body: _Chat | _Completion, index: int, best: Decoded) -> dict[str, Any]:
+    def _choice(self, body: _Asked, index: int, best: Decoded) -> dict[str, Any]:
         """An answer, up to the first stop string, and what is not OpenAI's: the votes and why the search stopped."""
         text = best.said if self.task.comparable else spoken(best.said)
         stops = [body.stop] if isinstance(body.stop, str) else body.stop
         text = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
         said: dict[str, Any] = {"text": text, "reasoning": best.reasoning, "logprobs": None}
-        if not body.is_text:
+        if isinstance(body, _Chat):
             message = {"role": "assistant", "content": text, "reasoning_content": best.reasoning}
             said = {"delta" if body.stream else "message": message}
         about = {"votes": best.votes, "chains": best.chains, "stopped": best.stopped}
         return {"index": index, **said, "finish_reason": "length" if best.cut else "stop", "search": about}
 
 
-async def _read(request: web.Request, kind: type[_B]) -> _B:
+async def _read(request: web.Request, kind: type[_Asked]) -> _Asked:
     try:
         raw = await request.json()
         asked = {key: told for key, told in raw.items() if told is not None and _NOTHING.get(key, _NOTHING) != told}
@@ -320,23 +309,23 @@ async def _read(request: web.Request, kind: type[_B]) -> _B:
         raise _Refused(400, "the body is no JSON object") from None
 
 
-def _head(body: _Chat | _Completion) -> dict[str, Any]:
-    kind = "text_completion" if body.is_text else "chat.completion.chunk" if body.stream else "chat.completion"
-    name = f"{'cmpl' if body.is_text else 'chatcmpl'}-{uuid.uuid4().hex}"
-    return {"id": name, "object": kind, "created": int(time.time()), "model": body.model}
+def _head(body: _Asked) -> dict[str, Any]:
+    name, kind = "cmpl", "text_completion"
+    if isinstance(body, _Chat):
+        name, kind = "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion"
+    return {"id": f"{name}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": body.model}
 
 
 def _usage(found: Sequence[Decoded]) -> dict[str, Any]:
     """All that the searches generated and read; `reasoning_tokens` is what did not go into the returned answers."""
-    prompt = sum(best.spent.prompt_tokens for best in found)
-    completion = sum(best.spent.completion_tokens for best in found)
+    spent = sum((best.spent for best in found), Counters())
     returned = sum(best.said_tokens for best in found)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(best.spent.cached_tokens for best in found)},
-        "completion_tokens_details": {"reasoning_tokens": max(completion - returned, 0)},
+        "prompt_tokens": spent.prompt_tokens,
+        "completion_tokens": spent.completion_tokens,
+        "total_tokens": spent.prompt_tokens + spent.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": spent.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": max(spent.completion_tokens - returned, 0)},
     }
 
 

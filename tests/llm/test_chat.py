@@ -13,8 +13,9 @@ from tests.fake_server import ASSISTANT, FakeServer, count_tokens, tell
 from tests.llm.asking import client, raw_server
 
 from cotree.errors import CotreeError, UsageError
-from cotree.llm.chat import Prompt, begin, render
+from cotree.llm.chat import Prompt, render
 from cotree.llm.client import Request
+from cotree.llm.endpoints import Endpoint
 from cotree.llm.wire import read_reply
 
 ASKED = (("system", "be brief"), ("user", "two and two?"))
@@ -147,10 +148,10 @@ def test_a_beginning_that_the_server_adds_is_left_out() -> None:
     adding: Any = Template(True)
     assert render(adding, MESSAGES) == "be brieftwo and two?"
     silent: Any = Template(False)
-    assert begin(silent, MESSAGES) == Prompt("<s>be brieftwo and two?")
+    assert render(silent, MESSAGES) == "<s>be brieftwo and two?"
 
 
 def test_without_a_tokenizer_the_messages_are_the_prompt() -> None:
-    prompt = begin(None, MESSAGES)
+    prompt = Endpoint("m", (), None, "m").begin(MESSAGES)
     assert prompt == Prompt("", ASKED)
-    assert hash(prompt) == hash(begin(None, MESSAGES))
+    assert hash(prompt) == hash(Prompt("", ASKED))

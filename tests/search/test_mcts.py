@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.search.mcts import Node, Rollout, Thought, TreeSearch
+from cotree.search.mcts import Node, Rollout, TreeSearch
 from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, prefix_of
 from cotree.tasks import Verdict
+from cotree.tasks.base import VerdictKind
+
+
+def leaf(thought: Node, kind: VerdictKind) -> Node:
+    """A thought as the end of its chain."""
+    thought.verdict = Verdict(kind, float(kind == "correct"))
+    thought.reward = thought.verdict.reward
+    return thought
 
 
 def write(rollout: Rollout, noise: int) -> None:
@@ -21,15 +29,14 @@ def write(rollout: Rollout, noise: int) -> None:
         for i in range(wanted.n):
             roll = own.random()
             if wanted.kind == "answer":
-                kind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
-                verdict = Verdict(kind, float(kind == "correct"))  # type: ignore[arg-type]
-                thoughts.append(Thought(f"answer {own.randint(0, 3)}", 3, "stop", verdict, verdict.reward))
+                kind: VerdictKind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
+                thoughts.append(leaf(wanted.thought(i, f"answer {own.randint(0, 3)}"), kind))
             elif roll < 0.05 or own.random() < 0.1:
-                thoughts.append(Thought("", 1))
+                thoughts.append(wanted.thought(i, ""))
             elif roll < 0.1:
-                thoughts.append(Thought(f"cut {i}", 3, "length", Verdict("no_answer", 0.0), 0.0))
+                thoughts.append(leaf(wanted.thought(i, f"cut {i}"), "no_answer"))
             else:
-                thoughts.append(Thought(f"{wanted.kind} {own.randint(0, 5)}", 3))
+                thoughts.append(wanted.thought(i, f"{wanted.kind} {own.randint(0, 5)}"))
         rollout.feed(thoughts)
 
 
@@ -157,8 +164,8 @@ def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> 
     while not search.done:
         for rollout in search.ask(1):
             while (wanted := rollout.wanted) is not None:
-                judged = (Verdict("wrong", 0.0), 0.0) if wanted.kind == "answer" else ()
-                rollout.feed([Thought(f"{wanted.seed_key} {i}", 1, "stop", *judged) for i in range(wanted.n)])
+                thoughts = [wanted.thought(i, f"{wanted.seed_key} {i}") for i in range(wanted.n)]
+                rollout.feed([leaf(t, "wrong") if wanted.kind == "answer" else t for t in thoughts])
             tell(search, rollout)
     (reflection,) = (n for n in search.nodes if n.kind == "reflection")
     assert reflection.parent is not None

@@ -217,15 +217,15 @@ def _base_url(name: str, url: str) -> URL:
     """The server's root. A URL with a password or a query is refused: recipes are copied into run folders."""
     try:
         base = URL(url.strip())
-        good = base.scheme in ("http", "https") and base.host and not base.query_string and not base.fragment
-        if good and base.user is None and base.password is None:
-            return URL(str(base).rstrip("/").removesuffix("/v1").rstrip("/"))
     except ValueError:
-        pass
-    raise UsageError(
-        f"model `{name}`: `url` must look like http://HOST:PORT or https://HOST/v1, without a key in it "
-        "(keys come from the environment variable that `api_key_env` names)"
-    )
+        base = URL()
+    more = base.query_string or base.fragment or base.user or base.password
+    if base.scheme not in ("http", "https") or not base.host or more:
+        raise UsageError(
+            f"model `{name}`: `url` must look like http://HOST:PORT or https://HOST/v1, without a key in it "
+            "(keys come from the environment variable that `api_key_env` names)"
+        )
+    return URL(str(base).rstrip("/").removesuffix("/v1").rstrip("/"))
 
 
 def _connection_failure(error: Exception, limit: float | None) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from cotree.config import Model, Price
 from cotree.errors import UsageError
-from cotree.llm.chat import Prompt, begin
+from cotree.llm.chat import Prompt, render
 from cotree.llm.client import ATTEMPTS, Client, Counters
 from cotree.llm.embedded import at_type, locate, serve
 
@@ -42,7 +42,9 @@ class Endpoint:
 
     def begin(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
         """The prompt of a conversation, standing where the assistant begins."""
-        return begin(self.tokenizer, messages)
+        if self.tokenizer is None:
+            return Prompt("", tuple((message["role"], message["content"]) for message in messages))
+        return Prompt(render(self.tokenizer, messages))
 
     def client(self, question: str) -> Client:
         """The server that a question stays with: the highest hash wins, so another server takes only its own share."""
@@ -97,14 +99,15 @@ async def open_endpoints(
 
 
 async def check_servers(models: Mapping[str, Model]) -> None:
-    """Ask every server of a recipe whether it is there, without loading anything.
+    """Ask every server of a recipe whether it is there, and read every model's tokenizer; no model is loaded.
 
     Raises:
-        UsageError: one is not (all that are not are named), or its API key is not in the environment.
+        UsageError: one is not (all that are not are named), or its tokenizer or its API key.
     """
     async with AsyncExitStack() as stack:
         for name, model in models.items():
             await _reach(stack, name, model, None, ATTEMPTS)
+            _tokenizer(model)
 
 
 async def _reach(

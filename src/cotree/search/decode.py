@@ -21,9 +21,9 @@ from cotree.llm.client import Counters
 from cotree.search.baselines import affordable, whole_chains
 from cotree.search.calls import Calls
 from cotree.search.growth import Growth
-from cotree.search.mcts import Node, Slot, children
+from cotree.search.mcts import Node, Slot, distinct
 from cotree.search.prompts import chain_text
-from cotree.search.reward import merit
+from cotree.search.reward import merit, reward_of
 from cotree.tasks import Question, Split, Task, Verdict, WorkedExample
 from cotree.tasks.agreement import groups
 from cotree.tasks.base import Message
@@ -114,9 +114,9 @@ class WithoutGold:
 
     async def score(self, growth: Growth, node: Node) -> float:
         """The value of a chain, also of one that is not at its end; 0 until the votes are counted."""
-        if self.value == "verifier":
-            return await growth.reward(node, None)
         chain = node.chain()
+        if self.value == "verifier":
+            return await reward_of(growth, chain, None)
         mean = sum(step.logprob * step.tokens for step in chain) / max(sum(step.tokens for step in chain), 1)
         return math.exp(mean) if self.value == "likelihood" else 0.0
 
@@ -269,7 +269,7 @@ async def _followed(growth: Growth, node: Node, width: int) -> list[Node]:
     first = growth.search.row(node)[0]
     n = first.n if first.kind == "answer" else max(first.n, width)
     wanted = growth.search.want(node, Slot(first.kind, n, first.index))
-    return children(wanted, await growth.write(wanted))
+    return distinct(await growth.write(wanted))
 
 
 async def _said(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None], list[int | None]]:

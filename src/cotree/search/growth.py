@@ -9,35 +9,24 @@ where does not depend on latency or on how many trees grow at once. A round that
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
-from cotree.config import Role, Search, Writer
-from cotree.config import Thought as ThoughtSettings
+from cotree.config import Role, Search, Thought, Writer
 from cotree.llm.chat import Prompt
 from cotree.llm.client import Choice, Completion, Counters, Request
 from cotree.search.calls import Calls
-from cotree.search.mcts import Node, Rollout, Thought, TreeSearch, Wanted
-from cotree.search.prompts import THOUGHT_STOPS, chain_text, continuation, in_box, search_messages, thought_text
-from cotree.search.reward import (
-    JUDGE_PREFIX,
-    call,
-    check_reward,
-    combined,
-    judge_messages,
-    share_of_yes,
-    steps_messages,
-)
+from cotree.search.mcts import Node, Rollout, TreeSearch, Wanted
+from cotree.search.prompts import THOUGHT_STOPS, continuation, in_box, search_messages, thought_text
+from cotree.search.reward import reward_of
 from cotree.search.stopping import Tally
 from cotree.search.thoughts import ANSWERS, PATTERNS, PREFIXES, draw
 from cotree.store import StoredNode, StoredTree
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import AnswerForm, Message
 
-_AS_SHIPPED = ThoughtSettings()
+_AS_SHIPPED = Thought()
 
 
 def writers_of(kind: str, roles: Mapping[str, Role]) -> Role:
@@ -69,10 +58,7 @@ class Judge(Protocol):
     logprobs: bool
 
     async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
-        """The verdict, None where nobody can know it, and the reward of an answer that ends its chain.
-
-        Its `path` seeds what is asked about it.
-        """
+        """The verdict, None where nobody can know it, and the reward of an answer that ends its chain."""
 
     async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
         """After a round that brought these leaves: the answers that earn a reflection."""
@@ -88,7 +74,7 @@ class Verified:
         verdict = await growth.task.judge_async(growth.question, answer.text)
         if growth.settings.reward is None or verdict.kind == "no_answer":
             return verdict, verdict.reward
-        return verdict, await growth.reward(answer, verdict)
+        return verdict, await reward_of(growth, answer.chain(), verdict)
 
     async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
         """The wrong ones of the round."""
@@ -166,11 +152,11 @@ class Growth:
         while (wanted := rollout.wanted) is not None:
             rollout.feed(await self.write(wanted))
 
-    async def write(self, wanted: Wanted) -> list[Thought]:
+    async def write(self, wanted: Wanted) -> list[Node]:
         """The thoughts that are wanted, judged where they end a chain."""
         how = self.settings.thoughts.get(wanted.kind, _AS_SHIPPED)
         if how.text is not None:
-            return [Thought(how.text.strip())]
+            return [wanted.thought(0, how.text.strip())]
         writer = self.writer(wanted.kind, wanted.seed_key)
         seed = draw(f"request:{wanted.seed_key}", 2**31)
         completion = await self.ask(
@@ -181,28 +167,32 @@ class Growth:
             seed=seed,
             stop=ANSWERS[self.task.answer_form].stops if wanted.kind == "answer" else THOUGHT_STOPS,
         )
-        written = [await self._thought(wanted, how, choice) for choice in completion.choices]
-        return [replace(thought, model=writer.model, seed=seed, seconds=completion.seconds) for thought in written]
+        thoughts = []
+        for sample, choice in enumerate(completion.choices):
+            thought = await self._thought(wanted, how, sample, choice)
+            thought.model, thought.seed, thought.seconds = writer.model, seed, completion.seconds
+            thoughts.append(thought)
+        return thoughts
 
-    async def _thought(self, wanted: Wanted, how: ThoughtSettings, choice: Choice) -> Thought:
-        above, form, logprob = wanted.node, self.task.answer_form, choice.logprob or 0.0
+    async def _thought(self, wanted: Wanted, how: Thought, sample: int, choice: Choice) -> Node:
+        above, form = wanted.node, self.task.answer_form
         closed = wanted.kind == "answer" and form == "boxed" and in_box(choice.text)[1]
         cut = choice.finish_reason == "length" and not closed
         is_open, in_line = cut and how.ends == "tokens", above.is_open and wanted.kind == above.kind
         text = thought_text(wanted.kind, wanted.prefix, choice.text, form, in_line=in_line, is_open=is_open)
-        worth: tuple[Verdict | None, float | None] = (None, None)
+        thought = wanted.thought(sample, text)
+        thought.tokens, thought.finish_reason = choice.tokens, choice.finish_reason
+        thought.logprob = choice.logprob or 0.0
         if cut and not is_open:
-            worth = Verdict("no_answer", 0.0, None, "thought cut by max_tokens"), 0.0
+            thought.verdict, thought.reward = Verdict("no_answer", 0.0, None, "thought cut by max_tokens"), 0.0
         elif wanted.kind == "answer":
-            leaf = Node(above, wanted.kind, text, wanted.seed_key, above.depth + 1, wanted.prefix)
-            leaf.tokens, leaf.logprob = choice.tokens, logprob
-            worth = await self.judge.worth(self, leaf)
-        return Thought(text, choice.tokens, choice.finish_reason, *worth, logprob)
+            thought.verdict, thought.reward = await self.judge.worth(self, thought)
+        return thought
 
     def writer(self, kind: str, key: str) -> Writer:
         """Who writes a thought type; of several one is drawn by the key."""
         writers = writers_of(kind, self.roles)
-        return writers[draw(f"writer:{key}", len(writers)) if len(writers) > 1 else 0]
+        return writers[draw(f"writer:{key}", len(writers))]
 
     async def ask(
         self,
@@ -224,7 +214,7 @@ class Growth:
             prompt = self._prompts[writer.model]
         else:
             prompt = self._prompts[writer.model] = endpoint.begin(self._messages)
-        return await self._complete(
+        return await self.complete(
             writer.model,
             Request(
                 prompt=prompt.text + text,
@@ -239,36 +229,12 @@ class Growth:
             ),
         )
 
-    async def _complete(self, model: str, request: Request) -> Completion:
+    async def complete(self, model: str, request: Request) -> Completion:
         """A completion, counted in `spent`."""
         completion = await self.calls.complete(model, request, self.tree_id)
         self.spent.requests += 1
         self.spent.add(completion)
         return completion
-
-    async def reward(self, answer: Node, verdict: Verdict | None) -> float:
-        """What the settings' `reward` says that a chain is worth so far."""
-        settings, chain = self.settings.reward, answer.chain()
-        assert settings is not None
-        function = check_reward(settings)
-        if function is not None:
-            return call(function, self.question, chain_text(chain), verdict)
-        if settings.process is not None:
-            messages = steps_messages(self.question, [node.text for node in chain], settings.separator)
-            request = Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True)
-            scored = await self._complete(settings.process, request)
-            return combined(json.loads(scored.choices[0].text), len(chain), settings.combine)
-        assert settings.judge is not None
-        completion = await self.ask(
-            Writer(model=settings.judge),
-            JUDGE_PREFIX,
-            n=settings.samples,
-            max_tokens=4,
-            seed=draw(f"judge:{answer.path}", 2**31),
-            stop=("\n",),
-            messages=judge_messages(self.question, chain_text(chain)),
-        )
-        return share_of_yes([choice.text for choice in completion.choices])
 
     def stored(self, config: str) -> StoredTree:
         """The tree as the store keeps it."""

@@ -77,25 +77,6 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Thought:
-    """What came for one sample: the whole text with its prefix, who wrote it, and how.
-
-    A leaf (an answer, a cut text) has a `reward`, what it is worth to the search in [0, 1], and a `verdict` if somebody
-    verified it; another thought has neither.
-    """
-
-    text: str
-    tokens: int = 0
-    finish_reason: str = "stop"
-    verdict: Verdict | None = None
-    reward: float | None = None
-    logprob: float = 0.0
-    model: str = ""
-    seed: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
     """A request for text: `n` thoughts of one type that follow `node`'s chain, in its slot `place`."""
 
@@ -106,19 +87,18 @@ class Wanted:
     prefix: str
     seed_key: str
 
+    def thought(self, sample: int, text: str) -> Node:
+        """What came for one sample: the whole text with its prefix. It joins the tree when its rollout is told."""
+        parent = self.node
+        return Node(parent, self.kind, text, f"{parent.path}{self.place}.{sample}/", parent.depth + 1, self.prefix)
 
-def children(wanted: Wanted, thoughts: Sequence[Thought]) -> list[Node]:
-    """The nodes of what came for a request, not yet in the tree; equal texts are one, a text without words is none."""
-    parent = wanted.node
+
+def distinct(thoughts: Sequence[Node]) -> list[Node]:
+    """Equal texts are one thought, and a text without words is none."""
     found: dict[str, Node] = {}
-    for i, thought in enumerate(thoughts):
-        if thought.text in found or not thought.text:
-            continue
-        path = f"{parent.path}{wanted.place}.{i}/"
-        found[thought.text] = Node(
-            parent, wanted.kind, thought.text, path, parent.depth + 1, wanted.prefix, thought.model, thought.tokens,
-            thought.finish_reason, thought.seed, thought.seconds, thought.verdict, thought.reward, thought.logprob,
-        )  # fmt: skip
+    for thought in thoughts:
+        if thought.text:
+            found.setdefault(thought.text, thought)
     return list(found.values())
 
 
@@ -131,14 +111,15 @@ class Rollout:
         self.written: list[Node] = []
         self.wanted: Wanted | None = search.want(node, slot)
 
-    def feed(self, thoughts: Sequence[Thought]) -> None:
+    def feed(self, thoughts: Sequence[Node]) -> None:
         """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
 
-        Where nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
+        A thought that ends its chain (an answer, a cut text) comes with its reward, another one with none. Where
+        nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
         """
         if self.wanted is None:
             raise ValueError("this rollout has already reached a judged leaf")
-        new = children(self.wanted, thoughts)
+        new = distinct(thoughts)
         if not new and self.wanted.kind != "answer":
             self.wanted = self._search.want(self.wanted.node, Slot("answer", 1, self.wanted.place))
             return
