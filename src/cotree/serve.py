@@ -22,7 +22,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from yarl import URL
 
-from cotree.config import Recipe, Search, Thought, Writer
+from cotree.config import Search, Thought, Writer
 from cotree.decoding import Backend
 from cotree.errors import CotreeError, UsageError, spoken_for
 from cotree.llm.chat import Prompt
@@ -126,13 +126,16 @@ class _Refused(Exception):  # noqa: N818 - not every refusal is an error
 
 
 class Server:
-    """The handlers. `at_once` searches run, as many as `queue` wait, the next is told to come again (429)."""
+    """The handlers. `at_once` searches run, as many as `queue` wait, the next is told to come again (429).
+
+    `endpoints` are opened by whoever serves.
+    """
+
+    endpoints: Mapping[str, Endpoint]
 
     def __init__(
         self,
-        endpoints: Mapping[str, Endpoint],
-        names: Sequence[str],
-        recipe: Recipe,
+        backend: Backend,
         *,
         strategy: str = "mcts",
         value: str | None = None,
@@ -140,10 +143,13 @@ class Server:
         at_once: int = 8,
         queue: int = 64,
         host: str = "127.0.0.1",
-        token: str | None = None,
     ) -> None:
-        self.endpoints, self.names, self.recipe, self.strategy = endpoints, names, recipe, strategy
-        self.value, self.task, self.token, self.host = value, Open(boxed=boxed), token, host
+        self.names, self.recipe = backend.names(), backend.recipe()
+        self.task, self.strategy = Open(boxed=boxed), strategy
+        self.value = settled(self.task, strategy, value, self.recipe.search)
+        self.host, self.token = host, os.environ.get(TOKEN)
+        if host not in _LOOPBACK and not self.token:
+            raise UsageError(f"{host} can be reached by others: set {TOKEN} to a secret that clients send as API key")
         self._slots, self._room, self._started = asyncio.Semaphore(at_once), at_once + queue, int(time.time())
         self.there = 0
 
@@ -183,7 +189,7 @@ class Server:
             host = page = None
         if host is None or page != host or (self.host in _LOOPBACK and host not in _LOOPBACK):
             raise _Refused(403, f"this server answers to {self.host} by no other name, and to no other server's pages")
-        if self.token is None or request.path == "/health":
+        if not self.token or request.path == "/health":
             return
         scheme, _, said = request.headers.get("Authorization", "").partition(" ")
         same = hmac.compare_digest(said.encode("utf-8", "surrogateescape"), self.token.encode())
@@ -345,22 +351,15 @@ def serve(
     Raises:
         UsageError: the models or settings are wrong, or `host` is not loopback and there is no token.
     """
-    token = os.environ.get(TOKEN) or None
-    if host not in _LOOPBACK and token is None:
-        raise UsageError(f"{host} can be reached by others: set {TOKEN} to a secret that clients send as their API key")
-    recipe, said = backend.recipe(), output or Output()
-    value = settled(Open(boxed=boxed), strategy, value, recipe.search)
-    used = recipe.used_models() | {name: recipe.models[name] for name in backend.names()}
+    server = Server(backend, strategy=strategy, value=value, boxed=boxed, at_once=at_once, host=host)
+    recipe, said = server.recipe, output or Output()
+    used = recipe.used_models() | {name: recipe.models[name] for name in server.names}
 
     async def run() -> None:
         ended = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, ended.set)
-        async with open_endpoints(used, widest=recipe.search.widest) as endpoints:
-            server = Server(
-                endpoints, backend.names(), recipe, strategy=strategy, value=value, boxed=boxed, at_once=at_once,
-                host=host, token=token,
-            )  # fmt: skip
+        async with open_endpoints(used, widest=recipe.search.widest) as server.endpoints:
             # A handler ends when its client leaves, and the search with it.
             runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
             await runner.setup()

@@ -287,13 +287,10 @@ def test_a_server_without_log_probabilities_is_one_line_that_names_the_way_out()
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (
-            {"value": "vote"},
-            "free texts, which cannot vote: use strategy mcts, best_of_n or beam with value likelihood",
-        ),
-        ({"strategy": "vote"}, "free texts, which cannot vote"),
+        ({"value": "vote"}, "by likelihood here, not by vote: free texts cannot vote"),
+        ({"strategy": "vote"}, "free texts, which cannot vote: use mcts, best_of_n or beam"),
         ({"strategy": "tree"}, "strategies are mcts, vote, best_of_n, beam"),
-        ({"value": "verifier"}, "needs a verifier"),
+        ({"value": "verifier"}, "a verifier needs search.reward"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_a_token_is_spent(how: dict[str, Any], message: str) -> None:

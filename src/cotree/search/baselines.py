@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from cotree.eval.metrics import wilson
@@ -56,7 +56,7 @@ async def best_of_n(
     grown: Sequence[tuple[Task, Question, StoredTree]],
     on_question: Callable[[int, int, str], None] = lambda done, wanted, remark: None,
 ) -> list[Found]:
-    """Independent whole chains for each question, as many as its tree's generated tokens buy."""
+    """Independent whole chains for each question, as many as its tree's generated tokens buy; family after family."""
     gate = asyncio.Semaphore(grower.settings.trees_in_flight)
     done = 0
 
@@ -69,11 +69,10 @@ async def best_of_n(
         on_question(done, len(grown), "")
         return found
 
-    # Family after family, as the search: shared worked examples stay warm.
-    order = sorted(range(len(grown)), key=lambda i: (grown[i][1].task, grown[i][1].family))
-    async with asyncio.TaskGroup() as group:
-        tasks = {i: group.create_task(one(*grown[i])) for i in order}
-    return [tasks[i].result() for i in range(len(grown))]
+    async with asyncio.TaskGroup() as group:  # as in the search, shared worked examples stay warm
+        ordered = sorted(grown, key=lambda asked: (asked[1].task, asked[1].family))
+        tasks = [group.create_task(one(*asked)) for asked in ordered]
+    return [task.result() for task in tasks]
 
 
 async def whole_chains(
@@ -120,30 +119,29 @@ def affordable(budget: int, spent: int, count: int) -> int:
 
 
 async def _sample(growth: Growth, budget: int) -> Found:
-    chains: dict[str, str] = {}
-    answers: list[tuple[str, bool]] = []
+    answered: list[tuple[str, str, str]] = []
     async for written in whole_chains(growth, budget):
         for text, choice in written:
             verdict = await growth.task.judge_async(growth.question, text, choice.finish_reason)
             if verdict.answer is not None:
-                chains[text] = verdict.kind
-                answers.append((verdict.answer, verdict.kind == "correct"))
-    return _found(chains, answers, growth.spent)
+                answered.append((text, verdict.answer, verdict.kind))
+    return _found(answered, growth.spent)
 
 
 def of_tree(tree: StoredTree) -> Found:
     """The same of a tree: its chains, the majority of its answers, its tokens."""
     leaves = [node for node in tree.nodes if node.type == "answer" and node.verdict in ("correct", "wrong")]
     # Identical siblings are one node, so a chain's text names it.
-    chains = {"\n".join(n.text for n in tree.chain(leaf.node_id)): str(leaf.verdict) for leaf in leaves}
-    return _found(chains, [(str(leaf.answer), leaf.verdict == "correct") for leaf in leaves], tree)
+    texts = ["\n".join(node.text for node in tree.chain(leaf.node_id)) for leaf in leaves]
+    return _found([(text, str(leaf.answer), str(leaf.verdict)) for text, leaf in zip(texts, leaves, strict=True)], tree)
 
 
-def _found(chains: Mapping[str, str], answers: Sequence[tuple[str, bool]], spent: Counters | StoredTree) -> Found:
-    kinds = Counter(chains.values())
+def _found(answered: Sequence[tuple[str, str, str]], spent: Counters | StoredTree) -> Found:
+    """Of chains with an answer (the chain's text, the answer, the verdict), and what they cost."""
+    kinds = Counter({text: kind for text, _, kind in answered}.values())
     # The first answer wins a tie: Counter keeps the order of arrival.
-    votes = Counter(answer for answer, _ in answers).most_common(1)
-    vote_correct = any(correct and answer == votes[0][0] for answer, correct in answers)
+    votes = Counter(answer for _, answer, _ in answered).most_common(1)
+    vote_correct = any(kind == "correct" and answer == votes[0][0] for _, answer, kind in answered)
     uncached = spent.prompt_tokens - spent.cached_tokens
     return Found(kinds["correct"], kinds["wrong"], vote_correct, spent.completion_tokens, uncached)
 

@@ -30,7 +30,6 @@ from cotree.tasks.base import Message
 from cotree.tasks.math_verdicts import compare
 
 STRATEGIES = ("mcts", "vote", "best_of_n", "beam")
-VALUES = ("vote", "likelihood", "verifier")
 
 
 class Open(Task):
@@ -196,24 +195,18 @@ def settled(task: Task, strategy: str, value: str | None, settings: Search) -> s
     Raises:
         UsageError: strategy, value and task do not go together; the message says what does.
     """
-    if value is None:
-        votes = task.comparable and strategy in ("mcts", "vote")
-        value = "verifier" if settings.reward is not None else "vote" if votes else "likelihood"
-    if strategy not in STRATEGIES or value not in VALUES:
+    if strategy not in STRATEGIES:
+        raise UsageError(f"unknown strategy `{strategy}`; strategies are {', '.join(STRATEGIES)}")
+    if strategy == "vote" and not task.comparable:
+        raise UsageError(f"answers of {task.name} are free texts, which cannot vote: use mcts, best_of_n or beam")
+    votes = task.comparable and strategy in ("mcts", "vote")
+    able = ["verifier"] if settings.reward is not None else ["vote", "likelihood"] if votes else ["likelihood"]
+    if value not in (None, *able):
         raise UsageError(
-            f"unknown strategy `{strategy}` or value `{value}`; strategies are {', '.join(STRATEGIES)}, values "
-            f"{', '.join(VALUES)}"
+            f"{strategy} values answers of {task.name} by {' or '.join(able)} here, not by {value}: free texts cannot "
+            "vote, best_of_n or beam chooses one chain by its own value, and a verifier needs search.reward"
         )
-    if not task.comparable and "vote" in (strategy, value):
-        raise UsageError(
-            f"answers of {task.name} are free texts, which cannot vote: use strategy mcts, best_of_n or beam with "
-            "value likelihood or verifier"
-        )
-    if strategy in ("best_of_n", "beam") and value == "vote":
-        raise UsageError(f"{strategy} chooses one chain by its own value: use value likelihood or verifier")
-    if (value == "verifier") != (settings.reward is not None):
-        raise UsageError("value verifier needs a verifier (search.reward), and only it takes one")
-    return value
+    return value or able[0]
 
 
 async def _trees(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]]:

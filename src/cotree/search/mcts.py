@@ -117,8 +117,7 @@ class Rollout:
         A thought that ends its chain (an answer, a cut text) comes with its reward, another one with none. Where
         nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
         """
-        if self.wanted is None:
-            raise ValueError("this rollout has already reached a judged leaf")
+        assert self.wanted is not None, "this rollout has already reached a judged leaf"
         new = distinct(thoughts)
         if not new and self.wanted.kind != "answer":
             self.wanted = self._search.want(self.wanted.node, Slot("answer", 1, self.wanted.place))
@@ -194,8 +193,7 @@ class TreeSearch:
 
     def tell(self, rollout: Rollout) -> None:
         """Merge a finished rollout: its nodes join the tree, its judged leaves count once, its virtual loss goes."""
-        if rollout.wanted is not None:
-            raise ValueError("tell needs a rollout that has reached a judged leaf; use fail for one that has not")
+        assert rollout.wanted is None, "tell needs a rollout that has reached a judged leaf; fail is for another"
         rollout.start.slots.remove(rollout.slot)
         self._add(rollout.start, virtual=-1)
         for node in rollout.written:

@@ -7,12 +7,11 @@ is asked about it.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,17 +40,10 @@ def load_function(name: str) -> RewardFunction:
     """
     where, _, function = name.rpartition(":")
     try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
+        names = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
     except Exception as error:  # noqa: BLE001 - the user's module may raise anything
         raise UsageError(f"search.reward.function: cannot load {where}: {type(error).__name__}: {error}") from None
-    found: Any = getattr(module, function, None)
+    found: Any = names.get(function)
     if not callable(found):
         raise UsageError(f"search.reward.function: {where} has no function `{function}`")
     return found  # type: ignore[no-any-return]
