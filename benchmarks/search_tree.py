@@ -11,6 +11,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import count
 
+from cotree.config import Search
 from cotree.search.mcts import TreeSearch
 from cotree.search.thoughts import draw
 from cotree.tasks import Verdict
@@ -23,7 +24,7 @@ THOUGHTS_TIMED = 20_000
 
 def new_tree(seed: int) -> TreeSearch:
     """An empty endless tree."""
-    return TreeSearch(ENDLESS, f"{seed}", rollouts=10**9, max_depth=40, max_reflections=10**9)
+    return TreeSearch(ENDLESS, f"{seed}", Search(rollouts=10**9, max_depth=40, max_reflections=10**9))
 
 
 def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:

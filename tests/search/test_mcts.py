@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cotree.config import Search
 from cotree.search.mcts import Node, Rollout, TreeSearch
 from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, prefix_of
 from cotree.tasks import Verdict
@@ -57,7 +58,7 @@ def shape(search: TreeSearch) -> list[tuple[object, ...]]:
 
 
 def new_search(pattern: str, seed: int, rollouts: int = 12) -> TreeSearch:
-    return TreeSearch(PATTERNS[pattern], str(seed), rollouts=rollouts, max_depth=8, max_reflections=3)
+    return TreeSearch(PATTERNS[pattern], str(seed), Search(rollouts=rollouts, max_depth=8, max_reflections=3))
 
 
 @given(
@@ -129,7 +130,9 @@ def test_the_tree_does_not_depend_on_the_order_of_completions(
 
 
 def test_a_tree_with_nothing_to_grow_begins_anew_beside_what_it_has() -> None:
-    search = TreeSearch({"root": {"thinking": 2}, "thinking": {"answer": 1}}, "s", rollouts=9, max_reflections=0)
+    search = TreeSearch(
+        {"root": {"thinking": 2}, "thinking": {"answer": 1}}, "s", Search(rollouts=9, max_reflections=0)
+    )
     places = []
     while search.rollouts_left:
         if search.root.open_below == 0:
@@ -160,7 +163,7 @@ def test_ucb_is_the_papers() -> None:
 
 
 def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> None:
-    search = TreeSearch(PATTERNS["plain"], "s", rollouts=30, max_reflections=1)
+    search = TreeSearch(PATTERNS["plain"], "s", Search(rollouts=30, max_reflections=1))
     while not search.done:
         for rollout in search.ask(1):
             while (wanted := rollout.wanted) is not None:

@@ -66,12 +66,10 @@ def locate(name: str) -> Path:
     """
     if name in _PACKAGED:
         return _packaged(name, _PACKAGED[name])
-    if name.endswith(".gguf") and ":" not in name:
-        if not Path(name).is_file():
-            raise UsageError(f"embedded model `{name}`: no such file; give a .gguf that exists, or REPO_ID:FILE.gguf")
-        return Path(name)
     if ":" in name:
         return _from_hub(*name.split(":", 1))
+    if name.endswith(".gguf") and Path(name).is_file():
+        return Path(name)
     known = ", ".join(_PACKAGED)
     raise UsageError(f"unknown embedded model `{name}`; known: {known}, or a path to a .gguf, or REPO_ID:FILE.gguf")
 

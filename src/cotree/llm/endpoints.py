@@ -122,19 +122,17 @@ async def _reach(
         if isinstance(result, BaseException) and not isinstance(result, UsageError):
             raise result
     problems = [str(result) for result in results if result is not None]
-    if problems and len(clients) == 1:
-        raise UsageError(problems[0])
     if problems:
-        raise UsageError(f"{len(problems)} of {len(clients)} servers are not ready: {'; '.join(problems)}")
+        which = f"{len(problems)} of {len(clients)} servers are not ready: " if len(clients) > 1 else ""
+        raise UsageError(which + "; ".join(problems))
     return clients
 
 
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
     from cotree.llm.tokenizer import load_tokenizer
 
-    if model.embedded is not None:
-        return load_tokenizer(locate(model.embedded), chats=False)
-    return None if model.tokenizer is None else load_tokenizer(model.tokenizer, chats=False)
+    source = model.tokenizer if model.embedded is None else locate(model.embedded)
+    return None if source is None else load_tokenizer(source, chats=False)
 
 
 def _client(

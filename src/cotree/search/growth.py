@@ -97,17 +97,9 @@ class Growth:
     ) -> None:
         self.task, self.question, self.tree_id = task, question, tree_id
         self.calls, self.roles, self.settings, self.judge = calls, roles, settings, judge or Verified()
-        patterns = patterns_of(settings)
         self.pattern = settings.patterns[draw(f"pattern/{tree_id}", len(settings.patterns))]
-        self.search = TreeSearch(
-            patterns[self.pattern],
-            f"{seed}/{tree_id}",
-            rollouts=settings.rollouts,
-            exploration=settings.exploration,
-            max_depth=settings.max_depth,
-            max_reflections=settings.max_reflections,
-            prefixes=prefixes_of(settings, task.answer_form),
-        )
+        pattern, prefixes = patterns_of(settings)[self.pattern], prefixes_of(settings, task.answer_form)
+        self.search = TreeSearch(pattern, f"{seed}/{tree_id}", settings, prefixes)
         self.tally = Tally()
         self.spent = Counters()  # of this tree alone, journalled calls included
         self.stopped: str | None = None

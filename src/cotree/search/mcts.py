@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cotree.config import Search
 from cotree.search.thoughts import PREFIXES, Pattern, prefix_of
 from cotree.tasks.base import Verdict
 
@@ -132,26 +133,17 @@ class Rollout:
 
 
 class TreeSearch:
-    """One question's tree. `rollouts` bounds the descents, `max_reflections` the second chances in the whole tree.
+    """One question's tree, as the recipe's `settings` want it.
 
     `rollouts_left` is what may still be asked, for whoever drives the search to lower or to raise; `rollouts` is what
     was asked and has not failed.
     """
 
     def __init__(
-        self,
-        pattern: Pattern,
-        seed: str,
-        *,
-        rollouts: int,
-        exploration: float = 1.0,
-        max_depth: int = 10,
-        max_reflections: int = 2,
-        prefixes: Mapping[str, Sequence[str]] = PREFIXES,
+        self, pattern: Pattern, seed: str, settings: Search, prefixes: Mapping[str, Sequence[str]] = PREFIXES
     ) -> None:
-        self.pattern, self.seed, self.prefixes = pattern, seed, prefixes
-        self.exploration, self.max_depth = exploration, max_depth
-        self.rollouts_left, self.reflections_left = rollouts, max_reflections
+        self.pattern, self.seed, self.settings, self.prefixes = pattern, seed, settings, prefixes
+        self.rollouts_left, self.reflections_left = settings.rollouts, settings.max_reflections
         self.rollouts = 0
         self.root = Node(None, None, "", "", 0, id=0)
         self.root.slots = self.row(self.root)
@@ -166,7 +158,7 @@ class TreeSearch:
 
     def row(self, node: Node) -> list[Slot]:
         """What may follow a node by the pattern; near `max_depth` only an answer."""
-        if node.depth + 1 >= self.max_depth:
+        if node.depth + 1 >= self.settings.max_depth:
             return [Slot("answer", 1, 0)]
         following = self.pattern[node.kind or "root"]
         return [Slot(kind, n, i) for i, (kind, n) in enumerate(following.items())]
@@ -241,7 +233,7 @@ class TreeSearch:
         parent = answer.parent
         assert parent is not None
         there = [child.kind for child in parent.children] + [slot.kind for slot in parent.slots]
-        if "reflection" in there or self.reflections_left == 0 or parent.depth + 3 > self.max_depth:
+        if "reflection" in there or self.reflections_left == 0 or parent.depth + 3 > self.settings.max_depth:
             return
         self.reflections_left -= 1
         parent.slots.insert(0, Slot("reflection", 1, parent.slots_made))
@@ -265,7 +257,7 @@ class TreeSearch:
     def ucb(self, node: Node, parent_visits: int) -> float:
         """v/n + C sqrt(ln N / n), the paper's UCB; a virtual loss counts as a visit without reward."""
         visits = node.visits + node.virtual
-        return node.value / visits + self.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
+        return node.value / visits + self.settings.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
 
     @staticmethod
     def _add(node: Node, *, visits: int = 0, value: float = 0.0, virtual: int = 0, open_below: int = 0) -> None:
