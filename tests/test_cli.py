@@ -48,7 +48,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["run", "no.yaml"], "no recipe at no.yaml"),
         (["run", LAPTOP, "search.rolouts=2"], "did you mean `rollouts`"),
         (["run", LAPTOP, "models.smollm2.embedded=llama-9"], "unknown embedded model `llama-9`"),
-        (["run", LAPTOP, "models.smollm2.embedded=/no/such.gguf"], "no such file"),
+        (["run", LAPTOP, "models.smollm2.embedded=/no/such.gguf"], "unknown embedded model"),
         (["run", LAPTOP, "--only", "sing"], "unknown stage `sing`"),
         (["run", LAPTOP, "--only", "build"], "needs `search` first"),
         (["run", LAPTOP, "tasks.train.letters=99999"], "lower the number"),

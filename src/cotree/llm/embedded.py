@@ -71,7 +71,8 @@ def locate(name: str) -> Path:
     if name.endswith(".gguf") and Path(name).is_file():
         return Path(name)
     known = ", ".join(_PACKAGED)
-    raise UsageError(f"unknown embedded model `{name}`; known: {known}, or a path to a .gguf, or REPO_ID:FILE.gguf")
+    others = "or a path to a .gguf that is there, or REPO_ID:FILE.gguf"
+    raise UsageError(f"unknown embedded model `{name}`; known: {known}, {others}")
 
 
 def _packaged(name: str, model: _Packaged) -> Path:

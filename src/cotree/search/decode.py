@@ -125,10 +125,10 @@ class WithoutGold:
             return []
         leaves = growth.search.leaves
         _, found = await _said(growth, leaves)
-        if self.value == "vote":
-            answered = [group for group in found if group is not None]
-            growth.search.revalue([0.0 if g is None else answered.count(g) / len(answered) for g in found])
         votes = self.votes(leaves, found)
+        if self.value == "vote":
+            cast = sum(votes.values())
+            growth.search.revalue([0.0 if group is None else votes[group] / cast for group in found])
         winner = max(votes, key=votes.__getitem__, default=None)
         return [leaf for leaf, group in zip(leaves, found, strict=True) if group not in (None, winner)]
 
