@@ -11,7 +11,8 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from cotree.search.mcts import Thought, TreeSearch
+from cotree.config import Search
+from cotree.search.mcts import TreeSearch
 from cotree.search.thoughts import draw
 from cotree.tasks import Verdict
 
@@ -23,7 +24,7 @@ THOUGHTS_TIMED = 20_000
 
 def new_tree(seed: int) -> TreeSearch:
     """An empty endless tree."""
-    return TreeSearch(ENDLESS, f"{seed}", rollouts=10**9, max_depth=40, max_reflections=10**9)
+    return TreeSearch(ENDLESS, f"{seed}", Search(rollouts=10**9, max_depth=40, max_reflections=10**9))
 
 
 def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
@@ -33,10 +34,12 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
         rollouts = search.ask(leaves)
         for rollout in rollouts:
             while (wanted := rollout.wanted) is not None:
-                texts = [f"{TEXT}{next(number)}" for _ in range(wanted.n)]
+                thoughts = [wanted.thought(i, f"{TEXT}{next(number)}") for i in range(wanted.n)]
                 right = draw(wanted.seed_key, 2)
-                verdict = Verdict("correct" if right else "wrong", float(right)) if wanted.kind == "answer" else None
-                rollout.feed([Thought(text, 24, "stop", verdict) for text in texts], "stub", 0, 0.05)
+                for thought in thoughts if wanted.kind == "answer" else ():
+                    thought.verdict = Verdict("correct" if right else "wrong", float(right))
+                    thought.reward = float(right)
+                rollout.feed(thoughts)
         for rollout in rollouts:
             search.tell(rollout)
             for node in rollout.written:

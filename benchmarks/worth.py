@@ -22,7 +22,7 @@ from cotree.config import load_recipe
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.report.search_lines import comparison_lines
 from cotree.report.summary import Search as SearchSummary
-from cotree.search.baselines import best_of_n, of_tree, worth
+from cotree.search.baselines import compare
 from cotree.search.driver import Grower
 from cotree.store import TreeStore
 from cotree.tasks import Question, Split, Task, task
@@ -41,9 +41,8 @@ async def both(
     with TreeStore(folder / "trees.db") as store:
         grower = Grower(store, endpoints, recipe.roles, settings, recipe.seed)
         await grower.grow_all(questions)
-        grown = grower.grown(questions)
-        found = await best_of_n(grower.calls, recipe.roles, settings, grown, lambda *_: None)
-        return worth("mcts", [of_tree(tree) for _, _, tree in grown]), worth("best_of_n", found)
+        mcts, best_of_n = await compare(grower, questions, lambda *_: None)
+        return mcts, best_of_n
 
 
 def drawn(names: list[str], split: Split, count: int) -> list[tuple[Task, Question]]:

@@ -18,6 +18,7 @@ def test_the_names_are_frozen_and_there() -> None:
         "__version__",
         "build_dpo",
         "build_sft",
+        "decode",
         "diagnose",
         "evaluate",
         "task",

@@ -37,11 +37,11 @@ async def served(
     backend: FakeServer, *, chat_only: bool = False, overrides: tuple[str, ...] = (), **options: Any
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, Server]]:
     """A server before a fake backend, and a session with its address."""
-    rollouts = options.pop("rollouts", 6)
-    recipe = Backend((backend.url,), overrides, "one", None if chat_only else "its own").recipe(None, rollouts, 3)
+    rollouts, tokenizer = options.pop("rollouts", 6), None if chat_only else "its own"
+    own = Backend([backend.url], overrides, "one", tokenizer, rollouts=rollouts, seed=3)
     async with Client("one", backend.url, "one", max_in_flight=64, count_tokens=count_tokens, backoff=0.01) as client:
-        endpoint = Endpoint("one", (client,), None if chat_only else PlainTemplate(), "one")
-        server = Server({"one": endpoint}, ["one"], recipe, **({"boxed": True} | options))
+        server = Server(own, **({"boxed": True} | options))
+        server.endpoints = {"one": Endpoint("one", (client,), None if chat_only else PlainTemplate(), "one")}
         runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -116,7 +116,7 @@ async def test_a_stream_says_the_same_in_pieces(path: str, include: bool) -> Non
     text = "".join(p["delta"].get("content", "") if "chat" in path else p["text"] for p in pieces)
     choice = whole["choices"][0]
     assert text == (choice["message"]["content"] if "chat" in path else choice["text"])
-    assert [p["finish_reason"] for p in pieces] == [None, "stop"]
+    assert [p["finish_reason"] for p in pieces] == ["stop"]
 
 
 async def test_every_parameter_that_is_taken_changes_the_outcome() -> None:
@@ -250,9 +250,12 @@ async def test_a_page_cannot_reach_a_loopback_server_by_a_name_of_its_own(header
         (f"bearer {TOKEN}", 200),
     ],
 )
-async def test_a_token_is_asked_for_and_never_quoted(sent: str | None, status: int) -> None:
+async def test_a_token_is_asked_for_and_never_quoted(
+    sent: str | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COTREE_TOKEN", TOKEN)
     headers = {} if sent is None else {"Authorization": sent}
-    async with FakeServer(reply=talk) as fake, served(fake, token=TOKEN, host="0.0.0.0") as (session, _):
+    async with FakeServer(reply=talk) as fake, served(fake, host="0.0.0.0") as (session, _):
         async with session.get("/v1/models", headers=headers) as reply:
             assert reply.status == status
             assert TOKEN not in await reply.text()
@@ -310,18 +313,16 @@ async def test_a_backend_that_refuses_is_an_error_and_no_traceback(stream: bool)
 
 async def test_free_texts_cannot_vote_so_a_server_of_them_takes_likelihood() -> None:
     async with FakeServer(reply=poem) as fake:
-        with pytest.raises(UsageError, match="free texts, which cannot vote"):
-            async with served(fake, boxed=False, value="vote"):
-                pass
         async with served(fake, boxed=False) as (session, _):
             _, reply = await ask(session)
         assert fake.requests[0]["logprobs"] == 1
     assert "The answer is" not in reply["choices"][0]["message"]["content"]
 
 
-async def test_the_official_client_works() -> None:
+async def test_the_official_client_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTREE_TOKEN", TOKEN)
     openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'cotree[dev]'")
-    async with FakeServer(reply=talk) as fake, served(fake, token=TOKEN, at_once=1, queue=0) as (session, _):
+    async with FakeServer(reply=talk) as fake, served(fake, at_once=1, queue=0) as (session, _):
         client = openai.AsyncOpenAI(
             base_url=f"http://127.0.0.1:{session._base_url_origin and session._base_url_origin.port}/v1",
             api_key=TOKEN,
@@ -415,14 +416,14 @@ def test_the_decode_verb_prints_answer_chain_votes_and_tokens(
     ("words", "message"),
     [
         (["decode"], "give a question in quotes"),
-        (["decode", "Why?", "--value", "vote"], "free texts, which cannot vote"),
-        (["decode", "Why?", "--strategy", "trees"], "strategies are mcts"),
+        (["decode", "Why?", "--value", "vote"], "free texts cannot vote"),
+        (["decode", "Why?", "--strategy", "trees"], "'trees' is not one of 'mcts'"),
         (["decode", "--task", "arithmetic", "--id", "none"], "has no question `none`"),
         (["decode", "--task", "arithmetic"], "takes --id"),
         (["decode", "Why?", "search.rolouts=4"], "did you mean `rollouts`"),
         (["decode", "Why?", "--model", "llama-9"], "unknown embedded model `llama-9`"),
         (["decode", "Why?", "--model", "http://127.0.0.1:9"], "start the server"),
-        (["serve", "http://127.0.0.1:9", "--value", "vote"], "free texts, which cannot vote"),
+        (["serve", "http://127.0.0.1:9", "--value", "vote"], "free texts cannot vote"),
         (["serve", "http://127.0.0.1:9", "--host", "0.0.0.0"], "set COTREE_TOKEN"),
     ],
 )

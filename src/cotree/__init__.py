@@ -12,6 +12,7 @@ from cotree.errors import CotreeError, UsageError
 
 if TYPE_CHECKING:
     from cotree.data.build import build_dpo, build_sft
+    from cotree.decoding import decode
     from cotree.eval.diagnosis import diagnose
     from cotree.eval.evaluate import evaluate
     from cotree.tasks import Question, Task, Verdict, task
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "build_dpo",
     "build_sft",
+    "decode",
     "diagnose",
     "evaluate",
     "task",
@@ -37,6 +39,7 @@ _LAZY = {
     "Verdict": "cotree.tasks",
     "build_dpo": "cotree.data.build",
     "build_sft": "cotree.data.build",
+    "decode": "cotree.decoding",
     "diagnose": "cotree.eval.diagnosis",
     "evaluate": "cotree.eval.evaluate",
     "task": "cotree.tasks",

@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,8 +34,11 @@ Served = Annotated[str, typer.Option(help="The model's name at a server.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")]
 KeyVariable = Annotated[str | None, typer.Option(help="The variable that holds a server's key.")]
 Boxed = Annotated[bool, typer.Option("--boxed", help="Answers are short, in a box, and can vote; else free text.")]
-StrategyName = Annotated[str, typer.Option(help="mcts, vote, best_of_n or beam.")]
-ValueName = Annotated[str | None, typer.Option(help="vote, likelihood or verifier (search.reward=...).")]
+Strategy = Literal["mcts", "vote", "best_of_n", "beam"]
+StrategyName = Annotated[Strategy, typer.Option(help="How answers are searched for.")]
+ValueName = Annotated[
+    Literal["vote", "likelihood", "verifier"] | None, typer.Option(help="What they go by; verifier: search.reward=...")
+]
 Budget = Annotated[int | None, typer.Option(min=1, help="About how many tokens to generate.")]
 Rollouts = Annotated[int | None, typer.Option(min=1, help="At most so many chains.")]
 Seed = Annotated[int, typer.Option(help="Of the search.")]
@@ -134,7 +137,7 @@ def eval_(
     chat: Annotated[bool, typer.Option("--chat", help="The server renders the prompts.")] = False,
     api_key_env: KeyVariable = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
-    strategy: Annotated[str | None, typer.Option(help="Decode by mcts, vote, best_of_n or beam.")] = None,
+    strategy: Annotated[Strategy | None, typer.Option(help="Decode by search.")] = None,
     value: ValueName = None,
     budget_tokens: Budget = None,
     compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Compare two evaluations instead.")] = None,
@@ -251,15 +254,15 @@ def decode(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and errors.")] = False,
 ) -> None:
     """Answer one question by search that knows no gold answer."""
-    from cotree.decoding import Backend, decode_question
+    from cotree.decoding import decode as decode_one
     from cotree.progress import Output
 
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
-    backend = Backend((model,), (*given, *(overrides or [])), served, tokenizer, api_key_env)
-    found = decode_question(
-        None if given else question, backend, task_name=task, question_id=id_, boxed=boxed, strategy=strategy,
-        value=value, budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, output=Output(quiet=quiet),
+    found = decode_one(
+        None if given else question, model, task=task, question_id=id_, boxed=boxed, strategy=strategy, value=value,
+        budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, overrides=[*given, *(overrides or [])],
+        served=served, tokenizer=tokenizer, api_key_env=api_key_env, output=Output(quiet=quiet),
     )  # fmt: skip
     if quiet and found.answer is not None:
         Output().say(found.answer)
@@ -288,9 +291,9 @@ def serve(
     from cotree.progress import Output
     from cotree.serve import serve as serve_models
 
+    backend = Backend(models, set_ or [], served, tokenizer, api_key_env, budget_tokens, rollouts, seed)
     serve_models(
-        Backend(tuple(models), tuple(set_ or []), served, tokenizer, api_key_env), strategy=strategy, value=value,
-        boxed=boxed, budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, at_once=at_once, host=host, port=port,
+        backend, strategy=strategy, value=value, boxed=boxed, at_once=at_once, host=host, port=port,
         output=Output(quiet=quiet),
     )  # fmt: skip
 

@@ -191,7 +191,7 @@ class Search(Section):
     leaves_per_round: int = Field(2, ge=1)
     exploration: float = Field(1.0, ge=0)
     patterns: list[str] = Field(["plain", "hypothesis", "double_check", "reclarify"], min_length=1)
-    own_patterns: dict[str, dict[str, dict[str, int]]] = {}
+    own_patterns: dict[str, dict[str, dict[str, Count]]] = {}
     thoughts: dict[str, Thought] = {}
     temperature: float = Field(0.8, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)

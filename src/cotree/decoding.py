@@ -1,4 +1,4 @@
-"""Decode with search from the command line: which models, which settings, one question answered.
+"""Decode with search from the command line or a script: which models, which settings, one question answered.
 
 Invariant: whatever can be wrong with models, settings and question is found before a token is spent, by the checks that
 a recipe gets.
@@ -7,6 +7,7 @@ a recipe gets.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from cotree.errors import UsageError, spoken_for
 from cotree.llm.endpoints import open_endpoints
 from cotree.progress import Output
 from cotree.search.calls import Calls, Progress
-from cotree.search.decode import Decoded, Open, decode, settled
-from cotree.tasks import Question, Task, task
+from cotree.search.decode import Decoded, Open, settled
+from cotree.search.decode import decode as search
+from cotree.search.reward import check_reward
+from cotree.tasks import task as task_of
 
 # Without a budget.
 _ROLLOUTS = 16
@@ -28,19 +31,23 @@ class Backend:
     renders its prompts (without one the server renders them) and the environment variable that holds its key.
 
     words: URLs, embedded names or GGUF files. overrides: `a.b=c`, of a recipe's models, roles and search.
+    budget_tokens, rollouts: what a search may spend; 16 rollouts if neither is given.
     """
 
-    words: tuple[str, ...]
-    overrides: tuple[str, ...] = ()
+    words: Sequence[str]
+    overrides: Sequence[str] = ()
     served: str = "default"
     tokenizer: str | None = None
     api_key_env: str | None = None
+    budget_tokens: int | None = None
+    rollouts: int | None = None
+    seed: int = 0
 
     def names(self) -> list[str]:
         """What the models are called."""
         return [self.served if word.startswith(("http://", "https://")) else word for word in self.words]
 
-    def recipe(self, budget_tokens: int | None, rollouts: int | None, seed: int) -> Recipe:
+    def recipe(self) -> Recipe:
         """The models and settings as a recipe, which checks them."""
         models: dict[str, Any] = {}
         for name, word in zip(self.names(), self.words, strict=True):
@@ -49,27 +56,29 @@ class Backend:
             models[name] = {"embedded": word} if name == word else server | {"api_key_env": self.api_key_env}
         if len(models) < len(self.words):
             raise UsageError("two models have one name; serve each from a process of its own, or name them by --served")
-        bounds: dict[str, Any] = {"stop": {"tokens": budget_tokens}}
-        if rollouts is not None or budget_tokens is None:
-            bounds["rollouts"] = rollouts or _ROLLOUTS
+        search: dict[str, Any] = {"stop": {"tokens": self.budget_tokens}}
+        if self.rollouts is not None or self.budget_tokens is None:
+            search["rollouts"] = self.rollouts or _ROLLOUTS
         raw = {
             "name": "decode",
-            "seed": seed,
+            "seed": self.seed,
             # A recipe names tasks and a student, and decoding needs neither.
             "models": {**models, "student": {"embedded": "smollm2-135m-instruct"}},
             "tasks": {"train": {"arithmetic": 1}, "eval": {}},
             "train": {"student": "student"},
             "roles": {"thinker": self.names()[0]},
-            "search": {"patterns": ["plain"], "max_thought_tokens": 256, **bounds},
+            "search": {"patterns": ["plain"], "max_thought_tokens": 256, **search},
         }
-        return parse_recipe(raw, "decoding", self.overrides)
+        recipe = parse_recipe(raw, "decoding", self.overrides)
+        check_reward(recipe.search.reward)
+        return recipe
 
 
-def decode_question(
-    asked: str | None,
-    backend: Backend,
+def decode(
+    question: str | None = None,
+    model: str = "smollm2-135m-instruct",
     *,
-    task_name: str | None = None,
+    task: str | None = None,
     question_id: str | None = None,
     boxed: bool = False,
     strategy: str = "mcts",
@@ -77,23 +86,42 @@ def decode_question(
     budget_tokens: int | None = None,
     rollouts: int | None = None,
     seed: int = 0,
+    overrides: Sequence[str] = (),
+    served: str = "default",
+    tokenizer: str | None = None,
+    api_key_env: str | None = None,
     output: Output | None = None,
 ) -> Decoded:
-    """Answer one question, and say the answer, its chain, the votes and the tokens.
+    """Answer one question by search that knows no gold answer, and say the answer, its chain, the votes and the tokens.
 
     Args:
-        asked: the question's words; or none, and `question_id` of a task.
+        question: its words; or none, and `task` with the `question_id` of one of its questions.
+        model: a server's URL, a `.gguf` or an embedded name.
         boxed: the answer is short and stands in a box, so that answers can vote; else it is free text. A task knows.
-        others: as of `search.decode.decode`.
+        strategy: `mcts`, `vote`, `best_of_n` or `beam`. value: `vote`, `likelihood` or `verifier` (docs/decoding.md).
+        budget_tokens: about how many tokens to generate. rollouts: at most so many chains (16 without a budget).
+        overrides: `a.b=c`, of a recipe's models, roles and search.
+        served, tokenizer, api_key_env: of a server, as `model`, `tokenizer` and `api_key_env` of a recipe's model.
 
     Raises:
         UsageError: found before any work.
         CotreeError: a model failed.
     """
-    recipe = backend.recipe(budget_tokens, rollouts, seed)
-    kind, question = _question(asked, task_name, question_id, boxed)
+    backend = Backend((model,), overrides, served, tokenizer, api_key_env, budget_tokens, rollouts, seed)
+    recipe, output = backend.recipe(), output or Output()
+    kind = Open(boxed=boxed) if task is None else task_of(task)
     value = settled(kind, strategy, value, recipe.search)
-    output = output or Output()
+    if isinstance(kind, Open):
+        if not question or question_id is not None:
+            raise UsageError("give a question in quotes, or --task with --id")
+        asked = kind.ask([{"role": "user", "content": question}])
+    else:
+        if question is not None or question_id is None or boxed:
+            raise UsageError("--task takes --id of one of its questions, and knows itself how it is answered")
+        named = [item for item in kind.questions() if item.id == question_id]
+        if not named:
+            raise UsageError(f"task `{kind.name}` has no question `{question_id}`")
+        asked = named[0]
 
     async def answer() -> Decoded:
         async with open_endpoints(recipe.used_models(), widest=recipe.search.widest) as endpoints:
@@ -103,8 +131,8 @@ def decode_question(
                 def show(best: Decoded) -> None:
                     update(best.spent.completion_tokens, budget_tokens or 0, f"best so far: {best.answer}")
 
-                return await decode(
-                    kind, question, calls, recipe.roles, recipe.search,
+                return await search(
+                    kind, asked, calls, recipe.roles, recipe.search,
                     strategy=strategy, value=value, seed=seed, on_round=show,
                 )  # fmt: skip
 
@@ -116,21 +144,6 @@ def decode_question(
     spent = best.spent
     output.say(
         f"{best.chains} chains; {spent.completion_tokens} tokens generated, {spent.prompt_tokens} read "
-        f"({spent.cached_tokens} cached) in {spent.calls} calls; stopped by: {best.stopped}"
+        f"({spent.cached_tokens} cached) in {spent.requests} calls; stopped by: {best.stopped}"
     )
     return best
-
-
-def _question(asked: str | None, task_name: str | None, question_id: str | None, boxed: bool) -> tuple[Task, Question]:
-    if task_name is None:
-        if not asked or question_id is not None:
-            raise UsageError("give a question in quotes, or --task with --id")
-        kind = Open(boxed=boxed)
-        return kind, kind.ask([{"role": "user", "content": asked}])
-    known = task(task_name)
-    if asked is not None or question_id is None or boxed:
-        raise UsageError("--task takes --id of one of its questions, and knows itself how it is answered")
-    found = next((question for question in known.questions() if question.id == question_id), None)
-    if found is None:
-        raise UsageError(f"task `{known.name}` has no question `{question_id}`")
-    return known, found

@@ -96,7 +96,6 @@ def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
     """Everything that can be known to fail in the stages that are ahead, before work starts."""
     from importlib.util import find_spec
 
-    from cotree.llm.embedded import locate
     from cotree.llm.endpoints import check_servers
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.search.reward import check_reward
@@ -125,10 +124,6 @@ def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
         return
     check_reward(recipe.search.reward)
     asyncio.run(check_servers(asked))
-    for model in asked.values():
-        source = model.tokenizer if model.embedded is None else locate(model.embedded)
-        if source is not None:
-            load_tokenizer(source, chats=False)
 
 
 def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:

@@ -13,8 +13,9 @@ from tests.fake_server import ASSISTANT, FakeServer, count_tokens, tell
 from tests.llm.asking import client, raw_server
 
 from cotree.errors import CotreeError, UsageError
-from cotree.llm.chat import Prompt, begin, render
+from cotree.llm.chat import Prompt, render
 from cotree.llm.client import Request
+from cotree.llm.endpoints import Endpoint
 from cotree.llm.wire import read_reply
 
 ASKED = (("system", "be brief"), ("user", "two and two?"))
@@ -99,9 +100,10 @@ def test_odd_messages(message: Any, problem: str, lasting: bool) -> None:
     reply = read_reply(content, request(n=1), count_tokens)
     assert problem in reply.problem
     assert bool(problem) == bool(reply.problem)
-    assert (reply.lasting, len(reply.choices)) == (lasting, 0 if problem else 1)
+    assert reply.completion is not None
+    assert (reply.lasting, len(reply.completion.choices)) == (lasting, 0 if problem else 1)
     # Nothing says how long the prompt is, so all of its words are counted.
-    assert reply.prompt_tokens == 5
+    assert reply.completion.prompt_tokens == 5
 
 
 async def test_separated_reasoning_is_an_error_and_not_an_empty_thought() -> None:
@@ -146,10 +148,10 @@ def test_a_beginning_that_the_server_adds_is_left_out() -> None:
     adding: Any = Template(True)
     assert render(adding, MESSAGES) == "be brieftwo and two?"
     silent: Any = Template(False)
-    assert begin(silent, MESSAGES) == Prompt("<s>be brieftwo and two?")
+    assert render(silent, MESSAGES) == "<s>be brieftwo and two?"
 
 
 def test_without_a_tokenizer_the_messages_are_the_prompt() -> None:
-    prompt = begin(None, MESSAGES)
+    prompt = Endpoint("m", (), None, "m").begin(MESSAGES)
     assert prompt == Prompt("", ASKED)
-    assert hash(prompt) == hash(begin(None, MESSAGES))
+    assert hash(prompt) == hash(Prompt("", ASKED))

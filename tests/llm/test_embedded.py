@@ -22,7 +22,7 @@ from tests.train.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
 from cotree.errors import CotreeError, UsageError
 from cotree.llm import embedded
-from cotree.llm.chat import begin
+from cotree.llm.chat import render
 from cotree.llm.embedded import at_type, cache_folder, locate, serve
 from cotree.llm.gguf_file import GGUF, write
 from cotree.llm.tokenizer import load_tokenizer
@@ -164,7 +164,7 @@ def check_cuts(path: Path, samples: st.SearchStrategy[str], examples: int) -> No
             assert ours.decode(served) == sample.replace("▁", " ")
 
         check()
-        prompt = begin(ours, MESSAGES).text
+        prompt = render(ours, MESSAGES)
         whole = ours(prompt)["input_ids"]
         assert whole.count(ours.bos_token_id) == 1 and whole[0] == ours.bos_token_id
         assert (
@@ -202,11 +202,11 @@ def test_pieces_are_cut_as_the_engine_cuts_them(tmp_path: Path, capfd: pytest.Ca
 
 def test_a_base_model_reads_plain_turns(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(pieces_gguf(tmp_path), chats=False)
-    assert begin(tokenizer, MESSAGES).text == (
+    assert render(tokenizer, MESSAGES) == (
         "Question: What is 1 + 2?\nAnswer:\nI add 1 and 2.\n1 + 2 = 3.\n\nQuestion: What is 3 + 4?\nAnswer:\n"
     )
     told = [{"role": "system", "content": "Be brief. "}, *MESSAGES[-1:]]
-    assert begin(tokenizer, told).text == "Be brief.\n\nQuestion: What is 3 + 4?\nAnswer:\n"
+    assert render(tokenizer, told) == "Be brief.\n\nQuestion: What is 3 + 4?\nAnswer:\n"
 
 
 REAL = [

@@ -71,7 +71,7 @@ def ask(
 
     with FakeServerThread(**({"reply": talk} | (server or {}))) as fake:
         best = asyncio.run(run(fake.url))
-        assert best.spent.calls == fake.calls
+        assert best.spent.requests == fake.calls
     return best
 
 
@@ -287,13 +287,10 @@ def test_a_server_without_log_probabilities_is_one_line_that_names_the_way_out()
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (
-            {"value": "vote"},
-            "free texts, which cannot vote: use strategy mcts, best_of_n or beam with value likelihood",
-        ),
-        ({"strategy": "vote"}, "free texts, which cannot vote"),
+        ({"value": "vote"}, "by likelihood here, not by vote: free texts cannot vote"),
+        ({"strategy": "vote"}, "free texts, which cannot vote: use mcts, best_of_n or beam"),
         ({"strategy": "tree"}, "strategies are mcts, vote, best_of_n, beam"),
-        ({"value": "verifier"}, "needs a verifier"),
+        ({"value": "verifier"}, "a verifier needs search.reward"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_a_token_is_spent(how: dict[str, Any], message: str) -> None:
@@ -349,19 +346,17 @@ def test_a_deadline_ends_it_with_the_best_so_far() -> None:
 
 @pytest.mark.real
 def test_the_real_model_is_decoded_with_votes_and_likelihood() -> None:
-    from cotree.decoding import Backend, decode_question
+    from cotree.decoding import decode as decode_one
     from cotree.progress import Output
 
-    backend = Backend(("smollm2-135m-instruct",), ("search.max_thought_tokens=24",))
     question = task("arithmetic").questions()[0].id
     for value in ("vote", "likelihood"):
-        best = decode_question(
-            None,
-            backend,
-            task_name="arithmetic",
+        best = decode_one(
+            task="arithmetic",
             question_id=question,
             value=value,
             rollouts=4,
+            overrides=["search.max_thought_tokens=24"],
             output=Output(quiet=True),
         )
         assert best.answer is not None

@@ -8,9 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.search.mcts import Node, Rollout, Thought, TreeSearch
+from cotree.config import Search
+from cotree.search.mcts import Node, Rollout, TreeSearch
 from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, prefix_of
 from cotree.tasks import Verdict
+from cotree.tasks.base import VerdictKind
+
+
+def leaf(thought: Node, kind: VerdictKind) -> Node:
+    """A thought as the end of its chain."""
+    thought.verdict = Verdict(kind, float(kind == "correct"))
+    thought.reward = thought.verdict.reward
+    return thought
 
 
 def write(rollout: Rollout, noise: int) -> None:
@@ -21,16 +30,15 @@ def write(rollout: Rollout, noise: int) -> None:
         for i in range(wanted.n):
             roll = own.random()
             if wanted.kind == "answer":
-                kind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
-                verdict = Verdict(kind, float(kind == "correct"))  # type: ignore[arg-type]
-                thoughts.append(Thought(f"answer {own.randint(0, 3)}", 3, "stop", verdict))
+                kind: VerdictKind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
+                thoughts.append(leaf(wanted.thought(i, f"answer {own.randint(0, 3)}"), kind))
             elif roll < 0.05 or own.random() < 0.1:
-                thoughts.append(Thought("", 1, "stop", None))
+                thoughts.append(wanted.thought(i, ""))
             elif roll < 0.1:
-                thoughts.append(Thought(f"cut {i}", 3, "length", Verdict("no_answer", 0.0)))
+                thoughts.append(leaf(wanted.thought(i, f"cut {i}"), "no_answer"))
             else:
-                thoughts.append(Thought(f"{wanted.kind} {own.randint(0, 5)}", 3, "stop", None))
-        rollout.feed(thoughts, "model", 0, 0.0)
+                thoughts.append(wanted.thought(i, f"{wanted.kind} {own.randint(0, 5)}"))
+        rollout.feed(thoughts)
 
 
 def tell(search: TreeSearch, rollout: Rollout) -> None:
@@ -50,7 +58,7 @@ def shape(search: TreeSearch) -> list[tuple[object, ...]]:
 
 
 def new_search(pattern: str, seed: int, rollouts: int = 12) -> TreeSearch:
-    return TreeSearch(PATTERNS[pattern], str(seed), rollouts=rollouts, max_depth=8, max_reflections=3)
+    return TreeSearch(PATTERNS[pattern], str(seed), Search(rollouts=rollouts, max_depth=8, max_reflections=3))
 
 
 @given(
@@ -66,7 +74,7 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
     while not search.done:
         batch = search.ask(k)
         assert 0 < len(batch) <= k
-        assert len({id(r.first) for r in batch}) == len(batch), "two rollouts of a round grow one place"
+        assert len({id(r.slot) for r in batch}) == len(batch), "two rollouts of a round grow one place"
         for rollout in batch:
             if asked in failing:
                 search.fail(rollout)
@@ -122,7 +130,9 @@ def test_the_tree_does_not_depend_on_the_order_of_completions(
 
 
 def test_a_tree_with_nothing_to_grow_begins_anew_beside_what_it_has() -> None:
-    search = TreeSearch({"root": {"thinking": 2}, "thinking": {"answer": 1}}, "s", rollouts=9, max_reflections=0)
+    search = TreeSearch(
+        {"root": {"thinking": 2}, "thinking": {"answer": 1}}, "s", Search(rollouts=9, max_reflections=0)
+    )
     places = []
     while search.rollouts_left:
         if search.root.open_below == 0:
@@ -153,14 +163,12 @@ def test_ucb_is_the_papers() -> None:
 
 
 def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> None:
-    search = TreeSearch(PATTERNS["plain"], "s", rollouts=30, max_reflections=1)
+    search = TreeSearch(PATTERNS["plain"], "s", Search(rollouts=30, max_reflections=1))
     while not search.done:
         for rollout in search.ask(1):
             while (wanted := rollout.wanted) is not None:
-                verdict = Verdict("wrong", 0.0) if wanted.kind == "answer" else None
-                rollout.feed(
-                    [Thought(f"{wanted.seed_key} {i}", 1, "stop", verdict) for i in range(wanted.n)], "m", 0, 0
-                )
+                thoughts = [wanted.thought(i, f"{wanted.seed_key} {i}") for i in range(wanted.n)]
+                rollout.feed([leaf(t, "wrong") if wanted.kind == "answer" else t for t in thoughts])
             tell(search, rollout)
     (reflection,) = (n for n in search.nodes if n.kind == "reflection")
     assert reflection.parent is not None

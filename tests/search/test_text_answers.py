@@ -155,7 +155,7 @@ def test_best_of_n_does_not_stop_in_a_text_answer(tmp_path: Path) -> None:
             with TreeStore(tmp_path / "t.db") as store:
                 grower = Grower(store, {"one": Endpoint("one", (client,), PlainTemplate(), "one")}, ONE, settings(), 3)
                 await grower.grow_all(asked)
-                found = await best_of_n(grower.calls, ONE, grower.settings, grower.grown(asked), lambda *_: None)
+                found = await best_of_n(grower, grower.grown(asked))
         return sum(f.correct for f in found)
 
     with FakeServerThread(reply=poem) as server:

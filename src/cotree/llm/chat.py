@@ -28,10 +28,11 @@ class Prompt:
     messages: tuple[tuple[str, str], ...] = ()
 
 
-def begin(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Mapping[str, str]]) -> Prompt:
-    """The prompt of a conversation, rendered here when there is a tokenizer.
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as text, ending where the assistant's turn begins.
 
-    A base model, whose tokenizer has no chat template, reads the conversation as a text of plain turns:
+    A token of beginning that the server will add by itself is left out: two of them are another prompt. A base model,
+    whose tokenizer has no chat template, reads the conversation as a text of plain turns:
 
         Question: What is 1 + 2?
         Answer:
@@ -40,21 +41,10 @@ def begin(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Mapping[
         Question: What is 3 + 4?
         Answer:
 
-    An answer begins in a line of its own, as every thought does. There is no token of beginning in the text: whether
-    one comes before it is for the server to know, which reads text prompts through the same tokenizer.
+    An answer begins in a line of its own, as every thought does.
 
     Raises:
         UsageError: the chat template refuses the conversation.
-    """
-    if tokenizer is None:
-        return Prompt("", tuple((message["role"], message["content"]) for message in messages))
-    return Prompt(render(tokenizer, messages))
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as text, ending where the assistant's turn begins.
-
-    A token of beginning that the server will add by itself is left out: two of them are another prompt.
     """
     from jinja2 import TemplateError
 
@@ -64,11 +54,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
         text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError) as error:
         raise UsageError(f"the chat template refuses the conversation: {error}; use another `tokenizer`") from None
-    text = str(text)
     bos = getattr(tokenizer, "bos_token", None)
     if bos and text.startswith(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(bos)
-    return text
+    return str(text)
 
 
 def _plain_turns(messages: Sequence[Mapping[str, str]]) -> str:

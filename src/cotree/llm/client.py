@@ -14,8 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, replace
 from typing import Self
 
 import aiohttp
@@ -27,6 +26,7 @@ from cotree.llm.wire import Choice, Completion, Counters, Request, error_message
 
 __all__ = ["Choice", "Client", "Completion", "Counters", "Request"]
 
+ATTEMPTS = 40
 _CONNECT_SECONDS = 10.0
 _LONGEST_BACKOFF = 15.0
 
@@ -67,7 +67,7 @@ class Client:
         api_key: str | None = None,
         timeout: float = 60.0,
         seconds_per_token: float = 0.5,
-        attempts: int = 40,
+        attempts: int = ATTEMPTS,
         patience: float = 300.0,
         backoff: float = 0.5,
     ) -> None:
@@ -98,13 +98,8 @@ class Client:
         )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._session.close()
-
-    def __repr__(self) -> str:
-        return f"Client({self.name!r}, {self.url!r}, {self.model!r})"
 
     def __str__(self) -> str:
         return f"model `{self.name}` ({self.model}) at {self.url}"
@@ -158,10 +153,8 @@ class Client:
             raise UsageError(f"{self}: {problem}; {fix}, then run the same command again")
         served = model_names(content)
         if served and self.model not in served:
-            said = (("user", "Hi"),)
-            probe = Request("", 1, 1, 1.0, 1.0, 0, (), said, mode == "pooling")
-            if mode == "completions":
-                probe = Request("Hi", 1, 1, 1.0, 1.0, 0, ())
+            prompt, messages = ("Hi", ()) if mode == "completions" else ("", (("user", "Hi"),))
+            probe = Request(prompt, 1, 1, 1.0, 1.0, 0, (), messages, scores=mode == "pooling")
             result = await self._attempt(probe, limits)
             if isinstance(result, _Failure):
                 raise UsageError(f"{self}: {result.what}; the server lists {', '.join(served[:8])}: set `model` to one")
@@ -176,10 +169,9 @@ class Client:
             # A redirected POST would become a GET, and the key would go wherever it points.
             async with self._session.post(url, data=body, timeout=limits, allow_redirects=False) as reply:
                 content = await reply.read()
-        except aiohttp.ClientSSLError as error:
-            return _Failure(_connection_failure(error, limits.total), wait=None)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return _Failure(_connection_failure(error, limits.total))
+            wait = None if isinstance(error, aiohttp.ClientSSLError) else 0.0
+            return _Failure(_connection_failure(error, limits.total), wait)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._abandon(request)
             return _Failure(_connection_failure(error, limits.total))
@@ -197,15 +189,13 @@ class Client:
     def _read(self, content: bytes, request: Request, seconds: float) -> Completion | _Failure:
         """Count a reply's tokens and take its choices."""
         reply = read_reply(content, request, self._count_tokens)
-        if not reply.counted:
+        if reply.completion is None:
             self._abandon(request)
             return _Failure(reply.problem)
-        self.counters.prompt_tokens += reply.prompt_tokens
-        self.counters.cached_tokens += reply.cached_tokens
-        self.counters.completion_tokens += reply.completion_tokens
+        self.counters.add(reply.completion)
         if reply.problem:
             return _Failure(reply.problem, wait=None if reply.lasting else 0.0)
-        return Completion(reply.choices, reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens, seconds)
+        return replace(reply.completion, seconds=seconds)
 
     def _abandon(self, request: Request) -> None:
         """Count an attempt that the server may have worked on and whose tokens nobody will report."""
@@ -227,15 +217,15 @@ def _base_url(name: str, url: str) -> URL:
     """The server's root. A URL with a password or a query is refused: recipes are copied into run folders."""
     try:
         base = URL(url.strip())
-        good = base.scheme in ("http", "https") and base.host and not base.query_string and not base.fragment
-        if good and base.user is None and base.password is None:
-            return URL(str(base).rstrip("/").removesuffix("/v1").rstrip("/"))
     except ValueError:
-        pass
-    raise UsageError(
-        f"model `{name}`: `url` must look like http://HOST:PORT or https://HOST/v1, without a key in it "
-        "(keys come from the environment variable that `api_key_env` names)"
-    )
+        base = URL()
+    more = base.query_string or base.fragment or base.user or base.password
+    if base.scheme not in ("http", "https") or not base.host or more:
+        raise UsageError(
+            f"model `{name}`: `url` must look like http://HOST:PORT or https://HOST/v1, without a key in it "
+            "(keys come from the environment variable that `api_key_env` names)"
+        )
+    return URL(str(base).rstrip("/").removesuffix("/v1").rstrip("/"))
 
 
 def _connection_failure(error: Exception, limit: float | None) -> str:

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,19 +66,18 @@ def locate(name: str) -> Path:
     """
     if name in _PACKAGED:
         return _packaged(name, _PACKAGED[name])
-    if name.endswith(".gguf") and ":" not in name:
-        if not Path(name).is_file():
-            raise UsageError(f"embedded model `{name}`: no such file; give a .gguf that exists, or REPO_ID:FILE.gguf")
-        return Path(name)
     if ":" in name:
         return _from_hub(*name.split(":", 1))
+    if name.endswith(".gguf") and Path(name).is_file():
+        return Path(name)
     known = ", ".join(_PACKAGED)
-    raise UsageError(f"unknown embedded model `{name}`; known: {known}, or a path to a .gguf, or REPO_ID:FILE.gguf")
+    others = "or a path to a .gguf that is there, or REPO_ID:FILE.gguf"
+    raise UsageError(f"unknown embedded model `{name}`; known: {known}, {others}")
 
 
 def _packaged(name: str, model: _Packaged) -> Path:
     joined = cache_folder() / model.file
-    if len(model.parts) > 1 and _is_whole(joined, model):
+    if len(model.parts) > 1 and joined.is_file() and _sha256(joined) == model.sha256:
         return joined
     parts = []
     for package, file in model.parts:
@@ -87,36 +86,26 @@ def _packaged(name: str, model: _Packaged) -> Path:
         if spec is None or spec.origin is None:
             raise UsageError(f"embedded model `{name}` is not installed; run {model.install}")
         parts.append(Path(spec.origin).parent / file)
-    if len(parts) > 1:
-        with _made_whole(joined) as partial:
-            _join(parts, partial)
-            if not _is_whole(partial, model):
-                raise UsageError(_damaged(parts[0].parent, model))
-        return joined
-    if not _is_whole(parts[0], model):
-        raise UsageError(_damaged(parts[0], model))
-    return parts[0]
-
-
-def _join(parts: Sequence[Path], target: Path) -> None:
-    with target.open("wb") as whole:
-        for part in parts:
-            if part.is_file():
+    if len(parts) == 1:
+        _check_whole(parts[0], model)
+        return parts[0]
+    with _made_whole(joined) as partial:
+        with partial.open("wb") as whole:
+            for part in filter(Path.is_file, parts):
                 whole.write(part.read_bytes())
+        _check_whole(partial, model)
+    return joined
 
 
-def _is_whole(path: Path, model: _Packaged) -> bool:
-    return path.is_file() and _sha256(path) == model.sha256
+def _check_whole(path: Path, model: _Packaged) -> None:
+    if not path.is_file() or _sha256(path) != model.sha256:
+        packages = ", ".join(package.replace("_", "-") for package, _ in model.parts)
+        raise UsageError(f"{model.file} is damaged (its sha256 is not {model.sha256[:12]}...); reinstall {packages}")
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _damaged(path: Path, model: _Packaged) -> str:
-    packages = ", ".join(package.replace("_", "-") for package, _ in model.parts)
-    return f"{path} is damaged (its sha256 is not {model.sha256[:12]}...); reinstall {packages}"
 
 
 def _from_hub(repo: str, file: str) -> Path:
@@ -136,15 +125,13 @@ def at_type(source: Path, kind: GGUFType) -> Path:
     """
     from cotree.llm.gguf_file import F16, F32, GGUF, Q8_0, UINT32, encode, write
 
-    types = {"F32": (F32, 0), "F16": (F16, 1), "Q8_0": (Q8_0, 7)}
-    tensor_type, file_type = types[kind]
+    tensor_type, file_type = {"F32": (F32, 0), "F16": (F16, 1), "Q8_0": (Q8_0, 7)}[kind]
     file = GGUF(source)
     if file.get("general.file_type") == file_type:
         return source
     cached = cache_folder() / f"{source.stem.rsplit('.', 1)[0]}-{_sha256(source)[:12]}-{kind}.gguf"
     if not cached.is_file():
-        fields = dict(file.fields)
-        fields["general.file_type"] = encode(UINT32, file_type)
+        fields = file.fields | {"general.file_type": encode(UINT32, file_type)}
         tensors = {n: (t.shape, tensor_type if len(t.shape) > 1 else F32) for n, t in file.tensors.items()}
         with _made_whole(cached) as partial:
             write(partial, fields, tensors, file.array, file.alignment)
@@ -191,8 +178,7 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     params.n_parallel, params.n_ctx, params.kv_unified = slots, slots * context, shared
     # The default prompt cache takes 8 GiB.
     params.cache_ram_mib = 0
-    threads = os.cpu_count() or 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     params.verbosity = -1

@@ -17,17 +17,15 @@ from typing import TYPE_CHECKING
 
 from cotree.config import Model, Price
 from cotree.errors import UsageError
-from cotree.llm.chat import Prompt, begin
-from cotree.llm.client import Client, Counters
+from cotree.llm.chat import Prompt, render
+from cotree.llm.client import ATTEMPTS, Client, Counters
 from cotree.llm.embedded import at_type, locate, serve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Endpoint", "Prompt", "check_servers", "identity", "open_endpoints"]
-
 # llama.cpp under load can take minutes for a batch; a call that is slow must not be made twice.
-_EMBEDDED_TIMEOUT = 600.0
+_SERVER_TIMEOUT, _EMBEDDED_TIMEOUT = 60.0, 600.0
 # About right for English; stands in only where a server reports no usage and no tokenizer is given.
 _BYTES_PER_TOKEN = 4
 
@@ -44,7 +42,9 @@ class Endpoint:
 
     def begin(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
         """The prompt of a conversation, standing where the assistant begins."""
-        return begin(self.tokenizer, messages)
+        if self.tokenizer is None:
+            return Prompt("", tuple((message["role"], message["content"]) for message in messages))
+        return Prompt(render(self.tokenizer, messages))
 
     def client(self, question: str) -> Client:
         """The server that a question stays with: the highest hash wins, so another server takes only its own share."""
@@ -71,13 +71,13 @@ def identity(model: Model) -> str:
 
 @asynccontextmanager
 async def open_endpoints(
-    models: Mapping[str, Model], *, widest: int = 8, attempts: int | None = None
+    models: Mapping[str, Model], *, widest: int = 8, attempts: int = ATTEMPTS
 ) -> AsyncIterator[dict[str, Endpoint]]:
     """Start or reach every model; all are ready when this yields.
 
     Args:
         widest: the most samples that one request will ask for; an embedded engine needs a slot for each.
-        attempts: how often a request is sent before it fails; the client's own number if None.
+        attempts: how often a request is sent before it fails.
 
     Raises:
         UsageError: a model is missing, a server does not answer, or an API key is not in the environment.
@@ -86,86 +86,69 @@ async def open_endpoints(
         endpoints: dict[str, Endpoint] = {}
         for name, model in models.items():
             tokenizer = _tokenizer(model)
-            urls, timeout = model.urls, 60.0
-            if model.embedded is not None:
-                path = at_type(locate(model.embedded), model.gguf)
-                urls = (stack.enter_context(serve(path, slots=max(model.max_in_flight, widest), shared=True)),)
-                timeout = _EMBEDDED_TIMEOUT
-            clients = [_client(name, url, model, tokenizer, timeout, attempts) for url in dict.fromkeys(urls)]
-            for client in clients:
-                await stack.enter_async_context(client)
             if model.embedded is None:
-                await _all_ready(clients, model)
+                clients = await _reach(stack, name, model, tokenizer, attempts)
+            else:
+                path = at_type(locate(model.embedded), model.gguf)
+                url = stack.enter_context(serve(path, slots=max(model.max_in_flight, widest), shared=True))
+                client = _client(name, url, model, tokenizer, _EMBEDDED_TIMEOUT, attempts)
+                clients = [await stack.enter_async_context(client)]
             rendering = tokenizer if model.mode == "completions" else None
             endpoints[name] = Endpoint(name, tuple(clients), rendering, identity(model), model.price)
         yield endpoints
 
 
 async def check_servers(models: Mapping[str, Model]) -> None:
-    """Ask every server of a recipe whether it is there, without loading anything.
+    """Ask every server of a recipe whether it is there, and read every model's tokenizer; no model is loaded.
 
     Raises:
-        UsageError: one is not (all that are not are named), or its API key is not in the environment.
+        UsageError: one is not (all that are not are named), or its tokenizer or its API key.
     """
     async with AsyncExitStack() as stack:
         for name, model in models.items():
-            clients = [_client(name, url, model, None, 60.0, None) for url in dict.fromkeys(model.urls)]
-            for client in clients:
-                await stack.enter_async_context(client)
-            await _all_ready(clients, model)
+            await _reach(stack, name, model, None, ATTEMPTS)
+            _tokenizer(model)
 
 
-async def _all_ready(clients: Sequence[Client], model: Model) -> None:
-    """Ask all servers of a model at once; one line names every one that is not ready."""
-    asked = (client.ready(model.mode) for client in clients)
-    results = await asyncio.gather(*asked, return_exceptions=True)
+async def _reach(
+    stack: AsyncExitStack, name: str, model: Model, tokenizer: PreTrainedTokenizerBase | None, attempts: int
+) -> list[Client]:
+    """Clients of all servers of a model, asked at once; one line names every one that is not ready."""
+    clients = [_client(name, url, model, tokenizer, _SERVER_TIMEOUT, attempts) for url in model.urls]
+    for client in clients:
+        await stack.enter_async_context(client)
+    results = await asyncio.gather(*(client.ready(model.mode) for client in clients), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, UsageError):
             raise result
     problems = [str(result) for result in results if result is not None]
-    if problems and len(clients) == 1:
-        raise UsageError(problems[0])
     if problems:
-        raise UsageError(f"{len(problems)} of {len(clients)} servers are not ready: {'; '.join(problems)}")
+        which = f"{len(problems)} of {len(clients)} servers are not ready: " if len(clients) > 1 else ""
+        raise UsageError(which + "; ".join(problems))
+    return clients
 
 
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
     from cotree.llm.tokenizer import load_tokenizer
 
-    if model.embedded is not None:
-        return load_tokenizer(locate(model.embedded), chats=False)
-    return None if model.tokenizer is None else load_tokenizer(model.tokenizer, chats=False)
+    source = model.tokenizer if model.embedded is None else locate(model.embedded)
+    return None if source is None else load_tokenizer(source, chats=False)
 
 
 def _client(
-    name: str,
-    url: str,
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase | None,
-    timeout: float,
-    attempts: int | None,
+    name: str, url: str, model: Model, tokenizer: PreTrainedTokenizerBase | None, timeout: float, attempts: int
 ) -> Client:
     from cotree.llm.tokenizer import token_counter
 
-    def guess(text: str) -> int:
-        return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
-
-    return Client(
-        name,
-        url,
-        "default" if model.embedded is not None else model.model,
-        max_in_flight=model.max_in_flight,
-        count_tokens=guess if tokenizer is None else token_counter(tokenizer),
-        api_key=_api_key(name, model),
-        timeout=timeout,
-        **({} if attempts is None else {"attempts": attempts}),
-    )
-
-
-def _api_key(name: str, model: Model) -> str | None:
-    if model.api_key_env is None:
-        return None
-    key = os.environ.get(model.api_key_env)
-    if not key:
+    key = None if model.api_key_env is None else os.environ.get(model.api_key_env)
+    if model.api_key_env is not None and not key:
         raise UsageError(f"model `{name}`: the environment variable {model.api_key_env} is not set; export its API key")
-    return key
+    return Client(
+        name, url, model.model, max_in_flight=model.max_in_flight,
+        count_tokens=_guessed_tokens if tokenizer is None else token_counter(tokenizer), api_key=key, timeout=timeout,
+        attempts=attempts,
+    )  # fmt: skip
+
+
+def _guessed_tokens(text: str) -> int:
+    return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)

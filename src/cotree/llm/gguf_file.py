@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class GGUF:
             *dims, kind, offset = struct.unpack_from(f"<{rank}QIQ", data, at + 4)
             at += 4 + 8 * rank + 12
             table.append((name, tuple(reversed(dims)), kind, offset))
-        start = -(-at // self.alignment) * self.alignment
+        start = _aligned(at, self.alignment)
         self.tensors = {name: Tensor(shape, kind, start + offset) for name, shape, kind, offset in table}
 
     @property
@@ -143,15 +144,11 @@ def write(
         header += [_pack_string(name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)]
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         offset += _aligned(prod(shape) // block * size, alignment)
+    weights = (quantize(array(name), GGMLQuantizationType(kind)).tobytes() for name, (_, kind) in tensors.items())
     with path.open("wb") as file:
-        _write_aligned(file.write, header, alignment)
-        for name, (_, kind) in tensors.items():
-            _write_aligned(file.write, [quantize(array(name), GGMLQuantizationType(kind)).tobytes()], alignment)
-
-
-def _write_aligned(write: Callable[[bytes], int], parts: Iterable[bytes], alignment: int) -> None:
-    size = sum(write(part) for part in parts)
-    write(bytes(_aligned(size, alignment) - size))
+        for raw in chain([b"".join(header)], weights):
+            file.write(raw)
+            file.write(bytes(-len(raw) % alignment))
 
 
 def _aligned(size: int, alignment: int) -> int:

@@ -97,7 +97,8 @@ def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k == _CONTROL])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == _USER_DEFINED])
 
-    named: dict[str, Any] = {"eos_token": tokens[file["tokenizer.ggml.eos_token_id"]]}
+    eos = tokens[file["tokenizer.ggml.eos_token_id"]]
+    named: dict[str, Any] = {"eos_token": eos, "pad_token": eos}
     for name, key in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         index = file.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None:
@@ -107,7 +108,6 @@ def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
         )
-    named.setdefault("pad_token", named["eos_token"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=file.get("tokenizer.chat_template"), **named
     )

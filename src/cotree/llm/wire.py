@@ -48,9 +48,9 @@ class Request:
         """The sha256 of the fields and the model's name: equal requests to equal models have equal keys."""
         # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
         numbers = (int(self.n), int(self.max_tokens), float(self.temperature) + 0.0, float(self.top_p) + 0.0)
-        fields = [model, *numbers, int(self.seed), self.stop, self.messages, self.scores]
+        named = [model, *numbers, int(self.seed), self.stop, self.messages, self.scores]
         # A field more would rename every completion that journals hold.
-        head = json.dumps([*fields, "logprobs"] if self.logprobs else fields, allow_nan=False)
+        head = json.dumps([*named, "logprobs"] if self.logprobs else named, allow_nan=False)
         # The prompt is the long part, and goes in as it is: a line end cannot stand in the JSON before it.
         return hashlib.sha256(f"{head}\n{self.prompt}".encode("utf-8", "surrogatepass")).digest()
 
@@ -113,19 +113,14 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    seconds: float
+    seconds: float = 0.0
 
     def to_json(self) -> str:
         """One line for the journal."""
-        line = {
-            "choices": [
-                [v for v in (c.text, c.finish_reason, c.tokens, c.logprob) if v is not None] for c in self.choices
-            ],
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "completion_tokens": self.completion_tokens,
-            "seconds": self.seconds,
-        }
+        line = {field.name: getattr(self, field.name) for field in fields(self)}
+        line["choices"] = [
+            [v for v in (c.text, c.finish_reason, c.tokens, c.logprob) if v is not None] for c in self.choices
+        ]
         return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
@@ -154,6 +149,12 @@ class Counters:
     completion_tokens: int = 0
     abandoned_tokens: int = 0
 
+    def add(self, completion: Completion) -> None:
+        """Count the tokens of a reply."""
+        self.prompt_tokens += completion.prompt_tokens
+        self.cached_tokens += completion.cached_tokens
+        self.completion_tokens += completion.completion_tokens
+
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counters)))
 
@@ -168,45 +169,44 @@ class Counters:
 class Reply:
     """What a reply with HTTP 200 says. `problem` is "" when its choices are whole.
 
-    counted: the reply was readable enough to count its tokens. lasting: another attempt would bring the same problem.
+    completion: None where the reply was not readable enough to count its tokens.
+    lasting: another attempt would bring the same problem.
     """
 
-    problem: str
-    choices: tuple[Choice, ...] = ()
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    counted: bool = True
+    completion: Completion | None
+    problem: str = ""
     lasting: bool = False
 
 
 def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> Reply:
     """Check a reply and count its tokens, by `count_tokens` where the server does not."""
-    payload = parse_json(content)
-    if request.scores:
-        return _read_scores(payload, request, count_tokens)
-    if not isinstance(payload, dict) or not isinstance(payload.get("choices"), list):
-        return Reply("the reply is not JSON with choices", counted=False)
-    usage = payload.get("usage")
+    payload = _mapping(parse_json(content))
+    usage = _mapping(payload.get("usage"))
     prompt_tokens = _count(usage, "prompt_tokens")
     if prompt_tokens is None:
         prompt_tokens = count_tokens(request.prompt_text())
-    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
-    cached_tokens = min(_count(details, "cached_tokens") or 0, prompt_tokens)
+    if request.scores:
+        return _read_scores(payload, prompt_tokens)
+    if not isinstance(payload.get("choices"), list):
+        return Reply(None, "the reply is not JSON with choices")
     reported = _count(usage, "completion_tokens") or 0
-
     choices: list[Choice] = []
     problem, lasting = "", False
-    for entry in payload["choices"][: request.n]:
-        entry = entry if isinstance(entry, dict) else {}
-        text, finish = _text(entry, request), _FINISH.get(str(entry.get("finish_reason")))
-        if text is None or finish is None:
+    for entry in map(_mapping, payload["choices"][: request.n]):
+        message = _mapping(entry.get("message"))
+        text = message.get("content") if request.messages else entry.get("text")
+        finish = _FINISH.get(str(entry.get("finish_reason")))
+        if not isinstance(text, str) or finish is None:
             problem = "a choice of the reply has no text or did not finish"
             break
-        if not text and _reasoning(entry):
+        if request.messages:  # some servers repeat the assistant's words that they were given
+            text = text.removeprefix(request.prompt)
+        if not text and (message.get("reasoning_content") or message.get("reasoning")):
             problem = "the server keeps the reasoning apart from the text; start it without a reasoning parser"
             lasting = True
             break
+        if not text.isascii():  # half of a surrogate pair is valid JSON, but no file or database takes it
+            text = text.encode("utf-8", "replace").decode()
         logprobs = _logprobs(entry) if request.logprobs else None
         # llama.cpp tells nothing of the last tokens, as many as the stop string has: one ".\n" may be the whole text.
         untold = max(1, *map(count_tokens, request.stop)) if finish == "stop" and request.stop else 0
@@ -220,38 +220,23 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
         choices.append(Choice(text, finish, tokens or count_tokens(text) + (finish == "stop"), logprob))
     if not problem and len(choices) < request.n:
         problem = f"{len(choices)} choices came back for n={request.n}"
+    cached_tokens = min(_count(_mapping(usage.get("prompt_tokens_details")), "cached_tokens") or 0, prompt_tokens)
     completion_tokens = max(reported, sum(choice.tokens for choice in choices))
-    return Reply(problem, tuple(choices), prompt_tokens, cached_tokens, completion_tokens, lasting=lasting)
+    return Reply(Completion(tuple(choices), prompt_tokens, cached_tokens, completion_tokens), problem, lasting)
 
 
-def _read_scores(payload: Any, request: Request, count_tokens: Callable[[str], int]) -> Reply:
+def _read_scores(payload: dict[str, Any], prompt_tokens: int) -> Reply:
     """vLLM's pooling reply: a row for each step, a probability or the probabilities of (bad, good)."""
     try:
         rows = payload["data"][0]["data"]
         scores = [float(row[-1] if isinstance(row, list) else row) for row in rows]
     except (TypeError, ValueError, LookupError):
-        return Reply("the reply is not JSON with pooled data", counted=False)
-    prompt_tokens = _count(payload.get("usage"), "prompt_tokens")
-    if prompt_tokens is None:
-        prompt_tokens = count_tokens(request.prompt_text())
+        return Reply(None, "the reply is not JSON with pooled data")
+    completion = Completion((Choice(json.dumps(scores), "stop", 0),), prompt_tokens, 0, 0)
     if not all(0.0 <= score <= 1.0 for score in scores):
         problem = "the scores are no probabilities; serve a process reward model with its own pooler"
-        return Reply(problem, prompt_tokens=prompt_tokens, lasting=True)
-    return Reply("", (Choice(json.dumps(scores), "stop", 0),), prompt_tokens)
-
-
-def _text(entry: dict[str, Any], request: Request) -> str | None:
-    """A choice's text, without the assistant's words that the server was given and repeats."""
-    text = entry.get("text")
-    if request.messages:
-        message = entry.get("message")
-        text = message.get("content") if isinstance(message, dict) else None
-        if isinstance(text, str) and request.prompt:
-            text = text.removeprefix(request.prompt)
-    if not isinstance(text, str):
-        return None
-    # Half of a surrogate pair is valid JSON, but no file or database takes it.
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+        return Reply(completion, problem, lasting=True)
+    return Reply(completion)
 
 
 def _logprobs(entry: dict[str, Any]) -> list[float] | None:
@@ -264,22 +249,16 @@ def _logprobs(entry: dict[str, Any]) -> list[float] | None:
         return None
 
 
-def _reasoning(entry: dict[str, Any]) -> bool:
-    message = entry.get("message")
-    return isinstance(message, dict) and bool(message.get("reasoning_content") or message.get("reasoning"))
-
-
-def _count(mapping: object, key: str) -> int | None:
-    value = mapping.get(key) if isinstance(mapping, dict) else None
+def _count(mapping: dict[str, Any], key: str) -> int | None:
+    value = mapping.get(key)
     # Nobody has as many tokens, and no database column either.
     return value if isinstance(value, int) and 0 <= value < 2**48 else None
 
 
 def model_names(content: bytes) -> list[str]:
     """The ids of a `/v1/models` reply, empty for anything else."""
-    payload = parse_json(content)
-    entries = payload.get("data") if isinstance(payload, dict) else None
-    return [str(e["id"]) for e in entries if isinstance(e, dict) and "id" in e] if isinstance(entries, list) else []
+    entries = _mapping(parse_json(content)).get("data")
+    return [str(e["id"]) for e in map(_mapping, entries) if "id" in e] if isinstance(entries, list) else []
 
 
 def error_message(content: bytes) -> str:
@@ -298,6 +277,11 @@ def parse_json(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):
         return None
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """The value if it is a JSON object, an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def one_line(text: str) -> str:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
-from cotree.config import Role, Search
 from cotree.eval.metrics import wilson
-from cotree.llm.client import Choice
-from cotree.search.calls import Calls
-from cotree.search.driver import Grower
-from cotree.search.growth import Growth, patterns_of
+from cotree.llm.client import Choice, Counters
+from cotree.search.driver import Asked, Grower
+from cotree.search.growth import Growth
 from cotree.search.thoughts import draw, prefix_of
 from cotree.store import StoredTree
 from cotree.tasks import Question, Task
@@ -40,7 +38,7 @@ class Found:
 
 
 async def compare(
-    grower: Grower, questions: Sequence[tuple[Task, Question]], on_question: Callable[[int, int, str], None]
+    grower: Grower, questions: Sequence[Asked], on_question: Callable[[int, int, str], None]
 ) -> list[dict[str, object]]:
     """A row for the search and one for best-of-n over the same questions, with each method's majority vote.
 
@@ -49,34 +47,32 @@ async def compare(
         on_question: called with (done, wanted, remark) after each.
     """
     grown = grower.grown(questions)
-    found = await best_of_n(grower.calls, grower.roles, grower.settings, grown, on_question)
+    found = await best_of_n(grower, grown, on_question)
     return [worth("mcts", [of_tree(tree) for _, _, tree in grown]), worth("best_of_n", found)]
 
 
 async def best_of_n(
-    calls: Calls,
-    roles: Mapping[str, Role],
-    settings: Search,
-    asked: Sequence[tuple[Task, Question, StoredTree]],
-    on_question: Callable[[int, int, str], None],
+    grower: Grower,
+    grown: Sequence[tuple[Task, Question, StoredTree]],
+    on_question: Callable[[int, int, str], None] = lambda done, wanted, remark: None,
 ) -> list[Found]:
-    """Independent whole chains for each question, as many as its tree's generated tokens buy."""
-    gate = asyncio.Semaphore(settings.trees_in_flight)
+    """Independent whole chains for each question, as many as its tree's generated tokens buy; family after family."""
+    gate = asyncio.Semaphore(grower.settings.trees_in_flight)
     done = 0
 
     async def one(task: Task, question: Question, tree: StoredTree) -> Found:
         nonlocal done
         async with gate:
-            found = await _sample(calls, roles, settings, task, question, tree)
+            growth = Growth(task, question, tree.tree_id, grower.calls, grower.roles, grower.settings, 0)
+            found = await _sample(growth, tree.completion_tokens)
         done += 1
-        on_question(done, len(asked), "")
+        on_question(done, len(grown), "")
         return found
 
-    # Family after family, as the search: shared worked examples stay warm.
-    order = sorted(range(len(asked)), key=lambda i: (asked[i][1].task, asked[i][1].family))
-    async with asyncio.TaskGroup() as group:
-        tasks = {i: group.create_task(one(*asked[i])) for i in order}
-    return [tasks[i].result() for i in range(len(asked))]
+    async with asyncio.TaskGroup() as group:  # as in the search, shared worked examples stay warm
+        ordered = sorted(grown, key=lambda asked: (asked[1].task, asked[1].family))
+        tasks = [group.create_task(one(*asked)) for asked in ordered]
+    return [task.result() for task in tasks]
 
 
 async def whole_chains(
@@ -86,37 +82,35 @@ async def whole_chains(
 
     They begin as the tree does: with its worked examples, first prefix, thinker and sampling.
     """
-    first = next(iter(patterns_of(growth.settings)[growth.pattern]["root"]))
+    first = next(iter(growth.search.pattern["root"]))
     free_text = growth.task.answer_form == "text"
-    tokens = rounds = samples = 0
+    rounds = samples = 0
     n = 1
     while n > 0:
         key = f"best_of_n/{growth.tree_id}/{rounds}"
-        writer, prefix = growth.writer(first, key), prefix_of(first, key, growth.search.prefixes)
+        prefix = prefix_of(first, key, growth.search.prefixes)
         completion = await growth.ask(
-            writer,
-            growth.prompt(writer.model),
+            growth.writer(first, key),
             prefix,
             n=n,
             max_tokens=growth.settings.max_thought_tokens * 4,
             seed=draw(f"request:{key}", 2**31),
             stop=() if free_text else ("}\n",),
-            logprobs=growth.judge.logprobs,
         )
-        rounds += 1
         chains = []
         for choice in completion.choices:
-            # Some servers withhold a text; the budget must end even if they withhold all of them.
-            tokens += max(choice.tokens, 1)
             text = f"{prefix}{choice.text}"
             # The stop string took the box's brace with it.
             if not free_text and choice.finish_reason == "stop" and text.count("{") > text.count("}"):
                 text += "}"
             chains.append((text, choice))
         yield chains
+        rounds += 1
         samples += len(chains)
         left = growth.settings.widest if most is None else most - samples
-        n = min(growth.settings.widest, left, left if budget is None else affordable(budget, tokens, samples))
+        # Some servers withhold a text; the budget must end even if they withhold all of them.
+        spent = max(growth.spent.completion_tokens, samples)
+        n = min(growth.settings.widest, left, left if budget is None else affordable(budget, spent, samples))
 
 
 def affordable(budget: int, spent: int, count: int) -> int:
@@ -124,74 +118,53 @@ def affordable(budget: int, spent: int, count: int) -> int:
     return round((budget - spent) * count / max(spent, 1))
 
 
-async def _sample(
-    calls: Calls, roles: Mapping[str, Role], settings: Search, task: Task, question: Question, tree: StoredTree
-) -> Found:
-    growth = Growth(task, question, tree.tree_id, calls, roles, settings, 0)
-    tokens = 0
-    chains: dict[str, str] = {}
-    answers: list[tuple[str, bool]] = []
-    async for written in whole_chains(growth, tree.completion_tokens):
+async def _sample(growth: Growth, budget: int) -> Found:
+    answered: list[tuple[str, str, str]] = []
+    async for written in whole_chains(growth, budget):
         for text, choice in written:
-            tokens += max(choice.tokens, 1)
-            verdict = await task.judge_async(question, text, choice.finish_reason)
+            verdict = await growth.task.judge_async(growth.question, text, choice.finish_reason)
             if verdict.answer is not None:
-                chains[text] = verdict.kind
-                answers.append((verdict.answer, verdict.kind == "correct"))
-    return _found(chains, answers, tokens, growth.spent.prompt_tokens - growth.spent.cached_tokens)
+                answered.append((text, verdict.answer, verdict.kind))
+    return _found(answered, growth.spent)
 
 
 def of_tree(tree: StoredTree) -> Found:
     """The same of a tree: its chains, the majority of its answers, its tokens."""
     leaves = [node for node in tree.nodes if node.type == "answer" and node.verdict in ("correct", "wrong")]
     # Identical siblings are one node, so a chain's text names it.
-    chains = {"\n".join(n.text for n in tree.chain(leaf.node_id)): str(leaf.verdict) for leaf in leaves}
-    answers = [(str(leaf.answer), leaf.verdict == "correct") for leaf in leaves]
-    return _found(chains, answers, tree.completion_tokens, tree.prompt_tokens - tree.cached_tokens)
+    texts = ["\n".join(node.text for node in tree.chain(leaf.node_id)) for leaf in leaves]
+    return _found([(text, str(leaf.answer), str(leaf.verdict)) for text, leaf in zip(texts, leaves, strict=True)], tree)
 
 
-def _found(chains: Mapping[str, str], answers: Sequence[tuple[str, bool]], tokens: int, uncached: int) -> Found:
-    kinds = Counter(chains.values())
-    votes = Counter(answer for answer, _ in answers)
+def _found(answered: Sequence[tuple[str, str, str]], spent: Counters | StoredTree) -> Found:
+    """Of chains with an answer (the chain's text, the answer, the verdict), and what they cost."""
+    kinds = Counter({text: kind for text, _, kind in answered}.values())
     # The first answer wins a tie: Counter keeps the order of arrival.
-    winner = votes.most_common(1)[0][0] if votes else None
-    vote_correct = any(correct for answer, correct in answers if answer == winner)
-    return Found(kinds["correct"], kinds["wrong"], vote_correct, tokens, uncached)
-
-
-@dataclass(frozen=True, slots=True)
-class Worth:
-    """One method over all questions; a share is [share, low, high] with its 95% interval (Wilson over questions)."""
-
-    method: str
-    questions: int
-    correct: list[float]
-    both: list[float]
-    vote: list[float]
-    pairs_per_question: float
-    tokens: int
-    uncached_prompt_tokens: int
-    tokens_per_pair: float | None
+    votes = Counter(answer for _, answer, _ in answered).most_common(1)
+    vote_correct = any(kind == "correct" and answer == votes[0][0] for _, answer, kind in answered)
+    uncached = spent.prompt_tokens - spent.cached_tokens
+    return Found(kinds["correct"], kinds["wrong"], vote_correct, spent.completion_tokens, uncached)
 
 
 def worth(method: str, found: Sequence[Found]) -> dict[str, object]:
-    """The row of a method: what its tokens bought."""
+    """The row of a method over all questions (`report.summary.Worth`): what its tokens bought.
+
+    A share is [share, low, high] with its 95% interval (Wilson over questions).
+    """
     n = len(found)
-    pairs = sum(f.pairs for f in found)
-    tokens = sum(f.tokens for f in found)
+    pairs, tokens = sum(f.pairs for f in found), sum(f.tokens for f in found)
 
     def share(count: int) -> list[float]:
         return [count / n, *wilson(count, n)]
 
-    row = Worth(
-        method=method,
-        questions=n,
-        correct=share(sum(f.correct > 0 for f in found)),
-        both=share(sum(f.correct > 0 and f.wrong > 0 for f in found)),
-        vote=share(sum(f.vote_correct for f in found)),
-        pairs_per_question=pairs / n,
-        tokens=tokens,
-        uncached_prompt_tokens=sum(f.uncached for f in found),
-        tokens_per_pair=tokens / pairs if pairs else None,
-    )
-    return asdict(row)
+    return {
+        "method": method,
+        "questions": n,
+        "correct": share(sum(f.correct > 0 for f in found)),
+        "both": share(sum(f.pairs > 0 for f in found)),
+        "vote": share(sum(f.vote_correct for f in found)),
+        "pairs_per_question": pairs / n,
+        "tokens": tokens,
+        "uncached_prompt_tokens": sum(f.uncached for f in found),
+        "tokens_per_pair": tokens / pairs if pairs else None,
+    }

@@ -42,7 +42,8 @@ class Calls:
 
     def __init__(self, store: TreeStore | None, endpoints: Mapping[str, Endpoint], progress: Progress) -> None:
         self.store, self.endpoints, self.progress = store, endpoints, progress
-        self._arrived: list[tuple[Call, asyncio.Future[None]]] = []
+        self._arrived: list[Call] = []
+        self._committing: asyncio.Task[None] | None = None
 
     async def complete(self, model: str, request: Request, tree_id: str) -> Completion:
         """The completion of a request. Requests of one tree go to one server, where its prompts are warm."""
@@ -63,25 +64,12 @@ class Calls:
         """Return when the call is in the journal. What arrives in one turn of the event loop is one transaction."""
         if self.store is None:
             return
-        loop = asyncio.get_running_loop()
-        if not self._arrived:
-            loop.call_soon(self._commit_arrived)
-        committed: asyncio.Future[None] = loop.create_future()
-        self._arrived.append((call, committed))
-        await committed
+        self._arrived.append(call)
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_arrived(self.store))
+        # Who is cancelled meanwhile takes nobody's call along.
+        await asyncio.shield(self._committing)
 
-    def _commit_arrived(self) -> None:
-        arrived, self._arrived = self._arrived, []
-        failure: Exception | None = None
-        assert self.store is not None
-        try:
-            self.store.journal([call for call, _ in arrived])
-        except Exception as error:  # noqa: BLE001 - those who wait raise it; unraised here, they would wait for ever
-            failure = error
-        for _, committed in arrived:
-            if committed.cancelled():
-                continue
-            if failure is None:
-                committed.set_result(None)
-            else:
-                committed.set_exception(failure)
+    async def _commit_arrived(self, store: TreeStore) -> None:
+        arrived, self._arrived, self._committing = self._arrived, [], None
+        store.journal(arrived)

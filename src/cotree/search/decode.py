@@ -17,20 +17,19 @@ from dataclasses import dataclass, replace
 
 from cotree.config import Role, Search
 from cotree.errors import UsageError
+from cotree.llm.client import Counters
 from cotree.search.baselines import affordable, whole_chains
 from cotree.search.calls import Calls
-from cotree.search.growth import Growth, Spent
-from cotree.search.mcts import Node, Wanted, children
+from cotree.search.growth import Growth
+from cotree.search.mcts import Node, Slot, distinct
 from cotree.search.prompts import chain_text
-from cotree.search.reward import RewardFunction, check_reward
-from cotree.search.thoughts import prefix_of
+from cotree.search.reward import merit, reward_of
 from cotree.tasks import Question, Split, Task, Verdict, WorkedExample
 from cotree.tasks.agreement import groups
 from cotree.tasks.base import Message
 from cotree.tasks.math_verdicts import compare
 
 STRATEGIES = ("mcts", "vote", "best_of_n", "beam")
-VALUES = ("vote", "likelihood", "verifier")
 
 
 class Open(Task):
@@ -82,7 +81,7 @@ class Decoded:
     cut: bool
     votes: dict[str, float]
     found: tuple[str | None, ...]
-    spent: Spent
+    spent: Counters
     stopped: str = ""
 
     @property
@@ -103,8 +102,8 @@ class WithoutGold:
     `likelihood`: the geometric mean of the probabilities of the chain's tokens. `verifier`: the settings' `reward`.
     """
 
-    def __init__(self, value: str, function: RewardFunction | None = None) -> None:
-        self.value, self.function, self.logprobs = value, function, value == "likelihood"
+    def __init__(self, value: str) -> None:
+        self.value, self.logprobs = value, value == "likelihood"
 
     async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
         """No verdict but that there is no answer."""
@@ -114,9 +113,9 @@ class WithoutGold:
 
     async def score(self, growth: Growth, node: Node) -> float:
         """The value of a chain, also of one that is not at its end; 0 until the votes are counted."""
-        if self.value == "verifier":
-            return await growth.reward(node, None, self.function)
         chain = node.chain()
+        if self.value == "verifier":
+            return await reward_of(growth, chain, None)
         mean = sum(step.logprob * step.tokens for step in chain) / max(sum(step.tokens for step in chain), 1)
         return math.exp(mean) if self.value == "likelihood" else 0.0
 
@@ -126,10 +125,10 @@ class WithoutGold:
             return []
         leaves = growth.search.leaves
         _, found = await _said(growth, leaves)
-        if self.value == "vote":
-            answered = [group for group in found if group is not None]
-            growth.search.revalue([0.0 if g is None else answered.count(g) / len(answered) for g in found])
         votes = self.votes(leaves, found)
+        if self.value == "vote":
+            cast = sum(votes.values())
+            growth.search.revalue([0.0 if group is None else votes[group] / cast for group in found])
         winner = max(votes, key=votes.__getitem__, default=None)
         return [leaf for leaf, group in zip(leaves, found, strict=True) if group not in (None, winner)]
 
@@ -174,10 +173,10 @@ async def decode(
         settings = settings.model_copy(update={"rollouts": budget})
     blind = replace(question, gold="", spec={}, later=())
     name = f"{question.task}/{question.id}/{question.turn}/{seed}"
-    judge = WithoutGold(value, check_reward(settings.reward) if value == "verifier" else None)
+    judge = WithoutGold(value)
     tree_id = hashlib.sha256(name.encode()).hexdigest()[:16]
     growth = Growth(task, blind, tree_id, calls, roles, settings, seed, judge)
-    rounds = {"mcts": _trees, "vote": _chains, "best_of_n": _chains, "beam": _beams}[strategy](growth, judge, budget)
+    rounds = {"mcts": _trees, "vote": _chains, "best_of_n": _chains, "beam": _beams}[strategy](growth, judge)
     stopped, started = "rollouts", time.monotonic()
     async for leaves in rounds:
         best = await _best(growth, judge, leaves, by_vote=strategy in ("mcts", "vote"))
@@ -196,29 +195,23 @@ def settled(task: Task, strategy: str, value: str | None, settings: Search) -> s
     Raises:
         UsageError: strategy, value and task do not go together; the message says what does.
     """
-    if value is None:
-        votes = task.comparable and strategy in ("mcts", "vote")
-        value = "verifier" if settings.reward is not None else "vote" if votes else "likelihood"
-    if strategy not in STRATEGIES or value not in VALUES:
+    if strategy not in STRATEGIES:
+        raise UsageError(f"unknown strategy `{strategy}`; strategies are {', '.join(STRATEGIES)}")
+    if strategy == "vote" and not task.comparable:
+        raise UsageError(f"answers of {task.name} are free texts, which cannot vote: use mcts, best_of_n or beam")
+    votes = task.comparable and strategy in ("mcts", "vote")
+    able = ["verifier"] if settings.reward is not None else ["vote", "likelihood"] if votes else ["likelihood"]
+    if value not in (None, *able):
         raise UsageError(
-            f"unknown strategy `{strategy}` or value `{value}`; strategies are {', '.join(STRATEGIES)}, values "
-            f"{', '.join(VALUES)}"
+            f"{strategy} values answers of {task.name} by {' or '.join(able)} here, not by {value}: free texts cannot "
+            "vote, best_of_n or beam chooses one chain by its own value, and a verifier needs search.reward"
         )
-    if not task.comparable and "vote" in (strategy, value):
-        raise UsageError(
-            f"answers of {task.name} are free texts, which cannot vote: use strategy mcts, best_of_n or beam with "
-            "value likelihood or verifier"
-        )
-    if strategy in ("best_of_n", "beam") and value == "vote":
-        raise UsageError(f"{strategy} chooses one chain by its own value: use value likelihood or verifier")
-    if (value == "verifier") != (settings.reward is not None):
-        raise UsageError("value verifier needs a verifier (search.reward), and only it takes one")
-    return value
+    return value or able[0]
 
 
-async def _trees(growth: Growth, judge: WithoutGold, budget: int | None) -> AsyncIterator[list[Node]]:
+async def _trees(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]]:
     """The leaves of one tree after each round. Where nothing is left to grow it is widened at its root."""
-    search, rounds = growth.search, 0
+    search, budget, rounds = growth.search, growth.settings.stop.tokens, 0
     while search.rollouts_left and (
         budget is None or rounds == 0 or affordable(budget, growth.spent.completion_tokens, rounds) > 0
     ):
@@ -229,10 +222,10 @@ async def _trees(growth: Growth, judge: WithoutGold, budget: int | None) -> Asyn
         yield search.leaves
 
 
-async def _chains(growth: Growth, judge: WithoutGold, budget: int | None) -> AsyncIterator[list[Node]]:
+async def _chains(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]]:
     """Independent whole chains, each a leaf below the root."""
     leaves: list[Node] = []
-    async for written in whole_chains(growth, budget, growth.settings.rollouts):
+    async for written in whole_chains(growth, growth.settings.stop.tokens, growth.settings.rollouts):
         for text, choice in written:
             leaf = Node(
                 growth.search.root, "answer", text, f"{growth.search.seed}/{len(leaves)}", 1, tokens=choice.tokens,
@@ -243,14 +236,14 @@ async def _chains(growth: Growth, judge: WithoutGold, budget: int | None) -> Asy
         yield leaves
 
 
-async def _beams(growth: Growth, judge: WithoutGold, budget: int | None) -> AsyncIterator[list[Node]]:
+async def _beams(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]]:
     """Beam searches over thoughts, one after another, for as long as the budget pays for one more.
 
     Every kept chain goes on by the first type of its pattern's row, in at least `width` samples; of what came the
     `width` chains of the highest value so far are kept.
     """
     leaves: list[Node] = []
-    width, beams = growth.settings.leaves_per_round, 0
+    width, budget, beams = growth.settings.leaves_per_round, growth.settings.stop.tokens, 0
     while beams == 0 or (budget is not None and affordable(budget, growth.spent.completion_tokens, beams) > 0):
         kept = [Node(None, None, "", f"beam{beams}/", 0)]
         while kept:
@@ -258,22 +251,18 @@ async def _beams(growth: Growth, judge: WithoutGold, budget: int | None) -> Asyn
                 asked = [group.create_task(_followed(growth, node, width)) for node in kept]
             new = [child for one in asked for child in one.result()]
             leaves += [child for child in new if child.reward is not None]
-            live = [child for child in new if child.reward is None]
-            values = [await judge.score(growth, node) for node in live]
-            order = sorted(range(len(live)), key=lambda i: -values[i])
-            kept = [live[i] for i in order[:width]]
+            scored = [(await judge.score(growth, child), child) for child in new if child.reward is None]
+            kept = [child for _, child in sorted(scored, key=lambda pair: -pair[0])[:width]]
         beams += 1
         yield leaves
 
 
 async def _followed(growth: Growth, node: Node, width: int) -> list[Node]:
     """What the model writes after a chain."""
-    slot = growth.search.row(node)[0]
-    key = f"{growth.search.seed}/{node.path}/{slot.kind}"
-    prefix = "" if node.is_open and slot.kind == node.kind else prefix_of(slot.kind, key, growth.search.prefixes)
-    n = slot.n if slot.kind == "answer" else max(slot.n, width)
-    wanted = Wanted(node, slot.kind, n, prefix, key)
-    return children(wanted, slot.index, *await growth.write(wanted))
+    first = growth.search.row(node)[0]
+    n = first.n if first.kind == "answer" else max(first.n, width)
+    wanted = growth.search.want(node, Slot(first.kind, n, first.index))
+    return distinct(await growth.write(wanted))
 
 
 async def _said(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None], list[int | None]]:
@@ -291,20 +280,16 @@ async def _best(growth: Growth, judge: WithoutGold, leaves: Sequence[Node], *, b
     votes = judge.votes(leaves, found)
     winner = max(votes, key=votes.__getitem__) if votes and by_vote else None
     able = [i for i, answer in enumerate(answers) if answer is not None and winner in (None, found[i])]
-
-    def worth(i: int) -> tuple[float, float]:
-        chain = leaves[i].chain()
-        return leaves[i].reward or 0.0, sum(n.value / n.visits for n in chain if n.visits) / len(chain)
-
-    best = max(able, key=worth, default=0)
-    chain = leaves[best].chain() if leaves else []
+    best = max(able, key=lambda i: merit(leaves[i].chain()), default=0)
+    # A beam of which the model wrote nothing has no leaf.
+    chain = leaves[best].chain() if leaves else [growth.search.root]
     firsts = {group: str(answers[found.index(group)]) for group in votes}
     return Decoded(
-        answer=answers[best] if leaves else None,
+        answer=answers[best] if able else None,
         reasoning=chain_text(chain[:-1]),
-        said=chain[-1].text if chain else "",
-        said_tokens=chain[-1].tokens if chain else 0,
-        cut=bool(chain) and not able and chain[-1].finish_reason == "length",
+        said=chain[-1].text,
+        said_tokens=chain[-1].tokens,
+        cut=not able and chain[-1].finish_reason == "length",
         votes={firsts[group]: count for group, count in sorted(votes.items(), key=lambda vote: -vote[1])},
         found=tuple(answers),
         spent=replace(growth.spent),

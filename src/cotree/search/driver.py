@@ -15,8 +15,8 @@ from cotree.config import Role, Search
 from cotree.errors import UsageError
 from cotree.llm.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
-from cotree.search.growth import Growth, Verified, patterns_of, prefixes_of
-from cotree.search.reward import check_reward
+from cotree.search.growth import Growth, patterns_of, prefixes_of
+from cotree.search.reward import merit
 from cotree.store import Call, StoredTree, TreeStore
 from cotree.tasks import Question, Task
 from cotree.tasks.extract import spoken
@@ -54,7 +54,6 @@ class Grower:
         self.config = config_hash(settings, roles, {name: e.identity for name, e in endpoints.items()}, seed)
         self.progress = Progress()
         self.calls = Calls(store, endpoints, self.progress)
-        self._judge = Verified(check_reward(settings.reward))
 
     def grown(self, questions: Sequence[Asked]) -> list[tuple[Task, Question, StoredTree]]:
         """Every question, later turns included, with its stored tree."""
@@ -68,7 +67,7 @@ class Grower:
         return pairs
 
     async def grow_all(
-        self, questions: Sequence[Asked], on_progress: Callable[[Progress], None] | None = None
+        self, questions: Sequence[Asked], on_progress: Callable[[Progress], None] = lambda progress: None
     ) -> Progress:
         """Grow one tree a question and turn, `trees_in_flight` at once; trees that the store has are not grown again.
 
@@ -88,19 +87,20 @@ class Grower:
             ]
         return progress
 
-    async def _grow_turn(self, questions: Sequence[Asked], on_progress: Callable[[Progress], None] | None) -> None:
+    async def _grow_turn(self, questions: Sequence[Asked], on_progress: Callable[[Progress], None]) -> None:
         finished = self.store.finished(self.config)
-        old = [question for _, question in questions if self.tree_id(question) in finished]
-        for question in old:
-            if self.store.asked(self.tree_id(question)) != (list(question.messages), question.gold):
+        left: list[Asked] = []
+        for task, question in questions:
+            tree_id = self.tree_id(question)
+            if tree_id not in finished:
+                left.append((task, question))
+            elif self.store.asked(tree_id) != (list(question.messages), question.gold):
                 raise UsageError(
                     f"question `{question.id}` of task `{question.task}` has changed since its tree was grown; put it "
                     "back, or choose another name= (the trees are kept)"
                 )
-        before = len(old)
-        self.progress.trees += before
-        self.progress.trees_before += before
-        left = [asked for asked in questions if self.tree_id(asked[1]) not in finished]
+        self.progress.trees += len(questions) - len(left)
+        self.progress.trees_before += len(questions) - len(left)
         gate = asyncio.Semaphore(self.settings.trees_in_flight)
         wanting: list[Growth] = []
 
@@ -108,21 +108,24 @@ class Grower:
             self.store.put(growth.stored(self.config))
             finished[growth.tree_id] = growth.search.rollouts
             self.progress.trees += 1
-            if on_progress is not None:
-                on_progress(self.progress)
+            on_progress(self.progress)
 
         async def grow(task: Task, question: Question) -> None:
             async with gate:
-                growth = self._growth(task, question)
+                growth = Growth(
+                    task, question, self.tree_id(question), self.calls, self.roles, self.settings, self.seed
+                )
                 await growth.run()
-            if self.settings.adaptive and self._could_use_more(growth):
+            # Both kinds of chains were found, and the tree ended for want of rollouts alone.
+            could_use_more = growth.tally.promising and growth.stopped is None and growth.search.root.open_below > 0
+            if self.settings.adaptive and could_use_more:
                 wanting.append(growth)
             else:
                 store(growth)
 
         async def grow_more(growth: Growth, rollouts: int) -> None:
             async with gate:
-                growth.extend(rollouts)
+                growth.search.rollouts_left += rollouts
                 await growth.run()
             store(growth)
 
@@ -139,22 +142,6 @@ class Grower:
         """The same for the same question (turn) under the same config, always."""
         turn = f"/{question.turn}" if question.turn else ""
         return hashlib.sha256(f"{question.task}/{question.id}{turn}/{self.config}".encode()).hexdigest()[:16]
-
-    def _growth(self, task: Task, question: Question) -> Growth:
-        return Growth(
-            task,
-            question,
-            self.tree_id(question),
-            self.calls,
-            self.roles,
-            self.settings,
-            self.seed,
-            self._judge,
-        )
-
-    def _could_use_more(self, growth: Growth) -> bool:
-        """Both kinds of chains were found, and the tree ended for want of rollouts alone."""
-        return growth.tally.promising and growth.stopped is None and growth.search.root.open_below > 0
 
     def _share(self, questions: Sequence[Asked], finished: Mapping[str, int], wanting: Sequence[Growth]) -> int:
         """Extra rollouts for each tree that could use them: an equal part of what the others left over.
@@ -178,13 +165,5 @@ def best_answer(tree: StoredTree) -> str:
 
     The answer thought of highest reward, then of the highest mean v/n on its way, then the first; empty without any.
     """
-    answers = [node for node in tree.nodes if node.type == "answer"]
-    if not answers:
-        return ""
-
-    def worth(leaf: int) -> tuple[float, float]:
-        chain = tree.chain(leaf)
-        return float(chain[-1].reward or 0.0), sum(n.value / n.visits for n in chain if n.visits) / len(chain)
-
-    best = max(answers, key=lambda node: (*worth(node.node_id), -node.node_id))
-    return spoken(best.text)
+    answers = [tree.chain(node.node_id) for node in tree.nodes if node.type == "answer"]
+    return spoken(max(answers, key=merit)[-1].text) if answers else ""

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cotree.config import Search
 from cotree.search.thoughts import PREFIXES, Pattern, prefix_of
 from cotree.tasks.base import Verdict
 
@@ -77,53 +78,28 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Thought:
-    """What came for one sample: the whole text with its prefix, and for a leaf (an answer, a cut text) its verdict.
-
-    `reward` is what a leaf is worth to the search, in [0, 1]; None: the verdict's. A leaf that nobody verified has a
-    reward alone.
-    """
-
-    text: str
-    tokens: int
-    finish_reason: str
-    verdict: Verdict | None
-    reward: float | None = None
-    logprob: float = 0.0
-
-    @property
-    def worth(self) -> float | None:
-        """The reward that counts; None for a thought that is no leaf."""
-        if self.reward is not None or self.verdict is None:
-            return self.reward
-        return self.verdict.reward
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
-    """A request for text: `n` thoughts of one type that follow `node`'s chain."""
+    """A request for text: `n` thoughts of one type that follow `node`'s chain, in its slot `place`."""
 
     node: Node
     kind: str
     n: int
+    place: int
     prefix: str
     seed_key: str
 
+    def thought(self, sample: int, text: str) -> Node:
+        """What came for one sample: the whole text with its prefix. It joins the tree when its rollout is told."""
+        parent = self.node
+        return Node(parent, self.kind, text, f"{parent.path}{self.place}.{sample}/", parent.depth + 1, self.prefix)
 
-def children(
-    wanted: Wanted, place: int, thoughts: Sequence[Thought], model: str, seed: int, seconds: float
-) -> list[Node]:
-    """The nodes of what came for a request, not yet in the tree; equal texts are one, a text without words is none."""
-    parent = wanted.node
+
+def distinct(thoughts: Sequence[Node]) -> list[Node]:
+    """Equal texts are one thought, and a text without words is none."""
     found: dict[str, Node] = {}
-    for i, thought in enumerate(thoughts):
-        if thought.text in found or not thought.text:
-            continue
-        path = f"{parent.path}{place}.{i}/"
-        found[thought.text] = Node(
-            parent, wanted.kind, thought.text, path, parent.depth + 1, wanted.prefix, model, thought.tokens,
-            thought.finish_reason, seed, seconds, thought.verdict, thought.worth, thought.logprob,
-        )  # fmt: skip
+    for thought in thoughts:
+        if thought.text:
+            found.setdefault(thought.text, thought)
     return list(found.values())
 
 
@@ -132,65 +108,43 @@ class Rollout:
 
     def __init__(self, search: TreeSearch, node: Node, slot: Slot) -> None:
         self._search = search
-        self.start, self.first, self.slot = node, slot, slot
+        self.start, self.slot = node, slot
         self.written: list[Node] = []
-        self.answers = 0
-        self.wanted: Wanted | None = self._want(node, slot)
+        self.wanted: Wanted | None = search.want(node, slot)
 
-    def _want(self, node: Node, slot: Slot) -> Wanted:
-        key = f"{self._search.seed}/{node.path}/{slot.index}:{slot.kind}"
-        # A mini-step that broke off inside a line is continued word by word, so no prefix comes between.
-        prefix = "" if node.is_open and slot.kind == node.kind else prefix_of(slot.kind, key, self._search.prefixes)
-        return Wanted(node, slot.kind, slot.n, prefix, key)
-
-    def feed(self, thoughts: Sequence[Thought], model: str, seed: int, seconds: float) -> None:
+    def feed(self, thoughts: Sequence[Node]) -> None:
         """Take the thoughts that `wanted` asked for; `wanted` is then the next request, or None at a judged leaf.
 
-        Where nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
+        A thought that ends its chain (an answer, a cut text) comes with its reward, another one with none. Where
+        nothing came, an answer is asked for in its place, so that every rollout ends at a judged leaf.
         """
-        if self.wanted is None:
-            raise ValueError("this rollout has already reached a judged leaf")
-        new = children(self.wanted, self.slot.index, thoughts, model, seed, seconds)
-        if not new and self.slot.kind != "answer":
-            self.slot = Slot("answer", 1, self.slot.index)
-            self.wanted = self._want(self.wanted.node, self.slot)
+        assert self.wanted is not None, "this rollout has already reached a judged leaf"
+        new = distinct(thoughts)
+        if not new and self.wanted.kind != "answer":
+            self.wanted = self._search.want(self.wanted.node, Slot("answer", 1, self.wanted.place))
             return
-        for node in new:
-            if node.reward is None:
-                node.slots = self._search.row(node)
-                node.slots_made = len(node.slots)
         self.written.extend(new)
-        self.answers += sum(node.reward is not None for node in new)
         live = [node for node in new if node.reward is None]
-        if self.answers or not live:
-            self.wanted = None
-            return
-        self.slot = live[0].slots.pop(0)
-        self.wanted = self._want(live[0], self.slot)
+        for node in live:
+            node.slots = self._search.row(node)
+            node.slots_made = len(node.slots)
+        reached = not live or len(live) < len(new)
+        self.wanted = None if reached else self._search.want(live[0], live[0].slots.pop(0))
 
 
 class TreeSearch:
-    """One question's tree. `rollouts` bounds the descents, `max_reflections` the second chances in the whole tree.
+    """One question's tree, as the recipe's `settings` want it.
 
-    `rollouts_left` is what may still be asked, `rollouts` what was asked and has not failed.
+    `rollouts_left` is what may still be asked, for whoever drives the search to lower or to raise; `rollouts` is what
+    was asked and has not failed.
     """
 
     def __init__(
-        self,
-        pattern: Pattern,
-        seed: str,
-        *,
-        rollouts: int,
-        exploration: float = 1.0,
-        max_depth: int = 10,
-        max_reflections: int = 2,
-        prefixes: Mapping[str, Sequence[str]] = PREFIXES,
+        self, pattern: Pattern, seed: str, settings: Search, prefixes: Mapping[str, Sequence[str]] = PREFIXES
     ) -> None:
-        self.pattern, self.seed, self.prefixes = pattern, seed, prefixes
-        self.exploration, self.max_depth = exploration, max_depth
-        self.rollouts_left, self.reflections_left = rollouts, max_reflections
+        self.pattern, self.seed, self.settings, self.prefixes = pattern, seed, settings, prefixes
+        self.rollouts_left, self.reflections_left = settings.rollouts, settings.max_reflections
         self.rollouts = 0
-        self.in_flight = 0
         self.root = Node(None, None, "", "", 0, id=0)
         self.root.slots = self.row(self.root)
         self.root.slots_made = len(self.root.slots)
@@ -200,22 +154,21 @@ class TreeSearch:
     @property
     def done(self) -> bool:
         """No rollout is under way, and the budget is spent or nothing is left to grow."""
-        return self.in_flight == 0 and (self.rollouts_left == 0 or self.root.open_below == 0)
-
-    def stop(self) -> None:
-        """Ask for nothing more; rollouts under way are still told."""
-        self.rollouts_left = 0
-
-    def extend(self, rollouts: int) -> None:
-        """Go on with a larger budget, from where the tree stands."""
-        self.rollouts_left += rollouts
+        return self.root.virtual == 0 and (self.rollouts_left == 0 or self.root.open_below == 0)
 
     def row(self, node: Node) -> list[Slot]:
         """What may follow a node by the pattern; near `max_depth` only an answer."""
-        if node.depth + 1 >= self.max_depth:
+        if node.depth + 1 >= self.settings.max_depth:
             return [Slot("answer", 1, 0)]
         following = self.pattern[node.kind or "root"]
         return [Slot(kind, n, i) for i, (kind, n) in enumerate(following.items())]
+
+    def want(self, node: Node, slot: Slot) -> Wanted:
+        """The request for what stands in a slot of a node."""
+        key = f"{self.seed}/{node.path}/{slot.index}:{slot.kind}"
+        # A mini-step that broke off inside a line is continued word by word, so no prefix comes between.
+        prefix = "" if node.is_open and slot.kind == node.kind else prefix_of(slot.kind, key, self.prefixes)
+        return Wanted(node, slot.kind, slot.n, slot.index, prefix, key)
 
     def ask(self, k: int = 1) -> list[Rollout]:
         """Up to `k` rollouts from different places (fewer when the tree or the budget has no more)."""
@@ -227,17 +180,14 @@ class TreeSearch:
             self._add(node, open_below=-1, virtual=1)
             self.rollouts_left -= 1
             self.rollouts += 1
-            self.in_flight += 1
             asked.append(Rollout(self, node, slot))
         return asked
 
     def tell(self, rollout: Rollout) -> None:
         """Merge a finished rollout: its nodes join the tree, its judged leaves count once, its virtual loss goes."""
-        if rollout.wanted is not None:
-            raise ValueError("tell needs a rollout that has reached a judged leaf; use fail for one that has not")
-        rollout.start.slots.remove(rollout.first)
+        assert rollout.wanted is None, "tell needs a rollout that has reached a judged leaf; fail is for another"
+        rollout.start.slots.remove(rollout.slot)
         self._add(rollout.start, virtual=-1)
-        self.in_flight -= 1
         for node in rollout.written:
             assert node.parent is not None
             node.id = len(self.nodes)
@@ -249,11 +199,10 @@ class TreeSearch:
 
     def fail(self, rollout: Rollout) -> None:
         """Forget a rollout whose request failed: it counts as nothing and its place can be asked again."""
-        rollout.first.in_flight = False
+        rollout.slot.in_flight = False
         self._add(rollout.start, open_below=1, virtual=-1)
         self.rollouts_left += 1
         self.rollouts -= 1
-        self.in_flight -= 1
 
     @property
     def leaves(self) -> list[Node]:
@@ -283,9 +232,8 @@ class TreeSearch:
         thinking but not the answer. Only where thinking and an answer still fit below `max_depth`."""
         parent = answer.parent
         assert parent is not None
-        reflected = any(child.kind == "reflection" for child in parent.children)
-        reflected = reflected or any(slot.kind == "reflection" for slot in parent.slots)
-        if reflected or self.reflections_left == 0 or parent.depth + 3 > self.max_depth:
+        there = [child.kind for child in parent.children] + [slot.kind for slot in parent.slots]
+        if "reflection" in there or self.reflections_left == 0 or parent.depth + 3 > self.settings.max_depth:
             return
         self.reflections_left -= 1
         parent.slots.insert(0, Slot("reflection", 1, parent.slots_made))
@@ -309,7 +257,7 @@ class TreeSearch:
     def ucb(self, node: Node, parent_visits: int) -> float:
         """v/n + C sqrt(ln N / n), the paper's UCB; a virtual loss counts as a visit without reward."""
         visits = node.visits + node.virtual
-        return node.value / visits + self.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
+        return node.value / visits + self.settings.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
 
     @staticmethod
     def _add(node: Node, *, visits: int = 0, value: float = 0.0, virtual: int = 0, open_below: int = 0) -> None:

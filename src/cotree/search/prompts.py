@@ -38,9 +38,7 @@ def chain_text(thoughts: Iterable[Node | StoredNode]) -> str:
 
 def continuation(node: Node, prefix: str) -> str:
     """The assistant's words up to a thought that follows `node` and begins with `prefix`."""
-    text = chain_text(node.chain())
-    in_line = not text or text.endswith("\n") or (node.is_open and not prefix)
-    return f"{text}{prefix}" if in_line else f"{text}\n{prefix}"
+    return chain_text([*node.chain(), Node(node, None, prefix, "", 0, prefix)])
 
 
 def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> list[Message]:

@@ -7,75 +7,83 @@ is asked about it.
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import json
 import math
+import runpy
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from functools import cache
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
-from cotree.config import Reward
+from cotree.config import Reward, Writer
 from cotree.errors import CotreeError, UsageError
+from cotree.llm.client import Request
+from cotree.search.mcts import Node
+from cotree.search.prompts import chain_text
+from cotree.search.thoughts import draw
+from cotree.store import StoredNode
 from cotree.tasks import Question, Verdict
-from cotree.tasks.base import Message
+
+if TYPE_CHECKING:
+    from cotree.search.growth import Growth
 
 # f(question, the whole chain's text, the task's verdict) -> reward; in decoding nobody knows the verdict: None
 RewardFunction = Callable[[Question, str, Verdict | None], float]
 
 
+@cache
 def load_function(name: str) -> RewardFunction:
-    """The function that `module:name` or `path/to/file.py:name` names.
+    """The function that `module:name` or `path/to/file.py:name` names, loaded once.
 
     Raises:
         UsageError: no such module, file or function; the message says which.
     """
     where, _, function = name.rpartition(":")
     try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
+        names = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
     except Exception as error:  # noqa: BLE001 - the user's module may raise anything
         raise UsageError(f"search.reward.function: cannot load {where}: {type(error).__name__}: {error}") from None
-    found: Any = getattr(module, function, None)
+    found: Any = names.get(function)
     if not callable(found):
         raise UsageError(f"search.reward.function: {where} has no function `{function}`")
     return found  # type: ignore[no-any-return]
 
 
-def call(function: RewardFunction, question: Question, text: str, verdict: Verdict | None) -> float:
-    """The user's function, held to its contract.
+async def reward_of(growth: Growth, chain: Sequence[Node], verdict: Verdict | None) -> float:
+    """What the settings' `reward` says that a chain is worth so far."""
+    settings, question, text = growth.settings.reward, growth.question, chain_text(chain)
+    assert settings is not None
+    if settings.function is not None:
+        return _call(load_function(settings.function), question, text, verdict)
+    if settings.process is not None:
+        messages = steps_messages(question, [thought.text for thought in chain], settings.separator)
+        scored = await growth.complete(settings.process, Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True))
+        return combined(json.loads(scored.choices[0].text), len(chain), settings.combine)
+    assert settings.judge is not None
+    asked = "\n\n".join(message["content"] for message in question.messages if message["role"] == "user")
+    content = f"Question:\n{asked}\n\nAnswer:\n{text}\n\nIs the final answer right? Reply with yes or no."
+    judged = await growth.ask(
+        Writer(model=settings.judge),
+        "The final answer is right:",
+        n=settings.samples,
+        max_tokens=4,
+        seed=draw(f"judge:{growth.tree_id}/{text}", 2**31),
+        stop=("\n",),
+        messages=[{"role": "user", "content": content}],
+    )
+    return fmean(choice.text.strip().lower().startswith(("yes", "true")) for choice in judged.choices)
 
-    Raises:
-        CotreeError: it raised, or returned something that is no number in [0, 1].
-    """
+
+def _call(function: RewardFunction, question: Question, text: str, verdict: Verdict | None) -> float:
+    """The user's function, held to its contract."""
     try:
         reward = float(function(question, text, verdict))
     except Exception as error:
         what = f"{type(error).__name__}: {error} (question {question.id})"
         raise CotreeError(f"search.reward.function: {what}") from error
-    if not (math.isfinite(reward) and 0.0 <= reward <= 1.0):
+    if not 0.0 <= reward <= 1.0:
         raise CotreeError(f"search.reward.function: {reward} for question {question.id}; a reward is in [0, 1]")
     return reward
-
-
-def judge_messages(question: Question, text: str) -> list[Message]:
-    """What the judge is asked; it answers by continuing `JUDGE_PREFIX`."""
-    asked = "\n\n".join(message["content"] for message in question.messages if message["role"] == "user")
-    content = f"Question:\n{asked}\n\nAnswer:\n{text}\n\nIs the final answer right? Reply with yes or no."
-    return [{"role": "user", "content": content}]
-
-
-JUDGE_PREFIX = "The final answer is right:"
-
-
-def share_of_yes(replies: list[str]) -> float:
-    """The judge's reward: how many of its samples begin with yes (or true)."""
-    yes = [reply.strip().lower().startswith(("yes", "true")) for reply in replies]
-    return sum(yes) / len(yes)
 
 
 def steps_messages(question: Question, thoughts: Sequence[str], separator: str) -> tuple[tuple[str, str], ...]:
@@ -100,6 +108,12 @@ def combined(scores: Sequence[float], steps: int, how: Literal["least", "product
     return {"least": min(scores), "product": math.prod(scores), "last": scores[-1]}[how]
 
 
-def check_reward(reward: Reward | None) -> RewardFunction | None:
-    """The user's function, loaded before any work starts; None without one."""
-    return None if reward is None or reward.function is None else load_function(reward.function)
+def check_reward(reward: Reward | None) -> None:
+    """Load the user's function, before any work starts; UsageError where that cannot be done."""
+    if reward is not None and reward.function is not None:
+        load_function(reward.function)
+
+
+def merit(chain: Sequence[Node | StoredNode]) -> tuple[float, float]:
+    """By what the chains of a tree are compared: the reward at the end, then the mean v/n on the way."""
+    return chain[-1].reward or 0.0, sum(node.value / node.visits for node in chain if node.visits) / len(chain)

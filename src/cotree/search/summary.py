@@ -5,6 +5,7 @@ Invariant: every number is computed from the stored trees, so a resumed run and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,9 +41,6 @@ def repaired(tree: StoredTree) -> set[int]:
 def _counts(trees: Sequence[StoredTree]) -> dict[str, Any]:
     answers = [n for tree in trees for n in tree.nodes if n.type == "answer"]
     kinds = [{n.verdict for n in tree.nodes if n.verdict} for tree in trees]
-    stopped: dict[str, int] = {}
-    for tree in trees:
-        stopped[tree.stopped] = stopped.get(tree.stopped, 0) + 1
     return {
         "trees": len(trees),
         "thoughts": sum(len(tree.nodes) - 1 for tree in trees),
@@ -54,7 +52,7 @@ def _counts(trees: Sequence[StoredTree]) -> dict[str, Any]:
         "questions_with_both": sum({"correct", "wrong"} <= found for found in kinds) / max(len(trees), 1),
         "reflections": sum(n.type == "reflection" for tree in trees for n in tree.nodes),
         "repaired": sum(len(repaired(tree)) for tree in trees),
-        "stopped": dict(sorted(stopped.items())),
+        "stopped": dict(sorted(Counter(tree.stopped for tree in trees).items())),
     }
 
 
@@ -64,11 +62,10 @@ def _by_model(trees: Sequence[StoredTree]) -> dict[str, dict[str, int]]:
     for tree in trees:
         fixed = repaired(tree)
         for node in tree.nodes:
-            if not node.model:
-                continue
-            own = counts.setdefault(node.model, {"thoughts": 0, "tokens": 0, "reflections": 0, "repaired": 0})
-            own["thoughts"] += 1
-            own["tokens"] += node.tokens
-            own["reflections"] += node.type == "reflection"
-            own["repaired"] += node.node_id in fixed
+            if node.model:
+                own = counts.setdefault(node.model, dict.fromkeys(("thoughts", "tokens", "reflections", "repaired"), 0))
+                own["thoughts"] += 1
+                own["tokens"] += node.tokens
+                own["reflections"] += node.type == "reflection"
+                own["repaired"] += node.node_id in fixed
     return dict(sorted(counts.items()))

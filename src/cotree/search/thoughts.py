@@ -112,41 +112,27 @@ def check_pattern(name: str, pattern: Pattern) -> None:
     """That a pattern leads from the root to an answer whatever happens on the way.
 
     Raises:
-        ValueError: an unknown type, a dead end, a type without a way to `answer`, a row that nothing leads to, a count
-            below 1; each with the fix.
+        ValueError: an unknown type, one without a way to `answer`, a row that nothing leads to; each with the fix.
     """
     where = f"pattern `{name}`"
-    if not pattern.get("root"):
-        raise ValueError(f"{where}: the row `root` is missing; say what comes first, e.g. root: {{sub_task: 1}}")
-    for kind, row in pattern.items():
-        for following, count in row.items():
-            if following not in THOUGHT_TYPES:
-                near = difflib.get_close_matches(following, THOUGHT_TYPES, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else f"types are {', '.join(THOUGHT_TYPES)}"
-                raise ValueError(f"{where}: row `{kind}` leads to the unknown type `{following}`; {hint}")
-            if count < 1:
-                raise ValueError(f"{where}: row `{kind}`: {following}: {count}; a count is at least 1, or left out")
-            if following != "answer" and not pattern.get(following):
-                raise ValueError(
-                    f"{where}: `{following}` is a dead end; add a row for it, e.g. {following}: {{answer: 1}}"
-                )
+    named = {following for row in pattern.values() for following in row}
+    for kind in sorted(named.difference(THOUGHT_TYPES)):
+        near = difflib.get_close_matches(kind, THOUGHT_TYPES, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"types are {', '.join(THOUGHT_TYPES)}"
+        raise ValueError(f"{where}: unknown type `{kind}`; {hint}")
     if "answer" in pattern:
         raise ValueError(f"{where}: nothing comes after an answer; delete its row `answer`")
-    # A wrong answer adds a reflection by itself, so its row needs nobody to lead to it.
-    reached, new = {"root", "reflection"}, ["root", "reflection"]
-    while new:
-        following_kinds = [kind for kind in pattern.get(new.pop(), {}) if kind not in reached]
-        reached.update(following_kinds)
-        new.extend(following_kinds)
-    for kind in pattern:
-        if kind not in reached:
-            raise ValueError(f"{where}: nothing leads to `{kind}`; name it in another row, or delete its own")
     ending = {"answer"}
     while more := [kind for kind, row in pattern.items() if kind not in ending and ending & row.keys()]:
         ending.update(more)
-    for kind in pattern:
-        if kind not in ending:
-            raise ValueError(f"{where}: from `{kind}` no answer can be reached; add `answer: 1` to a row after it")
+    for kind in sorted({"root", *named, *pattern} - ending, key=lambda kind: (kind in pattern, kind)):
+        raise ValueError(f"{where}: from `{kind}` no answer can be reached; let it lead to one: {kind}: {{answer: 1}}")
+    # A wrong answer adds a reflection by itself, so its row needs nobody to lead to it.
+    reached = {"root", "reflection"}
+    while more := [kind for known in reached for kind in pattern.get(known, ()) if kind not in reached]:
+        reached.update(more)
+    for kind in sorted(pattern.keys() - reached):
+        raise ValueError(f"{where}: nothing leads to `{kind}`; name it in another row, or delete its own")
 
 
 def prefix_of(kind: str, seed: str, prefixes: Mapping[str, Sequence[str]] = PREFIXES) -> str:
