@@ -67,13 +67,15 @@ def demo(run: Path | None, student: Path, recipe_of_rule: Path) -> Shape:
     """The first step of a run; without one as many pairs, each of a question of arithmetic, written by rule."""
     from cotree.config import load_recipe
     from cotree.llm.tokenizer import load_tokenizer
-    from cotree.train.trainer import fixed_steps, read_rows
+    from cotree.train.trainer import encode_file, fixed_steps
 
     recipe = load_recipe(run / "recipe.yaml" if run else recipe_of_rule)
-    rows = read_rows(run / "data" / "dpo" / "train.parquet") if run else _by_rule()
-    tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model" if run else student)
-    found = encode_dpo(tokenizer, rows, recipe.build.max_tokens).rows
-    settings = recipe.train.dpo
+    settings, limit = recipe.train.dpo, recipe.build.max_tokens
+    if run:
+        tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model")
+        found = encode_file(run / "data" / "dpo" / "train.parquet", tokenizer, settings, limit).rows
+    else:
+        found = encode_dpo(load_tokenizer(student), _by_rule(), limit).rows
     step = fixed_steps([tuple(row.prompt) for row in found], settings.batch_size, settings.epochs, recipe.seed)[0]
     return Shape("demo", "joint" if settings.alpha else "dpo", [found[index] for index in step])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import TrainDPO, TrainSFT
-from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps
+from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.encode import Chain
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer
@@ -49,10 +49,7 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool =
     )
     arguments = training_arguments(Path(tempfile.gettempdir()) / "unused", settings, 1, 0)
     model = load_model(student)
-    logps = torch.zeros(len(shape.pairs), 2)
-    if reference:
-        logps = reference_logps(model, shape.pairs, settings, arguments)
-    rows = [ReferencedPair(pair, *each) for pair, each in zip(shape.pairs, logps.tolist(), strict=True)]
+    rows = with_reference(model, shape.pairs, settings, arguments) if reference else shape.pairs
     return _ours(PairTrainer(model, [rows], arguments, settings), rows)
 
 

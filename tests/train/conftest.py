@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import urllib.request
@@ -17,14 +18,21 @@ from tests.train.tiny_student import Post, dpo_row, sft_row, tiny_model, tiny_to
 from transformers import PreTrainedTokenizerFast
 
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tiny_runs_are_fast() -> None:
+    """Without this each run would look three times for garbage in all that was ever imported."""
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+def threads(request: pytest.FixtureRequest) -> None:
     """Tiny models gain nothing from threads, and lose much to them on a busy machine."""
-    threads = torch.get_num_threads()
-    if "real" not in request.keywords:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS if "real" in request.keywords else 1)
 
 
 @pytest.fixture(scope="session")

@@ -28,20 +28,20 @@ if __name__ == "__main__":
 """
 SHARDED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 from cotree.config import TrainDPO
-from cotree.train.dpo import PairTrainer, ReferencedPair
-from cotree.train.encode import encode_dpo
+from cotree.train.dpo import PairTrainer
 from cotree.train.model import load_model
-from cotree.train.trainer import read_rows, training_arguments
+from cotree.train.trainer import encode_file, training_arguments
 rows, student, out, settings = sys.argv[1:]
 settings = TrainDPO.model_validate_json(settings)
-pairs = encode_dpo(AutoTokenizer.from_pretrained(student), read_rows(Path(rows)), 512).rows
-step = [ReferencedPair(pair, -9.0, -11.0) for pair in pairs]
+pairs = encode_file(Path(rows), AutoTokenizer.from_pretrained(student), settings, 512).rows
+step = [replace(pair, reference=(-9.0, -11.0)) for pair in pairs]
 arguments = training_arguments(Path(out), settings, 1, 0)
 model = load_model(Path(student))
 if arguments.world_size > 1:

@@ -25,11 +25,10 @@ from cotree.pipeline import run
 from cotree.progress import Output, Update
 from cotree.report.summary import read_log
 from cotree.run_folder import open_run
-from cotree.train.encode import encode_sft
 from cotree.train.gauges import WINDOW, best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import load_model
 from cotree.train.sft import train_sft
-from cotree.train.trainer import StepLog, TrainResult, read_rows
+from cotree.train.trainer import StepLog, TrainResult, encode_file
 
 PROBE = Probe(every=1, questions=2, max_tokens=32)
 # At this rate two epochs make a student that answers into one that goes on and on.
@@ -124,7 +123,7 @@ def test_the_best_student_of_the_probes_is_kept_where_asked(
     assert (kept.steps, kept.kept) == (8, answered)
     assert 1 < answered < 8
     tokenizer = AutoTokenizer.from_pretrained(answering)
-    encoded = encode_sft(tokenizer, read_rows(endless), 512).rows
+    encoded = encode_file(endless, tokenizer, last, 512).rows
     prompts = list({tuple(row.prompt): row.prompt for row in encoded}.values())
     for out, step in (("last", 8), ("best", answered)):
         found = probe(load_model(tmp_path / out / "model"), tokenizer, prompts[:2], PROBE)

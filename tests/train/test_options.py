@@ -18,12 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cotree.config import LoRA, Probe, TrainDPO, TrainSFT
 from cotree.errors import CotreeError, UsageError
 from cotree.train.dpo import train_dpo
-from cotree.train.encode import encode_sft
 from cotree.train.model import load_model
 from cotree.train.plan import plan
 from cotree.train.sft import ChainTrainer, train_sft
 from cotree.train.student import load_student
-from cotree.train.trainer import StepLog, read_rows, room_for, training_arguments
+from cotree.train.trainer import StepLog, encode_file, room_for, training_arguments
 
 SFT = TrainSFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
 DPO = TrainDPO(batch_size=5, epochs=2.0, learning_rate=1e-2)
@@ -55,7 +54,7 @@ def test_every_margin_is_zero_at_step_0_with_an_adapter(
 
 
 def step(student: Path, sft_rows: Path, out: Path, **changes: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows
     settings = SFT.model_copy(update=changes)
     trainer = ChainTrainer(load_model(student), [chains], training_arguments(out, settings, 1, 0), settings)
     if settings.gradient_checkpointing:
@@ -130,7 +129,9 @@ def test_the_plan_is_what_the_run_then_does(sft_rows: Path, dpo_rows: Path, tmp_
     assert adapter.peak_bytes < full.peak_bytes
     smaller = plan(dpo_rows, file, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
     assert smaller.packs == DPO.epochs * smaller.rows
-    assert plan(dpo_rows, file, DPO, 0, 60).too_long > 0
+    assert plan(dpo_rows, file, DPO, 0, 85).too_long == 4
+    with pytest.raises(UsageError, match="all 10 rows are over 60 tokens: raise build.max_tokens"):
+        plan(dpo_rows, file, DPO, 0, 60)
     noted = {"cotree": json.dumps({"kind": "sft", "template": "another"})}
     pq.write_table(pq.read_table(sft_rows).replace_schema_metadata(noted), tmp_path / "other.parquet")
     with pytest.raises(UsageError, match="was built for another tokenizer or chat template"):
@@ -154,7 +155,7 @@ class Greedy(ChainTrainer):
 def test_out_of_memory_says_which_pack_and_what_to_lower(
     cap: int, message: str, student: Path, sft_rows: Path, tmp_path: Path
 ) -> None:
-    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows
     settings = SFT.model_copy(update={"pack_tokens": cap})
     trainer = Greedy(load_model(student), [chains], training_arguments(tmp_path, settings, 1, 0), settings)
     with pytest.raises(CotreeError, match=message):
