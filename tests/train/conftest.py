@@ -17,7 +17,6 @@ import torch
 from tests.train.tiny_student import Post, dpo_row, sft_row, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-
 THREADS = torch.get_num_threads()
 
 

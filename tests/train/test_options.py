@@ -130,7 +130,7 @@ def test_the_plan_is_what_the_run_then_does(sft_rows: Path, dpo_rows: Path, tmp_
     smaller = plan(dpo_rows, file, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
     assert smaller.packs == DPO.epochs * smaller.rows
     assert plan(dpo_rows, file, DPO, 0, 85).too_long == 4
-    with pytest.raises(UsageError, match="all 10 rows are over 60 tokens: raise build.max_tokens"):
+    with pytest.raises(UsageError, match=r"all 10 rows are over 60 tokens: raise build\.max_tokens"):
         plan(dpo_rows, file, DPO, 0, 60)
     noted = {"cotree": json.dumps({"kind": "sft", "template": "another"})}
     pq.write_table(pq.read_table(sft_rows).replace_schema_metadata(noted), tmp_path / "other.parquet")

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cotree.train.families import FAMILIES, gguf_name, rotary_heads, to_pairs
+from cotree.train.families import FAMILIES, gguf_name, reordered, to_pairs
 
 Post = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -141,11 +141,8 @@ def write_tiny_gguf(model: Any, tokenizer: PreTrainedTokenizerFast, path: Path, 
     for name, values in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        array = values.numpy().astype(np.float32)
-        heads = rotary_heads(name, config.num_attention_heads, config.num_key_value_heads)
-        if family.rotates_pairs and heads is not None:
-            array = np.ascontiguousarray(to_pairs(array, heads))
-        writer.add_tensor(gguf_name(name), array)
+        array = reordered(values.numpy().astype(np.float32), name, config.to_dict(), to_pairs)
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

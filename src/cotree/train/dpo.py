@@ -43,7 +43,6 @@ def train_dpo(
     seed: int,
     max_tokens: int,
     on_step: Callable[[StepLog], None] | None = None,
-    on_reference: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """Train an SFT checkpoint on pairs; resumes and returns as `sft.train_sft` does.
 
@@ -57,7 +56,6 @@ def train_dpo(
         on_step: called after each optimizer step. Gauges, means over the step's pairs: `margin` (beta times the
             difference of log-ratios), `accuracy` (share with margin > 0), `chosen_logps` and `rejected_logps` (sums
             over the tokens in the margin), `dpo_loss`, `sft_loss`; and `learning_rate`, `grad_norm`, `seconds`.
-        on_reference: called with (pairs done, pairs) while the reference is computed.
 
     Raises:
         UsageError: rows, student or settings cannot be trained on, or `out` holds a run on other inputs.
@@ -65,8 +63,23 @@ def train_dpo(
     """
 
     def prepare(model: PreTrainedModel, pairs: list[Pair], arguments: TrainingArguments) -> list[Pair]:
+        """The reference is kept, for a resume and for runs beside this one, in a file named by what it depends on."""
         model.to(arguments.device)
-        return _with_stored_reference(model, pairs, settings, out, weights_hash(student), arguments, on_reference)
+        if not settings.has_reference:
+            return pairs
+        margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
+        inputs = [weights_hash(student), [pair.chains for pair in pairs], margin, arguments.bf16]
+        name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        path = out.parent / "reference" / f"{name}.json"
+        with arguments.main_process_first(local=False):
+            stored = json.loads(path.read_text()) if path.exists() else None
+        if stored is not None:
+            return _referenced(pairs, stored)
+        pairs = with_reference(model, pairs, settings, arguments)
+        if arguments.process_index == 0:
+            with whole_file(path) as draft:
+                draft.write_text(json.dumps([pair.reference for pair in pairs]))
+        return pairs
 
     return train(PairTrainer, rows, student, out, settings, seed, max_tokens, on_step, prepare)
 
@@ -116,28 +129,26 @@ def pair_logps(
         Those of chosen's tokens (0 for one that is not scored), and the sums in the margin: (pairs, 2), of chosen and
         of rejected.
     """
-    margins = [
-        *(margin_weights(len(pair.chosen), len(pair.rejected), pair.prefix, settings) for pair in pairs),
-        *(margin_weights(len(pair.rejected), len(pair.chosen), pair.prefix, settings) for pair in pairs),
-    ]
-    needed = [margin + weights for margin, weights in zip(margins, sft, strict=False)] + margins[len(sft) :]
+    margins: list[Tensor] = []
+    for pair in pairs:
+        chosen, rejected = len(pair.chosen), len(pair.rejected)
+        margins.append(margin_weights(chosen, rejected, pair.prefix, settings))
+        margins.append(margin_weights(rejected, chosen, pair.prefix, settings))
+    needed = margins.copy()
+    if sft:
+        needed[::2] = [margin + weights for margin, weights in zip(margins[::2], sft, strict=True)]
     starts = [min(int((weights == 0).long().cumprod(0).sum()), len(weights) - 1) for weights in needed]
-    prompts = [len(pair.prompt) for pair in pairs] * 2
-    chains = [pair.chains[side] for side in (0, 1) for pair in pairs]
-    scored = [Scored(ids, prompt + start) for ids, prompt, start in zip(chains, prompts, starts, strict=True)]
+    chains = [(ids, len(pair.prompt)) for pair in pairs for ids in pair.chains]
+    scored = [Scored(ids, prompt + start) for (ids, prompt), start in zip(chains, starts, strict=True)]
     logps = [
         nn.functional.pad(values, (start, 0)) for values, start in zip(forest_logps(model, scored), starts, strict=True)
     ]
     sums = torch.stack([weighted(values, weights) for values, weights in zip(logps, margins, strict=True)])
-    return logps[: len(pairs)], sums.view(2, -1).T
+    return logps[::2], sums.view(-1, 2)
 
 
 def with_reference(
-    model: nn.Module,
-    pairs: Sequence[Pair],
-    settings: TrainDPO,
-    arguments: TrainingArguments,
-    on_progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, pairs: Sequence[Pair], settings: TrainDPO, arguments: TrainingArguments
 ) -> list[Pair]:
     """The pairs with the model as it is as their reference.
 
@@ -145,46 +156,13 @@ def with_reference(
     """
     place = {id(pair): index for index, pair in enumerate(pairs)}
     sums = torch.zeros(len(pairs), 2, device=arguments.device)
-    done = 0
     model.eval()
     with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
         for pack in packs(pairs, settings.pack_tokens)[arguments.process_index :: arguments.world_size]:
             with room_for(pack, "in the reference", settings.pack_tokens):
                 sums[[place[id(pair)] for pair in pack]] = pair_logps(model, pack, settings)[1].to(sums)
-            done += len(pack) * arguments.world_size
-            if on_progress is not None:
-                on_progress(min(done, len(pairs)), len(pairs))
     return _referenced(pairs, add_over_processes(sums).tolist())
 
 
 def _referenced(pairs: Sequence[Pair], logps: list[tuple[float, float]]) -> list[Pair]:
     return [replace(pair, reference=(chosen, rejected)) for pair, (chosen, rejected) in zip(pairs, logps, strict=True)]
-
-
-def _with_stored_reference(
-    model: nn.Module,
-    pairs: list[Pair],
-    settings: TrainDPO,
-    out: Path,
-    student: str,
-    arguments: TrainingArguments,
-    on_progress: Callable[[int, int], None] | None,
-) -> list[Pair]:
-    """The pairs with their reference, computed before step 0, and kept for a resume and for runs beside this one.
-
-    The file is named by what it depends on: the student's weights, the pairs, and how a margin counts tokens.
-    """
-    if not settings.has_reference:
-        return pairs
-    margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
-    content = json.dumps([student, [pair.chains for pair in pairs], margin, arguments.bf16], sort_keys=True)
-    path = out.parent / "reference" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-    with arguments.main_process_first(local=False):
-        cached = path.exists()
-    if cached:
-        return _referenced(pairs, json.loads(path.read_text()))
-    pairs = with_reference(model, pairs, settings, arguments, on_progress)
-    if arguments.process_index == 0:
-        with whole_file(path) as draft:
-            draft.write_text(json.dumps([pair.reference for pair in pairs]))
-    return pairs

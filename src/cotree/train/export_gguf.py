@@ -16,7 +16,7 @@ from cotree.errors import CotreeError, UsageError
 from cotree.llm import gguf_file
 from cotree.llm.gguf_file import GGUF
 from cotree.train.durable import whole_file
-from cotree.train.families import FAMILIES, gguf_name, rotary_heads, to_pairs
+from cotree.train.families import FAMILIES, gguf_name, reordered, to_pairs
 
 # ggml type of matrices, and the number that `general.file_type` gives it.
 _TYPES = {"F32": (gguf_file.F32, 0), "F16": (gguf_file.F16, 1), "Q8_0": (gguf_file.Q8_0, 7)}
@@ -49,13 +49,14 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
     file = GGUF(base)
     if file["general.architecture"] != family.gguf:
         raise UsageError(f"{base} is a {file['general.architecture']!r} model, {model} needs {family.gguf!r}")
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
     try:
         weights: Any = safe_open(model / "model.safetensors", framework="numpy")
     except (OSError, SafetensorError) as error:
         raise CotreeError(f"cannot read {model / 'model.safetensors'}: {error}") from error
-    sources = {_renamed(name, model): name for name in weights.keys()}  # noqa: SIM118
+    try:
+        sources = {gguf_name(name): name for name in weights.keys()}  # noqa: SIM118
+    except KeyError as error:
+        raise UsageError(f"{model} has a tensor that GGUF export does not know: {error}") from None
     if "output.weight" in file.tensors and "output.weight" not in sources:
         sources["output.weight"] = sources["token_embd.weight"]  # tied, but the base spells it out
     _check_same_model(weights, sources, file, model)
@@ -64,8 +65,7 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
         if name in _CONSTANTS:
             return file.array(name)
         values: np.ndarray = weights.get_tensor(sources[name]).astype(np.float32, copy=False)
-        rotated = rotary_heads(sources[name], heads, kv_heads) if family.rotates_pairs else None
-        return values if rotated is None else to_pairs(values, rotated)
+        return reordered(values, sources[name], config, to_pairs)
 
     matrices, number = _TYPES[kind]
     fields = file.fields | {"general.file_type": gguf_file.encode(gguf_file.UINT32, number)}
@@ -79,13 +79,6 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
     with whole_file(out) as draft:
         gguf_file.write(draft, fields, tensors, array, file.alignment)
     return out
-
-
-def _renamed(name: str, model: Path) -> str:
-    try:
-        return gguf_name(name)
-    except KeyError:
-        raise UsageError(f"{model} has a tensor {name} that GGUF export does not know") from None
 
 
 def _check_same_model(weights: Any, sources: dict[str, str], file: GGUF, model: Path) -> None:
