@@ -77,7 +77,7 @@ def test_a_packed_step_of_real_pairs_is_the_plain_computation(folder: Path, tmp_
             "chosen": [{"role": "assistant", "content": f"{start}So he has 12 + 15 = \\boxed{{{27 + number}}}"}],
             "rejected": [{"role": "assistant", "content": f"{start * (1 + number % 2)}Wait! Is it {number}?"}],
         }
-        for number in range(3)
+        for number in range(2)
     ]
     switch = TrainDPO(mask_prefix=False, sft_scope="full")
     pairs = [replace(pair, reference=(-30.0, -35.0)) for pair in encode_dpo(tokenizer, rows, 512).rows]

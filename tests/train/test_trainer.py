@@ -357,7 +357,7 @@ def test_rewards_are_told_where_there_is_a_reference_to_compare_with(
 ) -> None:
     for name, change in (("dpo", {}), ("simpo", {"loss": "simpo"}), ("free", {"reference_free": True})):
         logs: list[StepLog] = []
-        settings = DPO.model_copy(update={**change, "batch_size": 1, "epochs": 3.0})
+        settings = DPO.model_copy(update={**change, "batch_size": 1, "save_steps": 100})
         train_dpo(dpo_rows, student, tmp_path / name, settings, 0, 512, logs.append)
         assert len(logs) >= 10
         assert all(("chosen_reward" in log.gauges) == (name == "dpo") for log in logs)

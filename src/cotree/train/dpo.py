@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from cotree.config import TrainDPO
-from cotree.train.durable import whole_file
+from cotree.train.durable import whole
 from cotree.train.encode import Pair
 from cotree.train.forest import Scored, forest_logps, packs
 from cotree.train.losses import dpo_loss, joint_loss, margin_weights, weighted
@@ -77,7 +77,7 @@ def train_dpo(
             return _referenced(pairs, stored)
         pairs = with_reference(model, pairs, settings, arguments)
         if arguments.process_index == 0:
-            with whole_file(path) as draft:
+            with whole(path) as draft:
                 draft.write_text(json.dumps([pair.reference for pair in pairs]))
         return pairs
 

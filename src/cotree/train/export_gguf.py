@@ -15,7 +15,7 @@ import numpy as np
 from cotree.errors import CotreeError, UsageError
 from cotree.llm import gguf_file
 from cotree.llm.gguf_file import GGUF
-from cotree.train.durable import whole_file
+from cotree.train.durable import whole
 from cotree.train.families import FAMILIES, gguf_name, reordered, to_pairs
 
 # ggml type of matrices, and the number that `general.file_type` gives it.
@@ -76,7 +76,7 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
         tensors[name] = (tensor.shape, matrices if matrix else gguf_file.F32)
     if "output.weight" in sources and "output.weight" not in tensors:  # the student's head is its own, the base's tied
         tensors["output.weight"] = (tensors["token_embd.weight"][0], matrices)
-    with whole_file(out) as draft:
+    with whole(out) as draft:
         gguf_file.write(draft, fields, tensors, array, file.alignment)
     return out
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cotree.train.attention import Backend, Layout, fastest
+from cotree.train.attention import Backend, Layout
 from cotree.train.encode import Chain, Pair, Row, prefix_tokens
 from cotree.train.losses import token_logps
 
@@ -97,7 +97,7 @@ def forest_logps(model: nn.Module, chains: Sequence[Scored], backend: Backend | 
     """
     device = next(model.parameters()).device
     forest = Forest([chain.ids for chain in chains], device)
-    forest.layout.backend = backend or fastest(device)
+    forest.layout.backend = backend or ("flex" if device.type == "cuda" else "block")
     contexts, targets, places = _edges(forest, chains)
     logits = model(
         input_ids=forest.ids[None],

@@ -18,7 +18,7 @@ import numpy as np
 from cotree.errors import UsageError
 from cotree.llm.gguf_file import GGUF
 from cotree.llm.tokenizer import gguf_tokenizer, load_tokenizer
-from cotree.train.durable import whole_folder
+from cotree.train.durable import whole
 from cotree.train.families import FAMILIES, family_of, reordered, to_halves, transformers_name
 
 
@@ -38,7 +38,8 @@ def load_student(source: str | Path, folder: Path) -> Path:
     """
     if folder.exists():
         return folder
-    with whole_folder(folder) as draft:
+    with whole(folder) as draft:
+        draft.mkdir()
         if str(source).endswith(".gguf"):
             _from_gguf(GGUF(Path(source)), draft)
         else:

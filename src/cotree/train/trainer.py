@@ -37,7 +37,7 @@ from cotree.config import Optimizer, Probe, TrainDPO, TrainSFT
 from cotree.data.files import check_template, kind_of, read_rows
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.durable import whole_file, whole_folder, writing
+from cotree.train.durable import whole, writing
 from cotree.train.encode import Chain, Encoded, Pair, Row, encode_dpo, encode_sft
 from cotree.train.forest import Scored, forest_tokens, multiplicities, packs
 from cotree.train.gauges import best_step, chosen_falls, no_answer_rises, probe
@@ -269,7 +269,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A killed run may have logged steps after its last checkpoint: they are about to be done again.
         if state.is_world_process_zero:
-            with whole_file(self.log) as draft:
+            with whole(self.log) as draft:
                 draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
         self.before = state.log_history[-1]["seconds"] if state.log_history else 0.0
         if state.best_global_step is not None:  # the folder may have been moved since
@@ -444,10 +444,11 @@ def _run(
         )
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes hold parts of it (FSDP)
         if trainer.args.process_index == 0:
-            with whole_folder(out / "model") as draft:
+            with whole(out / "model") as draft:
+                draft.mkdir()
                 save_model(trainer.accelerator.unwrap_model(trainer.model_wrapped), draft, state_dict)
                 tokenizer.save_pretrained(draft)
-                with whole_file(out / "result.json") as text:
+                with whole(out / "result.json") as text:
                     text.write_text(json.dumps(asdict(result), indent=2) + "\n")
             clear(out / "trainer")
         trainer.accelerator.wait_for_everyone()
