@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.tiny_student import distance
+from tests.train.tiny_student import distance, weights
 
 from cotree.config import TrainDPO
 from cotree.train.dpo import train_dpo
@@ -94,10 +94,9 @@ def test_two_processes_are_one(launcher: str, student: Path, dpo_rows: Path, tmp
     launch(LAUNCHERS[launcher], dpo_rows, student, tmp_path / "two", free_port)
     alone, two = (tmp_path / name for name in ("alone", "two/run"))
     assert sorted(path.name for path in two.iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
-    left, right = (load_file(out / "model" / "model.safetensors") for out in (alone, two))
-    assert distance(dict(left), dict(right)) < 1e-5
-    start = load_file(student / "model.safetensors")
-    assert distance(dict(left), dict(start)) > 1e-4
+    left, right = weights(alone), weights(two)
+    assert distance(left, right) < 1e-5
+    assert distance(left, dict(load_file(student / "model.safetensors"))) > 1e-4
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (alone, two)]
     for one, both in zip(*logs, strict=True):
         for name in one.keys() - {"seconds"}:

@@ -11,12 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from tests.train.tiny_student import message, sft_row, write_tiny_gguf
-from torch import Tensor
+from tests.train.tiny_student import message, same, sft_row, weights, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cotree.config import LoRA, Probe, TrainSFT, parse_recipe
@@ -65,14 +62,6 @@ def whole(answering: Path, endless: Path, tmp_path_factory: pytest.TempPathFacto
 
 def changed(**probe: Any) -> TrainSFT:
     return FORGETS.model_copy(update={"probe": PROBE.model_copy(update=probe)})
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return dict(load_file(out / "model" / "model.safetensors"))
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(values, right[name]) for name, values in left.items())
 
 
 def test_a_probe_reports_also_at_the_end_and_only_looks(student: Path, sft_rows: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
-from tests.train.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, write_tiny_gguf
+from tests.train.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, weights, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import LoRA, Probe, TrainDPO, TrainSFT
@@ -38,8 +38,8 @@ def test_every_margin_is_zero_at_step_0_with_an_adapter(
     if start != "new adapter":
         train_sft(sft_rows, student, tmp_path / "sft", SFT.model_copy(update={"lora": ADAPTER}), 0, 512)
         checkpoint = tmp_path / "sft" / "model"
-        merged = load_file(checkpoint / "model.safetensors")
-        assert distance(dict(merged), dict(load_file(student / "model.safetensors"))) > 1e-3
+        merged = weights(tmp_path / "sft")
+        assert distance(merged, dict(load_file(student / "model.safetensors"))) > 1e-3
         if start == "continued adapter":
             AutoTokenizer.from_pretrained(student).save_pretrained(checkpoint / "adapter")
             checkpoint = checkpoint / "adapter"
@@ -98,16 +98,13 @@ def test_a_compiled_run_has_the_losses_and_gradients_of_a_plain_one(
         for name in ("loss", "margin", "chosen_logps", "grad_norm"):
             left, right = ({"loss": log.loss} | log.gauges for log in (plain, compiled))
             assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-5), name
-    stored = [dict(load_file(tmp_path / name / "run" / "model" / "model.safetensors")) for name in logs]
-    assert distance(*stored) < 1e-4
+    assert distance(*(weights(tmp_path / name / "run") for name in logs)) < 1e-4
 
 
 def test_whole_runs_with_checkpointing_and_bf16(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     for name, change in (("plain", {}), ("saved", {"gradient_checkpointing": True}), ("low", {"precision": "bf16"})):
         train_sft(sft_rows, student, tmp_path / name, SFT.model_copy(update=change), 0, 512)
-    plain, saved, low = (
-        dict(load_file(tmp_path / n / "model" / "model.safetensors")) for n in ("plain", "saved", "low")
-    )
+    plain, saved, low = (weights(tmp_path / name) for name in ("plain", "saved", "low"))
     assert distance(saved, plain) < 1e-3
     assert 1e-6 < distance(low, plain) < 0.3
 

@@ -19,9 +19,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from tests.train.slow_child import train_slowly
-from tests.train.tiny_student import distance, gradients
+from tests.train.tiny_student import distance, gradients, same, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,14 +46,6 @@ VARIANTS = [
     DPO.model_copy(update={"loss": "length_normalised", "sft_scope": "dedup"}),
     DPO.model_copy(update={"loss": "ld_dpo", "sft_scope": "dedup", "sft_norm": "pair"}),
 ]
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return dict(load_file(out / "model" / "model.safetensors"))
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @given(rows=st.integers(1, 40), batch=st.integers(1, 9), epochs=st.floats(0.1, 3.5), seed=st.integers(0, 9))

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -198,6 +199,16 @@ def gradients(step_trainer: Any, rows: Sequence[Any]) -> tuple[float, dict[str, 
     step_trainer.model.zero_grad()
     loss = step_trainer.training_step(step_trainer.model, rows)
     return loss.item(), {name: values.grad.clone() for name, values in step_trainer.model.named_parameters()}
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    """Of the model that a run has stored."""
+    return dict(load_file(out / "model" / "model.safetensors"))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
