@@ -57,9 +57,17 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
         sources = {gguf_name(name): name for name in weights.keys()}  # noqa: SIM118
     except KeyError as error:
         raise UsageError(f"{model} has a tensor that GGUF export does not know: {error}") from None
-    if "output.weight" in file.tensors and "output.weight" not in sources:
-        sources["output.weight"] = sources["token_embd.weight"]  # tied, but the base spells it out
-    _check_same_model(weights, sources, file, model)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if "output.weight" in shapes.keys() | sources.keys():  # one of the two may tie its head to the embeddings
+        shapes.setdefault("output.weight", shapes["token_embd.weight"])
+        sources.setdefault("output.weight", sources["token_embd.weight"])
+    ours = {name: tuple(weights.get_slice(source).get_shape()) for name, source in sources.items()}
+    names = (shapes.keys() | ours.keys()) - set(_CONSTANTS)
+    if wrong := sorted(name for name in names if shapes.get(name) != ours.get(name)):
+        raise UsageError(
+            f"{base} is not the base of {model}: {wrong[0]} is {shapes.get(wrong[0], 'absent')} there and "
+            f"{ours.get(wrong[0], 'absent')} here ({len(wrong)} tensors differ)"
+        )
 
     def array(name: str) -> np.ndarray:
         if name in _CONSTANTS:
@@ -70,26 +78,10 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
     matrices, number = _TYPES[kind]
     fields = file.fields | {"general.file_type": gguf_file.encode(gguf_file.UINT32, number)}
     fields.setdefault("general.quantization_version", gguf_file.encode(gguf_file.UINT32, 2))
-    tensors = {}
-    for name, tensor in file.tensors.items():
-        matrix = len(tensor.shape) > 1 and name not in _CONSTANTS
-        tensors[name] = (tensor.shape, matrices if matrix else gguf_file.F32)
-    if "output.weight" in sources and "output.weight" not in tensors:  # the student's head is its own, the base's tied
-        tensors["output.weight"] = (tensors["token_embd.weight"][0], matrices)
+    tensors = {
+        name: (shape, matrices if len(shape) > 1 and name not in _CONSTANTS else gguf_file.F32)
+        for name, shape in shapes.items()
+    }
     with whole(out) as draft:
         gguf_file.write(draft, fields, tensors, array, file.alignment)
     return out
-
-
-def _check_same_model(weights: Any, sources: dict[str, str], file: GGUF, model: Path) -> None:
-    """Every tensor of the base must be in the folder with the same shape, and the other way round."""
-    base = {name: tensor.shape for name, tensor in file.tensors.items() if name not in _CONSTANTS}
-    ours = {name: tuple(weights.get_slice(source).get_shape()) for name, source in sources.items()}
-    ours_only = set(ours) - set(base) - {"output.weight"}
-    wrong = sorted({name for name, shape in base.items() if ours.get(name) != shape} | ours_only)
-    if wrong:
-        name = wrong[0]
-        raise UsageError(
-            f"{file.path} is not the base of {model}: {name} is {base.get(name, 'absent')} there and "
-            f"{ours.get(name, 'absent')} here ({len(wrong)} tensors differ)"
-        )
