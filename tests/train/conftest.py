@@ -20,12 +20,14 @@ from transformers import PreTrainedTokenizerFast
 THREADS = torch.get_num_threads()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def tiny_runs_are_fast() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def tiny_runs_are_fast() -> Iterator[None]:
     """Without this each run would look three times for garbage in all that was ever imported."""
-    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
