@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from typing import Any
 
 from benchmarks.train_shapes import Shape, demo, shapes
 
-from cotree.train.encode import Chain
 from cotree.train.forest import Forest, packs
 
 OUT = Path(__file__).parent / "out" / "train.json"
@@ -67,18 +65,14 @@ def make_student(tiny: bool, folder: Path) -> Path:
     return student
 
 
-def sides(student: Path, shape: Shape, chains: list[Chain] | None, pack_tokens: int) -> dict[str, Any]:
+def sides(student: Path, shape: Shape, pack_tokens: int) -> dict[str, Any]:
     """For each side what makes its model and its step."""
-    from benchmarks import train_sides
+    from benchmarks.train_sides import cotree_step, trl_step
 
-    if chains is not None:
-        ours, theirs, what = train_sides.cotree_sft_step, train_sides.trl_sft_step, chains
-    else:
-        ours, theirs, what = train_sides.cotree_step, train_sides.trl_step, shape  # type: ignore[assignment]
     return {
-        "cotree": partial(ours, student, what, pack_tokens),  # type: ignore[arg-type]
-        "fair": partial(theirs, student, what, True),  # type: ignore[arg-type]
-        "as_is": partial(theirs, student, what, False),  # type: ignore[arg-type]
+        "cotree": partial(cotree_step, student, shape, pack_tokens),
+        "fair": partial(trl_step, student, shape, True),
+        "as_is": partial(trl_step, student, shape, False),
     }
 
 
@@ -94,12 +88,11 @@ def timed(name: str, model: Any, step: Any, micro_batch: int) -> tuple[float, fl
     return seconds, loss
 
 
-def measure(student: Path, shape: Shape, chains: list[Chain] | None, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(student: Path, shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every number of a shape."""
     from benchmarks.train_sides import gradient_of
 
-    made = sides(student, shape, chains, arguments.pack_tokens)
-    rows: Sequence[Any] = chains if chains is not None else shape.pairs
+    made, rows = sides(student, shape, arguments.pack_tokens), shape.rows
     sizes = sorted({min(size, len(rows)) for size in MICRO_BATCHES if len(rows) % min(size, len(rows)) == 0})
     ours, fair = made["cotree"](), made["fair"]()
     _, loss = timed(f"{shape.name}: cotree, first step", *ours, 0)
@@ -120,9 +113,9 @@ def measure(student: Path, shape: Shape, chains: list[Chain] | None, arguments: 
             found.append(_peak(shape, side, student, arguments))
     median = {side: statistics.median(values) for side, values in seconds.items()}
     ratios = [fair / ours for ours, fair in zip(seconds["cotree"], seconds["fair"], strict=True)]
-    tokens, flops = work(student, rows, arguments.pack_tokens, masked=chains is None and shape.loss == "dpo")
+    tokens, flops = work(student, rows, arguments.pack_tokens, masked=shape.loss == "dpo")
     return {
-        "loss": "sft" if chains is not None else shape.loss,
+        "loss": shape.loss,
         "loss_cotree": loss,
         "loss_trl": their_loss,
         "speedup_fair": median["fair"] / median["cotree"],
@@ -136,7 +129,7 @@ def measure(student: Path, shape: Shape, chains: list[Chain] | None, arguments: 
         "fair_seconds_by_micro_batch": first,
         "peak_bytes": peaks,
         "rows": len(rows),
-        "source": f"{arguments.run}" if shape.name == "demo" and arguments.run else "by rule",
+        "source": str(arguments.run) if shape.name == "demo" and arguments.run else "by rule",
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
 
@@ -204,23 +197,14 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    """Of this process. Linux's `ru_maxrss` would not do: it begins with what the parent had at the start."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    """Of this process. `ru_maxrss` would not do: it begins with what the parent had at the start."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def chosen_shapes(arguments: argparse.Namespace, student: Path) -> list[tuple[Shape, list[Chain] | None]]:
-    found: list[tuple[Shape, list[Chain] | None]] = [
-        (shape, None) for shape in shapes(arguments.seed, **(TINY if arguments.tiny else {}))
-    ]
-    early = found[0][0]
-    correct = {tuple(pair.chosen): Chain(pair.prompt, pair.chosen) for pair in early.pairs}
-    wrong = {tuple(pair.rejected): Chain(pair.prompt, pair.rejected) for pair in early.pairs}
-    found.append((demo(arguments.run, student, RECIPE), None))
-    found.append((Shape("sft_4_chains", "dpo", early.pairs), [*correct.values(), *wrong.values()][:4]))
-    return [each for each in found if not arguments.shapes or each[0].name in arguments.shapes]
+def chosen_shapes(arguments: argparse.Namespace, student: Path) -> list[Shape]:
+    found = [*shapes(arguments.seed, **(TINY if arguments.tiny else {})), demo(arguments.run, student, RECIPE)]
+    return [shape for shape in found if not arguments.shapes or shape.name in arguments.shapes]
 
 
 def main() -> None:
@@ -236,8 +220,8 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        ((shape, chains),) = chosen_shapes(arguments, arguments.student)
-        make = sides(arguments.student, shape, chains, arguments.pack_tokens)[arguments.child]
+        (shape,) = chosen_shapes(arguments, arguments.student)
+        make = sides(arguments.student, shape, arguments.pack_tokens)[arguments.child]
         timed(f"{shape.name}: memory of {arguments.child}", *make(reference=False), 1)
         print(_peak_bytes())
         return
@@ -248,8 +232,8 @@ def main() -> None:
         results = before["shapes"] if before.get("settings") == known else {}
     with tempfile.TemporaryDirectory() as folder:
         student = arguments.student or make_student(arguments.tiny, Path(folder))
-        for shape, chains in chosen_shapes(arguments, student):
-            results[shape.name] = measure(student, shape, chains, arguments)
+        for shape in chosen_shapes(arguments, student):
+            results[shape.name] = measure(student, shape, arguments)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps({"settings": known, "shapes": results}, indent=2) + "\n")
     print("\n".join(f"{name}: {value}" for name, value in known.items()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cotree.train.encode import Pair, encode_dpo, prefix_tokens
+from cotree.train.encode import Chain, Pair, encode_dpo, prefix_tokens
 
 PAIRS = 6
 END = 2
@@ -15,15 +15,15 @@ END = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Pairs of one step, and the loss that they are trained with."""
+    """The rows of one step, and the loss that they are trained with: chains with `sft`, else pairs."""
 
     name: str
-    loss: Literal["joint", "dpo"]
-    pairs: list[Pair]
+    loss: Literal["joint", "dpo", "sft"]
+    rows: list[Any]
 
 
 def shapes(seed: int, prompt: int = 120, thought: int = 60, vocabulary: int = 40_000) -> list[Shape]:
-    """The design's shapes: leaves are alternately correct and wrong."""
+    """The design's shapes, whose leaves are alternately correct and wrong; and SFT on 4 chains of the first."""
     source = random.Random(seed)
 
     def tokens(count: int) -> list[int]:
@@ -55,11 +55,15 @@ def shapes(seed: int, prompt: int = 120, thought: int = 60, vocabulary: int = 40
         return source.sample(every, len(every))
 
     shortest = [min(pairs(grown()), key=lambda pair: pair.prefix) for _ in range(2)]
+    early = pairs(binary(1, 3))[:PAIRS]
+    sides = [tuple(pair.chosen) for pair in early] + [tuple(pair.rejected) for pair in early]
+    chains = [Chain(early[0].prompt, list(side)) for side in dict.fromkeys(sides)]
     return [
-        Shape("early", "joint", pairs(binary(1, 3))[:PAIRS]),
+        Shape("early", "joint", early),
         Shape("mcts", "joint", pairs(grown())[:PAIRS]),
         Shape("late", "dpo", pairs(binary(3, 5))[:PAIRS]),
         Shape("one_pair", "joint", shortest),
+        Shape("sft_4_chains", "sft", chains[:4]),
     ]
 
 
@@ -67,13 +71,15 @@ def demo(run: Path | None, student: Path, recipe_of_rule: Path) -> Shape:
     """The first step of a run; without one as many pairs, each of a question of arithmetic, written by rule."""
     from cotree.config import load_recipe
     from cotree.llm.tokenizer import load_tokenizer
-    from cotree.train.trainer import fixed_steps, read_rows
+    from cotree.train.trainer import encode_file, fixed_steps
 
     recipe = load_recipe(run / "recipe.yaml" if run else recipe_of_rule)
-    rows = read_rows(run / "data" / "dpo" / "train.parquet") if run else _by_rule()
-    tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model" if run else student)
-    found = encode_dpo(tokenizer, rows, recipe.build.max_tokens).rows
-    settings = recipe.train.dpo
+    settings, limit = recipe.train.dpo, recipe.build.max_tokens
+    if run:
+        tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model")
+        found = encode_file(run / "data" / "dpo" / "train.parquet", tokenizer, settings, limit).rows
+    else:
+        found = encode_dpo(load_tokenizer(student), _by_rule(), limit).rows
     step = fixed_steps([tuple(row.prompt) for row in found], settings.batch_size, settings.epochs, recipe.seed)[0]
     return Shape("demo", "joint" if settings.alpha else "dpo", [found[index] for index in step])
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import TrainDPO, TrainSFT
-from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps
-from cotree.train.encode import Chain
+from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer
 from cotree.train.trainer import training_arguments
@@ -37,97 +36,41 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool =
 
     `reference` false leaves it at 0, which changes no size: what memory is measured with.
     """
-    settings = TrainDPO(
-        batch_size=len(shape.pairs),
-        beta=BETA,
-        label_smoothing=0.0,
-        alpha=1.0 if shape.loss == "joint" else 0.0,
-        mask_prefix=True,  # the default: the shared prefix cancels in the margin, so the gradient is TRL's
-        sft_scope="full",
-        pack_tokens=pack_tokens,
-        precision="fp32",
-    )
-    arguments = training_arguments(Path(tempfile.gettempdir()) / "unused", settings, 1, 0)
-    model = load_model(student)
-    logps = torch.zeros(len(shape.pairs), 2)
-    if reference:
-        logps = reference_logps(model, shape.pairs, settings, arguments)
-    rows = [ReferencedPair(pair, *each) for pair, each in zip(shape.pairs, logps.tolist(), strict=True)]
-    return _ours(PairTrainer(model, [rows], arguments, settings), rows)
-
-
-def cotree_sft_step(student: Path, chains: list[Chain], pack_tokens: int, reference: bool = True) -> tuple[Any, Step]:
-    settings = TrainSFT(batch_size=len(chains), pack_tokens=pack_tokens, precision="fp32")
-    arguments = training_arguments(Path(tempfile.gettempdir()) / "unused", settings, 1, 0)
-    return _ours(ChainTrainer(load_model(student), [chains], arguments, settings), chains)
-
-
-def _ours(trainer: Any, rows: list[Any]) -> tuple[Any, Step]:
+    rows, model, unused = shape.rows, load_model(student), Path(tempfile.gettempdir()) / "unused"
+    trainer: Any
+    if shape.loss == "sft":
+        sft = TrainSFT(batch_size=len(rows), pack_tokens=pack_tokens, precision="fp32")
+        trainer = ChainTrainer(model, [rows], training_arguments(unused, sft, 1, 0), sft)
+    else:
+        dpo = TrainDPO(
+            batch_size=len(rows),
+            beta=BETA,
+            label_smoothing=0.0,
+            alpha=1.0 if shape.loss == "joint" else 0.0,
+            mask_prefix=True,  # the default: the shared prefix cancels in the margin, so the gradient is TRL's
+            sft_scope="full",
+            pack_tokens=pack_tokens,
+            precision="fp32",
+        )
+        arguments = training_arguments(unused, dpo, 1, 0)
+        rows = with_reference(model, rows, dpo, arguments) if reference else rows
+        trainer = PairTrainer(model, [rows], arguments, dpo)
     trainer.create_accelerator_and_postprocess()
     return trainer.model, lambda _: float(trainer.training_step(trainer.model, rows))
 
 
 def trl_step(student: Path, shape: Shape, fair: bool, reference: bool = True) -> tuple[Any, Step]:
-    """TRL's DPOTrainer; gradients are accumulated over micro-batches as its loop does."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    losses = ["sigmoid", "sft"] if shape.loss == "joint" else ["sigmoid"]
-    config = DPOConfig(
-        **_options(fair), beta=BETA, loss_type=losses, loss_weights=[1.0] * len(losses), precompute_ref_log_probs=fair
-    )
-    text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-    trainer = DPOTrainer(
-        model=_plain(student),
-        ref_model=None if fair else _plain(student),
-        args=config,
-        train_dataset=text,
-        processing_class=AutoTokenizer.from_pretrained(student),
-    )
-    rows: list[dict[str, Any]] = [
-        {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected} for pair in shape.pairs
-    ]
+    """The same of TRL's SFTTrainer or DPOTrainer; gradients are accumulated over micro-batches as its loop does."""
+    trainer, rows = (_trl_sft if shape.loss == "sft" else _trl_dpo)(student, shape, fair)
     if fair:
         _score_labelled_only(trainer.model)
+    if fair and shape.loss != "sft":
         for row in rows:
             chosen = rejected = torch.zeros(1)
             if reference:  # it is the model itself before its first step
                 with torch.no_grad():
                     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([row]))
             row |= {"ref_chosen_logps": chosen.item(), "ref_rejected_logps": rejected.item()}
-    return _theirs(trainer, rows)
-
-
-def trl_sft_step(student: Path, chains: list[Chain], fair: bool, reference: bool = True) -> tuple[Any, Step]:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    rows = [
-        {"input_ids": c.prompt + c.completion, "completion_mask": [0] * len(c.prompt) + [1] * len(c.completion)}
-        for c in chains
-    ]
-    trainer = SFTTrainer(
-        model=_plain(student),
-        args=SFTConfig(**_options(fair), completion_only_loss=True),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(student),
-    )
-    if fair:
-        _score_labelled_only(trainer.model)
-    return _theirs(trainer, list(trainer.train_dataset))
-
-
-def _options(fair: bool) -> dict[str, Any]:
-    options = {"output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "max_length": None}
-    options |= {"report_to": [], "disable_tqdm": True}
-    return options | ({"gradient_checkpointing": False} if fair else {})
-
-
-def _plain(student: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-
-
-def _theirs(trainer: Any, rows: list[dict[str, Any]]) -> tuple[Any, Step]:
     trainer.create_accelerator_and_postprocess()
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -143,6 +86,52 @@ def _theirs(trainer: Any, rows: list[dict[str, Any]]) -> tuple[Any, Step]:
         return total
 
     return trainer.model, step
+
+
+def _trl_dpo(student: Path, shape: Shape, fair: bool) -> tuple[Any, list[dict[str, Any]]]:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    losses = ["sigmoid", "sft"] if shape.loss == "joint" else ["sigmoid"]
+    config = DPOConfig(
+        **_options(fair), beta=BETA, loss_type=losses, loss_weights=[1.0] * len(losses), precompute_ref_log_probs=fair
+    )
+    trainer = DPOTrainer(
+        model=_plain(student),
+        ref_model=None if fair else _plain(student),
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in shape.rows]
+    return trainer, rows
+
+
+def _trl_sft(student: Path, shape: Shape, fair: bool) -> tuple[Any, list[dict[str, Any]]]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {"input_ids": c.prompt + c.completion, "completion_mask": [0] * len(c.prompt) + [1] * len(c.completion)}
+        for c in shape.rows
+    ]
+    trainer = SFTTrainer(
+        model=_plain(student),
+        args=SFTConfig(**_options(fair), completion_only_loss=True),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    return trainer, list(trainer.train_dataset)
+
+
+def _options(fair: bool) -> dict[str, Any]:
+    options = {"output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "max_length": None}
+    options |= {"report_to": [], "disable_tqdm": True}
+    return options | ({"gradient_checkpointing": False} if fair else {})
+
+
+def _plain(student: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
 
 
 def _score_labelled_only(model: Any) -> None:

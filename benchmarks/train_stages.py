@@ -13,11 +13,11 @@ import argparse
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cotree.config import load_recipe
 from cotree.train.dpo import train_dpo
 from cotree.train.sft import train_sft
-from cotree.train.trainer import TrainResult
 
 
 def main() -> None:
@@ -28,19 +28,15 @@ def main() -> None:
     start, after = run / "checkpoints" / "base" / "model", run / "checkpoints" / "sft" / "model"
     print(f"{datetime.now(UTC):%Y-%m-%d}, {run}, seed {recipe.seed}", flush=True)
 
-    def trained(stage: str, pack_tokens: int) -> TrainResult:
+    train: Any
+    for stage, train, student, settings in (
+        ("sft", train_sft, start, recipe.train.sft), ("dpo", train_dpo, after, recipe.train.dpo)
+    ):  # fmt: skip
         data = run / "data" / stage / "train.parquet"
-        with tempfile.TemporaryDirectory() as folder:
-            out, size = Path(folder) / "checkpoints" / stage, {"pack_tokens": pack_tokens}
-            if stage == "sft":
-                sft = recipe.train.sft.model_copy(update=size)
-                return train_sft(data, start, out, sft, recipe.seed, recipe.build.max_tokens)
-            dpo = recipe.train.dpo.model_copy(update=size)
-            return train_dpo(data, after, out, dpo, recipe.seed, recipe.build.max_tokens)
-
-    for stage, pack_tokens in (("sft", recipe.train.sft.pack_tokens), ("dpo", recipe.train.dpo.pack_tokens)):
-        for name, size in (("a row at a time", 1), (f"packs of {pack_tokens}", pack_tokens)):
-            found = trained(stage, size)
+        for name, size in (("a row at a time", 1), (f"packs of {settings.pack_tokens}", settings.pack_tokens)):
+            packed = settings.model_copy(update={"pack_tokens": size})
+            with tempfile.TemporaryDirectory() as folder:
+                found = train(data, student, Path(folder) / "out", packed, recipe.seed, recipe.build.max_tokens)
             loss = found.final["loss"]
             print(
                 f"{stage}, {name}: {found.seconds:.0f} s, {found.steps} steps, {found.packed} tokens computed for "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import urllib.request
@@ -16,15 +17,23 @@ import torch
 from tests.train.tiny_student import Post, dpo_row, sft_row, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_runs_are_fast() -> Iterator[None]:
+    """Without this each run would look three times for garbage in all that was ever imported."""
+    gc.collect()
+    gc.freeze()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)
+
 
 @pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+def threads(request: pytest.FixtureRequest) -> None:
     """Tiny models gain nothing from threads, and lose much to them on a busy machine."""
-    threads = torch.get_num_threads()
-    if "real" not in request.keywords:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS if "real" in request.keywords else 1)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.tiny_student import distance
+from tests.train.tiny_student import distance, weights
 
 from cotree.config import TrainDPO
 from cotree.train.dpo import train_dpo
@@ -28,20 +28,20 @@ if __name__ == "__main__":
 """
 SHARDED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 from cotree.config import TrainDPO
-from cotree.train.dpo import PairTrainer, ReferencedPair
-from cotree.train.encode import encode_dpo
+from cotree.train.dpo import PairTrainer
 from cotree.train.model import load_model
-from cotree.train.trainer import read_rows, training_arguments
+from cotree.train.trainer import encode_file, training_arguments
 rows, student, out, settings = sys.argv[1:]
 settings = TrainDPO.model_validate_json(settings)
-pairs = encode_dpo(AutoTokenizer.from_pretrained(student), read_rows(Path(rows)), 512).rows
-step = [ReferencedPair(pair, -9.0, -11.0) for pair in pairs]
+pairs = encode_file(Path(rows), AutoTokenizer.from_pretrained(student), settings, 512).rows
+step = [replace(pair, reference=(-9.0, -11.0)) for pair in pairs]
 arguments = training_arguments(Path(out), settings, 1, 0)
 model = load_model(Path(student))
 if arguments.world_size > 1:
@@ -94,10 +94,9 @@ def test_two_processes_are_one(launcher: str, student: Path, dpo_rows: Path, tmp
     launch(LAUNCHERS[launcher], dpo_rows, student, tmp_path / "two", free_port)
     alone, two = (tmp_path / name for name in ("alone", "two/run"))
     assert sorted(path.name for path in two.iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
-    left, right = (load_file(out / "model" / "model.safetensors") for out in (alone, two))
-    assert distance(dict(left), dict(right)) < 1e-5
-    start = load_file(student / "model.safetensors")
-    assert distance(dict(left), dict(start)) > 1e-4
+    left, right = weights(alone), weights(two)
+    assert distance(left, right) < 1e-5
+    assert distance(left, dict(load_file(student / "model.safetensors"))) > 1e-4
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (alone, two)]
     for one, both in zip(*logs, strict=True):
         for name in one.keys() - {"seconds"}:

@@ -11,12 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from tests.train.tiny_student import message, sft_row, write_tiny_gguf
-from torch import Tensor
+from tests.train.tiny_student import message, same, sft_row, weights, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cotree.config import LoRA, Probe, TrainSFT, parse_recipe
@@ -25,11 +22,10 @@ from cotree.pipeline import run
 from cotree.progress import Output, Update
 from cotree.report.summary import read_log
 from cotree.run_folder import open_run
-from cotree.train.encode import encode_sft
 from cotree.train.gauges import WINDOW, best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import load_model
 from cotree.train.sft import train_sft
-from cotree.train.trainer import StepLog, TrainResult, read_rows
+from cotree.train.trainer import StepLog, TrainResult, encode_file
 
 PROBE = Probe(every=1, questions=2, max_tokens=32)
 # At this rate two epochs make a student that answers into one that goes on and on.
@@ -66,14 +62,6 @@ def whole(answering: Path, endless: Path, tmp_path_factory: pytest.TempPathFacto
 
 def changed(**probe: Any) -> TrainSFT:
     return FORGETS.model_copy(update={"probe": PROBE.model_copy(update=probe)})
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return dict(load_file(out / "model" / "model.safetensors"))
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(values, right[name]) for name, values in left.items())
 
 
 def test_a_probe_reports_also_at_the_end_and_only_looks(student: Path, sft_rows: Path, tmp_path: Path) -> None:
@@ -124,7 +112,7 @@ def test_the_best_student_of_the_probes_is_kept_where_asked(
     assert (kept.steps, kept.kept) == (8, answered)
     assert 1 < answered < 8
     tokenizer = AutoTokenizer.from_pretrained(answering)
-    encoded = encode_sft(tokenizer, read_rows(endless), 512).rows
+    encoded = encode_file(endless, tokenizer, last, 512).rows
     prompts = list({tuple(row.prompt): row.prompt for row in encoded}.values())
     for out, step in (("last", 8), ("best", answered)):
         found = probe(load_model(tmp_path / out / "model"), tokenizer, prompts[:2], PROBE)

@@ -12,18 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
-from tests.train.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, write_tiny_gguf
+from tests.train.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, weights, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import LoRA, Probe, TrainDPO, TrainSFT
 from cotree.errors import CotreeError, UsageError
 from cotree.train.dpo import train_dpo
-from cotree.train.encode import encode_sft
 from cotree.train.model import load_model
 from cotree.train.plan import plan
 from cotree.train.sft import ChainTrainer, train_sft
 from cotree.train.student import load_student
-from cotree.train.trainer import StepLog, read_rows, room_for, training_arguments
+from cotree.train.trainer import StepLog, encode_file, room_for, training_arguments
 
 SFT = TrainSFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
 DPO = TrainDPO(batch_size=5, epochs=2.0, learning_rate=1e-2)
@@ -39,8 +38,8 @@ def test_every_margin_is_zero_at_step_0_with_an_adapter(
     if start != "new adapter":
         train_sft(sft_rows, student, tmp_path / "sft", SFT.model_copy(update={"lora": ADAPTER}), 0, 512)
         checkpoint = tmp_path / "sft" / "model"
-        merged = load_file(checkpoint / "model.safetensors")
-        assert distance(dict(merged), dict(load_file(student / "model.safetensors"))) > 1e-3
+        merged = weights(tmp_path / "sft")
+        assert distance(merged, dict(load_file(student / "model.safetensors"))) > 1e-3
         if start == "continued adapter":
             AutoTokenizer.from_pretrained(student).save_pretrained(checkpoint / "adapter")
             checkpoint = checkpoint / "adapter"
@@ -55,7 +54,7 @@ def test_every_margin_is_zero_at_step_0_with_an_adapter(
 
 
 def step(student: Path, sft_rows: Path, out: Path, **changes: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows
     settings = SFT.model_copy(update=changes)
     trainer = ChainTrainer(load_model(student), [chains], training_arguments(out, settings, 1, 0), settings)
     if settings.gradient_checkpointing:
@@ -99,16 +98,13 @@ def test_a_compiled_run_has_the_losses_and_gradients_of_a_plain_one(
         for name in ("loss", "margin", "chosen_logps", "grad_norm"):
             left, right = ({"loss": log.loss} | log.gauges for log in (plain, compiled))
             assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-5), name
-    stored = [dict(load_file(tmp_path / name / "run" / "model" / "model.safetensors")) for name in logs]
-    assert distance(*stored) < 1e-4
+    assert distance(*(weights(tmp_path / name / "run") for name in logs)) < 1e-4
 
 
 def test_whole_runs_with_checkpointing_and_bf16(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     for name, change in (("plain", {}), ("saved", {"gradient_checkpointing": True}), ("low", {"precision": "bf16"})):
         train_sft(sft_rows, student, tmp_path / name, SFT.model_copy(update=change), 0, 512)
-    plain, saved, low = (
-        dict(load_file(tmp_path / n / "model" / "model.safetensors")) for n in ("plain", "saved", "low")
-    )
+    plain, saved, low = (weights(tmp_path / name) for name in ("plain", "saved", "low"))
     assert distance(saved, plain) < 1e-3
     assert 1e-6 < distance(low, plain) < 0.3
 
@@ -130,7 +126,9 @@ def test_the_plan_is_what_the_run_then_does(sft_rows: Path, dpo_rows: Path, tmp_
     assert adapter.peak_bytes < full.peak_bytes
     smaller = plan(dpo_rows, file, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
     assert smaller.packs == DPO.epochs * smaller.rows
-    assert plan(dpo_rows, file, DPO, 0, 60).too_long > 0
+    assert plan(dpo_rows, file, DPO, 0, 85).too_long == 4
+    with pytest.raises(UsageError, match=r"all 10 rows are over 60 tokens: raise build\.max_tokens"):
+        plan(dpo_rows, file, DPO, 0, 60)
     noted = {"cotree": json.dumps({"kind": "sft", "template": "another"})}
     pq.write_table(pq.read_table(sft_rows).replace_schema_metadata(noted), tmp_path / "other.parquet")
     with pytest.raises(UsageError, match="was built for another tokenizer or chat template"):
@@ -154,7 +152,7 @@ class Greedy(ChainTrainer):
 def test_out_of_memory_says_which_pack_and_what_to_lower(
     cap: int, message: str, student: Path, sft_rows: Path, tmp_path: Path
 ) -> None:
-    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows
     settings = SFT.model_copy(update={"pack_tokens": cap})
     trainer = Greedy(load_model(student), [chains], training_arguments(tmp_path, settings, 1, 0), settings)
     with pytest.raises(CotreeError, match=message):

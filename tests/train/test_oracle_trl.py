@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import TrainDPO, TrainSFT
-from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps
+from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.encode import encode_dpo, encode_sft
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer
@@ -80,8 +80,7 @@ def our_dpo(folders: tuple[Path, Path], tmp_path: Path, settings: TrainDPO) -> t
     policy, reference = folders
     pairs = encode_dpo(AutoTokenizer.from_pretrained(policy), map(dpo_row, range(ROWS)), 512).rows
     arguments = training_arguments(tmp_path, settings, 1, 0)
-    logps = reference_logps(load_model(reference), pairs, settings, arguments).tolist()
-    rows = [ReferencedPair(pair, *row) for pair, row in zip(pairs, logps, strict=True)]
+    rows = with_reference(load_model(reference), pairs, settings, arguments)
     return gradients(PairTrainer(load_model(policy), [rows], arguments, settings), rows)
 
 
@@ -147,9 +146,8 @@ def test_simpo_is_trls(folders: tuple[Path, Path], tmp_path: Path) -> None:
         loss="simpo", beta=2.0, simpo_gamma=0.7, label_smoothing=0.1, alpha=0.0, mask_prefix=False, batch_size=8
     )
     pairs = encode_dpo(AutoTokenizer.from_pretrained(folders[0]), rows, 512).rows
-    items = [ReferencedPair(pair, 0.0, 0.0) for pair in pairs]
     arguments = training_arguments(tmp_path, settings, 1, 0)
-    loss, found = gradients(PairTrainer(load_model(folders[0]), [items], arguments, settings), items)
+    loss, found = gradients(PairTrainer(load_model(folders[0]), [pairs], arguments, settings), pairs)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert distance(found, gradient) < 2e-5
 

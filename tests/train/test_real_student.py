@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.train.tiny_student import Post, check_served, distance, gradients, in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import TrainDPO
-from cotree.train.dpo import PairTrainer, ReferencedPair
+from cotree.train.dpo import PairTrainer
 from cotree.train.encode import encode_dpo
 from cotree.train.export_gguf import export_gguf
 from cotree.train.forest import forest_tokens
@@ -76,10 +77,10 @@ def test_a_packed_step_of_real_pairs_is_the_plain_computation(folder: Path, tmp_
             "chosen": [{"role": "assistant", "content": f"{start}So he has 12 + 15 = \\boxed{{{27 + number}}}"}],
             "rejected": [{"role": "assistant", "content": f"{start * (1 + number % 2)}Wait! Is it {number}?"}],
         }
-        for number in range(3)
+        for number in range(2)
     ]
     switch = TrainDPO(mask_prefix=False, sft_scope="full")
-    pairs = [ReferencedPair(pair, -30.0, -35.0) for pair in encode_dpo(tokenizer, rows, 512).rows]
+    pairs = [replace(pair, reference=(-30.0, -35.0)) for pair in encode_dpo(tokenizer, rows, 512).rows]
     assert forest_tokens(pairs) < 0.4 * sum(pair.tokens for pair in pairs)
     plain = in_float64(AutoModelForCausalLM.from_pretrained(folder))
     expected = plain_loss(plain, pairs, switch)

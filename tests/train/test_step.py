@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cotree.config import TrainDPO, TrainSFT
-from cotree.train.dpo import PairTrainer, ReferencedPair
+from cotree.train.dpo import PairTrainer
 from cotree.train.encode import Chain, Pair, prefix_tokens
 from cotree.train.families import FAMILIES
 from cotree.train.model import load_model
@@ -85,15 +86,14 @@ def plain_margin(logps: Tensor, pair: Pair, other: list[int], s: TrainDPO) -> Te
     return kept.sum()
 
 
-def plain_loss(model: Any, rows: list[ReferencedPair], s: TrainDPO) -> Tensor:
+def plain_loss(model: Any, rows: list[Pair], s: TrainDPO) -> Tensor:
     preferences, sums, counts, means = [], [], [], []
-    ways = Counter(tuple(r.pair.prompt + r.pair.chosen[: end + 1]) for r in rows for end in range(len(r.pair.chosen)))
-    for row in rows:
-        pair = row.pair
+    ways = Counter(tuple(row.prompt + row.chosen[: end + 1]) for row in rows for end in range(len(row.chosen)))
+    for pair in rows:
         chosen = plain_logps(model, pair.prompt, pair.chosen)
         rejected = plain_logps(model, pair.prompt, pair.rejected)
         d = plain_margin(chosen, pair, pair.rejected, s) - plain_margin(rejected, pair, pair.chosen, s)
-        d = s.beta * (d - (row.chosen - row.rejected)) - (s.simpo_gamma if s.loss == "simpo" else 0)
+        d = s.beta * (d - (pair.reference[0] - pair.reference[1])) - (s.simpo_gamma if s.loss == "simpo" else 0)
         e = s.label_smoothing
         preferences.append(-(1 - e) * d.sigmoid().log() - e * (-d).sigmoid().log())
         weights = [1.0] * len(chosen)
@@ -118,10 +118,8 @@ def test_a_step_of_pairs_is_the_plain_computation(
     seed: int,
 ) -> None:
     out = tmp_path_factory.getbasetemp() / "unused"
-    values = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [ReferencedPair(pair, *row) for pair, row in zip(pairs, values, strict=True)]
-    if not switch.has_reference:
-        rows = [ReferencedPair(pair, 0.0, 0.0) for pair in pairs]
+    values = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(seed)) * switch.has_reference
+    rows = [replace(pair, reference=tuple(row)) for pair, row in zip(pairs, values.tolist(), strict=True)]
     plain, double, single = models
     # Rows of one step may cancel (a pair and its mirror do), and float32 rounds each of them before they do.
     each = [norm(plain_gradient(plain, [row], switch)[1]) / len(rows) for row in rows]
@@ -135,7 +133,7 @@ def test_a_step_of_pairs_is_the_plain_computation(
         assert difference <= limit or size < 1e-3 * math.sqrt(len(gradient))
 
 
-def plain_gradient(model: Any, rows: list[ReferencedPair], switch: TrainDPO) -> tuple[float, dict[str, Tensor]]:
+def plain_gradient(model: Any, rows: list[Pair], switch: TrainDPO) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     loss = plain_loss(model, rows, switch)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cotree.config import TrainSFT
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.durable import whole_folder
+from cotree.train.durable import whole
 from cotree.train.export_gguf import export_gguf
 from cotree.train.sft import train_sft
 from cotree.train.student import load_student
@@ -134,7 +134,7 @@ def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(student
     shutil.rmtree(folder)
     with (
         pytest.raises(CotreeError, match=r"could not write .*student: .*No space left on device; free some space"),
-        whole_folder(folder) as draft,
+        whole(folder) as draft,
     ):
         os.write(os.open("/dev/full", os.O_WRONLY), str(draft).encode())
     assert list(tmp_path.iterdir()) == []

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import weakref
 from itertools import pairwise
@@ -21,26 +19,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from tests.train.tiny_student import distance, gradients
+from tests.train.slow_child import train_slowly
+from tests.train.tiny_student import distance, gradients, same, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import TrainDPO, TrainSFT
 from cotree.errors import CotreeError, UsageError
 from cotree.train import model as model_module
-from cotree.train import sft
-from cotree.train.dpo import PairTrainer, ReferencedPair, reference_logps, train_dpo
-from cotree.train.encode import encode_dpo, encode_sft, template_hash
+from cotree.train import trainer
+from cotree.train.dpo import PairTrainer, train_dpo, with_reference
+from cotree.train.encode import Pair, template_hash
 from cotree.train.model import load_model
 from cotree.train.resume import weights_hash
 from cotree.train.sft import ChainTrainer, train_sft
-from cotree.train.trainer import (
-    StepLog,
-    fixed_steps,
-    read_rows,
-    training_arguments,
-)
+from cotree.train.trainer import StepLog, encode_file, fixed_steps, training_arguments
 
 SFT = TrainSFT(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
 DPO = TrainDPO(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
@@ -53,14 +46,6 @@ VARIANTS = [
     DPO.model_copy(update={"loss": "length_normalised", "sft_scope": "dedup"}),
     DPO.model_copy(update={"loss": "ld_dpo", "sft_scope": "dedup", "sft_norm": "pair"}),
 ]
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return dict(load_file(out / "model" / "model.safetensors"))
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @given(rows=st.integers(1, 40), batch=st.integers(1, 9), epochs=st.floats(0.1, 3.5), seed=st.integers(0, 9))
@@ -81,15 +66,14 @@ def test_steps_are_fixed_by_the_seed_and_cover_every_row_once_an_epoch(
         assert steps != fixed_steps(trees, batch, epochs, seed + 1) or epochs * rows < 2
 
 
-def referenced(student: Path, rows: Path, settings: TrainDPO) -> list[ReferencedPair]:
-    pairs = encode_dpo(AutoTokenizer.from_pretrained(student), read_rows(rows), 512).rows
+def referenced(student: Path, rows: Path, settings: TrainDPO) -> list[Pair]:
+    pairs = encode_file(rows, AutoTokenizer.from_pretrained(student), settings, 512).rows
     arguments = training_arguments(student.parent / "unused", settings, 1, 0)
-    reference = reference_logps(load_model(student), pairs, settings, arguments)
-    return [ReferencedPair(pair, *row) for pair, row in zip(pairs, reference.tolist(), strict=True)]
+    return with_reference(load_model(student), pairs, settings, arguments)
 
 
 def test_the_pack_cap_never_changes_an_sft_gradient(student: Path, sft_rows: Path, tmp_path: Path) -> None:
-    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows[:5]
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows[:5]
     arguments = training_arguments(tmp_path, SFT, 1, 0)
     expected = None
     for cap in (2000, 200, 1):
@@ -147,7 +131,7 @@ def test_masking_the_prefix_is_a_no_op_in_the_margin_and_real_in_the_sft_term(
             for alpha in (0.0, 1.0):
                 settings = TrainDPO(mask_prefix=masked, sft_scope=scope, alpha=alpha, batch_size=8)
                 pairs = referenced(student, dpo_rows, settings)[:8]
-                assert any(pair.pair.prefix for pair in pairs)
+                assert any(pair.prefix for pair in pairs)
                 step_trainer = PairTrainer(
                     load_model(student), [pairs], training_arguments(tmp_path, settings, 1, 0), settings
                 )
@@ -170,16 +154,14 @@ def test_masking_the_prefix_is_a_no_op_in_the_margin_and_real_in_the_sft_term(
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_every_margin_is_zero_at_step_0(settings: TrainDPO, student: Path, dpo_rows: Path, tmp_path: Path) -> None:
     logs: list[StepLog] = []
-    done: list[tuple[int, int]] = []
-    train_dpo(dpo_rows, student, tmp_path / "run", settings, 3, 512, logs.append, lambda *at: done.append(at))
+    train_dpo(dpo_rows, student, tmp_path / "run", settings, 3, 512, logs.append)
     assert abs(logs[0].gauges["margin"]) < 1e-5
     assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert abs(logs[-1].gauges["margin"]) > 1e-3
-    assert done[-1] == (10, 10)
-    done.clear()  # the reference is kept beside the run, by its content
+    (stamp,) = _reference(tmp_path / "run")  # it is kept beside the run, by its content
     other = settings.model_copy(update={"beta": 0.2, "epochs": 0.5})
-    train_dpo(dpo_rows, student, tmp_path / "other", other, 0, 512, None, lambda *at: done.append(at))
-    assert not done
+    train_dpo(dpo_rows, student, tmp_path / "other", other, 0, 512)
+    assert _reference(tmp_path / "other") == [stamp]
 
 
 def test_a_run_learns_reports_every_step_and_returns_at_once_when_done(
@@ -195,7 +177,7 @@ def test_a_run_learns_reports_every_step_and_returns_at_once_when_done(
     assert (result.steps, result.rows, result.too_long) == (6, 11, 0)
     assert result.first["loss"] == logs[0].loss
     assert result.final["loss"] == logs[-1].loss
-    chains = encode_sft(AutoTokenizer.from_pretrained(student), read_rows(sft_rows), 512).rows
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows
     assert result.tokens == 2 * sum(chain.tokens for chain in chains)
     assert sum(log.gauges["tokens"] for log in logs) == 2 * sum(len(chain.completion) for chain in chains)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -217,38 +199,25 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-CHILD = """
-import sys, time
-from pathlib import Path
-from cotree.config import TrainDPO, TrainSFT
-from cotree.train.dpo import train_dpo
-from cotree.train.sft import train_sft
-kind, rows, student, out, settings, pause = sys.argv[1:]
-train, model = (train_sft, TrainSFT) if kind == "sft" else (train_dpo, TrainDPO)
-def on_step(log):
-    print(log.step, flush=True)
-    time.sleep(float(pause))
-train(Path(rows), Path(student), Path(out), model.model_validate_json(settings), 0, 512, on_step)
-"""
+@pytest.fixture(scope="module")
+def forked() -> Any:
+    """Starts processes that have already imported what a run needs, which is most of a short run's time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.train.slow_child"])
+    return context
 
 
-def start(kind: str, rows: Path, student: Path, out: Path, settings: Any, pause: float) -> subprocess.Popen[str]:
-    arguments = [kind, str(rows), str(student), str(out), settings.model_dump_json(), str(pause)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here (`conftest`), else sums round differently
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, env=one_thread
-    )
-
-
-def kill_after(child: subprocess.Popen[str], step: int, delay: float) -> None:
-    assert child.stdout is not None
-    for line in child.stdout:
-        if int(line) == step:
-            break
+def kill_after(forked: Any, arguments: tuple[Any, ...], step: int, delay: float) -> None:
+    """Start a run (arguments of `train_slowly`), and kill it so many seconds after this step."""
+    steps, theirs = forked.Pipe(duplex=False)
+    child = forked.Process(target=train_slowly, args=(*arguments, theirs))
+    child.start()
+    theirs.close()
+    while steps.recv() < step:
+        pass
     time.sleep(delay)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    child.kill()
+    child.join()
 
 
 def _reference(out: Path) -> list[int]:
@@ -257,14 +226,14 @@ def _reference(out: Path) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_killed_run_goes_on_and_ends_in_the_same_weights_bit_for_bit(
-    kind: str, student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path
+    kind: str, student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path, forked: Any
 ) -> None:
     rows: Path = {"sft": sft_rows, "dpo": dpo_rows}[kind]
     settings: Any = {"sft": SFT, "dpo": DPO}[kind]
     train: Any = {"sft": train_sft, "dpo": train_dpo}[kind]
     whole = train(rows, student, tmp_path / "whole", settings, 0, 512)
     out = tmp_path / "killed"
-    kill_after(start(kind, rows, student, out, settings, 0.05), 5, 0.02)
+    kill_after(forked, (rows, student, out, settings, 0.05), 5, 0.02)
     assert not (out / "model").exists()
     assert [path.name for path in (out / "trainer").glob("checkpoint-*")] == ["checkpoint-4"]
     torn = out / "trainer" / "checkpoint-6"  # what a kill in the middle of a save leaves
@@ -294,11 +263,11 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08])
 def test_a_kill_at_any_moment_of_a_save_loses_nothing_before_it(
-    delay: float, student: Path, sft_rows: Path, tmp_path: Path
+    delay: float, student: Path, sft_rows: Path, tmp_path: Path, forked: Any
 ) -> None:
     settings = SFT.model_copy(update={"save_steps": 1})
     train_sft(sft_rows, student, tmp_path / "whole", settings, 0, 512)
-    kill_after(start("sft", sft_rows, student, tmp_path / "killed", settings, 0.0), 3, delay)
+    kill_after(forked, (sft_rows, student, tmp_path / "killed", settings, 0.0), 3, delay)
     logs: list[StepLog] = []
     train_sft(sft_rows, student, tmp_path / "killed", settings, 0, 512, logs.append)
     assert all(log.step >= 3 for log in logs)
@@ -379,7 +348,7 @@ def test_rewards_are_told_where_there_is_a_reference_to_compare_with(
 ) -> None:
     for name, change in (("dpo", {}), ("simpo", {"loss": "simpo"}), ("free", {"reference_free": True})):
         logs: list[StepLog] = []
-        settings = DPO.model_copy(update={**change, "batch_size": 1, "epochs": 3.0})
+        settings = DPO.model_copy(update={**change, "batch_size": 1, "save_steps": 100})
         train_dpo(dpo_rows, student, tmp_path / name, settings, 0, 512, logs.append)
         assert len(logs) >= 10
         assert all(("chosen_reward" in log.gauges) == (name == "dpo") for log in logs)
@@ -387,15 +356,15 @@ def test_rewards_are_told_where_there_is_a_reference_to_compare_with(
 
 
 def test_rows_that_cannot_be_trained_on_are_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot read the rows in .*nowhere"):
+    with pytest.raises(UsageError, match=r"no file at .*nowhere"):
         train_sft(tmp_path / "nowhere", student, tmp_path / "run", SFT, 0, 512)
-    with pytest.raises(UsageError, match="has no column `chosen`: its rows are of another kind; it has prompt, compl"):
+    with pytest.raises(UsageError, match="has no dpo rows: their columns are prompt, compl"):
         train_dpo(sft_rows, student, tmp_path / "run", DPO, 0, 512)
     with pytest.raises(UsageError, match=r"all 11 rows are over 8 tokens: raise build.max_tokens"):
         train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 8)
-    (tmp_path / "text").write_text("no parquet")
-    with pytest.raises(UsageError, match=r"cannot read the rows in .*text"):
-        train_sft(tmp_path / "text", student, tmp_path / "run", SFT, 0, 512)
+    (tmp_path / "text.parquet").write_text("no parquet")
+    with pytest.raises(UsageError, match=r"text.parquet is no Parquet file"):
+        train_sft(tmp_path / "text.parquet", student, tmp_path / "run", SFT, 0, 512)
     assert not (tmp_path / "run").exists()
 
 
@@ -425,7 +394,7 @@ def test_a_run_keeps_no_weights_in_memory(
         alive.extend(weakref.ref(values) for values in model.parameters())
         return model
 
-    monkeypatch.setattr(sft, "load_model", watched)
+    monkeypatch.setattr(trainer, "load_model", watched)
 
     def interrupt(log: StepLog) -> None:
         if log.step == 2:

@@ -11,11 +11,12 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cotree.train.families import FAMILIES, gguf_name, rotary_heads, to_pairs
+from cotree.train.families import FAMILIES, gguf_name, reordered, to_pairs
 
 Post = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -141,11 +142,8 @@ def write_tiny_gguf(model: Any, tokenizer: PreTrainedTokenizerFast, path: Path, 
     for name, values in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        array = values.numpy().astype(np.float32)
-        heads = rotary_heads(name, config.num_attention_heads, config.num_key_value_heads)
-        if family.rotates_pairs and heads is not None:
-            array = np.ascontiguousarray(to_pairs(array, heads))
-        writer.add_tensor(gguf_name(name), array)
+        array = reordered(values.numpy().astype(np.float32), name, config.to_dict(), to_pairs)
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -201,6 +199,16 @@ def gradients(step_trainer: Any, rows: Sequence[Any]) -> tuple[float, dict[str, 
     step_trainer.model.zero_grad()
     loss = step_trainer.training_step(step_trainer.model, rows)
     return loss.item(), {name: values.grad.clone() for name, values in step_trainer.model.named_parameters()}
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    """Of the model that a run has stored."""
+    return dict(load_file(out / "model" / "model.safetensors"))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

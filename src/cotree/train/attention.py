@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,6 @@ from cotree.train.recompute import made_by
 
 ATTENTION = "cotree_forest"
 Backend = Literal["block", "sdpa", "flex"]
-
-
-def fastest(device: torch.device) -> Backend:
-    """What computes least of what a mask would hide; flex_attention has no backward on CPU."""
-    return "flex" if device.type == "cuda" else "block"
 
 
 class Layout:
@@ -77,10 +72,7 @@ class Layout:
     @cached_property
     def blocks_of_runs(self) -> list[tuple[int, list[int], Tensor | None]]:
         """For each run its length, the pieces that it sees, and its additive mask, None where it is simply causal."""
-        starts = [0]
-        for length in self.pieces:
-            starts.append(starts[-1] + length)
-        number = {start: piece for piece, start in enumerate(starts)}
+        number = {start: piece for piece, start in enumerate(accumulate(self.pieces, initial=0))}
         found = []
         for spans in self.runs:
             seen = [piece for start, stop in spans for piece in range(number[start], number[stop])]

@@ -14,22 +14,26 @@ from cotree.errors import CotreeError
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder that becomes `folder` when the block ends, and vanishes when it fails.
+def whole(path: Path) -> Iterator[Path]:
+    """A draft path: the file or folder made there becomes `path` when the block ends, and vanishes when it fails.
+
+    A file that is there is replaced.
 
     Raises:
         CotreeError: writing failed (disk full, no permission), in one line.
     """
-    draft = folder.with_name(f"{folder.name}.draft")
+    draft = path.with_name(f"{path.name}.draft")
     try:
-        with writing(folder):
-            shutil.rmtree(draft, ignore_errors=True)  # what a killed process left
-            draft.mkdir(parents=True)
+        with writing(path):
+            shutil.rmtree(draft, ignore_errors=True)  # what a killed process left; a file would be overwritten
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield draft
-            draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            draft.rename(path)
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -48,20 +52,3 @@ def writing(path: Path) -> Iterator[None]:
         raise CotreeError(
             f"could not write {path}: {reason}; free some space and run the same command again"
         ) from error
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A draft path whose file becomes `path` when the block ends, and vanishes when it fails; replaces what is there.
-
-    Raises:
-        CotreeError: as `whole_folder`.
-    """
-    draft = path.with_name(f"{path.name}.draft")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield draft
-            draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -49,12 +49,19 @@ class Chain:
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: two completions of one prompt, and how many tokens they share at their start."""
+    """A preference: two completions of one prompt.
+
+    Attributes:
+        prefix: how many tokens the completions share at their start.
+        reference: the reference's log-probabilities of chosen and of rejected as they are in the margin, in nats; 0
+            where there is no reference.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     prefix: int
+    reference: tuple[float, float] = (0.0, 0.0)
 
     @property
     def chains(self) -> tuple[list[int], ...]:
@@ -72,7 +79,7 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-Row = TypeVar("Row", Chain, Pair)
+Row = TypeVar("Row", bound=Chain | Pair)
 
 
 @dataclass(frozen=True)

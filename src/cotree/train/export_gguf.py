@@ -15,8 +15,8 @@ import numpy as np
 from cotree.errors import CotreeError, UsageError
 from cotree.llm import gguf_file
 from cotree.llm.gguf_file import GGUF
-from cotree.train.durable import whole_file
-from cotree.train.families import FAMILIES, gguf_name, rotary_heads, to_pairs
+from cotree.train.durable import whole
+from cotree.train.families import FAMILIES, gguf_name, reordered, to_pairs
 
 # ggml type of matrices, and the number that `general.file_type` gives it.
 _TYPES = {"F32": (gguf_file.F32, 0), "F16": (gguf_file.F16, 1), "Q8_0": (gguf_file.Q8_0, 7)}
@@ -49,54 +49,39 @@ def export_gguf(model: Path, base: Path, out: Path, kind: Literal["F32", "F16", 
     file = GGUF(base)
     if file["general.architecture"] != family.gguf:
         raise UsageError(f"{base} is a {file['general.architecture']!r} model, {model} needs {family.gguf!r}")
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
     try:
         weights: Any = safe_open(model / "model.safetensors", framework="numpy")
     except (OSError, SafetensorError) as error:
         raise CotreeError(f"cannot read {model / 'model.safetensors'}: {error}") from error
-    sources = {_renamed(name, model): name for name in weights.keys()}  # noqa: SIM118
-    if "output.weight" in file.tensors and "output.weight" not in sources:
-        sources["output.weight"] = sources["token_embd.weight"]  # tied, but the base spells it out
-    _check_same_model(weights, sources, file, model)
+    try:
+        sources = {gguf_name(name): name for name in weights.keys()}  # noqa: SIM118
+    except KeyError as error:
+        raise UsageError(f"{model} has a tensor that GGUF export does not know: {error}") from None
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if "output.weight" in shapes.keys() | sources.keys():  # one of the two may tie its head to the embeddings
+        shapes.setdefault("output.weight", shapes["token_embd.weight"])
+        sources.setdefault("output.weight", sources["token_embd.weight"])
+    ours = {name: tuple(weights.get_slice(source).get_shape()) for name, source in sources.items()}
+    names = (shapes.keys() | ours.keys()) - set(_CONSTANTS)
+    if wrong := sorted(name for name in names if shapes.get(name) != ours.get(name)):
+        raise UsageError(
+            f"{base} is not the base of {model}: {wrong[0]} is {shapes.get(wrong[0], 'absent')} there and "
+            f"{ours.get(wrong[0], 'absent')} here ({len(wrong)} tensors differ)"
+        )
 
     def array(name: str) -> np.ndarray:
         if name in _CONSTANTS:
             return file.array(name)
         values: np.ndarray = weights.get_tensor(sources[name]).astype(np.float32, copy=False)
-        rotated = rotary_heads(sources[name], heads, kv_heads) if family.rotates_pairs else None
-        return values if rotated is None else to_pairs(values, rotated)
+        return reordered(values, sources[name], config, to_pairs)
 
     matrices, number = _TYPES[kind]
     fields = file.fields | {"general.file_type": gguf_file.encode(gguf_file.UINT32, number)}
     fields.setdefault("general.quantization_version", gguf_file.encode(gguf_file.UINT32, 2))
-    tensors = {}
-    for name, tensor in file.tensors.items():
-        matrix = len(tensor.shape) > 1 and name not in _CONSTANTS
-        tensors[name] = (tensor.shape, matrices if matrix else gguf_file.F32)
-    if "output.weight" in sources and "output.weight" not in tensors:  # the student's head is its own, the base's tied
-        tensors["output.weight"] = (tensors["token_embd.weight"][0], matrices)
-    with whole_file(out) as draft:
+    tensors = {
+        name: (shape, matrices if len(shape) > 1 and name not in _CONSTANTS else gguf_file.F32)
+        for name, shape in shapes.items()
+    }
+    with whole(out) as draft:
         gguf_file.write(draft, fields, tensors, array, file.alignment)
     return out
-
-
-def _renamed(name: str, model: Path) -> str:
-    try:
-        return gguf_name(name)
-    except KeyError:
-        raise UsageError(f"{model} has a tensor {name} that GGUF export does not know") from None
-
-
-def _check_same_model(weights: Any, sources: dict[str, str], file: GGUF, model: Path) -> None:
-    """Every tensor of the base must be in the folder with the same shape, and the other way round."""
-    base = {name: tensor.shape for name, tensor in file.tensors.items() if name not in _CONSTANTS}
-    ours = {name: tuple(weights.get_slice(source).get_shape()) for name, source in sources.items()}
-    ours_only = set(ours) - set(base) - {"output.weight"}
-    wrong = sorted({name for name, shape in base.items() if ours.get(name) != shape} | ours_only)
-    if wrong:
-        name = wrong[0]
-        raise UsageError(
-            f"{file.path} is not the base of {model}: {name} is {base.get(name, 'absent')} there and "
-            f"{ours.get(name, 'absent')} here ({len(wrong)} tensors differ)"
-        )

@@ -7,6 +7,7 @@ everything else is refused by name. Imports neither torch nor transformers.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,19 +42,17 @@ class Family:
         gguf: the name of the architecture in GGUF.
         rotates_pairs: llama.cpp rotates neighbouring dimensions of this architecture where transformers rotates
             halves, so the rows of q_proj and k_proj are permuted on the way in and out.
-        qkv_bias: whether q, k and v have biases (they are part of the class, `config.json` does not state it).
     """
 
     architecture: str
     gguf: str
     rotates_pairs: bool
-    qkv_bias: bool = False
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "llama", rotates_pairs=True),
     "mistral": Family("MistralForCausalLM", "llama", rotates_pairs=True),
-    "qwen2": Family("Qwen2ForCausalLM", "qwen2", rotates_pairs=False, qkv_bias=True),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", rotates_pairs=False),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", rotates_pairs=False),
 }
 
@@ -106,8 +105,20 @@ def to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def rotary_heads(name: str, heads: int, kv_heads: int) -> int | None:
-    """How many heads the rows of a transformers tensor hold if rotary order matters for it, else None."""
+def reordered(
+    values: np.ndarray, name: str, config: Mapping[str, Any], order: Callable[[np.ndarray, int], np.ndarray]
+) -> np.ndarray:
+    """The values of a transformers tensor with rows in another rotary order (`to_pairs`, `to_halves`), if it has one.
+
+    Args:
+        values: of the whole tensor.
+        name: of the tensor in transformers.
+        config: the model's `config.json`.
+        order: how rows go from one order to the other.
+    """
+    if not FAMILIES[config["model_type"]].rotates_pairs:
+        return values
+    heads = config["num_attention_heads"]
     if ".q_proj." in name:
-        return heads
-    return kv_heads if ".k_proj." in name else None
+        return order(values, heads)
+    return order(values, config.get("num_key_value_heads") or heads) if ".k_proj." in name else values

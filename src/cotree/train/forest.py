@@ -15,13 +15,12 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cotree.train.attention import Backend, Layout, fastest
-from cotree.train.encode import prefix_tokens
+from cotree.train.attention import Backend, Layout
+from cotree.train.encode import Chain, Pair, Row, prefix_tokens
 from cotree.train.losses import token_logps
 
 
@@ -98,7 +97,7 @@ def forest_logps(model: nn.Module, chains: Sequence[Scored], backend: Backend | 
     """
     device = next(model.parameters()).device
     forest = Forest([chain.ids for chain in chains], device)
-    forest.layout.backend = backend or fastest(device)
+    forest.layout.backend = backend or ("flex" if device.type == "cuda" else "block")
     contexts, targets, places = _edges(forest, chains)
     logits = model(
         input_ids=forest.ids[None],
@@ -127,17 +126,6 @@ def _edges(forest: Forest, chains: Sequence[Scored]) -> tuple[Tensor, Tensor, Te
     return edges // width, edges % width, places
 
 
-class Item(Protocol):
-    """What a step is made of: something that is trained as one or more chains, which must be in one pack."""
-
-    @property
-    def chains(self) -> tuple[list[int], ...]:
-        """Token ids, prompts included."""
-
-
-Row = TypeVar("Row", bound=Item)
-
-
 def packs(rows: Sequence[Row], cap: int) -> list[list[Row]]:
     """Deal rows to packs whose forests have at most `cap` tokens; a row that is larger is a pack by itself.
 
@@ -158,13 +146,13 @@ def packs(rows: Sequence[Row], cap: int) -> list[list[Row]]:
     return dealt
 
 
-def forest_tokens(rows: Sequence[Item]) -> int:
+def forest_tokens(rows: Sequence[Chain | Pair]) -> int:
     """Tokens in the forest of some rows, the last one of each chain included."""
     inside: list[list[int]] = []
     return sum(_grow(inside, row) for row in rows)
 
 
-def _grow(inside: list[list[int]], row: Item) -> int:
+def _grow(inside: list[list[int]], row: Chain | Pair) -> int:
     """Add a row's chains to the sorted chains of a pack; returns how many tokens are new."""
     new = 0
     for chain in row.chains:

@@ -79,13 +79,7 @@ def margin_weights(length: int, other: int, prefix: int, settings: TrainDPO) -> 
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    beta: float,
-    label_smoothing: float,
-    gamma: float = 0.0,
+    policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, gamma: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Conservative DPO (paper, Fine-grained DPO): the preference holds with probability 1 - eps.
 
@@ -97,8 +91,8 @@ def dpo_loss(
     sum over whole completions or over what follows the shared prefix (masking-based DPO) is the same loss.
 
     Args:
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected: (pairs,) log-probabilities in nats, summed
-            with `margin_weights`; the reference's are 0 where there is none.
+        policy, reference: (pairs, 2) log-probabilities of (chosen, rejected) in nats, summed with `margin_weights`; the
+            reference's are 0 where there is none.
         beta: scale of the implicit reward.
         label_smoothing: eps in [0, 0.5).
         gamma: SimPO's target margin.
@@ -106,7 +100,7 @@ def dpo_loss(
     Returns:
         The loss of each pair and its margin d, both (pairs,).
     """
-    d = beta * ((policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)) - gamma
+    d = beta * ((policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])) - gamma
     loss = -(1 - label_smoothing) * F.logsigmoid(d) - label_smoothing * F.logsigmoid(-d)
     return loss, d
 

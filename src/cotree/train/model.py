@@ -30,18 +30,15 @@ def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled:
         compiled: by torch.compile, at the first forward pass of each kind.
 
     Raises:
-        UsageError: it is not trainable (see `families.family_of`), the folder holds no model, or peft is missing.
+        UsageError: it is not trainable (see `families.family_of`), or the folder holds no model.
     """
     # Attention is other for every pack: it would be compiled for each of them, and is not.
     outside: Callable[[Any], Any] = torch.compiler.disable
     AttentionInterface.register(ATTENTION, outside(forest_attention) if compiled else forest_attention)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
-    adapted = (student / "adapter_config.json").exists()
-    if adapted or lora is not None:
-        _need_peft()
     with quiet():
         try:
-            if adapted:
+            if (student / "adapter_config.json").exists():
                 from peft import AutoPeftModelForCausalLM
 
                 model = AutoPeftModelForCausalLM.from_pretrained(student, **options).merge_and_unload()
@@ -69,10 +66,3 @@ def save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:
         model.merge_and_unload().save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=state)
-
-
-def _need_peft() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("peft") is None:
-        raise UsageError("peft is not installed, and an adapter needs it; pip install 'cotree[train]'")

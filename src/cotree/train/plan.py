@@ -11,13 +11,11 @@ from math import prod
 from pathlib import Path
 
 from cotree.config import TrainDPO, TrainSFT
-from cotree.data.files import check_template
 from cotree.llm.gguf_file import GGUF
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.encode import Chain, Encoded, Pair, encode_dpo, encode_sft
 from cotree.train.forest import forest_tokens, packs
 from cotree.train.student import gguf_config
-from cotree.train.trainer import fixed_steps, read_rows
+from cotree.train.trainer import encode_file, fixed_steps
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,13 @@ class TrainPlan:
     @property
     def token_ratio(self) -> float:
         """Tokens that plain training computes for each one computed here."""
-        return self.tokens / max(self.packed_tokens, 1)
+        return self.tokens / self.packed_tokens
 
 
 def plan(rows: Path, student: Path, settings: TrainSFT | TrainDPO, seed: int, max_tokens: int) -> TrainPlan:
     """Plan `train_sft` or `train_dpo` (by the type of settings) of a GGUF; other arguments are theirs."""
-    file, read = GGUF(student), read_rows(rows)
-    config, tokenizer = gguf_config(file), load_tokenizer(student)
-    check_template(rows, tokenizer)
-    encoded: Encoded[Chain] | Encoded[Pair]
-    encode = encode_sft if isinstance(settings, TrainSFT) else encode_dpo
-    encoded = encode(tokenizer, read, max_tokens)
+    file = GGUF(student)
+    config, encoded = gguf_config(file), encode_file(rows, load_tokenizer(student), settings, max_tokens)
     steps = fixed_steps([tuple(row.prompt) for row in encoded.rows], settings.batch_size, settings.epochs, seed)
     dealt = [pack for step in steps for pack in packs([encoded.rows[index] for index in step], settings.pack_tokens)]
     sizes = [forest_tokens(pack) for pack in dealt]
@@ -60,7 +54,7 @@ def plan(rows: Path, student: Path, settings: TrainSFT | TrainDPO, seed: int, ma
     # the vocabulary is kept where a token is scored.
     kept = config["num_hidden_layers"] * (5 * config["hidden_size"] + 2 * config["intermediate_size"])
     kept = kept // 6 if settings.gradient_checkpointing else kept
-    peak = (4 if settings.lora else 16) * weights + 4 * max(sizes, default=0) * (kept + config["vocab_size"])
+    peak = (4 if settings.lora else 16) * weights + 4 * max(sizes) * (kept + config["vocab_size"])
     work = (4 if settings.lora else 6) * weights * sum(sizes)  # an adapter leaves out the gradients of the weights
     if isinstance(settings, TrainDPO) and settings.has_reference:
         work += 2 * weights * sum(map(forest_tokens, packs(encoded.rows, settings.pack_tokens)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cotree.config import Optimizer
 from cotree.errors import UsageError
-from cotree.train.durable import whole_file
+from cotree.train.durable import whole
 
 _MARKER = "complete"
 
@@ -40,7 +40,7 @@ def claim(out: Path, rows: Path, student: Path, settings: Optimizer, seed: int, 
         if changed:
             raise UsageError(f"{out} was begun with other {', '.join(changed)}: delete it, or choose another folder")
         return
-    with whole_file(path) as draft:
+    with whole(path) as draft:
         draft.write_text(json.dumps(inputs))
 
 

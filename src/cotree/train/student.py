@@ -18,8 +18,8 @@ import numpy as np
 from cotree.errors import UsageError
 from cotree.llm.gguf_file import GGUF
 from cotree.llm.tokenizer import gguf_tokenizer, load_tokenizer
-from cotree.train.durable import whole_folder
-from cotree.train.families import FAMILIES, family_of, rotary_heads, to_halves, transformers_name
+from cotree.train.durable import whole
+from cotree.train.families import FAMILIES, family_of, reordered, to_halves, transformers_name
 
 
 def load_student(source: str | Path, folder: Path) -> Path:
@@ -38,7 +38,8 @@ def load_student(source: str | Path, folder: Path) -> Path:
     """
     if folder.exists():
         return folder
-    with whole_folder(folder) as draft:
+    with whole(folder) as draft:
+        draft.mkdir()
         if str(source).endswith(".gguf"):
             _from_gguf(GGUF(Path(source)), draft)
         else:
@@ -50,17 +51,13 @@ def _from_gguf(file: GGUF, folder: Path) -> None:
     from safetensors.numpy import save_file
 
     config = gguf_config(file)
-    kv_heads: int = config["num_key_value_heads"]
-    rotates = FAMILIES[config["model_type"]].rotates_pairs
     weights: dict[str, np.ndarray] = {}
     for name in file.tensors:
         try:
             target = transformers_name(name)
-            values = file.array(name)
+            weights[target] = np.ascontiguousarray(reordered(file.array(name), target, config, to_halves))
         except (KeyError, NotImplementedError, ValueError) as error:
             raise UsageError(f"{file.path} has a tensor {name} that cotree cannot read: {error}") from error
-        heads = rotary_heads(target, config["num_attention_heads"], kv_heads) if rotates else None
-        weights[target] = values if heads is None else np.ascontiguousarray(to_halves(values, heads))
     tokenizer = gguf_tokenizer(file)
     if not tokenizer.chat_template:
         raise UsageError(f"{file.path} has no chat template: cotree trains chat models; take an instruct variant")

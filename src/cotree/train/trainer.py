@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -33,29 +33,18 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from cotree.config import Optimizer, Probe
+from cotree.config import Optimizer, Probe, TrainDPO, TrainSFT
+from cotree.data.files import check_template, kind_of, read_rows
 from cotree.errors import CotreeError, UsageError
-from cotree.train import forest
-from cotree.train.durable import whole_file, whole_folder, writing
-from cotree.train.encode import Encoded
-from cotree.train.forest import forest_tokens, packs
+from cotree.llm.tokenizer import load_tokenizer
+from cotree.train.durable import whole, writing
+from cotree.train.encode import Chain, Encoded, Pair, Row, encode_dpo, encode_sft
+from cotree.train.forest import Scored, forest_tokens, multiplicities, packs
 from cotree.train.gauges import best_step, chosen_falls, no_answer_rises, probe
-from cotree.train.model import save_model
+from cotree.train.model import load_model, save_model
 from cotree.train.recompute import keep_less
-from cotree.train.resume import clear, last_checkpoint, seal_checkpoint
+from cotree.train.resume import claim, clear, last_checkpoint, seal_checkpoint
 from cotree.train.student import quiet
-
-
-class Item(forest.Item, Protocol):
-    """What a step is made of: something that knows how many tokens computing it takes."""
-
-    @property
-    def tokens(self) -> int:
-        """Prompts included."""
-
-
-Row = TypeVar("Row", bound=Item)
-Whole = TypeVar("Whole")
 
 
 @dataclass(frozen=True)
@@ -117,15 +106,30 @@ def fixed_steps(trees: Sequence[Hashable], batch_size: int, epochs: float, seed:
     return steps[: math.ceil(epochs * math.ceil(len(trees) / batch_size))]
 
 
-class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
-    """A Trainer whose batches are whole optimizer steps. Subclasses say what a step as a whole and its loss are."""
+@dataclass(frozen=True)
+class Step:
+    """What a pack must know about its step.
+
+    Attributes:
+        rows: how many the step has.
+        weights: of each row, by its id, how much each completion token counts in the SFT loss.
+        tokens: the sum of all of them.
+    """
+
+    rows: int
+    weights: dict[int, Tensor]
+    tokens: float
+
+
+class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
+    """A Trainer whose batches are whole optimizer steps. Subclasses say what a step's loss is."""
 
     def __init__(
-        self, model: PreTrainedModel, steps: list[list[Row]], arguments: TrainingArguments, settings: Optimizer
+        self, model: PreTrainedModel, steps: list[list[Row]], arguments: TrainingArguments, settings: Any
     ) -> None:
         self.steps = steps
-        self.pack_tokens = settings.pack_tokens
-        self.probe = settings.probe
+        self.settings = settings
+        self.scope = settings.scope if isinstance(settings, TrainDPO) else settings.sft_scope
         self.ask: Callable[[], dict[str, float]] = dict
         self.gauges: dict[str, float] = {}
         if not (settings.compile or settings.gradient_checkpointing):
@@ -134,22 +138,20 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
 
     @abstractmethod
-    def whole(self, rows: Sequence[Row]) -> Whole:
-        """What a pack must know about all rows of its step, such as what sums are divided by."""
-
-    @abstractmethod
-    def share(self, model: nn.Module, rows: Sequence[Row], step: Whole) -> tuple[Tensor, dict[str, Tensor]]:
+    def share(self, model: nn.Module, rows: Sequence[Row], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """A pack's share of the step's loss (to differentiate) and of its gauges (scalars); shares add up."""
 
     def packs(self, rows: Sequence[Row]) -> list[list[Row]]:
         """The packs of a step, at least one for each process if there are enough rows."""
-        dealt, processes = packs(rows, self.pack_tokens), self.args.world_size
+        dealt, processes = packs(rows, self.settings.pack_tokens), self.args.world_size
         return dealt if len(dealt) >= processes else packs(rows, math.ceil(forest_tokens(rows) / processes))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of one optimizer step; returns its loss."""
         model.train()
-        step = self.whole(inputs)
+        weights = sft_weights(inputs, self.scope)
+        by_row = {id(row): each for row, each in zip(inputs, weights, strict=True)}
+        step = Step(len(inputs), by_row, sum(float(each.sum()) for each in weights))
         processes, rank = self.args.world_size, self.args.process_index
         dealt = self.packs(inputs)
         total = torch.zeros(())
@@ -162,7 +164,7 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
             # DDP needs one synchronisation a step, not one a pack; it divides the sum of gradients by the processes.
             with (
                 nullcontext() if turn == turns[-1] else self.accelerator.no_sync(model),
-                room_for(pack, f"at step {self.state.global_step + 1}", self.pack_tokens),
+                room_for(pack, f"at step {self.state.global_step + 1}", self.settings.pack_tokens),
             ):
                 with self.compute_loss_context_manager():
                     loss, share = self.share(model, pack, step)
@@ -180,7 +182,7 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's gauges, and a probe where one is due or training ends, to what Trainer logs and reports."""
-        step, settings = self.state.global_step, self.probe
+        step, settings = self.state.global_step, self.settings.probe
         if "loss" in logs:
             logs |= self.gauges
             if settings is not None and ((step - 1) % settings.every == 0 or step == self.state.max_steps):
@@ -208,7 +210,7 @@ class StepTrainer(Trainer, Generic[Row, Whole]):  # type: ignore[misc]
 
 
 @contextmanager
-def room_for(pack: Sequence[Item], where: str, pack_tokens: int) -> Iterator[None]:
+def room_for(pack: Sequence[Chain | Pair], where: str, pack_tokens: int) -> Iterator[None]:
     """Say of what a pack has too little memory for: which pack, and what to lower. Without rows it is the optimizer."""
     try:
         yield
@@ -225,6 +227,24 @@ def room_for(pack: Sequence[Item], where: str, pack_tokens: int) -> Iterator[Non
         ) from error
 
 
+def sft_weights(rows: Sequence[Chain | Pair], scope: str) -> list[Tensor]:
+    """How much each token of each row's (chosen) completion counts in the SFT loss of a step of these rows.
+
+    Args:
+        rows: all of the step.
+        scope: `full` is 1 everywhere, `suffix` 0 in the prefix that both sides of a pair share, `dedup` 1 / (rows of
+            the step that have this very token after the same tokens).
+    """
+    if scope == "dedup":
+        counts = multiplicities([Scored(row.chains[0], len(row.prompt)) for row in rows])
+        return [1 / count.double() for count in counts]
+    weights = [torch.ones(len(row.chains[0]) - len(row.prompt), dtype=torch.float64) for row in rows]
+    for row, each in zip(rows, weights, strict=True):
+        if scope == "suffix" and isinstance(row, Pair):
+            each[: row.prefix] = 0
+    return weights
+
+
 def add_over_processes(values: Tensor) -> Tensor:
     """The sum of a tensor over the processes of a distributed run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -232,21 +252,15 @@ def add_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+@dataclass
 class _Progress(TrainerCallback):  # type: ignore[misc]
     """Writes `log.jsonl`, warns, calls `on_step`, once a step; skips a checkpoint that the final model replaces."""
 
-    def __init__(
-        self,
-        log: Path,
-        began: float,
-        on_step: Callable[[StepLog], None] | None,
-        settings: Probe | None,
-    ) -> None:
-        self.log = log
-        self.settings = settings
-        self.began = began
-        self.on_step = on_step
-        self.before = 0.0
+    log: Path
+    began: float
+    on_step: Callable[[StepLog], None] | None
+    settings: Probe | None
+    before: float = 0.0
 
     def seconds(self) -> float:
         """Wall time of this run, earlier attempts up to their last checkpoint included."""
@@ -255,7 +269,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A killed run may have logged steps after its last checkpoint: they are about to be done again.
         if state.is_world_process_zero:
-            with whole_file(self.log) as draft:
+            with whole(self.log) as draft:
                 draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
         self.before = state.log_history[-1]["seconds"] if state.log_history else 0.0
         if state.best_global_step is not None:  # the folder may have been moved since
@@ -295,35 +309,6 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], gauges, warnings))
 
 
-def read_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a Parquet file.
-
-    Raises:
-        UsageError: it is missing, unreadable or empty, or lacks one of the columns.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"cannot read the rows in {path}: {str(error).splitlines()[0]}") from error
-    if not rows:
-        raise UsageError(f"{path} has no rows: the build stage selected none; search more questions or rollouts")
-    missing = [column for column in columns if column not in rows[0]]
-    if missing:
-        raise UsageError(
-            f"{path} has no column `{missing[0]}`: its rows are of another kind; it has {', '.join(rows[0])}"
-        )
-    return rows
-
-
-def finished(out: Path) -> TrainResult:
-    """The stored result of a run that is done."""
-    clear(out / "trainer")  # a kill may have come between the two
-    return TrainResult(**json.loads((out / "result.json").read_text()))
-
-
 def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) -> TrainingArguments:
     """Trainer's arguments: bf16 autocast on CUDA, fp32 on CPU; a linear schedule with warm-up; silent.
 
@@ -346,9 +331,7 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
         num_train_epochs=1,
-        save_strategy="steps",
         save_steps=settings.save_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -367,41 +350,85 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
     return arguments
 
 
-def run(
-    trainer: StepTrainer[Row, Whole],
+def train(
+    trainer_class: type[StepTrainer[Row]],
+    rows: Path,
+    student: Path,
+    out: Path,
+    settings: TrainSFT | TrainDPO,
+    seed: int,
+    max_tokens: int,
+    on_step: Callable[[StepLog], None] | None,
+    prepare: Callable[[PreTrainedModel, list[Row], TrainingArguments], list[Row]] | None = None,
+) -> TrainResult:
+    """What `sft.train_sft` and `dpo.train_dpo` do, with their arguments.
+
+    `prepare` may add to the rows what the model before the first step says of them.
+    """
+    began = monotonic()
+    if (out / "model").exists():
+        claim(out, rows, student, settings, seed, max_tokens)
+        clear(out / "trainer")  # a kill may have come between the two
+        return TrainResult(**json.loads((out / "result.json").read_text()))
+    tokenizer = load_tokenizer(student)
+    encoded = encode_file(rows, tokenizer, settings, max_tokens)
+    order = fixed_steps([tuple(row.prompt) for row in encoded.rows], settings.batch_size, settings.epochs, seed)
+    trainer: StepTrainer[Row] | None = None
+    try:
+        arguments = training_arguments(out, settings, len(order), seed)
+        with arguments.main_process_first(local=False):
+            claim(out, rows, student, settings, seed, max_tokens)
+        model = load_model(student, settings.lora, seed, settings.compile)
+        prepared = prepare(model, encoded.rows, arguments) if prepare else encoded.rows
+        trainer = trainer_class(model, [[prepared[index] for index in step] for step in order], arguments, settings)
+        del model
+        return _run(trainer, tokenizer, out, encoded, began, on_step)
+    finally:
+        _release(trainer)
+
+
+def encode_file(path: Path, tokenizer: Any, settings: TrainSFT | TrainDPO, max_tokens: int) -> Encoded[Any]:
+    """The rows of a dataset file as these settings train on them: chains for SFT, pairs for DPO.
+
+    Raises:
+        UsageError: the file is unreadable, empty, of another kind or built for another chat template, or no row fits.
+    """
+    kind, encode = ("sft", encode_sft) if isinstance(settings, TrainSFT) else ("dpo", encode_dpo)
+    rows = list(read_rows(path))
+    if not rows:
+        raise UsageError(f"{path} has no rows: the build stage selected none; search more questions or rollouts")
+    if kind_of(rows[0]) != kind:
+        raise UsageError(f"{path} has no {kind} rows: their columns are {', '.join(rows[0])}")
+    check_template(path, tokenizer)
+    encoded: Encoded[Any] = encode(tokenizer, rows, max_tokens)
+    if not encoded.rows:
+        raise UsageError(f"all {encoded.too_long} rows are over {max_tokens} tokens: raise build.max_tokens")
+    return encoded
+
+
+def _run(
+    trainer: StepTrainer[Row],
     tokenizer: Any,
     out: Path,
     encoded: Encoded[Any],
     began: float,
     on_step: Callable[[StepLog], None] | None,
 ) -> TrainResult:
-    """Train from the last whole checkpoint (or the start) to the end, and store model and result.
-
-    Args:
-        trainer: with the model and the steps.
-        tokenizer: to store with the model.
-        out: the run's folder.
-        encoded: the rows, to count them.
-        began: `time.monotonic()` when the run began.
-        on_step: called after each step.
-
-    Raises:
-        CotreeError: the loss is no number any more, or something cannot be written; run again to go on.
-    """
+    """Train from the last whole checkpoint (or the start) to the end, and store model and result."""
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in encoded.rows))
 
     def ask() -> dict[str, float]:
-        assert trainer.probe is not None
-        few = [list(prompt) for prompt in prompts[: trainer.probe.questions]]
-        return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, trainer.probe)
+        settings = trainer.settings.probe
+        few = [list(prompt) for prompt in prompts[: settings.questions]]
+        return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, settings)
 
     trainer.ask = ask
-    progress = _Progress(out / "log.jsonl", began, on_step, trainer.probe)
+    progress = _Progress(out / "log.jsonl", began, on_step, trainer.settings.probe)
     trainer.add_callback(progress)
     with quiet():
         with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
             checkpoint = last_checkpoint(out / "trainer")
-        with room_for((), "while training", trainer.pack_tokens):
+        with room_for((), "while training", trainer.settings.pack_tokens):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         history, done = trainer.state.log_history, trainer.steps[: trainer.state.global_step]
         result = TrainResult(
@@ -417,17 +444,18 @@ def run(
         )
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes hold parts of it (FSDP)
         if trainer.args.process_index == 0:
-            with whole_folder(out / "model") as draft:
+            with whole(out / "model") as draft:
+                draft.mkdir()
                 save_model(trainer.accelerator.unwrap_model(trainer.model_wrapped), draft, state_dict)
                 tokenizer.save_pretrained(draft)
-                with whole_file(out / "result.json") as text:
+                with whole(out / "result.json") as text:
                     text.write_text(json.dumps(asdict(result), indent=2) + "\n")
             clear(out / "trainer")
         trainer.accelerator.wait_for_everyone()
     return result
 
 
-def release(trainer: StepTrainer[Row, Whole] | None) -> None:
+def _release(trainer: StepTrainer[Row] | None) -> None:
     """Give back the memory of weights, gradients and optimizer, also after an error: Trainer is full of cycles."""
     if trainer is not None:
         trainer.accelerator.free_memory()
