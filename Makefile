@@ -6,6 +6,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo two-models test check slow bench-search bench-tasks bench-store bench-train clean
 
+# Where it is set, every process compiles torch and transformers anew: ten seconds at each start of the trainer.
+export PYTHONDONTWRITEBYTECODE :=
+
 PY := .venv/bin/python
 # The stamp names what was installed: other dependencies, other pins or a moved folder install again.
 HASH := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
