@@ -92,7 +92,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, int, dict[s
     """lm-eval has all samples of a question in one row, and that row once for each filter."""
     first = None
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("resps"), list):
+        if not isinstance(row.get("resps"), list):
             yield name, number, row
             continue
         first = row.get("filter") if first is None else first
@@ -108,7 +108,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, int, dict[s
 
 def _text(row: dict[str, Any], field: str | None, where: str) -> str:
     names = (field,) if field is not None else (*_TEXTS, "messages", "conversations")
-    value = next((row[name] for name in names if row.get(name) is not None), None) if isinstance(row, dict) else None
+    value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content", value[-1].get("value"))
     if not isinstance(value, str):
