@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from cotree.eval.metrics import Sample, summarize
+from cotree.eval.metrics import wilson
 
 
 def invented_row(model: str, task: str, n: int, correct: int, cut: int, finished: int, tokens: int) -> dict[str, Any]:
-    samples = [Sample("correct", tokens, "stop")] * correct
-    samples += [Sample("no_answer", 128, "length")] * cut + [Sample("no_answer", tokens, "stop")] * finished
-    samples += [Sample("wrong", tokens, "stop")] * (n - len(samples))
-    return {"model": model, "task": task, "max_tokens": 128, **summarize(samples)}
+    low, high = wilson(correct, n)
+    return {
+        "model": model, "task": task, "n": n, "accuracy": correct / n, "low": low, "high": high,
+        "no_answer": (cut + finished) / n, "loop": 0.0, "truncated": cut / n, "finished_without_answer": finished / n,
+        "accuracy_answered": correct / (n - cut - finished), "mean_tokens": (cut * 128 + (n - cut) * tokens) / n,
+        "max_tokens": 128,
+    }  # fmt: skip
 
 
 def invented_summary() -> dict[str, Any]:

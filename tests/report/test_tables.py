@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cotree.eval.metrics import Sample, minimum_detectable_difference, summarize, wilson
+from cotree.eval.metrics import minimum_detectable_difference, wilson
 from cotree.report.format import duration, listed, paper_form, percent, signed
 from cotree.report.reading import overlap, reading
 from cotree.report.summary import MODELS, Summary
@@ -122,9 +122,7 @@ def test_the_reading_compares_with_the_constant_answer(correct: int, verdict: st
 
 @pytest.mark.parametrize(("twos", "said"), [(20, "everything"), (19, "95% of all"), (17, "")])
 def test_a_row_that_gives_one_answer_to_everything_is_called_that(twos: int, said: str) -> None:
-    given = ["2"] * twos + [str(10 + i) for i in range(20 - twos)]
-    samples = [Sample("correct" if answer == "2" else "wrong", 9, "stop", answer) for answer in given]
-    content = summary_of({"model": "dpo", "task": "t", "max_tokens": 9, **summarize(samples)})
+    content = summary_of(row("dpo", twos, 20) | {"commonest": "2", "commonest_share": twos / 20})
     sentences, note = " ".join(reading(content)["t"]), " ".join(rendered(content).split())
     expected = f"dpo answers “2” to {said} that it answers"
     assert (expected in sentences) == (expected in note) == bool(said)

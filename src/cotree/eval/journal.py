@@ -8,14 +8,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cotree.errors import CotreeError, UsageError
-from cotree.eval.diagnosis import diagnose
-from cotree.eval.metrics import Sample
 from cotree.tasks.base import VerdictKind
 
 JOURNAL = "journal.jsonl"  # in the folder of an evaluation
@@ -58,13 +56,6 @@ class EvalSample:
         row has the same number of samples for every question."""
         return f"{self.task}, turn {self.turn + 1}" if self.turn else self.task
 
-    def judged(self) -> Sample:
-        """As the metrics take it."""
-        loop = (
-            self.kind == "no_answer" and diagnose(self.response, finish_reason=self.finish_reason, answered=False).loop
-        )
-        return Sample(self.kind, self.tokens, self.finish_reason, self.answer, loop)
-
 
 def read_samples(path: Path) -> list[EvalSample]:
     """The samples of a journal; a last line that a kill cut in half is none.
@@ -80,6 +71,14 @@ def read_samples(path: Path) -> list[EvalSample]:
         return [EvalSample(**json.loads(line)) for line in whole.split(b"\n") if line]
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path} holds no samples of an evaluation ({error})") from None
+
+
+def by_part(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[EvalSample]]]:
+    """The samples of each row of the table, by question."""
+    found: dict[str, dict[str, list[EvalSample]]] = {}
+    for sample in samples:
+        found.setdefault(sample.part, {}).setdefault(sample.id, []).append(sample)
+    return found
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:

@@ -10,23 +10,21 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
 from cotree.eval.asking import Asked
-from cotree.eval.journal import EvalSample
+from cotree.eval.diagnosis import diagnose
+from cotree.eval.journal import EvalSample, by_part
 from cotree.eval.metrics import (
     FEWEST_TREES,
-    Metrics,
-    TreeAnswers,
     clustered_interval,
     constant_baseline,
     minimum_detectable_difference,
     pass_at_k,
-    summarize,
     tree_test_at_k,
     wilson,
 )
-from cotree.tasks import Task
+from cotree.tasks import Question, Task
 from cotree.tasks.agreement import groups
 from cotree.tasks.blocksworld import Blocksworld
 
@@ -35,26 +33,46 @@ _TEST_AT = (1, 8, 32)
 Share = list[float]  # a share of questions, and the low and high of its 95% interval
 
 
-class Outcome(Metrics):
-    """A row: `Metrics`, with `n` questions of `samples` samples each, so `accuracy` is avg@n.
+class Outcome(TypedDict):
+    """A row: `n` questions of `samples` samples each; fractions of all samples, None where nothing defines one.
 
-    decoding: the search that chose the answers, "" for plain sampling. lenient: the accuracy under lenient extraction.
+    accuracy: avg@n, with its 95% interval `low` to `high`; `lenient` is that under lenient extraction, and
+        `accuracy_answered` that of the samples with an answer.
+    no_answer: `loop` (the text repeats itself) plus `truncated` (no loop, cut by max_tokens) plus
+        `finished_without_answer`.
+    commonest: the answer given most often, with its share of the samples with an answer: near 1, a model has learnt a
+        constant.
     test_at: the paper's Test@k for each k up to `samples`, of sampled answers only; of trees for each k up to the
-    chains of the largest one, if there are enough trees. majority: how often the answer that most samples give is right
-    (None: nothing to vote on). tokens_p50, ...: percentiles of generated tokens. detectable: the least difference that
-    two such rows can show. families: accuracy, no-answer ratio and `optimal` by family; `optimal` is the share of
-    shortest plans among the correct ones (Blocksworld; None where there is none).
+        chains of the largest one, if there are enough trees.
+    majority: how often the answer that most samples give is right; None where answers do not vote.
+    decoding: the search that chose the answers, "" for plain sampling.
+    tokens_p50, ...: percentiles of generated tokens.
+    detectable: the least difference that two such rows can show.
+    families: accuracy, no-answer ratio and `optimal` by family; `optimal` is the share of shortest plans among the
+        correct ones (Blocksworld).
     """
 
     task: str
+    n: int
     samples: int
     temperature: float
     top_p: float
     decoding: str
     max_tokens: int
+    accuracy: float
+    low: float
+    high: float
     lenient: float
+    no_answer: float
+    loop: float
+    truncated: float
+    finished_without_answer: float
+    accuracy_answered: float | None
+    commonest: str | None
+    commonest_share: float | None
     test_at: dict[str, Share]
     majority: Share | None
+    mean_tokens: float
     tokens_p50: int
     tokens_p90: int
     tokens_p99: int
@@ -65,10 +83,7 @@ class Outcome(Metrics):
 def outcomes(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[Outcome]:
     """The rows, in the order of the samples. May wait for the math workers, where answers vote."""
     asked = {(question.task, question.id): (task, question) for task, question in questions}
-    parts: dict[str, dict[str, list[EvalSample]]] = {}
-    for sample in samples:
-        parts.setdefault(sample.part, {}).setdefault(sample.id, []).append(sample)
-    return [_outcome(part, by_question, asked) for part, by_question in parts.items()]
+    return [_outcome(part, by_question, asked) for part, by_question in by_part(samples).items()]
 
 
 def _outcome(
@@ -77,38 +92,59 @@ def _outcome(
     samples = [sample for found in by_question.values() for sample in found]
     first, n = samples[0], len(samples) // len(by_question)
     task, _ = asked[first.task, first.id]
-    metrics = summarize([sample.judged() for sample in samples])
-    right = {name: sum(sample.kind == "correct" for sample in found) for name, found in by_question.items()}
-    if n > 1:
-        metrics["low"], metrics["high"] = clustered_interval([count / n for count in right.values()])
-    metrics["n"] = len(by_question)
-    lengths = sorted(sample.tokens for sample in samples)
+    ended = Counter(map(_ended, samples))
+    accuracy = ended["correct"] / len(samples)
+    _, low, high = _share([fmean(s.kind == "correct" for s in found) for found in by_question.values()])
+    answers = [sample.answer for sample in samples if sample.answer is not None]
+    commonest, commonest_share = constant_baseline(answers) if answers else (None, None)
+    answered = ended["correct"] + ended["wrong"]
+    tokens = sorted(sample.tokens for sample in samples)
     votes = n > 1 and task.comparable
     return Outcome(
-        **metrics,
         task=part,
+        n=len(by_question),
         samples=n,
         temperature=first.temperature,
         top_p=first.top_p,
         decoding=first.decoding,
         max_tokens=first.max_tokens,
+        accuracy=accuracy,
+        low=low,
+        high=high,
         lenient=fmean((sample.lenient or sample.kind) == "correct" for sample in samples),
+        no_answer=(len(samples) - answered) / len(samples),
+        loop=ended["loop"] / len(samples),
+        truncated=ended["truncated"] / len(samples),
+        finished_without_answer=ended["finished"] / len(samples),
+        accuracy_answered=ended["correct"] / answered if answered else None,
+        commonest=commonest,
+        commonest_share=commonest_share,
         test_at=_test_at(by_question.values()),
         majority=_share([_vote(*asked[s[0].task, s[0].id], s) for s in by_question.values()]) if votes else None,
-        tokens_p50=_percentile(lengths, 50),
-        tokens_p90=_percentile(lengths, 90),
-        tokens_p99=_percentile(lengths, 99),
-        detectable=minimum_detectable_difference(len(by_question), metrics["accuracy"]),
+        mean_tokens=fmean(tokens),
+        tokens_p50=_percentile(tokens, 50),
+        tokens_p90=_percentile(tokens, 90),
+        tokens_p99=_percentile(tokens, 99),
+        detectable=minimum_detectable_difference(len(by_question), accuracy),
         families=_families(task, samples),
     )
 
 
+def _ended(sample: EvalSample) -> str:
+    """Correct, wrong, or why there is no answer."""
+    if sample.kind != "no_answer":
+        return sample.kind
+    if diagnose(sample.response, finish_reason=sample.finish_reason, answered=False).loop:
+        return "loop"
+    return "truncated" if sample.finish_reason == "length" else "finished"
+
+
 def _test_at(questions: Collection[Sequence[EvalSample]]) -> dict[str, Share]:
     """Test@k over questions: of independent samples by the formula, of trees by their first k chains."""
-    trees = [[TreeAnswers(sample.tree) for sample in found if sample.tree is not None] for found in questions]
     first = next(iter(questions))
-    if any(trees):
-        most = max(len(tree.correct) for of_question in trees for tree in of_question)
+    if first[0].tree is not None:
+        trees = [[sample.tree or [] for sample in found] for found in questions]
+        most = max(len(tree) for of_question in trees for tree in of_question)
         of_trees = [k for k in _TEST_AT if k <= most and len(first) >= FEWEST_TREES]
         return {str(k): _share([tree_test_at_k(of_question, k) for of_question in trees]) for k in of_trees}
     counts = [(len(found), sum(sample.kind == "correct" for sample in found)) for found in questions]
@@ -117,12 +153,13 @@ def _test_at(questions: Collection[Sequence[EvalSample]]) -> dict[str, Share]:
 
 
 def _share(values: Sequence[float]) -> Share:
+    """The mean over questions; Wilson's interval where each is all or nothing, as one sample a question is."""
     whole = all(value in (0, 1) for value in values)
     low, high = wilson(sum(values), len(values)) if whole else clustered_interval(values)
     return [fmean(values), low, high]
 
 
-def _vote(task: Task, question: Any, samples: Sequence[EvalSample]) -> float:
+def _vote(task: Task, question: Question, samples: Sequence[EvalSample]) -> float:
     """1.0 if the answer that most samples give is right; of two that are as frequent, the one that came first."""
     found = groups(task, question, [sample.answer for sample in samples])
     counts = Counter(group for group in found if group is not None)
