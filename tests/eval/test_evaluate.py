@@ -144,8 +144,12 @@ def test_a_killed_evaluation_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 
 def evaluation(name: str, **changes: Any) -> Evaluation:
-    row = {"task": "gsm8k", "n": 100, "accuracy": 0.874, "low": 0.79, "high": 0.93, "no_answer": 0.0023,
-           "mean_tokens": 9.5, "max_tokens": 64, **changes}  # fmt: skip
+    row = {
+        "task": "gsm8k", "n": 100, "samples": 1, "temperature": 0.0, "top_p": 1.0, "decoding": "", "max_tokens": 64,
+        "accuracy": 0.874, "low": 0.79, "high": 0.93, "lenient": 0.874, "no_answer": 0.0023, "loop": 0.001,
+        "truncated": 0.0013, "finished_without_answer": 0.0, "test_at": {}, "majority": None, "mean_tokens": 9.5,
+        "tokens_p50": 9, "tokens_p90": 12, "tokens_p99": 20, "detectable": None, "families": {}, **changes,
+    }  # fmt: skip
     return Evaluation(name, [row], [], [])
 
 
@@ -189,7 +193,7 @@ def test_no_name_is_markup(name: str) -> None:
 def test_every_format_has_the_papers_cells_and_what_stands_behind_them() -> None:
     several = {
         "samples": 8, "temperature": 0.8, "lenient": 0.9, "test_at": {"8": [0.95, 0.9, 0.98]}, "detectable": 0.12,
-        "majority": [0.9, 0.8, 0.95], "loop": 0.001, "truncated": 0.0013, "finished_without_answer": 0.0,
+        "majority": [0.9, 0.8, 0.95],
     }  # fmt: skip
     for form in ("terminal", "markdown", "latex", "html"):
         text = paper_table([evaluation("base"), evaluation("dpo", **several)], form)

@@ -98,8 +98,8 @@ def test_a_missing_or_empty_log_is_no_log(tmp_path: Path) -> None:
 def test_a_broken_line_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(UsageError, match=r"log\.jsonl:2: no valid JSON"):
+    with pytest.raises(UsageError, match=r"log\.jsonl: line 2: no JSON"):
         read_log(path)
     path.write_text('{"step": 1}\n{"step": 2, "loss": "low"}\n{"step": 3}\n')
-    with pytest.raises(UsageError, match=r"log\.jsonl: loss: Input should be a valid number"):
+    with pytest.raises(UsageError, match=r"log\.jsonl: 1\.loss: Input should be a valid number"):
         read_log(path)

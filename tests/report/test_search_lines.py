@@ -51,8 +51,10 @@ def test_models_are_named_only_where_there_are_several(run: Path) -> None:
     own = {"thoughts": 10, "tokens": 90, "reflections": 4, "repaired": 1}
     assert model_lines(Search.model_validate({"by_model": {"a": own}})) == []
     two = model_lines(Search.model_validate({"by_model": {"a": own, "b": own | {"reflections": 0, "repaired": 0}}}))
-    assert two[0].startswith("a wrote 10 thoughts (90 tokens); a correct answer followed 1 of 4 (25.0%, 4.6–69.9)")
-    assert two[1].endswith("followed – of its reflections")
+    assert two[0].startswith(
+        "a wrote 10 thoughts (90 tokens); a correct answer followed 1 of its 4 reflections: 25.0% (4.6–69.9)"
+    )
+    assert two[1].endswith("followed 0 of its 0 reflections")
 
 
 def test_the_page_and_the_terminal_show_the_comparison(run: Path) -> None:

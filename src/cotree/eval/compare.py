@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cotree.errors import UsageError
-from cotree.eval.journal import JOURNAL, EvalSample, by_part, read_samples
+from cotree.eval.journal import JOURNAL, SAMPLES_ARE, EvalSample, by_part, read_samples
 from cotree.eval.metrics import Z_POWER, Z, bootstrap_interval
 
 _DRAWS = 10_000
@@ -74,7 +74,7 @@ def _read(path: Path) -> Mapping[str, Answered]:
     journal = path / JOURNAL if path.is_dir() else path
     samples = read_samples(journal)
     if not samples:
-        raise UsageError(f"no samples at {journal}; give a folder of `cotree eval`, or a run's eval/samples_NAME.jsonl")
+        raise UsageError(f"no samples at {journal}; {SAMPLES_ARE}")
     return by_part(samples)
 
 

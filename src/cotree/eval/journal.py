@@ -17,6 +17,7 @@ from cotree.errors import CotreeError, UsageError
 from cotree.tasks.base import VerdictKind
 
 JOURNAL = "journal.jsonl"  # in the folder of an evaluation
+SAMPLES_ARE = "give a folder of `cotree eval`, or a run's eval/samples_NAME.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +59,31 @@ class EvalSample:
 
 
 def read_samples(path: Path) -> list[EvalSample]:
-    """The samples of a journal; a last line that a kill cut in half is none.
+    """The samples of a journal.
 
     Raises:
         UsageError: it is another file.
     """
-    if not path.is_file():
-        return []
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
     try:
-        return [EvalSample(**json.loads(line)) for line in whole.split(b"\n") if line]
+        return [EvalSample(**line) for line in read_lines(path)]
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{path} holds no samples of an evaluation ({error})") from None
+        raise UsageError(f"{path} holds no samples of an evaluation ({error}); {SAMPLES_ARE}") from None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """What JSON lines hold, nothing where there is no file; a last line that a kill cut in half is none.
+
+    Raises:
+        ValueError: another line is no JSON; its number is named.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: no JSON: {error}") from None
+    return found
 
 
 def by_part(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[EvalSample]]]:

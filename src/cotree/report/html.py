@@ -6,19 +6,18 @@ the template escapes everything but our own drawings, and a content security pol
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cotree.errors import UsageError
 from cotree.report import format as show
 from cotree.report.plots import interval_axis, interval_plot, training_figures
 from cotree.report.reading import reading
 from cotree.report.search_lines import model_lines, share, verdict
-from cotree.report.summary import Search, SearchCounts, Summary, read_log, read_manifest, read_samples, read_summary
+from cotree.report.summary import Manifest, SampleTree, Search, SearchCounts, Summary, read, read_log, read_summary
 from cotree.report.table import length_gap, tokens_per_second
+from cotree.run_folder import write_text
 
 PAPER = "https://arxiv.org/abs/2503.01461"
 LOGS = ("sft", "control", "dpo")
@@ -46,11 +45,12 @@ def write_report(run: Path) -> Path:
         percent=show.percent, number=show.number, signed=show.signed, duration=show.duration, interval=show.interval
     )
     final = _final_model(summary)
+    manifest, samples = run / "manifest.json", run / "samples.json"
     logs = {name: read_log(run / "checkpoints" / name / "log.jsonl") for name in LOGS}
     page = environment.get_template("report.html.jinja").render(
         summary=summary,
-        manifest=read_manifest(run),
-        samples=read_samples(run),
+        manifest=read(Manifest, manifest) if manifest.is_file() else Manifest(),
+        samples=read(list[SampleTree], samples) if samples.is_file() else [],
         recipe=recipe_text,
         student=student,
         paper=PAPER,
@@ -73,26 +73,20 @@ def write_report(run: Path) -> Path:
         ],
     )
     path = run / "report.html"
-    partial = path.with_suffix(".html.partial")
     # A model may emit half a surrogate pair, which has no UTF-8.
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
 
 
 def _recipe(path: Path) -> tuple[str, str | None]:
     """The recipe's text and the name of the student's weights, where the recipe is there and has one."""
-    if not path.is_file():
-        return "", None
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     try:
         recipe = yaml.safe_load(text)
         student = recipe["train"]["student"]
         weights = recipe["models"][student].get("embedded") or recipe["models"][student].get("model")
         return text, str(weights or student)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: no valid YAML ({error})") from None
-    except (KeyError, TypeError, AttributeError):
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
         return text, None
 
 
@@ -112,30 +106,34 @@ def _machine(summary: Summary) -> str:
     return ", ".join(part for part in parts if part)
 
 
+# Name, count, and what it is a part of.
+_SEARCH_ROWS = (
+    ("trees", "trees", None),
+    ("thoughts", "thoughts", None),
+    ("answers", "answers", None),
+    ("correct", "correct", "answers"),
+    ("wrong", "wrong", "answers"),
+    ("no answer", "no_answer", "answers"),
+    ("other thoughts cut by max_tokens", "cut", None),
+    ("rollouts", "rollouts", None),
+    ("questions with a correct chain, %", "questions_with_correct", None),
+    ("questions with a correct and a wrong chain, %", "questions_with_both", None),
+    ("reflections", "reflections", None),
+    ("reflections that led to a correct answer", "repaired", "reflections"),
+)
+
+
 def _search(search: Search) -> dict[str, Any]:
     """Rows (name, cells) over the columns: all tasks, then each."""
     columns: dict[str, SearchCounts] = {"all": search} if len(search.by_task) != 1 else {}
     columns |= search.by_task
 
-    def of(part: int | None, whole: int | None) -> str:
-        return (
-            f"{show.number(part)} ({show.percent(part / whole)}%)" if part is not None and whole else show.number(part)
-        )
+    def cell(counts: SearchCounts, name: str, whole: str | None) -> str:
+        value, of = getattr(counts, name), getattr(counts, whole) if whole else None
+        if isinstance(value, float):
+            return show.percent(value)
+        share = f" ({show.percent(value / of)}%)" if value is not None and of else ""
+        return show.number(value) + share
 
-    rows = {
-        "trees": [show.number(c.trees) for c in columns.values()],
-        "thoughts": [show.number(c.thoughts) for c in columns.values()],
-        "answers": [show.number(c.answers) for c in columns.values()],
-        "correct": [of(c.correct, c.answers) for c in columns.values()],
-        "wrong": [of(c.wrong, c.answers) for c in columns.values()],
-        "no answer": [of(c.no_answer, c.answers) for c in columns.values()],
-        "other thoughts cut by max_tokens": [show.number(c.cut) for c in columns.values()],
-        "rollouts": [show.number(c.rollouts) for c in columns.values()],
-        "questions with a correct chain, %": [show.percent(c.questions_with_correct) for c in columns.values()],
-        "questions with a correct and a wrong chain, %": [
-            show.percent(c.questions_with_both) for c in columns.values()
-        ],
-        "reflections": [show.number(c.reflections) for c in columns.values()],
-        "reflections that led to a correct answer": [of(c.repaired, c.reflections) for c in columns.values()],
-    }
+    rows = {label: [cell(of, *counted) for of in columns.values()] for label, *counted in _SEARCH_ROWS}
     return {"columns": list(columns), "rows": rows} if search.trees is not None else {"columns": [], "rows": {}}

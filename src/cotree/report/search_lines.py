@@ -9,27 +9,19 @@ from collections.abc import Sequence
 
 from cotree.eval.metrics import wilson
 from cotree.report.format import number, percent
-from cotree.report.summary import ModelCounts, Search, Worth
+from cotree.report.summary import Search, Worth
 
 
 def model_lines(search: Search) -> list[str]:
     """Who wrote what, where more than one model wrote."""
-    if len(search.by_model) < 2:
-        return []
-    return [
-        f"{name} wrote {number(own.thoughts)} thoughts ({number(own.tokens)} tokens); "
-        f"a correct answer followed {repair_rate(own)} of its reflections"
-        for name, own in search.by_model.items()
-    ]
-
-
-def repair_rate(own: ModelCounts) -> str:
-    """Repaired reflections of all, as a share with its interval."""
-    if not own.reflections:
-        return "–"
-    low, high = wilson(own.repaired, own.reflections)
-    share = percent(own.repaired / own.reflections)
-    return f"{number(own.repaired)} of {number(own.reflections)} ({share}%, {percent(low)}–{percent(high)})"
+    lines = []
+    for name, own in search.by_model.items() if len(search.by_model) > 1 else ():
+        repaired = f"{number(own.repaired)} of its {number(own.reflections)} reflections"
+        if own.reflections:
+            repaired += f": {share([own.repaired / own.reflections, *wilson(own.repaired, own.reflections)])}"
+        told = f"{name} wrote {number(own.thoughts)} thoughts ({number(own.tokens)} tokens)"
+        lines.append(f"{told}; a correct answer followed {repaired}")
+    return lines
 
 
 def comparison_lines(search: Search) -> list[str]:

@@ -7,13 +7,13 @@ and the key; an optional key that is absent stays absent (None) and is shown as 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cotree.errors import UsageError
+from cotree.eval.journal import read_lines
 
 # From this share of one answer on, a row is called constant.
 CONSTANT = 0.9
@@ -242,61 +242,36 @@ def read_summary(run: Path) -> Summary:
     path = run / "summary.json"
     if not path.is_file():
         raise UsageError(f"{path} does not exist: finish the run first, or name another run folder")
-    return _check(Summary, _load(path), path)
-
-
-def read_manifest(run: Path) -> Manifest:
-    """`run/manifest.json`, empty when there is none. Raises UsageError when it does not fit."""
-    path = run / "manifest.json"
-    return _check(Manifest, _load(path), path) if path.is_file() else Manifest()
-
-
-def read_samples(run: Path) -> list[SampleTree]:
-    """`run/samples.json`, empty when there is none. Raises UsageError when it does not fit."""
-    path = run / "samples.json"
-    if not path.is_file():
-        return []
-    items = _load(path)
-    if not isinstance(items, list):
-        raise UsageError(f"{path}: expected a list of questions with chains")
-    return [_check(SampleTree, item, path) for item in items]
+    return read(Summary, path)
 
 
 def read_log(path: Path) -> list[LogLine]:
     """A trainer's `log.jsonl`, one line a step, empty when there is none.
 
-    A resumed training repeats the steps since its last checkpoint: the later line counts. A last line that a kill cut
-    short is left out; any other broken line raises UsageError.
+    A resumed training repeats the steps since its last checkpoint: the later line counts.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    by_step: dict[int, LogLine] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UsageError(f"{path}:{number}: no valid JSON ({error.msg})") from None
-        checked = _check(LogLine, item, path)
-        by_step[checked.step] = checked
+    try:
+        lines = read_lines(path)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    by_step = {line.step: line for line in _checked(list[LogLine], lines, path)}
     return [by_step[step] for step in sorted(by_step)]
 
 
-P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 
 
-def _load(path: Path) -> Any:
+def read(kind: type[T], path: Path) -> T:
+    """A JSON file of a run. Raises UsageError that names the file, and the key that does not fit."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return _checked(kind, json.loads(path.read_text(encoding="utf-8")), path)
+    except ValueError as error:
         raise UsageError(f"{path}: no valid JSON ({error})") from None
 
 
-def _check(kind: type[P], data: Mapping[str, Any], path: Path) -> P:
+def _checked(kind: type[T], data: Any, path: Path) -> T:
     try:
-        return kind.model_validate(data)
+        return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the whole"

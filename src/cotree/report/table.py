@@ -5,7 +5,7 @@ Invariant: every number shown is in summary.json; nothing is computed here but p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cotree.report.format import duration, interval, number, percent, signed
@@ -15,7 +15,7 @@ from cotree.report.summary import MODELS, Summary
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEAD = ("model", "accuracy %", "95% interval", "no answer %", "cut off %", "if answered %", "tokens", "n")
+_HEAD = ("accuracy\n%", "95%\ninterval", "no\nanswer\n%", "cut\noff\n%", "if\nanswered\n%", "tokens", "n")
 
 
 def eval_table(summary: Summary | Mapping[str, Any]) -> Table:
@@ -29,15 +29,28 @@ def eval_table(summary: Summary | Mapping[str, Any]) -> Table:
         box=box.SIMPLE_HEAD, caption=_note(summary), caption_justify="left", show_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column("model", min_width=max(map(len, MODELS)), vertical="bottom")
-    for head in HEAD[1:]:
-        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
-    for task, rows in _rows(summary):
+    for head in _HEAD:
+        table.add_column(head, justify="right", no_wrap=True)
+    for task in summary.tasks():
         # Text, so that brackets in a name are no markup.
         table.add_row(Text(task, style="bold"))
-        for cells in rows:
-            table.add_row(*(Text(cell) for cell in cells))
+        for row in summary.rows(task):
+            ratios = map(percent, (row.no_answer, row.truncated, row.accuracy_answered))
+            sizes = (number(float(row.mean_tokens)), number(row.n))
+            table.add_row(Text(row.model), percent(row.accuracy), interval(row), *ratios, *sizes)
+        if baseline := summary.baseline(task):
+            table.add_row(Text(f"always “{baseline.answer}”"), percent(baseline.accuracy))
         table.add_section()
     return table
+
+
+def _note(summary: Summary) -> str:
+    limits = ", ".join(map(str, sorted({row.max_tokens for row in summary.eval})))
+    constant = "".join(f"; on {row.task} {row.constant}" for row in summary.eval if row.constant)
+    return (
+        f"{summary.questions}, greedy, max_tokens {limits}; "
+        f"cut off: no answer, not in a loop, because max_tokens came first{constant}"
+    )
 
 
 def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
@@ -109,35 +122,3 @@ def _work(summary: Summary, stage: str) -> str:
         cached = f" + {number(tokens.cached)} cached" if tokens.cached else ""
         return f"{number(tokens.prompt)} prompt{cached}, {number(tokens.completion)} generated tokens ({rate:,.0f}/s)"
     return f"{number(tokens.trained)} tokens trained ({rate:,.0f}/s)"
-
-
-def _rows(summary: Summary) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    for task in summary.tasks():
-        rows: list[tuple[str, ...]] = [
-            (
-                row.model,
-                percent(row.accuracy),
-                interval(row),
-                percent(row.no_answer),
-                percent(row.truncated),
-                percent(row.accuracy_answered),
-                number(float(row.mean_tokens)),
-                number(row.n),
-            )
-            for row in summary.rows(task)
-        ]
-        baseline = summary.baseline(task)
-        if baseline:
-            rows.append((f"always “{baseline.answer}”", percent(baseline.accuracy), "", "", "", "", "", ""))
-        yield task, rows
-
-
-def _note(summary: Summary) -> str:
-    limits = sorted({row.max_tokens for row in summary.eval})
-    if not limits:
-        return ""
-    return (
-        f"{summary.questions}, greedy, max_tokens {', '.join(map(str, limits))}; "
-        "cut off: no answer, not in a loop, because max_tokens came first"
-        + "".join(f"; on {row.task} {row.constant}" for row in summary.eval if row.constant)
-    )
