@@ -246,12 +246,13 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--model", "x", "--task", "letters", "--limit", "999"], "has 138 such questions, not 999"),
         (["--model", "x", "--task", "letters", "--task", "letters"], "two test questions of task `letters`"),
         (["--model", "x", "--task", "leters"], "did you mean `letters`"),
-        (["--model", "bare", "--task", "letters"], "bare has no config.json"),
+        (["--model", "bare", "--task", "letters"], "bare has no config.json; give a transformers folder"),
+        (["--model", "dpo", "--task", "letters"], "dpo has no config.json; give dpo/model"),
         (["--model", "folder", "--task", "letters"], "cannot export 'mamba' models: supported are llama"),
         (["--model", "smollm2-135m-instruct", "--task", "letters", "--max-tokens", "9000"], "takes 8192; lower"),
         (["--model", "x", "--task", "letters", "--gguf", "Q2"], "unknown GGUF type `Q2`"),
         (["--model", "x", "--task", "letters", "--top-p", "0"], "top_p 0.0 keeps no token"),
-        (["--model", "", "--task", "letters"], "name a model: a server's URL"),
+        (["--model", "", "--task", "letters"], ". has no config.json; give a transformers folder"),
         (["--table", "folder/config.json"], "folder/config.json is no folder"),
         (["--compare", "a", "b"], "no samples at a"),
         (["--table", "bare"], "no results of an evaluation in bare"),
@@ -266,6 +267,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bare").mkdir()
+    (tmp_path / "dpo" / "model").mkdir(parents=True)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "mamba"}')
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from cotree.config import Model
 from cotree.errors import UsageError
 from cotree.eval.journal import EvalSample, append_line, read_samples
-from cotree.llm.client import Client, Completion, Request
+from cotree.llm.client import Choice, Client, Request
 from cotree.llm.embedded import serve
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.llm.tokenizer import token_counter
@@ -64,19 +64,22 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a sampler says to a question: `completion` has a choice a sample, and whatever was spent in its tokens.
+    """What a sampler says to a question, a choice a sample; a choice's tokens are all that was generated for it.
 
     decoding: the search that chose it, for readers; "" for plain sampling. tree: of a tree the answers of all its
     chains, in the order in which they ended.
     """
 
-    completion: Completion
+    choices: Sequence[Choice]
+    prompt_tokens: int
     decoding: str = ""
     tree: Sequence[str | None] | None = None
 
 
 # Answers a question: the samples of these numbers, in their order.
 Sampler = Callable[[Task, Question, range], Awaitable[Reply]]
+# A way of answering.
+Strategy = Callable[[Endpoint, Sampling], Sampler]
 
 
 def plain(endpoint: Endpoint, how: Sampling) -> Sampler:
@@ -91,7 +94,8 @@ def plain(endpoint: Endpoint, how: Sampling) -> Sampler:
         request = Request(
             prompt.text, len(numbers), how.max_tokens, how.temperature, how.top_p, seed, stop, prompt.messages
         )
-        return Reply(await endpoint.client(question.id).complete(request))
+        completion = await endpoint.client(question.id).complete(request)
+        return Reply(completion.choices, completion.prompt_tokens)
 
     return sample
 
@@ -102,7 +106,7 @@ def ask(
     journal: Path,
     how: Sampling,
     *,
-    strategy: Callable[[Endpoint, Sampling], Sampler] = plain,
+    strategy: Strategy = plain,
     on_sample: Callable[[int, int, str], None] | None = None,
 ) -> list[EvalSample]:
     """Ask and judge; `journal` (JSON lines) is both output and memory.
@@ -133,7 +137,7 @@ async def _ask(
     questions: Sequence[Asked],
     journal: Path,
     how: Sampling,
-    strategy: Callable[[Endpoint, Sampling], Sampler],
+    strategy: Strategy,
     done: dict[Key, EvalSample],
     wanted: int,
     on_sample: Callable[[int, int, str], None] | None,
@@ -158,15 +162,11 @@ async def _ask(
     async def converse(task: Task, question: Question, numbers: range) -> None:
         await once(task, question, numbers)
         async with asyncio.TaskGroup() as replies:
-            for number in numbers if question.later else ():
-                replies.create_task(go_on(task, question, number))
-
-    async def go_on(task: Task, question: Question, number: int) -> None:
-        said = done[question.task, question.id, question.turn, number].response
-        following = question.follow_up(spoken(said))
-        if following is not None:
-            await once(task, following, range(number, number + 1))
-            await go_on(task, following, number)
+            for number in numbers:
+                said = done[question.task, question.id, question.turn, number].response
+                following = question.follow_up(spoken(said))
+                if following is not None:  # each conversation goes its own way
+                    replies.create_task(converse(task, following, range(number, number + 1)))
 
     async with model as endpoint, asyncio.TaskGroup() as group:
         sampler = strategy(endpoint, how)
@@ -179,8 +179,7 @@ async def _ask(
 
 
 async def _judged(task: Task, question: Question, how: Sampling, reply: Reply, index: int, number: int) -> EvalSample:
-    completion, tree = reply.completion, None
-    choice = completion.choices[index]
+    choice, tree = reply.choices[index], None
     verdict = await task.judge_async(question, choice.text, choice.finish_reason)
     lenient = verdict
     # A free text has one extraction, and where the strict one finds an answer the lenient one finds the same.
@@ -194,7 +193,7 @@ async def _judged(task: Task, question: Question, how: Sampling, reply: Reply, i
     said = json.dumps(how.conversation(task, question), ensure_ascii=False)
     return EvalSample(
         task.name, question.id, choice.text, choice.finish_reason, choice.tokens,
-        completion.prompt_tokens if index == 0 else 0, verdict.kind, verdict.answer, question.gold, question.turn,
+        reply.prompt_tokens if index == 0 else 0, verdict.kind, verdict.answer, question.gold, question.turn,
         number, lenient.kind, verdict.detail, question.family, hashlib.sha256(said.encode()).hexdigest(),
         how.max_tokens, how.temperature, how.top_p, reply.decoding, tree,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def write_results(
         parts[part] = {
             "results": _metrics(part, found, evaluation), "group_subtasks": [], "configs": _config(part, task, how),
             "versions": task.prompt_version, "n-shot": 0, "higher_is_better": {"exact_match": True},
-            "n-samples": known, "task_hashes": _hash(hashes),
+            "n-samples": known, "task_hashes": text_hash(hashes),
         }  # fmt: skip
     content = {
         **{key: {part: about[key] for part, about in parts.items()} for key in next(iter(parts.values()))},
@@ -163,9 +163,9 @@ def _row(
         "filtered_resps": [found[0] if len(found) == 1 else found for found in answers],
         "filter": name,
         "metrics": ["exact_match"],
-        "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
-        "prompt_hash": _hash(prompts[0]),
-        "target_hash": _hash(question.gold),
+        "doc_hash": text_hash(json.dumps(doc, indent=2, ensure_ascii=False)),
+        "prompt_hash": text_hash(prompts[0]),
+        "target_hash": text_hash(question.gold),
         "exact_match": fmean(kind == "correct" for kind in kinds),
         "cotree": {
             "verdicts": kinds,
@@ -216,5 +216,6 @@ def _slug(part: str) -> str:
     return re.sub(r"\W+", "_", part)
 
 
-def _hash(text: str) -> str:
+def text_hash(text: str) -> str:
+    """The sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
