@@ -12,7 +12,7 @@ from tests.train.tiny_student import tiny_tokenizer
 
 from cotree.cli import main
 from cotree.config import Build, load_recipe
-from cotree.data.build import build
+from cotree.data.build import build, built_lines
 from cotree.data.files import read_rows
 from cotree.data.stage import contaminated_questions, judge_of
 from cotree.store import StoredTree, TreeStore
@@ -34,7 +34,7 @@ def test_check_export_and_diagnose(
     trees = [random_tree(seed) for seed in range(6)]
     built = build(trees, tiny_tokenizer(), Build(), tmp_path / "data", seed=0)
     n = built.counts["dpo_pairs"]
-    assert f"{n} DPO pairs (arithmetic {n})" in built.lines()[0]
+    assert f"{n} DPO pairs (arithmetic {n})" in built_lines(built.counts)[0]
     with TreeStore(tmp_path / "trees.db") as store:
         for tree in trees:
             store.put(tree)

@@ -6,18 +6,17 @@ the template escapes everything but our own drawings, and a content security pol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from cotree.report import format as show
 from cotree.report.plots import interval_axis, interval_plot, training_figures
 from cotree.report.reading import reading
 from cotree.report.search_lines import model_lines, share, verdict
-from cotree.report.summary import Manifest, SampleTree, Search, SearchCounts, Summary, read, read_log, read_summary
+from cotree.report.summary import Search, SearchCounts, Summary, read_log, read_summary
 from cotree.report.table import length_gap, tokens_per_second
-from cotree.run_folder import write_text
+from cotree.run_folder import read_json, write_text
 
 PAPER = "https://arxiv.org/abs/2503.01461"
 LOGS = ("sft", "control", "dpo")
@@ -33,11 +32,10 @@ def write_report(run: Path) -> Path:
     import jinja2
 
     summary = read_summary(run)
-    recipe_text, student = _recipe(run / "recipe.yaml")
+    recipe = run / "recipe.yaml"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cotree.report", "."),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -45,17 +43,15 @@ def write_report(run: Path) -> Path:
         percent=show.percent, number=show.number, signed=show.signed, duration=show.duration, interval=show.interval
     )
     final = _final_model(summary)
-    manifest, samples = run / "manifest.json", run / "samples.json"
     logs = {name: read_log(run / "checkpoints" / name / "log.jsonl") for name in LOGS}
     page = environment.get_template("report.html.jinja").render(
         summary=summary,
-        manifest=read(Manifest, manifest) if manifest.is_file() else Manifest(),
-        samples=read(list[SampleTree], samples) if samples.is_file() else [],
-        recipe=recipe_text,
-        student=student,
+        manifest=read_json(run / "manifest.json") or {},
+        samples=read_json(run / "samples.json") or [],
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         paper=PAPER,
         final=final,
-        machine=_machine(summary),
+        machine=_machine(summary.machine),
         reading=reading(summary),
         paper_form=show.paper_form,
         interval_plot=interval_plot,
@@ -78,32 +74,15 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _recipe(path: Path) -> tuple[str, str | None]:
-    """The recipe's text and the name of the student's weights, where the recipe is there and has one."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    try:
-        recipe = yaml.safe_load(text)
-        student = recipe["train"]["student"]
-        weights = recipe["models"][student].get("embedded") or recipe["models"][student].get("model")
-        return text, str(weights or student)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return text, None
-
-
 def _final_model(summary: Summary) -> str | None:
     """The model that the page points out: what the run was for."""
     evaluated = {row.model for row in summary.eval}
     return next((model for model in ("dpo", "sft") if model in evaluated), None)
 
 
-def _machine(summary: Summary) -> str:
-    machine = summary.machine
-    parts = [
-        machine.cpu,
-        f"{machine.cores} cores" if machine.cores else None,
-        f"{machine.memory_gb:.0f} GB" if machine.memory_gb else None,
-    ]
-    return ", ".join(part for part in parts if part)
+def _machine(machine: Mapping[str, Any]) -> str:
+    named = (("cpu", "{}"), ("cores", "{} cores"), ("memory_gb", "{:.0f} GB"))
+    return ", ".join(form.format(machine[name]) for name, form in named if machine.get(name))
 
 
 # Name, count, and what it is a part of.

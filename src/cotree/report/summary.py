@@ -6,7 +6,6 @@ and the key; an optional key that is absent stays absent (None) and is shown as 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cotree.errors import UsageError
 from cotree.eval.journal import read_lines
+from cotree.run_folder import read_json
 
 # From this share of one answer on, a row is called constant.
 CONSTANT = 0.9
@@ -24,14 +24,6 @@ class Part(BaseModel):
     """A part of a run's files. Types are strict ("0.5" is no number); unknown keys belong to others and are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-
-
-class Machine(Part):
-    """Where the run took place: its class, not its name."""
-
-    cpu: str | None = None
-    cores: int | None = None
-    memory_gb: float | None = None
 
 
 class EvalRow(Part):
@@ -166,8 +158,9 @@ class Summary(Part):
     name: str
     seed: int
     created: str
+    student: str | None = None
     split: Literal["test", "dev"] | None = None
-    machine: Machine = Machine()
+    machine: dict[str, Any] = {}
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
     instructions: list[Instructions] = []
@@ -195,29 +188,6 @@ class Summary(Part):
         return next((baseline for baseline in self.baselines if baseline.task == task), None)
 
 
-class Manifest(Part):
-    """What the report shows of `manifest.json`: the versions that made the run."""
-
-    versions: dict[str, str] = {}
-    git: str | None = None
-
-
-class Chain(Part):
-    """One chain of thoughts. `verdict` is correct, wrong or no_answer; `kind` says what the chain was used for."""
-
-    text: str
-    verdict: str | None = None
-    kind: str | None = None
-
-
-class SampleTree(Part):
-    """One question with a few of its chains, to be read by people."""
-
-    title: str
-    prompt: str
-    chains: list[Chain]
-
-
 class LogLine(Part):
     """One line of a trainer's log. `probe_` keys are there where the student was asked, those after them in DPO."""
 
@@ -240,9 +210,10 @@ class LogLine(Part):
 def read_summary(run: Path) -> Summary:
     """`run/summary.json`. Raises UsageError when it is missing or does not fit."""
     path = run / "summary.json"
-    if not path.is_file():
+    content = read_json(path)
+    if content is None:
         raise UsageError(f"{path} does not exist: finish the run first, or name another run folder")
-    return read(Summary, path)
+    return _checked(Summary, content, path)
 
 
 def read_log(path: Path) -> list[LogLine]:
@@ -259,14 +230,6 @@ def read_log(path: Path) -> list[LogLine]:
 
 
 T = TypeVar("T")
-
-
-def read(kind: type[T], path: Path) -> T:
-    """A JSON file of a run. Raises UsageError that names the file, and the key that does not fit."""
-    try:
-        return _checked(kind, json.loads(path.read_text(encoding="utf-8")), path)
-    except ValueError as error:
-        raise UsageError(f"{path}: no valid JSON ({error})") from None
 
 
 def _checked(kind: type[T], data: Any, path: Path) -> T:
