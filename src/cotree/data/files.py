@@ -6,7 +6,6 @@ file carries the hash of the chat template whose tokens were counted, and a trai
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import os
@@ -15,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
@@ -99,14 +99,20 @@ _CHECKS = {kind: _check_of(kind) for kind in _NEEDED}
 
 def write_parquet(path: Path, kind: str, rows: Iterable[Row], metadata: Mapping[str, Any]) -> int:
     """Write rows of a kind, whole or not at all; returns how many."""
+    noted = {"cotree": json.dumps({**metadata, "kind": kind}, sort_keys=True)}
+    return write_columns(path, COLUMNS[kind], rows, noted)
+
+
+def write_columns(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], noted: Mapping[str, str]) -> int:
+    """Write rows of these columns (name -> type) as Parquet, whole or not at all; returns how many."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, _arrow(of)) for name, of in COLUMNS[kind].items()])
-    schema = schema.with_metadata({"cotree": json.dumps({**metadata, "kind": kind}, sort_keys=True)})
-    written = 0
+    schema = pa.schema([(name, _arrow(of)) for name, of in columns.items()], metadata=noted)
+    left, written = iter(rows), 0
     with whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        for batch in batches(rows):
+        # Row groups of a fixed size, so that they never depend on how rows were made.
+        while batch := list(islice(left, _BATCH)):
             writer.write_table(pa.Table.from_pylist(batch, schema))
             written += len(batch)
     return written
@@ -126,34 +132,30 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"cannot write {path}: a part of its path is a file, no folder; choose another") from None
     except OSError as error:
-        fix = "; free some space, then re-run the same command to resume" if error.errno == errno.ENOSPC else ""
-        raise CotreeError(f"cannot write {path}: {error.strerror or error}{fix}") from None
+        fix = "free some space, or choose another place, and run the same command again"
+        raise CotreeError(f"cannot write {path}: {error.strerror or error}; {fix}") from None
     finally:
         with suppress(NotADirectoryError):
             partial.unlink(missing_ok=True)
 
 
-def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows in lists of a fixed size, so that row groups never depend on how rows were made."""
-    left = iter(rows)
-    while batch := list(islice(left, _BATCH)):
-        yield batch
-
-
 def _arrow(of: Any) -> pa.DataType:
-    """The Arrow type of a column's type."""
+    """The Arrow type of a column's type; of a class, a struct of its fields."""
     import pyarrow as pa
 
-    if get_origin(of) is Annotated:
-        return _arrow(get_args(of)[0])
-    if get_origin(of) is list:
-        return pa.list_(_arrow(*get_args(of)))
-    if of is Message:
-        return pa.struct([("role", pa.string()), ("content", pa.string())])
-    return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}[of]
+    plain = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    origin, arguments = get_origin(of), get_args(of)
+    if of in plain:
+        return plain[of]
+    if origin is list:
+        return pa.list_(_arrow(arguments[0]))
+    if origin in (Annotated, UnionType):  # constrained, or None
+        return _arrow(arguments[0])
+    if origin is Literal:
+        return pa.string()
+    fields = get_type_hints(Message if origin is dict else of)
+    return pa.struct([(name, _arrow(of)) for name, of in fields.items()])
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
-from typing import Any, TypedDict
+from typing import Any
 
 from cotree.eval.asking import Asked
 from cotree.eval.diagnosis import diagnose
@@ -33,62 +33,35 @@ _TEST_AT = (1, 8, 32)
 Share = list[float]  # a share of questions, and the low and high of its 95% interval
 
 
-class Outcome(TypedDict):
-    """A row: `n` questions of `samples` samples each; fractions of all samples, None where nothing defines one.
+def outcomes(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[dict[str, Any]]:
+    """The rows, in the order of the samples: fractions of all samples, None where nothing defines one.
 
+    task: `EvalSample.part`. n, samples: questions, and samples of each.
+    temperature, top_p, decoding, max_tokens: as in `EvalSample`.
     accuracy: avg@n, with its 95% interval `low` to `high`; `lenient` is that under lenient extraction, and
         `accuracy_answered` that of the samples with an answer.
     no_answer: `loop` (the text repeats itself) plus `truncated` (no loop, cut by max_tokens) plus
         `finished_without_answer`.
     commonest: the answer given most often, with its share of the samples with an answer: near 1, a model has learnt a
         constant.
-    test_at: the paper's Test@k for each k up to `samples`, of sampled answers only; of trees for each k up to the
-        chains of the largest one, if there are enough trees.
-    majority: how often the answer that most samples give is right; None where answers do not vote.
-    decoding: the search that chose the answers, "" for plain sampling.
-    tokens_p50, ...: percentiles of generated tokens.
+    test_at: the paper's Test@k as [share, low, high] for each k up to `samples`, of sampled answers only; of trees for
+        each k up to the chains of the largest one, if there are enough trees.
+    majority: how often the answer that most samples give is right, as [share, low, high]; None where answers do not
+        vote.
+    mean_tokens, tokens_p50, ...: mean and percentiles of generated tokens.
     detectable: the least difference that two such rows can show.
-    families: accuracy, no-answer ratio and `optimal` by family; `optimal` is the share of shortest plans among the
+    families: n, accuracy, no_answer and `optimal` by family; `optimal` is the share of shortest plans among the
         correct ones (Blocksworld).
+
+    May wait for the math workers, where answers vote.
     """
-
-    task: str
-    n: int
-    samples: int
-    temperature: float
-    top_p: float
-    decoding: str
-    max_tokens: int
-    accuracy: float
-    low: float
-    high: float
-    lenient: float
-    no_answer: float
-    loop: float
-    truncated: float
-    finished_without_answer: float
-    accuracy_answered: float | None
-    commonest: str | None
-    commonest_share: float | None
-    test_at: dict[str, Share]
-    majority: Share | None
-    mean_tokens: float
-    tokens_p50: int
-    tokens_p90: int
-    tokens_p99: int
-    detectable: float | None
-    families: dict[str, dict[str, Any]]
-
-
-def outcomes(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[Outcome]:
-    """The rows, in the order of the samples. May wait for the math workers, where answers vote."""
     asked = {(question.task, question.id): (task, question) for task, question in questions}
     return [_outcome(part, by_question, asked) for part, by_question in by_part(samples).items()]
 
 
 def _outcome(
     part: str, by_question: Mapping[str, Sequence[EvalSample]], asked: Mapping[tuple[str, str], Asked]
-) -> Outcome:
+) -> dict[str, Any]:
     samples = [sample for found in by_question.values() for sample in found]
     first, n = samples[0], len(samples) // len(by_question)
     task, _ = asked[first.task, first.id]
@@ -100,34 +73,34 @@ def _outcome(
     answered = ended["correct"] + ended["wrong"]
     tokens = sorted(sample.tokens for sample in samples)
     votes = n > 1 and task.comparable
-    return Outcome(
-        task=part,
-        n=len(by_question),
-        samples=n,
-        temperature=first.temperature,
-        top_p=first.top_p,
-        decoding=first.decoding,
-        max_tokens=first.max_tokens,
-        accuracy=accuracy,
-        low=low,
-        high=high,
-        lenient=fmean((sample.lenient or sample.kind) == "correct" for sample in samples),
-        no_answer=(len(samples) - answered) / len(samples),
-        loop=ended["loop"] / len(samples),
-        truncated=ended["truncated"] / len(samples),
-        finished_without_answer=ended["finished"] / len(samples),
-        accuracy_answered=ended["correct"] / answered if answered else None,
-        commonest=commonest,
-        commonest_share=commonest_share,
-        test_at=_test_at(by_question.values()),
-        majority=_share([_vote(*asked[s[0].task, s[0].id], s) for s in by_question.values()]) if votes else None,
-        mean_tokens=fmean(tokens),
-        tokens_p50=_percentile(tokens, 50),
-        tokens_p90=_percentile(tokens, 90),
-        tokens_p99=_percentile(tokens, 99),
-        detectable=minimum_detectable_difference(len(by_question), accuracy),
-        families=_families(task, samples),
-    )
+    return {
+        "task": part,
+        "n": len(by_question),
+        "samples": n,
+        "temperature": first.temperature,
+        "top_p": first.top_p,
+        "decoding": first.decoding,
+        "max_tokens": first.max_tokens,
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "lenient": fmean((sample.lenient or sample.kind) == "correct" for sample in samples),
+        "no_answer": (len(samples) - answered) / len(samples),
+        "loop": ended["loop"] / len(samples),
+        "truncated": ended["truncated"] / len(samples),
+        "finished_without_answer": ended["finished"] / len(samples),
+        "accuracy_answered": ended["correct"] / answered if answered else None,
+        "commonest": commonest,
+        "commonest_share": commonest_share,
+        "test_at": _test_at(by_question.values()),
+        "majority": _share([_vote(*asked[s[0].task, s[0].id], s) for s in by_question.values()]) if votes else None,
+        "mean_tokens": fmean(tokens),
+        "tokens_p50": _percentile(tokens, 50),
+        "tokens_p90": _percentile(tokens, 90),
+        "tokens_p99": _percentile(tokens, 99),
+        "detectable": minimum_detectable_difference(len(by_question), accuracy),
+        "families": _families(task, samples),
+    }
 
 
 def _ended(sample: EvalSample) -> str:
