@@ -158,6 +158,7 @@ def test_an_interval_is_drawn_where_its_numbers_are(run: Path) -> None:
         r'aria-label="([\d.]+)%, interval ([\d.]+) to ([\d.]+)">'
         r'.*?<line x1="([\d.]+)" x2="([\d.]+)" y1="14.0".*?cx="([\d.]+)"',
         html,
+        re.DOTALL,
     )
     assert len(drawn) == 10
     for accuracy, low, high, x_low, x_high, x in drawn:

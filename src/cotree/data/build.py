@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cotree.config import Build, Gates
 from cotree.data.card import write_card
 from cotree.data.chains import PLAIN, Chain, Reading, chains_of, mean_value
-from cotree.data.files import Row, write_parquet
+from cotree.data.files import COLUMNS, Row, write_parquet
 from cotree.data.gates import passes
 from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select_step_pairs
 from cotree.errors import CotreeError, UsageError
@@ -143,33 +143,31 @@ def build(
         if "dpo" in kinds and not sizes["dpo"]:
             raise CotreeError("no tree has both a correct and a wrong chain, so no pairs; raise search.rollouts")
         noted = {"template": template_hash(tokenizer), "seed": seed, "build": settings.model_dump(mode="json")}
-        seen = {kind: Seen() for kind in kinds}
         if control:
-            sizes["control"], seen["control"] = sizes["sft"], Seen()
+            sizes["control"] = sizes["sft"]
+        seen = {kind: Seen() for kind in COLUMNS}
         for kind, limit in sizes.items():
-            if not limit:
-                (folder / kind / "train.parquet").unlink(missing_ok=True)  # of a build before this one
+            path = folder / kind / "train.parquet"
+            if limit:
+                write_parquet(path, kind, seen[kind].watch(spill.rows(kind, limit)), noted)
             else:
-                rows = seen[kind].watch(spill.rows(kind, limit))
-                write_parquet(folder / kind / "train.parquet", kind, rows, noted)
+                path.unlink(missing_ok=True)  # of a build before this one
     counts = _counts(chains, removed, seen)
     written = {kind: found for kind, found in seen.items() if found.rows}
     write_card(folder, written, counts, settings, about or {})
-    return Built(
-        counts, [_sample(name, row) for name, row in sorted(seen["dpo"].first.items())] if "dpo" in seen else []
-    )
+    return Built(counts, [_sample(name, row) for name, row in sorted(seen["dpo"].first.items())])
 
 
 def _counts(chains: int, removed: Counter[str], seen: Mapping[str, Seen]) -> dict[str, Any]:
-    sft, dpo, control = (seen.get(kind, Seen()) for kind in ("sft", "dpo", "control"))
+    sft, dpo = seen["sft"], seen["dpo"]
     return {
         "chains": chains,
         "removed": {name: n for name, n in sorted(removed.items()) if n},
         "sft_rows": sft.rows,
-        "control_rows": control.rows,
+        "control_rows": seen["control"].rows,
         "dpo_pairs": dpo.rows,
-        "step_pairs": seen.get("step_pairs", Seen()).rows,
-        "stepwise_rows": seen.get("stepwise", Seen()).rows,
+        "step_pairs": seen["step_pairs"].rows,
+        "stepwise_rows": seen["stepwise"].rows,
         "mean_sft_tokens": sft.mean("length_tokens"),
         "mean_chosen_tokens": dpo.mean("chosen_tokens"),
         "mean_rejected_tokens": dpo.mean("rejected_tokens"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cotree.report import format as show
-from cotree.report.plots import interval_axis, interval_plot, training_figures
+from cotree.report.plots import training_figures
 from cotree.report.reading import reading
 from cotree.report.search_lines import model_lines, share, verdict
 from cotree.report.summary import Search, SearchCounts, Summary, read_log, read_summary
@@ -54,8 +54,6 @@ def write_report(run: Path) -> Path:
         machine=_machine(summary.machine),
         reading=reading(summary),
         paper_form=show.paper_form,
-        interval_plot=interval_plot,
-        interval_axis=interval_axis,
         figures=training_figures(logs),
         warnings=[(name, line.step, line.warning) for name, log in logs.items() for line in log if line.warning],
         search=_search(summary.search),
