@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,9 +121,9 @@ def ask(
         All samples, question by question, turn by turn.
     """
     wanted = [
-        (question.task, question.id, turn, number)
-        for _, question in questions
-        for turn in range(question.turn, question.turn + 1 + len(question.later))
+        (question.task, question.id, question.turn, number)
+        for _, first in questions
+        for question in turns_of(first)
         for number in range(how.samples)
     ]
     done = {_key(sample): sample for sample in read_samples(journal)}
@@ -259,9 +259,15 @@ def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Ques
     """The most tokens that a question's last turn can take, prompt and reply, when every reply is `max_tokens` long."""
     from cotree.llm.chat import render
 
-    turns, following = 1, question.follow_up("")
-    while following is not None:
-        turns, question, following = turns + 1, following, following.follow_up("")
+    *earlier, last = turns_of(question)
     # The server may add a token of beginning.
-    prompt = render(tokenizer, how.conversation(task, question))
-    return token_counter(tokenizer)(prompt) + turns * how.max_tokens + 1
+    prompt = render(tokenizer, how.conversation(task, last))
+    return token_counter(tokenizer)(prompt) + (len(earlier) + 1) * how.max_tokens + 1
+
+
+def turns_of(question: Question) -> Iterator[Question]:
+    """A question and its later turns, as if nothing had been replied between them."""
+    following: Question | None = question
+    while following is not None:
+        yield following
+        following = following.follow_up("")

@@ -85,9 +85,10 @@ def compare_answers(part: str, first: Answered, second: Answered, names: Sequenc
         fix = "evaluate both on the same questions"
         raise UsageError(f"{lacks} lacks question `{only[0]}` of {part} that {has} has ({len(only)} differ); {fix}")
     for id_, found in first.items():
-        for what, ours, theirs in zip(_SETTINGS, _settings(found), _settings(second[id_]), strict=True):
-            if ours != theirs:
-                said = f"{part}, question `{id_}`: {names[0]} has {what} {ours}, {names[1]} has {theirs}"
+        theirs = _settings(second[id_])
+        for what, ours in _settings(found).items():
+            if ours != theirs[what]:
+                said = f"{part}, question `{id_}`: {names[0]} has {what} {ours}, {names[1]} has {theirs[what]}"
                 raise UsageError(f"{said}; evaluate both alike")
     decoded = [next(iter(side.values()))[0].decoding or "plain" for side in (first, second)]
     if decoded[0] != decoded[1]:
@@ -112,13 +113,10 @@ def _score(samples: Sequence[EvalSample]) -> float:
     return fmean(sample.kind == "correct" for sample in samples)
 
 
-_SETTINGS = ("samples", "max_tokens", "temperature", "top_p", "prompt")
-
-
-def _settings(samples: Sequence[EvalSample]) -> tuple[object, ...]:
-    one = samples[0]
-    # Later turns hold the models' own replies.
-    return len(samples), one.max_tokens, one.temperature, one.top_p, "" if one.turn else one.prompt_hash[:12]
+def _settings(samples: Sequence[EvalSample]) -> dict[str, object]:
+    """How a question was asked; later turns hold the models' own replies."""
+    found = {name: getattr(samples[0], name) for name in ("max_tokens", "temperature", "top_p")}
+    return {"samples": len(samples), **found, "prompt": "" if samples[0].turn else samples[0].prompt_hash[:12]}
 
 
 def mcnemar(gained: int, lost: int) -> float:

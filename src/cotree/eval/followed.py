@@ -5,22 +5,21 @@ Invariant: a score comes from the stored responses alone, so an interrupted eval
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from cotree.eval.asking import Asked, turns_of
 from cotree.eval.journal import EvalSample
-from cotree.tasks import Question, Task
 from cotree.tasks.instructions import if_scores, instruction_results
 
 
-def instruction_scores(
-    questions: Sequence[tuple[Task, Question]], samples: Sequence[EvalSample]
-) -> list[dict[str, Any]]:
+def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[dict[str, Any]]:
     """The rows of `instructions.if_scores` for each task that has instructions, with the task's name and the ratio of
     no-answer outputs."""
-    asked = {key: question for _, first in questions for key, question in _turns(first).items()}
+    # What was replied between two turns decides no instruction.
+    asked = {(turn.task, turn.id, turn.turn): turn for _, first in questions for turn in turns_of(first)}
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(sample.task for sample in samples):
         found = [
@@ -32,13 +31,3 @@ def instruction_scores(
             none = [none for r, none in found if r.group == score.group and score.turn in (None, r.turn)]
             rows.append({"task": name, **asdict(score), "no_answer": fmean(none)})
     return rows
-
-
-def _turns(question: Question) -> Mapping[tuple[str, str, int], Question]:
-    """A question and its later turns; what was replied between them decides no instruction."""
-    turns = {}
-    following: Question | None = question
-    while following is not None:
-        turns[following.task, following.id, following.turn] = following
-        following = following.follow_up("")
-    return turns
