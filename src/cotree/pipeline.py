@@ -266,8 +266,7 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.eval.asking import Sampling, ask, embedded
-    from cotree.eval.followed import instruction_scores
-    from cotree.eval.outcome import constant_baselines, outcomes
+    from cotree.eval.outcome import constant_baselines, instruction_scores, outcomes
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.export_gguf import export_gguf
 

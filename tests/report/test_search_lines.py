@@ -10,7 +10,7 @@ import pytest
 
 from cotree.report.html import write_report
 from cotree.report.search_lines import comparison_lines, model_lines, verdict
-from cotree.report.summary import Search, Worth
+from cotree.report.summary import Search
 from cotree.report.table import summary_lines
 from cotree.search.baselines import Found, worth
 
@@ -42,7 +42,7 @@ def test_a_row_counts_what_its_name_says() -> None:
     ],
 )
 def test_the_verdict_follows_the_intervals(ours: int, theirs: int, words: str) -> None:
-    compared = [Worth.model_validate(row("mcts", ours)), Worth.model_validate(row("best_of_n", theirs))]
+    compared = [row("mcts", ours), row("best_of_n", theirs)]
     assert words in verdict(compared)
     assert words in comparison_lines(Search(trees=1, compared=compared))[-1]
 

@@ -31,9 +31,8 @@ from cotree.eval.asking import (
     opened_server,
     plain,
 )
-from cotree.eval.followed import instruction_scores
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.eval.outcome import constant_baselines, outcomes
+from cotree.eval.outcome import constant_baselines, instruction_scores, outcomes
 from cotree.eval.results import Evaluation, text_hash, write_results
 from cotree.eval.searching import searched
 from cotree.llm.embedded import at_type, cache_folder, locate

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from cotree.eval.asking import Asked
+from cotree.eval.asking import Asked, turns_of
 from cotree.eval.diagnosis import diagnose
 from cotree.eval.journal import EvalSample, by_part
 from cotree.eval.metrics import (
@@ -27,6 +28,7 @@ from cotree.eval.metrics import (
 from cotree.tasks import Question, Task
 from cotree.tasks.agreement import groups
 from cotree.tasks.blocksworld import Blocksworld
+from cotree.tasks.instructions import if_scores, instruction_results
 
 # The paper's Test@1, Test@8, Test@32.
 _TEST_AT = (1, 8, 32)
@@ -174,3 +176,21 @@ def constant_baselines(questions: Sequence[Asked]) -> list[dict[str, Any]]:
             golds.setdefault(task.name, []).append(question.gold)
     best = {name: constant_baseline(found) for name, found in golds.items()}
     return [{"task": name, "answer": answer, "accuracy": accuracy} for name, (answer, accuracy) in best.items()]
+
+
+def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[dict[str, Any]]:
+    """The paper's IF(Zh), IF(En) and IF(Other), by turn: the rows of `instructions.if_scores` for each task that has
+    instructions, with the task's name and the ratio of no-answer outputs. Out of the stored responses alone."""
+    # What was replied between two turns decides no instruction.
+    asked = {(turn.task, turn.id, turn.turn): turn for _, first in questions for turn in turns_of(first)}
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(sample.task for sample in samples):
+        found = [
+            (instruction_results(asked[name, s.id, s.turn], s.response, s.finish_reason), s.kind == "no_answer")
+            for s in samples
+            if s.task == name and "instructions" in asked[name, s.id, s.turn].spec
+        ]
+        for score in if_scores(result for result, _ in found):
+            none = [none for r, none in found if r.group == score.group and score.turn in (None, r.turn)]
+            rows.append({"task": name, **asdict(score), "no_answer": fmean(none)})
+    return rows

@@ -32,7 +32,7 @@ _NO_ANSWER = "[invalid]"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model's numbers: `rows` as `outcome.outcomes`, `instructions` as `followed.instruction_scores`."""
+    """One model's numbers: `rows` as `outcome.outcomes`, `instructions` as `outcome.instruction_scores`."""
 
     model: str
     rows: Sequence[Mapping[str, Any]]

@@ -55,7 +55,7 @@ def write_report(run: Path) -> Path:
         reading=reading(summary),
         paper_form=show.paper_form,
         figures=training_figures(logs),
-        warnings=[(name, line.step, line.warning) for name, log in logs.items() for line in log if line.warning],
+        warnings=[(name, line) for name, log in logs.items() for line in log if line.get("warning")],
         search=_search(summary.search),
         share=share,
         verdict=verdict(summary.search.compared) if summary.search.compared else "",

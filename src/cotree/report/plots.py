@@ -81,7 +81,7 @@ def _curves(
         "xtick.major.width": 0.5,
         "ytick.major.size": 0,
     }
-    drawn = [[(line.step, y) for line in log if (y := getattr(line, key)) is not None] for _, log, key in series]
+    drawn = [[(line["step"], y) for line in log if (y := line.get(key)) is not None] for _, log, key in series]
     span = max(1, *(-(-len(points) // MAX_POINTS) for points in drawn))
     keys = []
     with matplotlib.rc_context(style):

@@ -5,11 +5,12 @@ Invariant: a method is called ahead only where its 95% interval lies wholly abov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cotree.eval.metrics import wilson
 from cotree.report.format import number, percent
-from cotree.report.summary import Search, Worth
+from cotree.report.summary import Search
 
 
 def model_lines(search: Search) -> list[str]:
@@ -27,28 +28,25 @@ def model_lines(search: Search) -> list[str]:
 def comparison_lines(search: Search) -> list[str]:
     """The search beside best-of-n at equal generated tokens: what each found, and who is ahead where one is."""
     lines = [
-        f"{row.method:<9}  correct chain {share(row.correct)}  both kinds {share(row.both)}  "
-        f"vote {share(row.vote)}  pairs a question {row.pairs_per_question:.2f}  tokens a pair "
-        f"{number(row.tokens_per_pair and round(row.tokens_per_pair))}  ({number(row.tokens)} generated, "
-        f"{number(row.uncached_prompt_tokens)} prompt tokens)"
+        f"{row['method']:<9}  correct chain {share(row['correct'])}  both kinds {share(row['both'])}  "
+        f"vote {share(row['vote'])}  pairs a question {row['pairs_per_question']:.2f}  tokens a pair "
+        f"{number(row['tokens_per_pair'] and round(row['tokens_per_pair']))}  ({number(row['tokens'])} generated, "
+        f"{number(row['uncached_prompt_tokens'])} prompt tokens)"
         for row in search.compared
     ]
-    return [*lines, f"at equal tokens: {verdict(search.compared)}"] if len(lines) == 2 else lines
+    return [*lines, f"at equal tokens: {verdict(search.compared)}"] if lines else []
 
 
-def verdict(compared: Sequence[Worth]) -> str:
+def verdict(compared: Sequence[Mapping[str, Any]]) -> str:
     """Where one method is ahead of the other with intervals that do not overlap; that none is, otherwise."""
     mcts, other = compared
     ahead = []
-    for name, ours, theirs in (
-        ("questions with a correct chain", mcts.correct, other.correct),
-        ("questions with both kinds", mcts.both, other.both),
-        ("majority vote", mcts.vote, other.vote),
-    ):
-        if ours[1] > theirs[2]:
-            ahead.append(f"{mcts.method} is ahead in {name}")
-        elif theirs[1] > ours[2]:
-            ahead.append(f"{other.method} is ahead in {name}")
+    for name, key in (
+        ("questions with a correct chain", "correct"), ("questions with both kinds", "both"), ("majority vote", "vote"),
+    ):  # fmt: skip
+        for row, behind in ((mcts, other), (other, mcts)):
+            if row[key][1] > behind[key][2]:
+                ahead.append(f"{row['method']} is ahead in {name}")
     return "; ".join(ahead) if ahead else "no interval tells the two apart"
 
 

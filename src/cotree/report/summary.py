@@ -7,9 +7,9 @@ and the key; an optional key that is absent stays absent (None) and is shown as 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotree.errors import UsageError
 from cotree.eval.journal import read_lines
@@ -17,6 +17,8 @@ from cotree.run_folder import read_json
 
 # From this share of one answer on, a row is called constant.
 CONSTANT = 0.9
+# `step`, and whatever was logged of it (`train.trainer`).
+LogLine = dict[str, Any]
 MODELS = ("base", "base+examples", "control", "sft", "dpo")
 
 
@@ -109,26 +111,13 @@ class ModelCounts(Part):
     repaired: int
 
 
-class Worth(Part):
-    """What one method bought with the same generated tokens; shares are (share, low, high) over questions."""
-
-    method: str
-    questions: int
-    correct: list[float]
-    both: list[float]
-    vote: list[float]
-    pairs_per_question: float
-    tokens: int
-    uncached_prompt_tokens: int
-    tokens_per_pair: float | None
-
-
 class Search(SearchCounts):
-    """The counts over all tasks, each task's and each model's own, and the comparison with best-of-n."""
+    """The counts over all tasks, each task's and each model's own, and the comparison with best-of-n as rows of
+    `search.baselines.Worth`."""
 
     by_task: dict[str, SearchCounts] = {}
     by_model: dict[str, ModelCounts] = {}
-    compared: list[Worth] = []
+    compared: list[dict[str, Any]] = []
 
 
 class Data(Part):
@@ -188,32 +177,17 @@ class Summary(Part):
         return next((baseline for baseline in self.baselines if baseline.task == task), None)
 
 
-class LogLine(Part):
-    """One line of a trainer's log. `probe_` keys are there where the student was asked, those after them in DPO."""
-
-    step: int
-    total_steps: int | None = None
-    loss: float | None = None
-    learning_rate: float | None = None
-    warning: str | None = None
-    probe_tokens: float | None = None
-    probe_loop: float | None = None
-    probe_no_answer: float | None = None
-    accuracy: float | None = None
-    margin: float | None = None
-    chosen_logps: float | None = None
-    rejected_logps: float | None = None
-    chosen_reward: float | None = None
-    rejected_reward: float | None = None
-
-
 def read_summary(run: Path) -> Summary:
     """`run/summary.json`. Raises UsageError when it is missing or does not fit."""
     path = run / "summary.json"
     content = read_json(path)
     if content is None:
         raise UsageError(f"{path} does not exist: finish the run first, or name another run folder")
-    return _checked(Summary, content, path)
+    try:
+        return Summary.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def read_log(path: Path) -> list[LogLine]:
@@ -222,20 +196,7 @@ def read_log(path: Path) -> list[LogLine]:
     A resumed training repeats the steps since its last checkpoint: the later line counts.
     """
     try:
-        lines = read_lines(path)
+        by_step = {line["step"]: line for line in read_lines(path)}
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
-    by_step = {line.step: line for line in _checked(list[LogLine], lines, path)}
     return [by_step[step] for step in sorted(by_step)]
-
-
-T = TypeVar("T")
-
-
-def _checked(kind: type[T], data: Any, path: Path) -> T:
-    try:
-        return TypeAdapter(kind).validate_python(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise UsageError(f"{path}: {key}: {first['msg']}") from None

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cotree.eval.followed import instruction_scores
 from cotree.eval.journal import EvalSample
-from cotree.eval.outcome import outcomes
+from cotree.eval.outcome import instruction_scores, outcomes
 from cotree.report.html import write_report
 from cotree.report.summary import Instructions
 from cotree.report.table import summary_lines
