@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cotree.eval.metrics import minimum_detectable_difference, wilson
 from cotree.report.format import duration, listed, paper_form, percent, signed
-from cotree.report.reading import overlap, reading
+from cotree.report.reading import reading
 from cotree.report.summary import MODELS, Summary
 from cotree.report.table import eval_table, summary_lines
 
@@ -103,7 +103,7 @@ def test_a_claim_is_made_exactly_where_intervals_do_not_overlap(counts: list[tup
     assert claimed["below"] == [other.model for other in others if student.high < other.low]
     unclear = re.search(r"those? of ([^:]*): no claim|that of ([^:]*): no claim", text)
     named = re.split(r", | and ", unclear[1] or unclear[2]) if unclear else []
-    assert named == [other.model for other in others if overlap(student, other)]
+    assert named == [other.model for other in others if other.low <= student.high and student.low <= other.high]
 
 
 def test_the_reading_states_the_minimum_detectable_difference_of_the_table() -> None:

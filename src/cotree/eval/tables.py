@@ -13,7 +13,7 @@ from typing import Any
 from cotree.errors import UsageError
 from cotree.eval.results import Evaluation
 from cotree.llm.wire import one_line
-from cotree.report.format import ABSENT, number, paper_form, percent
+from cotree.report.format import ABSENT, group_name, number, paper_form, percent
 
 _WORDS = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
 _LATEX = str.maketrans(
@@ -68,9 +68,8 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
                 lines.append(f"{evaluation.model}, {row['task']}, {family}: {cell} of {found['n']}{best}")
         for s in evaluation.instructions:
             shares = (percent(s[f"{of}_{how}"]) for of in ("prompt", "instruction") for how in ("strict", "loose"))
-            turn = f", turn {s['turn']}" if s["turn"] else ""
             told = "followed, strict / loose: prompts {} / {}, instructions {} / {}".format(*shares)
-            lines.append(f"{evaluation.model}, {s['task']} {s['group']}{turn}: {told}")
+            lines.append(f"{evaluation.model}, {group_name(s)}: {told}")
     constant = {(b["task"], b["answer"], b["accuracy"]) for e in evaluations for b in e.baselines}
     return lines + [f"{task}: always “{answer}” scores {percent(share)}" for task, answer, share in sorted(constant)]
 

@@ -54,6 +54,7 @@ def write_report(run: Path) -> Path:
         machine=_machine(summary.machine),
         reading=reading(summary),
         paper_form=show.paper_form,
+        group_name=show.group_name,
         figures=training_figures(logs),
         warnings=[(name, line) for name, log in logs.items() for line in log if line.get("warning")],
         search=_search(summary.search),

@@ -56,26 +56,6 @@ class EvalRow(Part):
         return f"{self.model} answers “{self.commonest}” to {share} that it answers"
 
 
-class Instructions(Part):
-    """Which share of prompts and of instructions one model followed (Multi-IF's scores); `turn` None: mean of turns."""
-
-    model: str
-    task: str
-    group: str
-    turn: int | None = None
-    prompts: int = Field(ge=1)
-    prompt_strict: float = Field(ge=0, le=1)
-    instruction_strict: float = Field(ge=0, le=1)
-    prompt_loose: float = Field(ge=0, le=1)
-    instruction_loose: float = Field(ge=0, le=1)
-    average: float = Field(ge=0, le=1)
-
-    @property
-    def name(self) -> str:
-        """The row's name: "multi_if IF(En), turn 2"."""
-        return f"{self.task} {self.group}{f', turn {self.turn}' if self.turn else ''}"
-
-
 class Baseline(Part):
     """The best constant answer of a task: what a model gets that ignores the question."""
 
@@ -142,7 +122,10 @@ class Tokens(Part):
 
 
 class Summary(Part):
-    """`summary.json`: every number that a run prints. Sections of stages that have not run are empty."""
+    """`summary.json`: every number that a run prints. Sections of stages that have not run are empty.
+
+    instructions: rows of `outcome.instruction_scores`, each with its model.
+    """
 
     name: str
     seed: int
@@ -152,7 +135,7 @@ class Summary(Part):
     machine: dict[str, Any] = {}
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
-    instructions: list[Instructions] = []
+    instructions: list[dict[str, Any]] = []
     search: Search = Search()
     data: Data = Data()
     seconds: dict[str, float] = {}

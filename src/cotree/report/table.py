@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cotree.report.format import duration, interval, number, percent, signed
+from cotree.report.format import duration, group_name, interval, number, percent, signed
 from cotree.report.search_lines import comparison_lines, model_lines
 from cotree.report.summary import MODELS, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+_SHARES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
 _HEAD = ("accuracy\n%", "95%\ninterval", "no\nanswer\n%", "cut\noff\n%", "if\nanswered\n%", "tokens", "n")
 
 
@@ -85,11 +86,9 @@ def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
         )
     if summary.instructions:
         lines.append("instructions followed, %: prompts strict / loose, single ones strict / loose, mean of these")
-        lines += [
-            f"  {row.model:<13} {row.name}: {percent(row.prompt_strict)} / {percent(row.prompt_loose)}, "
-            f"{percent(row.instruction_strict)} / {percent(row.instruction_loose)}, {percent(row.average)}"
-            for row in summary.instructions
-        ]
+        for row in summary.instructions:
+            strict_loose = "{} / {}, {} / {}".format(*(percent(row[share]) for share in _SHARES))
+            lines.append(f"  {row['model']:<13} {group_name(row)}: {strict_loose}, {percent(row['average'])}")
     width = max((len(stage) for stage in summary.seconds), default=0)
     lines += [
         f"{stage:<{width}}  {duration(seconds):>12}  {_work(summary, stage)}".rstrip()
