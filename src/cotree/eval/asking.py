@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,40 +127,39 @@ def ask(
         for number in range(how.samples)
     ]
     done = {_key(sample): sample for sample in read_samples(journal)}
+    counts, started = Counter[str](), time.monotonic()
+
+    def keep(sample: EvalSample) -> None:
+        append_line(journal, asdict(sample))
+        done[_key(sample)] = sample
+        counts.update([sample.kind, "samples"], tokens=sample.tokens)
+        if on_sample is not None:
+            speed = counts["tokens"] / max(time.monotonic() - started, 1e-9)
+            shares = (counts[kind] / counts["samples"] for kind in ("correct", "no_answer"))
+            told = "{:.0%} correct, {:.0%} no answer; {:.0f} tokens/s".format(*shares, speed)
+            on_sample(len(done), len(wanted), told)
+
     if any(key not in done for key in wanted):
-        asyncio.run(_ask(model, questions, journal, how, strategy, done, len(wanted), on_sample))
+        asyncio.run(_ask(model, questions, how, strategy, done, keep))
     return [done[key] for key in wanted]
 
 
 async def _ask(
     model: AbstractAsyncContextManager[Endpoint],
     questions: Sequence[Asked],
-    journal: Path,
     how: Sampling,
     strategy: Strategy,
-    done: dict[Key, EvalSample],
-    wanted: int,
-    on_sample: Callable[[int, int, str], None] | None,
+    done: Mapping[Key, EvalSample],
+    keep: Callable[[EvalSample], None],
 ) -> None:
-    counts, started = Counter[str](), time.monotonic()
-
-    async def once(task: Task, question: Question, numbers: range) -> None:
-        left = [number for number in numbers if (question.task, question.id, question.turn, number) not in done]
-        if not left:
-            return
-        reply = await sampler(task, question, numbers)
-        for number in left:
-            sample = await _judged(task, question, how, reply, number - numbers.start, number)
-            append_line(journal, asdict(sample))
-            done[_key(sample)] = sample
-            counts.update([sample.kind, "samples"], tokens=sample.tokens)
-            if on_sample is not None:
-                speed = counts["tokens"] / max(time.monotonic() - started, 1e-9)
-                shares = (counts[kind] / counts["samples"] for kind in ("correct", "no_answer"))
-                on_sample(len(done), wanted, "{:.0%} correct, {:.0%} no answer; {:.0f} tokens/s".format(*shares, speed))
+    """Get what is not `done` yet; `keep` adds it."""
 
     async def converse(task: Task, question: Question, numbers: range) -> None:
-        await once(task, question, numbers)
+        left = [number for number in numbers if (question.task, question.id, question.turn, number) not in done]
+        if left:
+            reply = await sampler(task, question, numbers)
+            for number in left:
+                keep(await _judged(task, question, how, reply, number - numbers.start, number))
         async with asyncio.TaskGroup() as replies:
             for number in numbers:
                 said = done[question.task, question.id, question.turn, number].response
