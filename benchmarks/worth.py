@@ -20,8 +20,8 @@ from typing import Any
 
 from cotree.config import load_recipe
 from cotree.llm.endpoints import Endpoint, open_endpoints
-from cotree.report.search_lines import comparison_lines
 from cotree.report.summary import Search as SearchSummary
+from cotree.report.table import comparison_lines
 from cotree.search.baselines import best_of_n, of_tree, worth
 from cotree.search.driver import Grower
 from cotree.store import TreeStore

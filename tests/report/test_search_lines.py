@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from cotree.report.html import write_report
-from cotree.report.search_lines import comparison_lines, model_lines, verdict
 from cotree.report.summary import Search
-from cotree.report.table import summary_lines
+from cotree.report.table import comparison_lines, model_lines, summary_lines, verdict
 from cotree.search.baselines import Found, worth
 
 

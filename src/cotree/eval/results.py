@@ -192,7 +192,6 @@ def _metrics(part: str, rows: Sequence[Mapping[str, Any]], evaluation: Evaluatio
 
 
 def _config(part: str, task: Task, how: Sampling) -> dict[str, Any]:
-    filters = [] if task.answer_form == "text" else [{"name": name, "filter": []} for name in _FILTERS]
     return {
         "task": part,
         "dataset_path": None if task.source is None else task.source.hub,
@@ -201,7 +200,6 @@ def _config(part: str, task: Task, how: Sampling) -> dict[str, Any]:
         "repeats": how.samples,
         "generation_kwargs": _arguments(how),
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        **({"filter_list": filters} if filters else {}),
         "metadata": {"version": task.prompt_version},
     }
 

@@ -13,9 +13,8 @@ from typing import Any
 from cotree.report import format as show
 from cotree.report.plots import training_figures
 from cotree.report.reading import reading
-from cotree.report.search_lines import model_lines, share, verdict
 from cotree.report.summary import Search, SearchCounts, Summary, read_log, read_summary
-from cotree.report.table import length_gap, tokens_per_second
+from cotree.report.table import length_gap, model_lines, share, tokens_per_second, verdict
 from cotree.run_folder import read_json, write_text
 
 PAPER = "https://arxiv.org/abs/2503.01461"
