@@ -20,7 +20,6 @@ from typing import Any
 
 from cotree.config import load_recipe
 from cotree.llm.endpoints import Endpoint, open_endpoints
-from cotree.report.summary import Search as SearchSummary
 from cotree.report.table import comparison_lines
 from cotree.search.baselines import best_of_n, of_tree, worth
 from cotree.search.driver import Grower
@@ -87,8 +86,7 @@ async def measure(count: int, dev: int, temperatures: list[float], seed: int) ->
                     rows.append(found[side])
                 result["reported"][name] = rows
                 print(f"\n{name} at temperature {ours}, best-of-n at {theirs}, {count} questions a task:")
-                summary = SearchSummary.model_validate({"compared": json.loads(json.dumps(rows))})
-                print("\n".join(comparison_lines(summary)), flush=True)
+                print("\n".join(comparison_lines(rows)), flush=True)
     return result
 
 

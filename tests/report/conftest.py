@@ -27,14 +27,27 @@ def invented_summary() -> dict[str, Any]:
     by_task = {
         "arithmetic": {
             "trees": 240, "thoughts": 3312, "answers": 1490, "correct": 611, "wrong": 846, "no_answer": 33,
+            "rollouts": 1500, "cut": 40,
             "questions_with_correct": 0.7125, "questions_with_both": 0.5542, "reflections": 402, "repaired": 41,
         },
         "letters": {
             "trees": 160, "thoughts": 2101, "answers": 980, "correct": 262, "wrong": 701, "no_answer": 17,
+            "rollouts": 1000, "cut": 9,
             "questions_with_correct": 0.6437, "questions_with_both": 0.6062, "reflections": 318, "repaired": 57,
         },
     }  # fmt: skip
-    counts = ("trees", "thoughts", "answers", "correct", "wrong", "no_answer", "reflections", "repaired")
+    counts = (
+        "trees",
+        "thoughts",
+        "rollouts",
+        "cut",
+        "answers",
+        "correct",
+        "wrong",
+        "no_answer",
+        "reflections",
+        "repaired",
+    )
     return {
         "name": "laptop",
         "seed": 7,
@@ -61,6 +74,9 @@ def invented_summary() -> dict[str, Any]:
             "questions_with_correct": 0.685,
             "questions_with_both": 0.575,
             "by_task": by_task,
+            "by_model": {"small": {"thoughts": 5413, "tokens": 61240, "reflections": 720, "repaired": 98}},
+            "compared": [],
+            "stopped": {"rollouts": 300, "solved": 100},
         },
         "data": {
             "sft_rows": 274, "control_rows": 274, "dpo_pairs": 221, "mean_sft_tokens": 63.2,

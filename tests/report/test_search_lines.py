@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from cotree.report.html import write_report
-from cotree.report.summary import Search
 from cotree.report.table import comparison_lines, model_lines, summary_lines, verdict
 from cotree.search.baselines import Found, worth
 
@@ -43,13 +42,13 @@ def test_a_row_counts_what_its_name_says() -> None:
 def test_the_verdict_follows_the_intervals(ours: int, theirs: int, words: str) -> None:
     compared = [row("mcts", ours), row("best_of_n", theirs)]
     assert words in verdict(compared)
-    assert words in comparison_lines(Search(trees=1, compared=compared))[-1]
+    assert words in comparison_lines(compared)[-1]
 
 
 def test_models_are_named_only_where_there_are_several(run: Path) -> None:
     own = {"thoughts": 10, "tokens": 90, "reflections": 4, "repaired": 1}
-    assert model_lines(Search.model_validate({"by_model": {"a": own}})) == []
-    two = model_lines(Search.model_validate({"by_model": {"a": own, "b": own | {"reflections": 0, "repaired": 0}}}))
+    assert model_lines({"a": own}) == []
+    two = model_lines({"a": own, "b": own | {"reflections": 0, "repaired": 0}})
     assert two[0].startswith(
         "a wrote 10 thoughts (90 tokens); a correct answer followed 1 of its 4 reflections: 25.0% (4.6–69.9)"
     )

@@ -74,12 +74,16 @@ def test_models_are_shown_from_base_to_final_student(summary: dict[str, Any]) ->
 
 def test_summary_lines_say_what_each_stage_came_to(summary: dict[str, Any]) -> None:
     lines = summary_lines(summary)
-    assert lines[0] == "search: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer)"
+    assert (
+        lines[0]
+        == "search: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer), 49 thoughts cut"
+    )
     assert lines[1].endswith("68.5% of questions have a correct chain, 57.5% both kinds; 720 reflections, 98 repaired")
-    assert lines[2] == "data:   274 SFT rows (63.2 tokens), 274 control rows, 221 DPO pairs"
-    assert lines[3].endswith("chosen 48.7 tokens, rejected 55.9, difference −7.2, shared prefix 19.4")
-    assert "120,345 prompt + 884,120 cached, 61,240 generated tokens (244/s)" in lines[4]
-    assert lines[6].split() == ["train_sft", "2", "min", "52", "s", "34,730", "tokens", "trained", "(202/s)"]
+    assert lines[2] == "        trees ended: 300 rollouts, 100 solved (2,500 rollouts)"
+    assert lines[3] == "data:   274 SFT rows (63.2 tokens), 274 control rows, 221 DPO pairs"
+    assert lines[4].endswith("chosen 48.7 tokens, rejected 55.9, difference −7.2, shared prefix 19.4")
+    assert "120,345 prompt + 884,120 cached, 61,240 generated tokens (244/s)" in lines[5]
+    assert lines[7].split() == ["train_sft", "2", "min", "52", "s", "34,730", "tokens", "trained", "(202/s)"]
     assert lines[-1].split() == ["total", "12", "min", "06", "s"]
     assert summary_lines(summary_of()) == []
 

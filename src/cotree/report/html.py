@@ -13,7 +13,7 @@ from typing import Any
 from cotree.report import format as show
 from cotree.report.plots import training_figures
 from cotree.report.reading import reading
-from cotree.report.summary import Search, SearchCounts, Summary, read_log, read_summary
+from cotree.report.summary import Summary, read_log, read_summary
 from cotree.report.table import length_gap, model_lines, share, tokens_per_second, verdict
 from cotree.run_folder import read_json, write_text
 
@@ -56,11 +56,11 @@ def write_report(run: Path) -> Path:
         group_name=show.group_name,
         figures=training_figures(logs),
         warnings=[(name, line) for name, log in logs.items() for line in log if line.get("warning")],
-        search=_search(summary.search),
+        search=_search(summary.search) if summary.search else {},
         share=share,
-        verdict=verdict(summary.search.compared) if summary.search.compared else "",
-        models=model_lines(summary.search),
-        gap=length_gap(summary),
+        verdict=verdict,
+        models=model_lines(summary.search.get("by_model", {})),
+        gap=length_gap(summary.data) if summary.data else None,
         stages=[
             (stage, seconds, summary.tokens.get(stage), tokens_per_second(summary, stage))
             for stage, seconds in summary.seconds.items()
@@ -100,17 +100,17 @@ _SEARCH_ROWS = (
 )
 
 
-def _search(search: Search) -> dict[str, Any]:
+def _search(search: Mapping[str, Any]) -> dict[str, Any]:
     """Rows (name, cells) over the columns: all tasks, then each."""
-    columns: dict[str, SearchCounts] = {"all": search} if len(search.by_task) != 1 else {}
-    columns |= search.by_task
+    columns = {"all": search} if len(search["by_task"]) != 1 else {}
+    columns |= search["by_task"]
 
-    def cell(counts: SearchCounts, name: str, whole: str | None) -> str:
-        value, of = getattr(counts, name), getattr(counts, whole) if whole else None
+    def cell(counts: Mapping[str, Any], name: str, whole: str | None) -> str:
+        value, of = counts.get(name), counts.get(whole or "")
         if isinstance(value, float):
             return show.percent(value)
         share = f" ({show.percent(value / of)}%)" if value is not None and of else ""
         return show.number(value) + share
 
     rows = {label: [cell(of, *counted) for of in columns.values()] for label, *counted in _SEARCH_ROWS}
-    return {"columns": list(columns), "rows": rows} if search.trees is not None else {"columns": [], "rows": {}}
+    return {"columns": list(columns), "rows": rows}

@@ -1,7 +1,7 @@
 """What the report reads from a run folder, checked.
 
-Invariant: files hold fractions in [0, 1] and raw counts, and a value of the wrong type is an error that names the file
-and the key; an optional key that is absent stays absent (None) and is shown as such, never as 0.
+Invariant: files hold fractions in [0, 1] and raw counts; the rows about which something is claimed are checked, and a
+wrong value is an error that names file and key; what is absent stays absent (None) and is shown as such, never as 0.
 """
 
 from __future__ import annotations
@@ -64,67 +64,12 @@ class Baseline(Part):
     accuracy: float = Field(ge=0, le=1)
 
 
-class SearchCounts(Part):
-    """What the search found; `answers` splits into `correct`, `wrong` and `no_answer`; `cut` are other thoughts."""
-
-    trees: int | None = None
-    thoughts: int | None = None
-    answers: int | None = None
-    correct: int | None = None
-    wrong: int | None = None
-    no_answer: int | None = None
-    cut: int | None = None
-    questions_with_correct: float | None = None
-    questions_with_both: float | None = None
-    reflections: int | None = None
-    repaired: int | None = None
-    rollouts: int | None = None
-    stopped: dict[str, int] | None = None
-
-
-class ModelCounts(Part):
-    """What one model wrote; `repaired` are its reflections that a correct answer follows."""
-
-    thoughts: int
-    tokens: int
-    reflections: int
-    repaired: int
-
-
-class Search(SearchCounts):
-    """The counts over all tasks, each task's and each model's own, and the comparison with best-of-n as rows of
-    `search.baselines.Worth`."""
-
-    by_task: dict[str, SearchCounts] = {}
-    by_model: dict[str, ModelCounts] = {}
-    compared: list[dict[str, Any]] = []
-
-
-class Data(Part):
-    """The training rows; lengths are mean tokens of the completion under the student's tokenizer."""
-
-    sft_rows: int | None = None
-    control_rows: int | None = None
-    dpo_pairs: int | None = None
-    mean_sft_tokens: float | None = None
-    mean_chosen_tokens: float | None = None
-    mean_rejected_tokens: float | None = None
-    mean_prefix_tokens: float | None = None
-
-
-class Tokens(Part):
-    """One stage's tokens: `prompt` evaluated, `cached` (prompt, not evaluated), `completion` generated, `trained`."""
-
-    prompt: int | None = None
-    cached: int | None = None
-    completion: int | None = None
-    trained: int | None = None
-
-
 class Summary(Part):
     """`summary.json`: every number that a run prints. Sections of stages that have not run are empty.
 
-    instructions: rows of `outcome.instruction_scores`, each with its model.
+    instructions: rows of `outcome.instruction_scores`, each with its model. search: the counts of `search.summary`, and
+    `compared`, rows of `search.baselines`. data: the counts of `data.build`. tokens: by stage those of its prompts
+    (`prompt` evaluated, `cached` not), `completion` (generated) and `trained`.
     """
 
     name: str
@@ -136,10 +81,10 @@ class Summary(Part):
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
     instructions: list[dict[str, Any]] = []
-    search: Search = Search()
-    data: Data = Data()
+    search: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    tokens: dict[str, Tokens] = {}
+    tokens: dict[str, dict[str, int]] = {}
 
     @property
     def questions(self) -> str:

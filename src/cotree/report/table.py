@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.eval.metrics import wilson
 from cotree.report.format import duration, group_name, interval, number, percent, signed
-from cotree.report.summary import MODELS, Search, Summary
+from cotree.report.summary import MODELS, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,31 +60,28 @@ def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
     summary = Summary.model_validate(summary)
     search, data = summary.search, summary.data
     lines = []
-    if search.trees is not None:
-        lines.append(
-            f"search: {number(search.trees)} trees, {number(search.thoughts)} thoughts, "
-            f"{number(search.answers)} answers "
-            f"({number(search.correct)} correct, {number(search.wrong)} wrong, {number(search.no_answer)} no answer)"
-            + (f", {number(search.cut)} thoughts cut" if search.cut is not None else "")
-        )
-        lines.append(
-            f"        {percent(search.questions_with_correct)}% of questions have a correct chain, "
-            f"{percent(search.questions_with_both)}% both kinds; "
-            f"{number(search.reflections)} reflections, {number(search.repaired)} repaired"
-        )
-        lines += [f"        {line}" for line in [*model_lines(search), *comparison_lines(search)]]
-        if search.stopped:
-            ended = ", ".join(f"{number(count)} {reason}" for reason, count in search.stopped.items())
-            lines.append(f"        trees ended: {ended} ({number(search.rollouts)} rollouts)")
-    if data.sft_rows is not None:
-        lines.append(
-            f"data:   {number(data.sft_rows)} SFT rows ({number(data.mean_sft_tokens)} tokens), "
-            f"{number(data.control_rows)} control rows, {number(data.dpo_pairs)} DPO pairs"
-        )
-        lines.append(
-            f"        chosen {number(data.mean_chosen_tokens)} tokens, rejected {number(data.mean_rejected_tokens)}, "
-            f"difference {signed(length_gap(summary))}, shared prefix {number(data.mean_prefix_tokens)}"
-        )
+    if "trees" in search:
+        lines += [
+            f"search: {number(search['trees'])} trees, {number(search['thoughts'])} thoughts, "
+            f"{number(search['answers'])} answers "
+            f"({number(search['correct'])} correct, {number(search['wrong'])} wrong, "
+            f"{number(search['no_answer'])} no answer), {number(search['cut'])} thoughts cut",
+            f"        {percent(search['questions_with_correct'])}% of questions have a correct chain, "
+            f"{percent(search['questions_with_both'])}% both kinds; "
+            f"{number(search['reflections'])} reflections, {number(search['repaired'])} repaired",
+        ]
+        told = [*model_lines(search["by_model"]), *comparison_lines(search["compared"])]
+        lines += [f"        {line}" for line in told]
+        ended = ", ".join(f"{number(count)} {reason}" for reason, count in search["stopped"].items())
+        lines.append(f"        trees ended: {ended} ({number(search['rollouts'])} rollouts)")
+    if data:
+        lines += [
+            f"data:   {number(data['sft_rows'])} SFT rows ({number(data['mean_sft_tokens'])} tokens), "
+            f"{number(data['control_rows'])} control rows, {number(data['dpo_pairs'])} DPO pairs",
+            f"        chosen {number(data['mean_chosen_tokens'])} tokens, "
+            f"rejected {number(data['mean_rejected_tokens'])}, "
+            f"difference {signed(length_gap(data))}, shared prefix {number(data['mean_prefix_tokens'])}",
+        ]
     if summary.instructions:
         lines.append("instructions followed, %: prompts strict / loose, single ones strict / loose, mean of these")
         for row in summary.instructions:
@@ -100,52 +97,51 @@ def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def length_gap(summary: Summary) -> float | None:
+def length_gap(data: Mapping[str, Any]) -> float:
     """Mean tokens of chosen minus rejected: DPO also learns length, so the gap belongs beside the data."""
-    chosen, rejected = summary.data.mean_chosen_tokens, summary.data.mean_rejected_tokens
-    return None if chosen is None or rejected is None else chosen - rejected
+    return float(data["mean_chosen_tokens"] - data["mean_rejected_tokens"])
 
 
 def tokens_per_second(summary: Summary, stage: str) -> float | None:
     """Generated tokens (trained ones where nothing is generated) over the stage's whole wall time."""
-    tokens, seconds = summary.tokens.get(stage), summary.seconds.get(stage)
-    made = tokens and (tokens.completion or tokens.trained)
+    tokens, seconds = summary.tokens.get(stage, {}), summary.seconds.get(stage)
+    made = tokens.get("completion") or tokens.get("trained")
     return made / seconds if made and seconds else None
 
 
 def _work(summary: Summary, stage: str) -> str:
-    tokens = summary.tokens.get(stage)
-    rate = tokens_per_second(summary, stage)
-    if tokens is None or rate is None:
+    tokens, rate = summary.tokens.get(stage, {}), tokens_per_second(summary, stage)
+    if rate is None:
         return ""
-    if tokens.completion:
-        cached = f" + {number(tokens.cached)} cached" if tokens.cached else ""
-        return f"{number(tokens.prompt)} prompt{cached}, {number(tokens.completion)} generated tokens ({rate:,.0f}/s)"
-    return f"{number(tokens.trained)} tokens trained ({rate:,.0f}/s)"
+    if "completion" not in tokens:
+        return f"{number(tokens['trained'])} tokens trained ({rate:,.0f}/s)"
+    cached = f" + {number(tokens['cached'])} cached" if tokens.get("cached") else ""
+    return f"{number(tokens['prompt'])} prompt{cached}, {number(tokens['completion'])} generated tokens ({rate:,.0f}/s)"
 
 
-def model_lines(search: Search) -> list[str]:
+def model_lines(by_model: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Who wrote what, where more than one model wrote."""
     lines = []
-    for name, own in search.by_model.items() if len(search.by_model) > 1 else ():
-        repaired = f"{number(own.repaired)} of its {number(own.reflections)} reflections"
-        if own.reflections:
-            repaired += f": {share([own.repaired / own.reflections, *wilson(own.repaired, own.reflections)])}"
-        told = f"{name} wrote {number(own.thoughts)} thoughts ({number(own.tokens)} tokens)"
+    for name, own in by_model.items() if len(by_model) > 1 else ():
+        repaired = f"{number(own['repaired'])} of its {number(own['reflections'])} reflections"
+        if own["reflections"]:
+            rate = own["repaired"] / own["reflections"]
+            repaired += f": {share([rate, *wilson(own['repaired'], own['reflections'])])}"
+        told = f"{name} wrote {number(own['thoughts'])} thoughts ({number(own['tokens'])} tokens)"
         lines.append(f"{told}; a correct answer followed {repaired}")
     return lines
 
 
-def comparison_lines(search: Search) -> list[str]:
+def comparison_lines(compared: Sequence[Mapping[str, Any]]) -> list[str]:
     """The search beside best-of-n at equal generated tokens: what each found, and who is ahead where one is."""
     lines = [
         f"{row['method']:<9}  correct chain {share(row['correct'])}  both kinds {share(row['both'])}  "
         f"vote {share(row['vote'])}  pairs a question {row['pairs_per_question']:.2f}  tokens a pair "
         f"{number(row['tokens_per_pair'] and round(row['tokens_per_pair']))}  ({number(row['tokens'])} generated, "
         f"{number(row['uncached_prompt_tokens'])} prompt tokens)"
-        for row in search.compared
+        for row in compared
     ]
-    return [*lines, f"at equal tokens: {verdict(search.compared)}"] if lines else []
+    return [*lines, f"at equal tokens: {verdict(compared)}"] if lines else []
 
 
 def verdict(compared: Sequence[Mapping[str, Any]]) -> str:
