@@ -20,8 +20,7 @@ from typing import Any
 
 from cotree.config import load_recipe
 from cotree.llm.endpoints import Endpoint, open_endpoints
-from cotree.report.search_lines import comparison_lines
-from cotree.report.summary import Search as SearchSummary
+from cotree.report.table import comparison_lines
 from cotree.search.baselines import compare
 from cotree.search.driver import Grower
 from cotree.store import TreeStore
@@ -86,8 +85,7 @@ async def measure(count: int, dev: int, temperatures: list[float], seed: int) ->
                     rows.append(found[side])
                 result["reported"][name] = rows
                 print(f"\n{name} at temperature {ours}, best-of-n at {theirs}, {count} questions a task:")
-                summary = SearchSummary.model_validate({"compared": json.loads(json.dumps(rows))})
-                print("\n".join(comparison_lines(summary)), flush=True)
+                print("\n".join(comparison_lines(rows)), flush=True)
     return result
 
 

@@ -408,7 +408,7 @@ def test_the_decode_verb_prints_answer_chain_votes_and_tokens(
             main()
         assert re.fullmatch(r"[345]\n", capsys.readouterr().out)
     assert left.value.code == 0
-    assert re.search(r"answer: [345]\n\n.*\\boxed\{[345]\}\n\nvotes: [345] \d", said, re.DOTALL)
+    assert re.search(r"answer: [345]\n\n.*\\boxed\{[345]\}\n\nvotes: \d+ for “[345]”", said, re.DOTALL)
     assert re.search(r"\d+ chains; \d+ tokens generated, \d+ read .* stopped by: rollouts", said)
 
 

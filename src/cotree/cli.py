@@ -78,6 +78,7 @@ def build(
 ) -> None:
     """Build the datasets of a run from its trees; with other `build.` values and --out, others from the same trees."""
     from cotree.config import load_recipe
+    from cotree.data.build import built_lines
     from cotree.data.files import check_file
     from cotree.data.stage import build_beside
     from cotree.pipeline import run as run_recipe
@@ -90,7 +91,7 @@ def build(
         raise UsageError("name a recipe, or a file with --check")
     elif out is not None:
         built = build_beside(load_recipe(recipe, overrides or []), runs_dir, out)
-        Output(quiet=quiet).say("\n".join([f"{out}:", *built.lines()]))
+        Output(quiet=quiet).say("\n".join([f"{out}:", *built_lines(built.counts)]))
     else:
         run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="build", output=Output(quiet=quiet))
 

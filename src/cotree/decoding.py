@@ -140,7 +140,7 @@ def decode(
         best = asyncio.run(answer())
     output.say(f"answer: {best.answer if best.answer is not None else '(no chain has one)'}\n\n{best.text}\n")
     if best.votes:
-        output.say("votes: " + ", ".join(f"{answer} {count:.3g}" for answer, count in best.votes.items()))
+        output.say("votes: " + ", ".join(f"{count:.3g} for “{answer}”" for answer, count in best.votes.items()))
     spent = best.spent
     output.say(
         f"{best.chains} chains; {spent.completion_tokens} tokens generated, {spent.prompt_tokens} read "

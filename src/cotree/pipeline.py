@@ -85,7 +85,10 @@ def run(
             with spoken_for(), folder.stage(stage) as result:
                 _STAGE[stage](folder, result, output)
             output.say(f"  {stage} done in {time.monotonic() - started:.0f} s")
-        if folder.done("report"):
+        if only == "build":
+            if "build" in done:  # else its counts have just been said
+                _print_build(folder.result("build")["counts"], output)
+        elif folder.done("report"):
             _print_result(folder, output)
         elif folder.done("search"):
             _print_search(folder, output)
@@ -199,8 +202,7 @@ def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     built = build_run(run.recipe, run.trees, run.result("search")["config"], run.data)
     result.update(counts=built.counts)
     write_json(run.path / "samples.json", built.samples)
-    for line in built.lines():
-        output.say(f"  {line}")
+    _print_build(built.counts, output)
 
 
 def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
@@ -259,8 +261,7 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.eval.asking import Sampling, ask, embedded
-    from cotree.eval.followed import instruction_scores
-    from cotree.eval.outcome import constant_baselines, outcomes
+    from cotree.eval.outcome import constant_baselines, instruction_scores, outcomes
     from cotree.llm.tokenizer import load_tokenizer
     from cotree.train.export_gguf import export_gguf
 
@@ -316,6 +317,7 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "name": run.recipe.name,
         "seed": run.recipe.seed,
         "created": run.manifest["created"],
+        "student": run.recipe.models[run.recipe.train.student].embedded,
         "split": run.recipe.eval.split,
         "machine": run.manifest["machine"],
         "eval": run.result("eval")["eval"],
@@ -338,6 +340,13 @@ def _print_result(run: RunFolder, output: Output) -> None:
     for line in summary_lines(summary):
         output.say(line)
     output.say(f"report: {run.path / 'report.html'}")
+
+
+def _print_build(counts: dict[str, Any], output: Output) -> None:
+    from cotree.data.build import built_lines
+
+    for line in built_lines(counts):
+        output.say(f"  {line}")
 
 
 def _print_search(run: RunFolder, output: Output) -> None:

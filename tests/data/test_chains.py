@@ -12,8 +12,8 @@ from tests.data.trees import node, random_tree, tree_of
 from tests.train.tiny_student import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from cotree.config import BuildDPO, BuildSFT, BuildStepPairs, Length
-from cotree.data.chains import PLAIN, Chain, Reading, chains_of, cut_reflections, form, mean_value
+from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, Length
+from cotree.data.chains import Chain, Judge, Reading, chains_of, cut_reflections, form, mean_value
 from cotree.data.select import by_length, draw_chains, select_dpo, select_sft, select_step_pairs
 from cotree.search.thoughts import PATTERNS
 from cotree.store import StoredTree
@@ -30,8 +30,10 @@ lengths = st.sampled_from(["longest", "medium", "shortest"])
 trees = st.integers(0, 10_000).map(random_tree)
 
 
-def chains(tree: StoredTree, reading: Reading = PLAIN) -> list[Chain]:
-    return chains_of(tree, tokenizer(), reading)[0]
+def chains(tree: StoredTree, judge: Judge | None = None) -> list[Chain]:
+    """With a judge, reflections are cut."""
+    settings = Build(reflections="keep" if judge is None else "cut")
+    return chains_of(tree, tokenizer(), settings, Reading(judge=judge))[0]
 
 
 @given(chain_lists, lengths, st.integers(1, 4), st.integers())
@@ -172,7 +174,7 @@ def test_a_cut_reflection_takes_the_wrong_thinking_along_and_is_judged_again() -
         return Verdict("wrong", 0.0, "2")
 
     kept = {c.leaf_id: c for c in chains(tree)}
-    cut = {c.leaf_id: c for c in chains(tree, Reading(cut_reflections=True, judge=judge))}
+    cut = {c.leaf_id: c for c in chains(tree, judge)}
     assert "Wait!" in kept[6].text and kept[6].verdict == "correct"
     assert cut[6].text == "First, I split it.\n1 + 1 = 2.\nThe answer is: \\boxed{2}"
     assert (cut[6].verdict, cut[6].reward) == ("wrong", 0.0)

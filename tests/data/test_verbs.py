@@ -12,9 +12,11 @@ from tests.train.tiny_student import tiny_tokenizer
 
 from cotree.cli import main
 from cotree.config import Build, load_recipe
-from cotree.data.build import build
+from cotree.data.build import build, built_lines
 from cotree.data.files import read_rows
 from cotree.data.stage import contaminated_questions, judge_of
+from cotree.pipeline import run as run_recipe
+from cotree.run_folder import open_run
 from cotree.store import StoredTree, TreeStore
 from cotree.tasks import task
 
@@ -34,7 +36,7 @@ def test_check_export_and_diagnose(
     trees = [random_tree(seed) for seed in range(6)]
     built = build(trees, tiny_tokenizer(), Build(), tmp_path / "data", seed=0)
     n = built.counts["dpo_pairs"]
-    assert f"{n} DPO pairs (arithmetic {n})" in built.lines()[0]
+    assert f"{n} DPO pairs (arithmetic {n})" in built_lines(built.counts)[0]
     with TreeStore(tmp_path / "trees.db") as store:
         for tree in trees:
             store.put(tree)
@@ -47,6 +49,19 @@ def test_check_export_and_diagnose(
     assert capsys.readouterr().out == f"{tmp_path / 'trees.parquet'}: 6 trees\n"
     assert run(monkeypatch, "diagnose", rows, "--field", "rejected") == 0
     assert "arithmetic" in capsys.readouterr().out
+
+
+def test_build_on_a_finished_run_tells_its_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(LAPTOP)
+    built = build([random_tree(seed) for seed in range(6)], tiny_tokenizer(), Build(), tmp_path / "data", seed=0)
+    with open_run(tmp_path / "runs", recipe) as folder:
+        for stage, result in (("search", {}), ("build", {"counts": built.counts}), ("report", {})):
+            with folder.stage(stage) as kept:
+                kept.update(result)
+    run_recipe(recipe, tmp_path / "runs", only="build")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("all done (build)")
+    assert [line.strip() for line in said[1:]] == built_lines(built.counts)
 
 
 @pytest.mark.parametrize(

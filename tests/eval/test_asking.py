@@ -21,7 +21,7 @@ from cotree.eval.asking import Reply, Sampler, Sampling, ask, embedded, opened_s
 from cotree.eval.journal import JOURNAL, EvalSample, append_line, read_samples
 from cotree.eval.outcome import constant_baselines
 from cotree.llm.chat import render
-from cotree.llm.client import Choice, Completion, Request
+from cotree.llm.client import Choice, Request
 from cotree.llm.embedded import at_type, locate, serve
 from cotree.llm.endpoints import Endpoint
 from cotree.llm.tokenizer import load_tokenizer
@@ -234,7 +234,7 @@ def test_another_strategy_answers_through_the_same_seam(
     def tree(endpoint: Endpoint, how: Sampling) -> Sampler:
         async def decode(task: Task, question: Question, numbers: range) -> Reply:
             choices = tuple(Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers)
-            return Reply(Completion(choices, 100, 0, 99, 0.1))
+            return Reply(choices, 100)
 
         return decode
 

@@ -65,6 +65,8 @@ def test_who_gained_and_who_lost(tmp_path: Path) -> None:
     assert found.lines()[1:] == ["  gained 2: q1, q2", "  lost 1: q0"]
     assert "+25.0 points" in found.lines()[0] and "p = 1 (exact McNemar)" in found.lines()[0]
     assert found.low < 0.25 < found.high
+    (same,) = compare(first, first)
+    assert len(same.lines()) == 1, "nobody gained or lost"
 
 
 @pytest.mark.parametrize("changed", [0, 3, 7])

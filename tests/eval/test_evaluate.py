@@ -144,8 +144,12 @@ def test_a_killed_evaluation_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 
 def evaluation(name: str, **changes: Any) -> Evaluation:
-    row = {"task": "gsm8k", "n": 100, "accuracy": 0.874, "low": 0.79, "high": 0.93, "no_answer": 0.0023,
-           "mean_tokens": 9.5, "max_tokens": 64, **changes}  # fmt: skip
+    row = {
+        "task": "gsm8k", "n": 100, "samples": 1, "temperature": 0.0, "top_p": 1.0, "decoding": "", "max_tokens": 64,
+        "accuracy": 0.874, "low": 0.79, "high": 0.93, "lenient": 0.874, "no_answer": 0.0023, "loop": 0.001,
+        "truncated": 0.0013, "finished_without_answer": 0.0, "test_at": {}, "majority": None, "mean_tokens": 9.5,
+        "tokens_p50": 9, "tokens_p90": 12, "tokens_p99": 20, "detectable": None, "families": {}, **changes,
+    }  # fmt: skip
     return Evaluation(name, [row], [], [])
 
 
@@ -189,7 +193,7 @@ def test_no_name_is_markup(name: str) -> None:
 def test_every_format_has_the_papers_cells_and_what_stands_behind_them() -> None:
     several = {
         "samples": 8, "temperature": 0.8, "lenient": 0.9, "test_at": {"8": [0.95, 0.9, 0.98]}, "detectable": 0.12,
-        "majority": [0.9, 0.8, 0.95], "loop": 0.001, "truncated": 0.0013, "finished_without_answer": 0.0,
+        "majority": [0.9, 0.8, 0.95],
     }  # fmt: skip
     for form in ("terminal", "markdown", "latex", "html"):
         text = paper_table([evaluation("base"), evaluation("dpo", **several)], form)
@@ -242,12 +246,13 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--model", "x", "--task", "letters", "--limit", "999"], "has 138 such questions, not 999"),
         (["--model", "x", "--task", "letters", "--task", "letters"], "two test questions of task `letters`"),
         (["--model", "x", "--task", "leters"], "did you mean `letters`"),
-        (["--model", "bare", "--task", "letters"], "bare has no config.json"),
+        (["--model", "bare", "--task", "letters"], "bare has no config.json; give a transformers folder"),
+        (["--model", "dpo", "--task", "letters"], "dpo has no config.json; give dpo/model"),
         (["--model", "folder", "--task", "letters"], "cannot export 'mamba' models: supported are llama"),
         (["--model", "smollm2-135m-instruct", "--task", "letters", "--max-tokens", "9000"], "takes 8192; lower"),
         (["--model", "x", "--task", "letters", "--gguf", "Q2"], "unknown GGUF type `Q2`"),
         (["--model", "x", "--task", "letters", "--top-p", "0"], "top_p 0.0 keeps no token"),
-        (["--model", "", "--task", "letters"], "name a model: a server's URL"),
+        (["--model", "", "--task", "letters"], ". has no config.json; give a transformers folder"),
         (["--table", "folder/config.json"], "folder/config.json is no folder"),
         (["--compare", "a", "b"], "no samples at a"),
         (["--table", "bare"], "no results of an evaluation in bare"),
@@ -262,6 +267,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bare").mkdir()
+    (tmp_path / "dpo" / "model").mkdir(parents=True)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "mamba"}')
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"")

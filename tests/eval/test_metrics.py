@@ -3,36 +3,20 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
-from typing import Literal
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cotree.eval.metrics import (
-    Sample,
-    TreeAnswers,
     constant_baseline,
     minimum_detectable_difference,
     pass_at_k,
-    summarize,
     tree_test_at_k,
     wilson,
 )
 
-KINDS: Sequence[Literal["correct", "wrong", "no_answer"]] = ("correct", "wrong", "no_answer")
-samples_strategy = st.lists(
-    st.builds(
-        Sample,
-        kind=st.sampled_from(KINDS),
-        tokens=st.integers(0, 4096),
-        finish_reason=st.sampled_from(["stop", "length", "content_filter"]),
-        loop=st.booleans(),
-    ),
-    min_size=1,
-    max_size=60,
-)
 proportions = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
@@ -46,16 +30,15 @@ def test_wilson_gives_newcombes_published_intervals(successes: int, n: int, low:
     assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
-@given(proportions, st.sampled_from([0.8, 0.9, 0.95, 0.99]))
-def test_wilson_bounds_are_where_the_score_test_rejects(proportion: tuple[int, int], confidence: float) -> None:
+@given(proportions)
+def test_wilson_bounds_are_where_the_score_test_rejects(proportion: tuple[int, int]) -> None:
     """The interval is the set of p0 that the score test keeps: |p - p0| = z·sqrt(p0(1-p0)/n) at its ends."""
     successes, n = proportion
-    low, high = wilson(successes, n, confidence)
+    low, high = wilson(successes, n)
     assert 0 <= low <= successes / n <= high <= 1
     assert low < high
-    z = {0.8: 1.2815515655, 0.9: 1.6448536270, 0.95: 1.9599639845, 0.99: 2.5758293035}[confidence]
     for bound in (low, high):
-        assert abs(successes / n - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / n), abs=1e-8)
+        assert abs(successes / n - bound) == pytest.approx(1.9599639845 * math.sqrt(bound * (1 - bound) / n), abs=1e-8)
 
 
 @given(proportions)
@@ -74,10 +57,10 @@ def test_wilson_covers_the_truth_about_as_often_as_it_says() -> None:
         assert 0.91 < covered < 0.99
 
 
-@pytest.mark.parametrize(("successes", "n", "confidence"), [(1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
-def test_wilson_refuses_what_is_no_proportion(successes: int, n: int, confidence: float) -> None:
+@pytest.mark.parametrize(("successes", "n"), [(1, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses_what_is_no_proportion(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="is no"):
-        wilson(successes, n, confidence)
+        wilson(successes, n)
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample() -> None:
@@ -102,30 +85,22 @@ def test_pass_at_k_refuses_more_samples_than_there_are(n: int, c: int, k: int) -
 
 
 def test_test_at_k_of_trees_is_any_of_the_first_k_averaged_over_whole_trees() -> None:
-    trees = [
-        TreeAnswers((False, True, False)),
-        TreeAnswers((True,)),
-        TreeAnswers((False, False, False, True)),
-        TreeAnswers(()),
-    ]
+    trees = [(False, True, False), (True,), (False, False, False, True), ()]
     assert [tree_test_at_k(trees, k) for k in (1, 2, 3, 4, 8)] == [0.25, 0.5, 0.5, 0.75, 0.75]
-    alike = [TreeAnswers((True, True, False, False))] * 4
+    alike = [(True, True, False, False)] * 4
     assert tree_test_at_k(alike, 1) == 1.0 != pass_at_k(4, 2, 1), "leaves of a tree are no independent samples"
 
 
 def test_what_is_not_defined_for_trees_is_refused() -> None:
-    tree = TreeAnswers((True, False))
     with pytest.raises(ValueError, match="at least 4 trees"):
-        tree_test_at_k([tree] * 3, 1)
+        tree_test_at_k([(True, False)] * 3, 1)
     with pytest.raises(ValueError, match="Test@0"):
-        tree_test_at_k([tree] * 4, 0)
-    with pytest.raises(TypeError, match="leaves are none: use tree_test_at_k"):
-        pass_at_k(tree, 1, 1)  # type: ignore[arg-type]
+        tree_test_at_k([(True, False)] * 4, 0)
 
 
 def test_minimum_detectable_difference_agrees_with_r() -> None:
     """R's documentation of power.prop.test: p1 = .50, p2 = .75 with power .90 needs n = 76.7."""
-    at_76, at_77 = (minimum_detectable_difference(n, 0.5, power=0.9) for n in (76, 77))
+    at_76, at_77 = (minimum_detectable_difference(n, 0.5, z_power=NormalDist().inv_cdf(0.9)) for n in (76, 77))
     assert at_76 is not None
     assert at_77 is not None
     assert at_77 < 0.25 < at_76
@@ -167,54 +142,3 @@ def test_no_constant_answer_beats_the_constant_baseline(golds: list[str], rng: r
     assert all(golds.count(other) / len(golds) <= accuracy for other in "abc")
     rng.shuffle(golds)
     assert constant_baseline(golds) == (answer, accuracy)
-
-
-def test_constant_baseline_needs_golds() -> None:
-    with pytest.raises(ValueError, match="no golds"):
-        constant_baseline([])
-
-
-@given(samples_strategy, st.randoms())
-def test_a_summary_adds_up(samples: list[Sample], rng: random.Random) -> None:
-    row = summarize(samples)
-    wrong = sum(sample.kind == "wrong" for sample in samples) / len(samples)
-    assert row["accuracy"] + wrong + row["no_answer"] == pytest.approx(1)
-    assert row["loop"] + row["truncated"] + row["finished_without_answer"] == pytest.approx(row["no_answer"])
-    assert row["low"] <= row["accuracy"] <= row["high"]
-    if row["accuracy_answered"] is None:
-        assert row["no_answer"] == 1
-    else:
-        assert row["accuracy_answered"] * (1 - row["no_answer"]) == pytest.approx(row["accuracy"])
-    rng.shuffle(samples)
-    assert summarize(samples) == row
-
-
-def test_a_summary_by_hand() -> None:
-    row = summarize(
-        [
-            Sample("correct", 10, "stop", "7"),
-            Sample("wrong", 20, "length", "2"),
-            Sample("no_answer", 64, "length"),
-            Sample("no_answer", 6, "stop"),
-        ]
-    )
-    low, high = wilson(1, 4)
-    assert row == {
-        "n": 4,
-        "accuracy": 0.25,
-        "low": low,
-        "high": high,
-        "no_answer": 0.5,
-        "loop": 0.0,
-        "truncated": 0.25,
-        "finished_without_answer": 0.25,
-        "accuracy_answered": 0.5,
-        "mean_tokens": 25.0,
-        "commonest": "2",
-        "commonest_share": 0.5,
-    }
-
-
-def test_a_summary_needs_samples() -> None:
-    with pytest.raises(ValueError, match="no samples"):
-        summarize([])

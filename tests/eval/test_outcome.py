@@ -43,7 +43,35 @@ def test_no_answer_is_loop_or_cut_off_or_finished() -> None:
     assert row["no_answer"] == 4 / 6
     assert (row["accuracy"], row["lenient"]) == (1 / 6, 2 / 6)
     assert (row["low"], row["high"]) == wilson(1, 6)
+    assert (row["accuracy_answered"], row["mean_tokens"]) == (1 / 2, 3)
+    (row,) = outcomes(ASKED, [sample(i, "wrong", answer=answer) for i, answer in enumerate("3252")])
+    assert (row["commonest"], row["commonest_share"]) == ("2", 0.5)
     assert (row["test_at"], row["majority"], row["samples"]) == ({}, None, 1), "a greedy answer is no sample"
+
+
+KINDS: tuple[VerdictKind, ...] = ("correct", "wrong", "no_answer")
+drawn = st.tuples(st.sampled_from(KINDS), st.sampled_from(["stop", "length", "content_filter"]),
+                  st.sampled_from(["x", LOOP]), st.integers(0, 4096))  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(drawn, min_size=1, max_size=6))
+def test_a_row_adds_up(given: list[tuple[VerdictKind, str, str, int]]) -> None:
+    said = [
+        sample(i, kind, answer=None if kind == "no_answer" else "2", finish_reason=why, response=text, tokens=tokens)
+        for i, (kind, why, text, tokens) in enumerate(given)
+    ]
+    (row,) = outcomes(ASKED, said)
+    wrong = sum(kind == "wrong" for kind, *_ in given) / len(given)
+    assert row["accuracy"] + wrong + row["no_answer"] == pytest.approx(1)
+    assert row["loop"] + row["truncated"] + row["finished_without_answer"] == pytest.approx(row["no_answer"])
+    assert row["low"] <= row["accuracy"] <= row["high"]
+    assert row["mean_tokens"] == pytest.approx(fmean(tokens for *_, tokens in given))
+    if row["accuracy_answered"] is None:
+        assert row["no_answer"] == 1 and row["commonest"] is None and row["commonest_share"] is None
+    else:
+        assert row["accuracy_answered"] * (1 - row["no_answer"]) == pytest.approx(row["accuracy"])
+        assert (row["commonest"], row["commonest_share"]) == ("2", 1.0)
 
 
 @settings(max_examples=15, deadline=None)  # a bootstrap for each number

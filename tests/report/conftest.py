@@ -10,28 +10,44 @@ from typing import Any
 
 import pytest
 
-from cotree.eval.metrics import Sample, summarize
+from cotree.eval.metrics import wilson
 
 
 def invented_row(model: str, task: str, n: int, correct: int, cut: int, finished: int, tokens: int) -> dict[str, Any]:
-    samples = [Sample("correct", tokens, "stop")] * correct
-    samples += [Sample("no_answer", 128, "length")] * cut + [Sample("no_answer", tokens, "stop")] * finished
-    samples += [Sample("wrong", tokens, "stop")] * (n - len(samples))
-    return {"model": model, "task": task, "max_tokens": 128, **summarize(samples)}
+    low, high = wilson(correct, n)
+    return {
+        "model": model, "task": task, "n": n, "accuracy": correct / n, "low": low, "high": high,
+        "no_answer": (cut + finished) / n, "loop": 0.0, "truncated": cut / n, "finished_without_answer": finished / n,
+        "accuracy_answered": correct / (n - cut - finished), "mean_tokens": (cut * 128 + (n - cut) * tokens) / n,
+        "max_tokens": 128,
+    }  # fmt: skip
 
 
 def invented_summary() -> dict[str, Any]:
     by_task = {
         "arithmetic": {
             "trees": 240, "thoughts": 3312, "answers": 1490, "correct": 611, "wrong": 846, "no_answer": 33,
+            "rollouts": 1500, "cut": 40,
             "questions_with_correct": 0.7125, "questions_with_both": 0.5542, "reflections": 402, "repaired": 41,
         },
         "letters": {
             "trees": 160, "thoughts": 2101, "answers": 980, "correct": 262, "wrong": 701, "no_answer": 17,
+            "rollouts": 1000, "cut": 9,
             "questions_with_correct": 0.6437, "questions_with_both": 0.6062, "reflections": 318, "repaired": 57,
         },
     }  # fmt: skip
-    counts = ("trees", "thoughts", "answers", "correct", "wrong", "no_answer", "reflections", "repaired")
+    counts = (
+        "trees",
+        "thoughts",
+        "rollouts",
+        "cut",
+        "answers",
+        "correct",
+        "wrong",
+        "no_answer",
+        "reflections",
+        "repaired",
+    )
     return {
         "name": "laptop",
         "seed": 7,
@@ -58,6 +74,9 @@ def invented_summary() -> dict[str, Any]:
             "questions_with_correct": 0.685,
             "questions_with_both": 0.575,
             "by_task": by_task,
+            "by_model": {"small": {"thoughts": 5413, "tokens": 61240, "reflections": 720, "repaired": 98}},
+            "compared": [],
+            "stopped": {"rollouts": 300, "solved": 100},
         },
         "data": {
             "sft_rows": 274, "control_rows": 274, "dpo_pairs": 221, "mean_sft_tokens": 63.2,

@@ -83,7 +83,7 @@ def test_hostile_text_stays_text(run: Path) -> None:
 
     def fill(text: str) -> None:
         summary = json.loads((run / "summary.json").read_text())
-        summary |= {"name": text, "created": text, "machine": {"cpu": text}}
+        summary |= {"name": text, "created": text, "machine": {"cpu": text}, "student": text}
         for row in summary["eval"]:
             row["task"] = row["task"].split("#")[0] + "#" + text
         summary["eval"][0]["model"] = text
@@ -158,6 +158,7 @@ def test_an_interval_is_drawn_where_its_numbers_are(run: Path) -> None:
         r'aria-label="([\d.]+)%, interval ([\d.]+) to ([\d.]+)">'
         r'.*?<line x1="([\d.]+)" x2="([\d.]+)" y1="14.0".*?cx="([\d.]+)"',
         html,
+        re.DOTALL,
     )
     assert len(drawn) == 10
     for accuracy, low, high, x_low, x_high, x in drawn:
@@ -218,19 +219,13 @@ def test_a_wrong_summary_is_an_error_that_names_the_key(run: Path, change: dict[
 @pytest.mark.parametrize("name", ["summary.json", "manifest.json", "samples.json"])
 def test_a_torn_file_is_an_error_that_names_it(run: Path, name: str) -> None:
     (run / name).write_text((run / name).read_text()[:-3])
-    with pytest.raises(UsageError, match=rf"{name}: no valid JSON"):
+    with pytest.raises(UsageError, match=rf"{name} is damaged"):
         write_report(run)
 
 
 def test_a_folder_that_is_no_run_is_an_error_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"summary\.json does not exist: finish the run first"):
         write_report(tmp_path)
-
-
-def test_a_recipe_that_is_no_yaml_is_an_error(run: Path) -> None:
-    (run / "recipe.yaml").write_text("a: [")
-    with pytest.raises(UsageError, match=r"recipe\.yaml: no valid YAML"):
-        write_report(run)
 
 
 def test_a_warning_of_the_training_stands_in_the_page(run: Path) -> None:

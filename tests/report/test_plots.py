@@ -13,7 +13,7 @@ from cotree.report.summary import LogLine, read_log
 
 
 def line(step: int, **values: float) -> LogLine:
-    return LogLine(step=step, **values)  # type: ignore[arg-type]
+    return {"step": step, **values}
 
 
 def points_of(svg: str) -> list[tuple[float, float]]:
@@ -87,7 +87,13 @@ def test_a_resumed_log_counts_each_step_once(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)] + [{"step": step, "loss": 2.0} for step in (3, 4, 5)]
     path.write_text("".join(json.dumps(item) + "\n" for item in lines) + '{"step": 6, "lo')
-    assert [(item.step, item.loss) for item in read_log(path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    assert [(item["step"], item["loss"]) for item in read_log(path)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+        (5, 2.0),
+    ]
 
 
 def test_a_missing_or_empty_log_is_no_log(tmp_path: Path) -> None:
@@ -98,8 +104,5 @@ def test_a_missing_or_empty_log_is_no_log(tmp_path: Path) -> None:
 def test_a_broken_line_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(UsageError, match=r"log\.jsonl:2: no valid JSON"):
-        read_log(path)
-    path.write_text('{"step": 1}\n{"step": 2, "loss": "low"}\n{"step": 3}\n')
-    with pytest.raises(UsageError, match=r"log\.jsonl: loss: Input should be a valid number"):
+    with pytest.raises(UsageError, match=r"log\.jsonl: line 2: no JSON"):
         read_log(path)

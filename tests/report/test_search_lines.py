@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from cotree.report.html import write_report
-from cotree.report.search_lines import comparison_lines, model_lines, verdict
-from cotree.report.summary import Search, Worth
-from cotree.report.table import summary_lines
+from cotree.report.table import comparison_lines, model_lines, summary_lines, verdict
 from cotree.search.baselines import Found, worth
 
 
@@ -42,17 +40,19 @@ def test_a_row_counts_what_its_name_says() -> None:
     ],
 )
 def test_the_verdict_follows_the_intervals(ours: int, theirs: int, words: str) -> None:
-    compared = [Worth.model_validate(row("mcts", ours)), Worth.model_validate(row("best_of_n", theirs))]
+    compared = [row("mcts", ours), row("best_of_n", theirs)]
     assert words in verdict(compared)
-    assert words in comparison_lines(Search(trees=1, compared=compared))[-1]
+    assert words in comparison_lines(compared)[-1]
 
 
 def test_models_are_named_only_where_there_are_several(run: Path) -> None:
     own = {"thoughts": 10, "tokens": 90, "reflections": 4, "repaired": 1}
-    assert model_lines(Search.model_validate({"by_model": {"a": own}})) == []
-    two = model_lines(Search.model_validate({"by_model": {"a": own, "b": own | {"reflections": 0, "repaired": 0}}}))
-    assert two[0].startswith("a wrote 10 thoughts (90 tokens); a correct answer followed 1 of 4 (25.0%, 4.6–69.9)")
-    assert two[1].endswith("followed – of its reflections")
+    assert model_lines({"a": own}) == []
+    two = model_lines({"a": own, "b": own | {"reflections": 0, "repaired": 0}})
+    assert two[0].startswith(
+        "a wrote 10 thoughts (90 tokens); a correct answer followed 1 of its 4 reflections: 25.0% (4.6–69.9)"
+    )
+    assert two[1].endswith("followed 0 of its 0 reflections")
 
 
 def test_the_page_and_the_terminal_show_the_comparison(run: Path) -> None:

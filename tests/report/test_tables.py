@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cotree.eval.metrics import Sample, minimum_detectable_difference, summarize, wilson
+from cotree.eval.metrics import minimum_detectable_difference, wilson
 from cotree.report.format import duration, listed, paper_form, percent, signed
-from cotree.report.reading import overlap, reading
+from cotree.report.reading import reading
 from cotree.report.summary import MODELS, Summary
 from cotree.report.table import eval_table, summary_lines
 
@@ -74,12 +74,16 @@ def test_models_are_shown_from_base_to_final_student(summary: dict[str, Any]) ->
 
 def test_summary_lines_say_what_each_stage_came_to(summary: dict[str, Any]) -> None:
     lines = summary_lines(summary)
-    assert lines[0] == "search: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer)"
+    assert (
+        lines[0]
+        == "search: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer), 49 thoughts cut"
+    )
     assert lines[1].endswith("68.5% of questions have a correct chain, 57.5% both kinds; 720 reflections, 98 repaired")
-    assert lines[2] == "data:   274 SFT rows (63.2 tokens), 274 control rows, 221 DPO pairs"
-    assert lines[3].endswith("chosen 48.7 tokens, rejected 55.9, difference −7.2, shared prefix 19.4")
-    assert "120,345 prompt + 884,120 cached, 61,240 generated tokens (244/s)" in lines[4]
-    assert lines[6].split() == ["train_sft", "2", "min", "52", "s", "34,730", "tokens", "trained", "(202/s)"]
+    assert lines[2] == "        trees ended: 300 rollouts, 100 solved (2,500 rollouts)"
+    assert lines[3] == "data:   274 SFT rows (63.2 tokens), 274 control rows, 221 DPO pairs"
+    assert lines[4].endswith("chosen 48.7 tokens, rejected 55.9, difference −7.2, shared prefix 19.4")
+    assert "120,345 prompt + 884,120 cached, 61,240 generated tokens (244/s)" in lines[5]
+    assert lines[7].split() == ["train_sft", "2", "min", "52", "s", "34,730", "tokens", "trained", "(202/s)"]
     assert lines[-1].split() == ["total", "12", "min", "06", "s"]
     assert summary_lines(summary_of()) == []
 
@@ -103,7 +107,7 @@ def test_a_claim_is_made_exactly_where_intervals_do_not_overlap(counts: list[tup
     assert claimed["below"] == [other.model for other in others if student.high < other.low]
     unclear = re.search(r"those? of ([^:]*): no claim|that of ([^:]*): no claim", text)
     named = re.split(r", | and ", unclear[1] or unclear[2]) if unclear else []
-    assert named == [other.model for other in others if overlap(student, other)]
+    assert named == [other.model for other in others if other.low <= student.high and student.low <= other.high]
 
 
 def test_the_reading_states_the_minimum_detectable_difference_of_the_table() -> None:
@@ -122,9 +126,7 @@ def test_the_reading_compares_with_the_constant_answer(correct: int, verdict: st
 
 @pytest.mark.parametrize(("twos", "said"), [(20, "everything"), (19, "95% of all"), (17, "")])
 def test_a_row_that_gives_one_answer_to_everything_is_called_that(twos: int, said: str) -> None:
-    given = ["2"] * twos + [str(10 + i) for i in range(20 - twos)]
-    samples = [Sample("correct" if answer == "2" else "wrong", 9, "stop", answer) for answer in given]
-    content = summary_of({"model": "dpo", "task": "t", "max_tokens": 9, **summarize(samples)})
+    content = summary_of(row("dpo", twos, 20) | {"commonest": "2", "commonest_share": twos / 20})
     sentences, note = " ".join(reading(content)["t"]), " ".join(rendered(content).split())
     expected = f"dpo answers “2” to {said} that it answers"
     assert (expected in sentences) == (expected in note) == bool(said)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.config import Build, Gates
 from cotree.data.card import write_card
-from cotree.data.chains import Chain, Reading, chains_of, mean_value
-from cotree.data.files import Row, write_parquet
+from cotree.data.chains import PLAIN, Chain, Reading, chains_of, mean_value
+from cotree.data.files import COLUMNS, Row, write_parquet
 from cotree.data.gates import passes
 from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select_step_pairs
 from cotree.errors import CotreeError, UsageError
@@ -39,17 +39,18 @@ class Built:
     counts: dict[str, Any]
     samples: list[dict[str, Any]]
 
-    def lines(self) -> list[str]:
-        """What was written and what was left out, for the terminal."""
-        named = (("sft_rows", "SFT chains"), ("dpo_pairs", "DPO pairs"), ("control_rows", "control chains"),
-                 ("step_pairs", "step pairs"), ("stepwise_rows", "process-reward rows"))  # fmt: skip
-        written = []
-        for key, name in named:
-            tasks = ", ".join(f"{task} {n}" for task, n in self.counts.get(f"{key}_by_task", {}).items())
-            if self.counts[key]:
-                written.append(f"{self.counts[key]} {name}" + (f" ({tasks})" if tasks else ""))
-        removed = ", ".join(f"{name} {n}" for name, n in self.counts["removed"].items())
-        return [", ".join(written), f"left out: {removed or 'nothing'}"]
+
+def built_lines(counts: Mapping[str, Any]) -> list[str]:
+    """What a build wrote and what it left out, for the terminal."""
+    named = (("sft_rows", "SFT chains"), ("dpo_pairs", "DPO pairs"), ("control_rows", "control chains"),
+             ("step_pairs", "step pairs"), ("stepwise_rows", "process-reward rows"))  # fmt: skip
+    written = []
+    for key, name in named:
+        tasks = ", ".join(f"{task} {n}" for task, n in counts.get(f"{key}_by_task", {}).items())
+        if counts[key]:
+            written.append(f"{counts[key]} {name}" + (f" ({tasks})" if tasks else ""))
+    removed = ", ".join(f"{name} {n}" for name, n in counts["removed"].items())
+    return [", ".join(written), f"left out: {removed or 'nothing'}"]
 
 
 @dataclass
@@ -79,13 +80,13 @@ class Seen:
 
 
 def build_sft(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
+              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
     """Only the SFT dataset, into `folder/sft`; as `build`. The folder's card is that of the last build into it."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("sft",))
 
 
 def build_dpo(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading | None = None) -> Built:  # fmt: skip
+              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
     """Only the DPO dataset, into `folder/dpo`; as `build`. The folder's card is that of the last build into it."""
     return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("dpo",))
 
@@ -98,15 +99,14 @@ def build(
     *,
     seed: int,
     control: bool = False,
-    reading: Reading | None = None,
+    reading: Reading = PLAIN,
     kinds: Collection[str] = ("sft", "dpo", "step_pairs", "stepwise"),
     contaminated: Collection[tuple[str, str]] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Built:
     """Select rows from trees and write `folder/KIND/train.parquet` and the datasets' card.
 
-    reading: how chains are read out of trees; by default as `settings` say. control: also rows for a control
-        student, as many as SFT has.
+    control: also rows for a control student, as many as SFT has.
     contaminated: (task, question id) of questions that repeat an evaluation question; their trees give nothing.
     about: what the card says of the run (`name`, `recipe`, `models`).
 
@@ -114,16 +114,14 @@ def build(
         UsageError: reflections are to be cut, and there is no `reading` with a judge to judge those chains again.
         CotreeError: no tree gave a correct chain, or none gave both a correct and a wrong one; nothing was written.
     """
-    reading = Reading(text=settings.text, unanswered=settings.dpo.unanswered) if reading is None else reading
-    cut = settings.reflections == "cut" or reading.cut_reflections
-    if cut and not (reading.cut_reflections and reading.judge):
+    if settings.reflections == "cut" and reading.judge is None:
         raise UsageError("`reflections: cut` needs a judge of what was cut: pass reading=Reading(judge=...)")
     removed: Counter[str] = Counter()
     chains = 0
     special = special_words(tokenizer)
     with _Spill(settings.gates, seed) as spill:
         for tree in trees:
-            found, no_answer = chains_of(tree, tokenizer, reading)
+            found, no_answer = chains_of(tree, tokenizer, settings, reading)
             removed["no_answer"] += no_answer
             judged = sum(node.verdict is not None for node in tree.nodes)
             removed["repeated_in_tree"] += judged - no_answer - len(found)
@@ -143,39 +141,33 @@ def build(
         if "sft" in kinds and not sizes["sft"]:
             raise CotreeError("no tree has a correct chain, so there is nothing to train on; raise search.rollouts")
         if "dpo" in kinds and not sizes["dpo"]:
-            raise CotreeError(
-                "no tree has both a correct and a wrong chain, so there are no pairs; raise search.rollouts"
-            )
+            raise CotreeError("no tree has both a correct and a wrong chain, so no pairs; raise search.rollouts")
         noted = {"template": template_hash(tokenizer), "seed": seed, "build": settings.model_dump(mode="json")}
-        seen = {kind: Seen() for kind in kinds}
         if control:
-            sizes["control"], seen["control"] = sizes["sft"], Seen()
+            sizes["control"] = sizes["sft"]
+        seen = {kind: Seen() for kind in COLUMNS}
         for kind, limit in sizes.items():
-            if not limit:
-                (folder / kind / "train.parquet").unlink(missing_ok=True)  # of a build before this one
+            path = folder / kind / "train.parquet"
+            if limit:
+                write_parquet(path, kind, seen[kind].watch(spill.rows(kind, limit)), noted)
             else:
-                rows = seen[kind].watch(spill.rows(kind, limit))
-                write_parquet(folder / kind / "train.parquet", kind, rows, noted)
+                path.unlink(missing_ok=True)  # of a build before this one
     counts = _counts(chains, removed, seen)
     written = {kind: found for kind, found in seen.items() if found.rows}
     write_card(folder, written, counts, settings, about or {})
-    return Built(
-        counts, [_sample(name, row) for name, row in sorted(seen["dpo"].first.items())] if "dpo" in seen else []
-    )
+    return Built(counts, [_sample(name, row) for name, row in sorted(seen["dpo"].first.items())])
 
 
 def _counts(chains: int, removed: Counter[str], seen: Mapping[str, Seen]) -> dict[str, Any]:
-    sft, dpo, control = (seen.get(kind, Seen()) for kind in ("sft", "dpo", "control"))
+    sft, dpo = seen["sft"], seen["dpo"]
     return {
         "chains": chains,
-        "too_long": removed["too_long"],
         "removed": {name: n for name, n in sorted(removed.items()) if n},
         "sft_rows": sft.rows,
-        "control_rows": control.rows,
-        "control_correct": int(control.numbers.get("reward", Counter())[1.0]),
+        "control_rows": seen["control"].rows,
         "dpo_pairs": dpo.rows,
-        "step_pairs": seen.get("step_pairs", Seen()).rows,
-        "stepwise_rows": seen.get("stepwise", Seen()).rows,
+        "step_pairs": seen["step_pairs"].rows,
+        "stepwise_rows": seen["stepwise"].rows,
         "mean_sft_tokens": sft.mean("length_tokens"),
         "mean_chosen_tokens": dpo.mean("chosen_tokens"),
         "mean_rejected_tokens": dpo.mean("rejected_tokens"),

@@ -71,14 +71,13 @@ def write_card(
 def _front_matter(name: str, seen: Mapping[str, Seen], settings: Build) -> dict[str, Any]:
     most = max((found.rows for found in seen.values()), default=0)
     sizes = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M")]
-    kinds = sorted(seen, key=list(_NAMES).index)
     return {
         "pretty_name": name,
         "license": settings.license or "other",
         "task_categories": ["text-generation"],
         "size_categories": [next((label for limit, label in sizes if most < limit), "1M<n<10M")],
-        "tags": ["chain-of-thought", "mcts", "cotree", *(kind for kind in kinds if kind in ("sft", "dpo"))],
-        "configs": [{"config_name": kind, "data_files": f"{kind}/train.parquet"} for kind in kinds],
+        "tags": ["chain-of-thought", "mcts", "cotree", *(kind for kind in seen if kind in ("sft", "dpo"))],
+        "configs": [{"config_name": kind, "data_files": f"{kind}/train.parquet"} for kind in seen],
     }
 
 
@@ -93,13 +92,13 @@ def _lengths(counts: Mapping[str, Any]) -> str:
 
 
 def _samples(seen: Mapping[str, Seen]) -> list[str]:
-    rows = [row for kind, column in (("sft", "completion"), ("dpo", "chosen"), ("dpo", "rejected"))
-            for row in [{**row, "shown": row[column], "kind": f"{_NAMES[kind]}, {column}"}
-                        for row in (seen[kind].first.values() if kind in seen else [])]]  # fmt: skip
-    return [
-        f"{escape(row['task'])}, {row['kind']}:\n\n{_block(_words(row['prompt'][-1:]) + _words(row['shown']))}"
-        for row in rows[:3]
+    found = [
+        (row["task"], f"{_NAMES[kind]}, {column}", [row["prompt"][-1], *row[column]])
+        for kind, column in (("sft", "completion"), ("dpo", "chosen"), ("dpo", "rejected"))
+        if kind in seen
+        for row in seen[kind].first.values()
     ]
+    return [f"{escape(task)}, {what}:\n\n{_block(_words(messages))}" for task, what, messages in found[:3]]
 
 
 def _words(messages: Sequence[Mapping[str, str]]) -> str:

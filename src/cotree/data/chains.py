@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from cotree.config import TextForm
+from cotree.config import Build, TextForm
 from cotree.search.prompts import chain_text
 from cotree.search.thoughts import PATTERNS, Pattern
 from cotree.store import StoredNode, StoredTree
@@ -46,41 +46,39 @@ class Chain:
 
 @dataclass(frozen=True)
 class Reading:
-    """How chains are read out of trees: the text's form, what the student does not see, and who judges chains whose
-    reflections were cut; with `unanswered` also the paths that max_tokens cut off."""
+    """What a build's settings cannot say of its trees: thoughts that the student does not see, own patterns, and who
+    judges chains whose reflections were cut."""
 
-    text: TextForm = "plain"
-    cut_reflections: bool = False
     left_out: Collection[str] = frozenset()
     patterns: Mapping[str, Pattern] = field(default_factory=lambda: PATTERNS)
     judge: Judge | None = None
-    unanswered: bool = False
 
 
 PLAIN = Reading()
 
 
 def chains_of(
-    tree: StoredTree, tokenizer: PreTrainedTokenizerBase, reading: Reading = PLAIN
+    tree: StoredTree, tokenizer: PreTrainedTokenizerBase, settings: Build, reading: Reading
 ) -> tuple[list[Chain], int]:
     """All chains that end in a judged answer, once each by text, in leaf order; and how many ended without an answer
-    and were left out.
+    and were left out. With `dpo.unanswered` a path that max_tokens cut off is a chain too.
 
     A chain whose reflections were cut is judged again: its answer may no longer follow.
     """
+    cuts = settings.reflections == "cut"
     found: dict[str, tuple[StoredNode, list[StoredNode], str, float]] = {}
     no_answer = 0
     for leaf in tree.nodes:
         if leaf.verdict is None:
             continue
         unfinished = leaf.verdict == "no_answer" and leaf.type != "answer" and leaf.finish_reason == "length"
-        if leaf.verdict == "no_answer" and not (reading.unanswered and unfinished):
+        if leaf.verdict == "no_answer" and not (settings.dpo.unanswered and unfinished):
             no_answer += 1
             continue
         whole = tree.chain(leaf.node_id)
-        kept = cut_reflections(whole, reading.patterns[tree.pattern]) if reading.cut_reflections else whole
+        kept = cut_reflections(whole, reading.patterns[tree.pattern]) if cuts else whole
         thoughts = [node for node in kept if node.type not in reading.left_out]
-        text = form(thoughts, reading.text, unfinished=unfinished)
+        text = form(thoughts, settings.text, unfinished=unfinished)
         verdict, reward = leaf.verdict, float(leaf.reward or 0.0)
         if len(kept) < len(whole) and reading.judge is not None and not unfinished:
             judged = reading.judge(tree, text)

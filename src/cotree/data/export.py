@@ -11,38 +11,32 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, get_type_hints
 
 import yaml
 
-from cotree.data.files import Row, batches, check_file, read_rows, whole, write_jsonl
+from cotree.data.files import Row, check_file, read_rows, write_columns, write_jsonl
 from cotree.errors import CotreeError, UsageError
 from cotree.run_folder import write_text
-from cotree.store import TreeStore
-
-Form = Literal["jsonl", "llamafactory", "axolotl"]
+from cotree.store import StoredTree, TreeStore
 
 
 def export_to(source: Path, to: str, out: str) -> list[str]:
-    """Export to a form by its name; returns what was written, a line each."""
+    """Export a build's folder (or one file) to a form by its name; returns what was written, a line each.
+
+    llamafactory: JSON lines and `dataset_info.json`, to be named in its `dataset_dir` and `dataset`. axolotl: JSON
+    lines and a `KIND.yml` with the `datasets:` part of its config. trees: of a `trees.db`. hub: `out` is OWNER/NAME.
+
+    Raises:
+        UsageError: nothing to export, or a row is faulty.
+        CotreeError: it cannot be written or pushed.
+    """
     if to == "trees":
         return [f"{out}: {export_trees(source, Path(out))} trees"]
     if to == "hub":
         return [push(source, out)]
-    if to not in get_args(Form):
-        raise UsageError(f"unknown form `{to}`; known: {', '.join(get_args(Form))}, trees, hub")
-    return [str(path) for path in export(source, cast(Form, to), Path(out))]
-
-
-def export(source: Path, form: Form, out: Path) -> list[Path]:
-    """Write the datasets of a build's folder (or one file) for another trainer; returns the files.
-
-    llamafactory: JSON lines and `dataset_info.json`, to be named in its `dataset_dir` and `dataset`. axolotl: JSON
-    lines and a `KIND.yml` with the `datasets:` part of its config.
-
-    Raises:
-        UsageError: nothing to export, or a row is faulty.
-    """
+    if to not in _FORMS:
+        raise UsageError(f"unknown form `{to}`; known: {', '.join(_FORMS)}, trees, hub")
     if source.suffix == ".db":
         raise UsageError(
             f"{source} holds trees; export it with --to trees, or the datasets that `cotree build` made of it"
@@ -51,25 +45,25 @@ def export(source: Path, form: Form, out: Path) -> list[Path]:
     if not files:
         raise UsageError(f"no datasets in {source}; expected KIND/train.parquet below it")
     information: dict[str, Any] = {}
-    written = []
+    folder, written = Path(out), list[Path]()
     for file in files:
         kind, _ = check_file(file)
         name = file.resolve().parent.name if file.name == "train.parquet" else file.stem.split(".")[0]
-        if kind == "stepwise" and form != "jsonl":
+        if kind == "stepwise" and to != "jsonl":
             continue  # neither trains process rewards
-        written.append(out / f"{name}.jsonl")
+        written.append(folder / f"{name}.jsonl")
         if written[-1].resolve() == file.resolve():
             raise UsageError(f"the export would replace {file} itself; name another folder with -o")
-        write_jsonl(written[-1], map(_FORMS[form], read_rows(file)))
-        if form == "llamafactory":
+        write_jsonl(written[-1], map(_FORMS[to], read_rows(file)))
+        if to == "llamafactory":
             information[f"cotree_{name}"] = {"file_name": f"{name}.jsonl", **_information(kind)}
-        if form == "axolotl":
-            written.append(out / f"{name}.yml")
+        if to == "axolotl":
+            written.append(folder / f"{name}.yml")
             write_text(written[-1], yaml.safe_dump(_axolotl(name, kind), sort_keys=False))
     if information:
-        written.append(out / "dataset_info.json")
+        written.append(folder / "dataset_info.json")
         write_text(written[-1], json.dumps(_known(written[-1]) | information, indent=2, ensure_ascii=False) + "\n")
-    return written
+    return [str(path) for path in written]
 
 
 def _known(path: Path) -> dict[str, Any]:
@@ -97,7 +91,7 @@ def _messages(row: Row) -> Row:
     return {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
 
 
-_FORMS: Mapping[Form, Callable[[Row], Row]] = {"jsonl": dict, "llamafactory": _messages, "axolotl": _messages}
+_FORMS: Mapping[str, Callable[[Row], Row]] = {"jsonl": dict, "llamafactory": _messages, "axolotl": _messages}
 
 
 def _information(kind: str) -> dict[str, Any]:
@@ -117,28 +111,10 @@ def _axolotl(name: str, kind: str) -> dict[str, Any]:
 
 def export_trees(store: Path, out: Path) -> int:
     """All trees of a store as Parquet, a row each with its nodes nested; returns how many."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not store.is_file():
         raise UsageError(f"no store at {store}")
-    node = pa.struct([
-        ("node_id", pa.int64()), ("parent_id", pa.int64()), ("type", pa.string()), ("text", pa.string()),
-        ("prefix", pa.string()), ("model", pa.string()), ("depth", pa.int64()), ("visits", pa.int64()),
-        ("value", pa.float64()), ("verdict", pa.string()), ("reward", pa.float64()), ("answer", pa.string()),
-        ("tokens", pa.int64()), ("finish_reason", pa.string()), ("seed", pa.int64()), ("seconds", pa.float64()),
-    ])  # fmt: skip
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    names = ("tree_id", "task", "question_id", "config", "family", "gold", "pattern", "stopped")
-    numbers = ("turn", "rollouts", "calls", "prompt_tokens", "cached_tokens", "completion_tokens")
-    fields = [*((name, pa.string()) for name in names), *((name, pa.int64()) for name in numbers)]
-    schema = pa.schema([*fields, ("messages", pa.list_(message)), ("nodes", pa.list_(node))])
-    written = 0
-    with TreeStore(store) as trees, whole(out) as partial, pq.ParquetWriter(partial, schema) as writer:
-        for batch in batches(asdict(tree) for tree in trees.trees()):
-            writer.write_table(pa.Table.from_pylist(batch, schema))
-            written += len(batch)
-    return written
+    with TreeStore(store) as trees:
+        return write_columns(out, get_type_hints(StoredTree), map(asdict, trees.trees()), {})
 
 
 def push(folder: Path, repository: str) -> str:

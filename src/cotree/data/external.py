@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.config import Build
 from cotree.data.chains import Chain
-from cotree.data.files import Row, is_text, read_rows, whole, write_parquet
+from cotree.data.files import Row, faults_of, read_rows, whole, write_parquet
 from cotree.data.gates import passes
 from cotree.errors import UsageError
 from cotree.eval.diagnosis import diagnose
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-# ShareGPT's names (Sky-T1, OpenThoughts) and everyone's.
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# ShareGPT's names (OpenThoughts).
+_ROLES = {"human": "user", "gpt": "assistant"}
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "generation", "output", "solution")
 _GOLDS = ("gold", "answer", "final_answer", "ground_truth")
@@ -127,50 +127,39 @@ def _well_formed(source: Path, faults: list[str]) -> Iterator[tuple[int, Row, Me
     """Number, row, prompt and response of every row of a known form; what the others lack is added to `faults`."""
     for index, raw in enumerate(read_rows(source)):
         try:
-            prompt, text = _conversation(raw, f"row {index}")
-        except UsageError as error:
-            faults.append(str(error))
+            *prompt, reply = _conversation(raw)
+            found = faults_of({"prompt": prompt, "completion": [reply]}, "sft")
+        except ValueError as error:
+            found = [str(error)]
+        if found:
+            faults.append(f"row {index}: {found[0]}")
         else:
-            yield index, raw, prompt, text
+            yield index, raw, prompt, reply["content"]
 
 
-def _conversation(raw: Row, where: str) -> tuple[Messages, str]:
-    """The prompt's messages and the last assistant's words."""
-    messages, text = _turns(raw, where)
-    for message in (*messages, {"content": text}):
-        if not isinstance(message["content"], str) or not is_text(message["content"]):
-            raise UsageError(f"{where}: a message's content is no text, but {str(message['content'])[:60]!a}")
-    if messages[-1]["role"] == "assistant" or not all(message["content"].strip() for message in messages):
-        raise UsageError(f"{where}: the prompt is empty, or ends with the assistant")
-    return messages, text
+def _conversation(raw: Row) -> Messages:
+    """A row's messages; whether they are whole ones is not looked at.
 
-
-def _turns(raw: Row, where: str) -> tuple[Messages, str]:
-    if not isinstance(raw, dict):
-        raise UsageError(f"{where}: is no object with columns, but {str(raw)[:60]!a}")
+    Raises:
+        ValueError: the row is of no known form.
+    """
     turns = raw.get("conversations") or raw.get("messages")
     if turns:
         try:
             named = [
                 (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"]) for turn in turns
             ]
-            messages = [{"role": _ROLES[role], "content": content} for role, content in named]
+            messages = [{"role": _ROLES.get(role, role), "content": content} for role, content in named]
         except (KeyError, TypeError) as error:
-            raise UsageError(
-                f"{where}: a turn is no {{from, value}} or {{role, content}} of a known role ({error})"
-            ) from None
+            raise ValueError(f"a turn is no {{from, value}} or {{role, content}} ({error})") from None
         if raw.get("system") and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": raw["system"]})
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise UsageError(f"{where}: the conversation does not end with the assistant")
-        return messages[:-1], messages[-1]["content"]
+        return messages
     prompt = next((raw[name] for name in _PROMPTS if isinstance(raw.get(name), str)), None)
     response = next((raw[name] for name in _RESPONSES if isinstance(raw.get(name), str)), None)
     if prompt is None or response is None:
-        raise UsageError(
-            f"{where}: no `conversations`, no `messages`, and no prompt with a response; it has {', '.join(raw)}"
-        )
-    return [{"role": "user", "content": prompt}], response
+        raise ValueError(f"no `conversations`, no `messages`, and no prompt with a response; it has {', '.join(raw)}")
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
 def _verdict(raw: Row, prompt: Messages, text: str, task: Task | None, golds: dict[str, Question]) -> str | None:

@@ -6,7 +6,6 @@ file carries the hash of the chat template whose tokens were counted, and a trai
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import os
@@ -15,7 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
 from cotree.errors import CotreeError, UsageError
 from cotree.train.encode import template_hash
@@ -27,53 +29,90 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _BATCH = 1_024
 _FAULTS_SHOWN = 20
+# No half of a surrogate pair either, which JSON can hold and no tokenizer reads.
+Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Count = Annotated[int, Field(ge=0)]
 
 
-def _columns(spec: str) -> dict[str, str]:
-    """Column name -> type, from `type: names; type: names`."""
-    parts = (part.split(":") for part in spec.split(";"))
-    return {name: kind.strip() for kind, names in parts for name in names.split()}
+class Message(BaseModel):
+    """One message of a conversation, as every trainer takes it."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Words
 
 
-_COMMON = "; string: tree_id task question_id; double: pass_rate"
-_SFT = "messages: prompt completion; int64: leaf_id length_tokens length_rank; string: pattern; double: reward value"
-_DPO = (
-    "messages: prompt chosen rejected; int64: chosen_leaf rejected_leaf prefix_tokens chosen_tokens rejected_tokens"
-    "; bool: rejected_finished"
-)
-_STEP = (
-    "; string: step_type prefix chosen_step rejected_step; double: chosen_value rejected_value; int64: chosen_visits"
-)
-_REWARDS = "string: prompt; list<string>: completions; list<bool>: labels; list<double>: values; list<int64>: visits"
+def _asks(messages: list[Message]) -> list[Message]:
+    if messages[-1].role == "assistant":
+        raise ValueError("must not end with the assistant's message")
+    return messages
+
+
+def _answers(messages: list[Message]) -> list[Message]:
+    if [message.role for message in messages] != ["assistant"]:
+        raise ValueError("must be exactly one assistant message")
+    return messages
+
+
+_Prompt = Annotated[list[Message], Field(min_length=1), AfterValidator(_asks)]
+_Reply = Annotated[list[Message], AfterValidator(_answers)]
+_COMMON = {"tree_id": str, "task": str, "question_id": str, "pass_rate": float}
+_SFT = {
+    "prompt": _Prompt, "completion": _Reply, "leaf_id": Count, "length_tokens": Count, "length_rank": Count,
+    "pattern": str, "reward": float, "value": float, **_COMMON,
+}  # fmt: skip
+_DPO = {
+    "prompt": _Prompt, "chosen": _Reply, "rejected": _Reply, "chosen_leaf": Count, "rejected_leaf": Count,
+    "prefix_tokens": Count, "chosen_tokens": Count, "rejected_tokens": Count, "rejected_finished": bool, **_COMMON,
+}  # fmt: skip
 # TRL's types: conversational prompt-completion and preference, and stepwise supervision; the other columns go along.
-COLUMNS: Mapping[str, Mapping[str, str]] = {
-    "sft": _columns(_SFT + _COMMON),
-    "control": _columns(_SFT + _COMMON),
-    "dpo": _columns(_DPO + _COMMON),
-    "step_pairs": _columns(_DPO + _COMMON + _STEP + " rejected_visits"),
-    "stepwise": _columns(_REWARDS + "; int64: leaf_id" + _COMMON),
+COLUMNS: Mapping[str, Mapping[str, Any]] = {
+    "sft": _SFT,
+    "control": _SFT,
+    "dpo": _DPO,
+    "step_pairs": {
+        **_DPO, "step_type": str, "prefix": str, "chosen_step": str, "rejected_step": str, "chosen_value": float,
+        "rejected_value": float, "chosen_visits": Count, "rejected_visits": Count,
+    },
+    "stepwise": {
+        "prompt": Words, "completions": Annotated[list[str], Field(min_length=1)], "labels": list[bool],
+        "values": list[float], "visits": list[Count], "leaf_id": Count, **_COMMON,
+    },
+}  # fmt: skip
+# What a file must have to be of a type, whoever wrote it; of the other columns it may have any.
+_NEEDED = {
+    "sft": ("prompt", "completion"),
+    "dpo": ("prompt", "chosen", "rejected"),
+    "stepwise": ("prompt", "completions", "labels"),
 }
-_PLAIN: Mapping[str, tuple[Any, str]] = {
-    "int64": (int, "a number from 0"),
-    "double": (int | float, "a number"),
-    "bool": (bool, "true or false"),
-    "string": (str, "text"),
-}
-# What a file must have to be of a type, whoever wrote it.
-_NEEDED = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"),
-           "stepwise": ("prompt", "completions", "labels")}  # fmt: skip
+
+
+def _check_of(kind: str) -> type[BaseModel]:
+    columns = COLUMNS["step_pairs" if kind == "dpo" else kind]  # a step pair is a pair with more columns
+    fields: dict[str, Any] = {
+        name: (of, ...) if name in _NEEDED[kind] else (of | None, None) for name, of in columns.items()
+    }
+    return create_model(kind, __config__=ConfigDict(strict=True), **fields)
+
+
+_CHECKS = {kind: _check_of(kind) for kind in _NEEDED}
 
 
 def write_parquet(path: Path, kind: str, rows: Iterable[Row], metadata: Mapping[str, Any]) -> int:
     """Write rows of a kind, whole or not at all; returns how many."""
+    noted = {"cotree": json.dumps({**metadata, "kind": kind}, sort_keys=True)}
+    return write_columns(path, COLUMNS[kind], rows, noted)
+
+
+def write_columns(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], noted: Mapping[str, str]) -> int:
+    """Write rows of these columns (name -> type) as Parquet, whole or not at all; returns how many."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, _arrow(kind)) for name, kind in COLUMNS[kind].items()])
-    schema = schema.with_metadata({"cotree": json.dumps({**metadata, "kind": kind}, sort_keys=True)})
-    written = 0
+    schema = pa.schema([(name, _arrow(of)) for name, of in columns.items()], metadata=noted)
+    left, written = iter(rows), 0
     with whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        for batch in batches(rows):
+        # Row groups of a fixed size, so that they never depend on how rows were made.
+        while batch := list(islice(left, _BATCH)):
             writer.write_table(pa.Table.from_pylist(batch, schema))
             written += len(batch)
     return written
@@ -93,31 +132,30 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"cannot write {path}: a part of its path is a file, no folder; choose another") from None
     except OSError as error:
-        fix = "; free some space, then re-run the same command to resume" if error.errno == errno.ENOSPC else ""
-        raise CotreeError(f"cannot write {path}: {error.strerror or error}{fix}") from None
+        fix = "free some space, or choose another place, and run the same command again"
+        raise CotreeError(f"cannot write {path}: {error.strerror or error}; {fix}") from None
     finally:
         with suppress(NotADirectoryError):
             partial.unlink(missing_ok=True)
 
 
-def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows in lists of a fixed size, so that row groups never depend on how rows were made."""
-    left = iter(rows)
-    while batch := list(islice(left, _BATCH)):
-        yield batch
-
-
-def _arrow(kind: str) -> pa.DataType:
+def _arrow(of: Any) -> pa.DataType:
+    """The Arrow type of a column's type; of a class, a struct of its fields."""
     import pyarrow as pa
 
-    if kind == "messages":
-        return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    if kind.startswith("list<"):
-        return pa.list_(_arrow(kind[5:-1]))
-    return pa.bool_() if kind == "bool" else pa.type_for_alias(kind)
+    plain = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    origin, arguments = get_origin(of), get_args(of)
+    if of in plain:
+        return plain[of]
+    if origin is list:
+        return pa.list_(_arrow(arguments[0]))
+    if origin in (Annotated, UnionType):  # constrained, or None
+        return _arrow(arguments[0])
+    if origin is Literal:
+        return pa.string()
+    fields = get_type_hints(Message if origin is dict else of)
+    return pa.struct([(name, _arrow(of)) for name, of in fields.items()])
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -144,16 +182,20 @@ def read_rows(path: Path) -> Iterator[Row]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             if path.suffix == ".json":
                 found = json.load(lines)
-                if not isinstance(found, list):
+                if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
                     raise ValueError("a .json file must be an array of rows")
                 yield from found
                 return
             for line in lines:
                 if line.strip():
-                    yield json.loads(line)
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("a row must be an object with columns")
+                    yield row
                 number += 1
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
-        raise UsageError(f"{path}: line {number}: not JSON ({error})") from None
+        forms = "rows come as .parquet, .jsonl, .jsonl.gz or an array in a .json"
+        raise UsageError(f"{path}: line {number}: no JSON row ({error}); {forms}") from None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -191,19 +233,14 @@ def check_file(path: Path) -> tuple[str, int]:
     Raises:
         UsageError: names row and column of the first faults, and how many there are.
     """
-    kind, count, faults = "", 0, list[str]()
+    kind, count, faults = None, 0, list[str]()
     for count, row in enumerate(read_rows(path), 1):
-        found = kind_of(row) if isinstance(row, dict) else None
-        if not kind:
-            if found is None:
-                types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in _NEEDED.items())
-                raise UsageError(f"{path}: row 0 has the columns of no type that is trained on ({types})")
-            kind = found
-        if found != kind:
-            faults.append(f"row {count - 1}: is no {kind} row; columns are missing")
-        else:
-            faults += [f"row {count - 1}, column {column}: {fault}" for column, fault in _faults(row, kind)]
-    if not count:
+        kind = kind or kind_of(row)
+        if kind is None:
+            types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in _NEEDED.items())
+            raise UsageError(f"{path}: row 0 has the columns of no type that is trained on ({types})")
+        faults += [f"row {count - 1}, {fault}" for fault in faults_of(row, kind)]
+    if kind is None:
         raise UsageError(f"{path} has no rows")
     if faults:
         more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
@@ -211,63 +248,26 @@ def check_file(path: Path) -> tuple[str, int]:
     return kind, count
 
 
-def _faults(row: Row, kind: str) -> Iterator[tuple[str, str]]:
+def faults_of(row: Row, kind: str) -> list[str]:
+    """What keeps a row from being of a kind (sft, dpo or stepwise), with the column's name."""
+    try:
+        _CHECKS[kind].model_validate(row)
+    except ValidationError as error:
+        return [
+            f"column {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}, "
+            f"not {str(fault['input'])[:60]!a}"
+            for fault in error.errors(include_url=False)
+        ]
     if kind == "stepwise":
-        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            yield "prompt", "must be text"
-        steps = row["completions"]
-        if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
-            yield "completions", "must be a list of texts"
-            return
-        for column, entry in (("labels", bool), ("values", int | float), ("visits", int)):
-            found = row.get(column, None if column == "labels" else [0] * len(steps))
-            if not isinstance(found, list) or not all(isinstance(one, entry) for one in found):
-                yield column, f"must be a list of {'true and false' if column == 'labels' else 'numbers'}"
-            elif len(found) != len(steps):
-                yield column, f"has {len(found)} entries for {len(steps)} completions"
-        yield from _plain_faults(row, COLUMNS[kind])
-        return
-    sides = [column for column in ("completion", "chosen", "rejected") if column in row]
-    for column in ("prompt", *sides):
-        fault = _messages_fault(row[column], column == "prompt")
-        if fault:
-            yield column, fault
+        steps = len(row["completions"])
+        return [
+            f"column {name}: has {len(row[name])} entries for {steps} completions"
+            for name in ("labels", "values", "visits")
+            if row.get(name) is not None and len(row[name]) != steps
+        ]
     if kind == "dpo" and row["chosen"] == row["rejected"]:
-        yield "rejected", "is the same as chosen"
-    faults = list(_plain_faults(row, COLUMNS["step_pairs" if kind == "dpo" else kind]))
-    yield from faults
+        return ["column rejected: is the same as chosen"]
     sizes = [row[name] for name in ("chosen_tokens", "rejected_tokens") if row.get(name) is not None]
-    if kind == "dpo" and not faults and sizes and (row.get("prefix_tokens") or 0) > min(sizes):
-        yield "prefix_tokens", f"{row['prefix_tokens']} are more than the shorter side has ({min(sizes)})"
-
-
-def _plain_faults(row: Row, columns: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Faults of the columns that hold one value; a missing or empty one is none, for files of others have fewer."""
-    for column, kind in columns.items():
-        value = row.get(column)
-        if value is None or kind not in _PLAIN or column == "prompt":
-            continue
-        wanted, name = _PLAIN[kind]
-        wrong = not isinstance(value, wanted) or (kind != "bool" and isinstance(value, bool))
-        if wrong or (kind == "int64" and value < 0):
-            yield column, f"must be {name}, not {value!r}"
-
-
-def is_text(words: str) -> bool:
-    """Whether words can be written as UTF-8; JSON can hold halves of surrogate pairs, which cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in words) if not words.isascii() else True
-
-
-def _messages_fault(messages: Any, is_prompt: bool) -> str | None:
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        return "must be a list of messages ({role, content})"
-    for at, message in enumerate(messages):
-        if message.get("role") not in ("system", "user", "assistant", "tool"):
-            return f"message {at}: unknown role {message.get('role')!r}"
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            return f"message {at}: has no content"
-        if not is_text(message["content"]):
-            return f"message {at}: has half of a surrogate pair, which no tokenizer reads"
-    if is_prompt:
-        return None if messages[-1]["role"] != "assistant" else "must not end with the assistant's message"
-    return None if [m["role"] for m in messages] == ["assistant"] else "must be exactly one assistant message"
+    if sizes and (row.get("prefix_tokens") or 0) > min(sizes):
+        return [f"column prefix_tokens: {row['prefix_tokens']} are more than the shorter side has ({min(sizes)})"]
+    return []

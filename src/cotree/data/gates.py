@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 
 from cotree.config import Build
@@ -26,22 +26,20 @@ def passes(chain: Chain, prompt: str, settings: Build, special: re.Pattern[str],
     special: finds the names of the student's special tokens, which in a text would open turns that nobody took.
     """
     gates = settings.gates
-    checks: list[tuple[str, bool, Callable[[], bool]]] = [
-        ("too_long", True, lambda: chain.prompt_tokens + len(chain.tokens) > settings.max_tokens),
-        ("special_tokens", True, lambda: bool(special.search(chain.text) or special.search(prompt))),
-        # A short text with an answer is no loop by any rule; one without an answer is there to be rejected.
-        (
-            "loop",
-            gates.loops and len(chain.text) > LONG_TEXT and chain.verdict != "no_answer",
-            lambda: diagnose(chain.text, answered=True).loop,
-        ),
-        ("language", gates.language, lambda: foreign_share(chain.text, prompt) > _MAX_FOREIGN),
-    ]
-    for name, asked, fails in checks:
-        if asked and fails():
-            removed[name] += 1
-            return False
-    return True
+    # A short text with an answer is no loop by any rule; one without an answer is there to be rejected.
+    may_loop = gates.loops and len(chain.text) > LONG_TEXT and chain.verdict != "no_answer"
+    if chain.prompt_tokens + len(chain.tokens) > settings.max_tokens:
+        failed = "too_long"
+    elif special.search(chain.text) or special.search(prompt):
+        failed = "special_tokens"
+    elif may_loop and diagnose(chain.text, answered=True).loop:
+        failed = "loop"
+    elif gates.language and foreign_share(chain.text, prompt) > _MAX_FOREIGN:
+        failed = "language"
+    else:
+        return True
+    removed[failed] += 1
+    return False
 
 
 def foreign_share(text: str, prompt: str) -> float:

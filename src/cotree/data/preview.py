@@ -7,7 +7,6 @@ same as its colour.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,12 +44,6 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
     kind, count = check_file(path)
     check_template(path, tokenizer)
     text = Text(f"{path}: {count} {kind} rows\n")
-
-    def part(mark: str, ids: Sequence[int]) -> None:
-        for line in re.findall(r"[^\n]*\n|[^\n]+", tokenizer.decode(ids)):
-            shown = visible(line.replace("\n", "⏎")) + "\n"
-            text.append(f"{mark:>8} │ ", style="bold").append(shown, style=_STYLES[mark])
-
     if kind == "stepwise":
         for row in islice(read_rows(path), rows):
             text.append(f"\n{visible(row['prompt'])}\n")
@@ -64,20 +57,20 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
         if kind == "sft":
             (chain,) = encode_sft(tokenizer, [row], 2**62).rows
             longest.append(chain.longest)
-            sizes, parts = f"{len(chain.prompt)} prompt + {len(chain.completion)} completion", [
-                ("prompt", chain.prompt), ("loss", chain.completion)]  # fmt: skip
+            parts = {"prompt": chain.prompt, "loss": chain.completion}
         else:
             (pair,) = encode_dpo(tokenizer, [row], 2**62).rows
             longest.append(pair.longest)
-            sizes = f"{len(pair.prompt)} prompt + {pair.prefix} shared + {len(pair.chosen) - pair.prefix} chosen / "
-            sizes += f"{len(pair.rejected) - pair.prefix} rejected"
-            parts = [("prompt", pair.prompt), ("shared", pair.chosen[: pair.prefix]),
-                     ("chosen", pair.chosen[pair.prefix :]), ("rejected", pair.rejected[pair.prefix :])]  # fmt: skip
+            parts = {"prompt": pair.prompt, "shared": pair.chosen[: pair.prefix],
+                     "chosen": pair.chosen[pair.prefix :], "rejected": pair.rejected[pair.prefix :]}  # fmt: skip
         if index < rows:
+            sizes = ", ".join(f"{len(ids)} {mark}" for mark, ids in parts.items())
             fate = "dropped" if longest[-1] > max_tokens else "kept"
             text.append(f"\nrow {index}: {sizes} tokens, {longest[-1]} of at most {max_tokens}: {fate}\n")
-            for mark, ids in parts:
-                part(mark, ids)
+            for mark, ids in parts.items():
+                for line in re.findall(r"[^\n]*\n|[^\n]+", tokenizer.decode(ids)):
+                    shown = visible(line.replace("\n", "⏎")) + "\n"
+                    text.append(f"{mark:>8} │ ", style="bold").append(shown, style=_STYLES[mark])
     dropped = sum(tokens > max_tokens for tokens in longest)
     text.append(
         f"\n{count} rows of {min(longest)} to {max(longest)} tokens; {dropped} would be dropped (over {max_tokens})"

@@ -1,9 +1,8 @@
 """Which chains of a tree become rows: by value or relative length, pairs with the shortest common prefix, steps.
 
 Invariants: every SFT chain and every `chosen` was judged correct, every `rejected` wrong (or cut off, where that was
-asked for); no pair and no SFT chain
-comes twice; ties fall by seed. Lengths are student tokens, relative to the chain's own tree (paper, Thoughts Length
-Balance). Selection sees only what passed the gates: the longest chain is often a loop.
+asked for); no pair and no SFT chain comes twice; ties fall by seed. Lengths are student tokens, relative to the chain's
+own tree (paper, Thoughts Length Balance). Selection sees only what passed the gates: the longest chain is often a loop.
 """
 
 from __future__ import annotations

@@ -33,12 +33,9 @@ if TYPE_CHECKING:
 def build_run(recipe: Recipe, store: Path, config: str, folder: Path) -> Built:
     """Build a recipe's datasets from the trees that a search left in a store under a config hash."""
     reading = Reading(
-        text=recipe.build.text,
-        cut_reflections=recipe.build.reflections == "cut",
         left_out={kind for kind, thought in recipe.search.thoughts.items() if not thought.in_student},
         patterns={**PATTERNS, **recipe.search.own_patterns},
         judge=judge_of(recipe) if recipe.build.reflections == "cut" else None,
-        unanswered=recipe.build.dpo.unanswered,
     )
     # Where servers are is nobody's business.
     told = recipe.model_dump(mode="json", exclude={"models": {"__all__": {"url", "api_key_env"}}})

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from cotree.config import Model
 from cotree.errors import UsageError
 from cotree.eval.journal import EvalSample, append_line, read_samples
-from cotree.llm.client import Client, Completion, Request
+from cotree.llm.client import Choice, Client, Request
 from cotree.llm.embedded import serve
 from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.llm.tokenizer import token_counter
@@ -64,19 +64,22 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a sampler says to a question: `completion` has a choice a sample, and whatever was spent in its tokens.
+    """What a sampler says to a question, a choice a sample; a choice's tokens are all that was generated for it.
 
     decoding: the search that chose it, for readers; "" for plain sampling. tree: of a tree the answers of all its
     chains, in the order in which they ended.
     """
 
-    completion: Completion
+    choices: Sequence[Choice]
+    prompt_tokens: int
     decoding: str = ""
     tree: Sequence[str | None] | None = None
 
 
 # Answers a question: the samples of these numbers, in their order.
 Sampler = Callable[[Task, Question, range], Awaitable[Reply]]
+# A way of answering.
+Strategy = Callable[[Endpoint, Sampling], Sampler]
 
 
 def plain(endpoint: Endpoint, how: Sampling) -> Sampler:
@@ -91,7 +94,8 @@ def plain(endpoint: Endpoint, how: Sampling) -> Sampler:
         request = Request(
             prompt.text, len(numbers), how.max_tokens, how.temperature, how.top_p, seed, stop, prompt.messages
         )
-        return Reply(await endpoint.client(question.id).complete(request))
+        completion = await endpoint.client(question.id).complete(request)
+        return Reply(completion.choices, completion.prompt_tokens)
 
     return sample
 
@@ -102,7 +106,7 @@ def ask(
     journal: Path,
     how: Sampling,
     *,
-    strategy: Callable[[Endpoint, Sampling], Sampler] = plain,
+    strategy: Strategy = plain,
     on_sample: Callable[[int, int, str], None] | None = None,
 ) -> list[EvalSample]:
     """Ask and judge; `journal` (JSON lines) is both output and memory.
@@ -117,56 +121,51 @@ def ask(
         All samples, question by question, turn by turn.
     """
     wanted = [
-        (question.task, question.id, turn, number)
-        for _, question in questions
-        for turn in range(question.turn, question.turn + 1 + len(question.later))
+        (question.task, question.id, question.turn, number)
+        for _, first in questions
+        for question in turns_of(first)
         for number in range(how.samples)
     ]
     done = {_key(sample): sample for sample in read_samples(journal)}
+    counts, started = Counter[str](), time.monotonic()
+
+    def keep(sample: EvalSample) -> None:
+        append_line(journal, asdict(sample))
+        done[_key(sample)] = sample
+        counts.update([sample.kind, "samples"], tokens=sample.tokens)
+        if on_sample is not None:
+            speed = counts["tokens"] / max(time.monotonic() - started, 1e-9)
+            shares = (counts[kind] / counts["samples"] for kind in ("correct", "no_answer"))
+            told = "{:.0%} correct, {:.0%} no answer; {:.0f} tokens/s".format(*shares, speed)
+            on_sample(len(done), len(wanted), told)
+
     if any(key not in done for key in wanted):
-        asyncio.run(_ask(model, questions, journal, how, strategy, done, len(wanted), on_sample))
+        asyncio.run(_ask(model, questions, how, strategy, done, keep))
     return [done[key] for key in wanted]
 
 
 async def _ask(
     model: AbstractAsyncContextManager[Endpoint],
     questions: Sequence[Asked],
-    journal: Path,
     how: Sampling,
-    strategy: Callable[[Endpoint, Sampling], Sampler],
-    done: dict[Key, EvalSample],
-    wanted: int,
-    on_sample: Callable[[int, int, str], None] | None,
+    strategy: Strategy,
+    done: Mapping[Key, EvalSample],
+    keep: Callable[[EvalSample], None],
 ) -> None:
-    counts, started = Counter[str](), time.monotonic()
-
-    async def once(task: Task, question: Question, numbers: range) -> None:
-        left = [number for number in numbers if (question.task, question.id, question.turn, number) not in done]
-        if not left:
-            return
-        reply = await sampler(task, question, numbers)
-        for number in left:
-            sample = await _judged(task, question, how, reply, number - numbers.start, number)
-            append_line(journal, asdict(sample))
-            done[_key(sample)] = sample
-            counts.update([sample.kind, "samples"], tokens=sample.tokens)
-            if on_sample is not None:
-                speed = counts["tokens"] / max(time.monotonic() - started, 1e-9)
-                shares = (counts[kind] / counts["samples"] for kind in ("correct", "no_answer"))
-                on_sample(len(done), wanted, "{:.0%} correct, {:.0%} no answer; {:.0f} tokens/s".format(*shares, speed))
+    """Get what is not `done` yet; `keep` adds it."""
 
     async def converse(task: Task, question: Question, numbers: range) -> None:
-        await once(task, question, numbers)
+        left = [number for number in numbers if (question.task, question.id, question.turn, number) not in done]
+        if left:
+            reply = await sampler(task, question, numbers)
+            for number in left:
+                keep(await _judged(task, question, how, reply, number - numbers.start, number))
         async with asyncio.TaskGroup() as replies:
-            for number in numbers if question.later else ():
-                replies.create_task(go_on(task, question, number))
-
-    async def go_on(task: Task, question: Question, number: int) -> None:
-        said = done[question.task, question.id, question.turn, number].response
-        following = question.follow_up(spoken(said))
-        if following is not None:
-            await once(task, following, range(number, number + 1))
-            await go_on(task, following, number)
+            for number in numbers:
+                said = done[question.task, question.id, question.turn, number].response
+                following = question.follow_up(spoken(said))
+                if following is not None:  # each conversation goes its own way
+                    replies.create_task(converse(task, following, range(number, number + 1)))
 
     async with model as endpoint, asyncio.TaskGroup() as group:
         sampler = strategy(endpoint, how)
@@ -179,8 +178,7 @@ async def _ask(
 
 
 async def _judged(task: Task, question: Question, how: Sampling, reply: Reply, index: int, number: int) -> EvalSample:
-    completion, tree = reply.completion, None
-    choice = completion.choices[index]
+    choice, tree = reply.choices[index], None
     verdict = await task.judge_async(question, choice.text, choice.finish_reason)
     lenient = verdict
     # A free text has one extraction, and where the strict one finds an answer the lenient one finds the same.
@@ -194,7 +192,7 @@ async def _judged(task: Task, question: Question, how: Sampling, reply: Reply, i
     said = json.dumps(how.conversation(task, question), ensure_ascii=False)
     return EvalSample(
         task.name, question.id, choice.text, choice.finish_reason, choice.tokens,
-        completion.prompt_tokens if index == 0 else 0, verdict.kind, verdict.answer, question.gold, question.turn,
+        reply.prompt_tokens if index == 0 else 0, verdict.kind, verdict.answer, question.gold, question.turn,
         number, lenient.kind, verdict.detail, question.family, hashlib.sha256(said.encode()).hexdigest(),
         how.max_tokens, how.temperature, how.top_p, reply.decoding, tree,
     )  # fmt: skip
@@ -260,9 +258,15 @@ def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Ques
     """The most tokens that a question's last turn can take, prompt and reply, when every reply is `max_tokens` long."""
     from cotree.llm.chat import render
 
-    turns, following = 1, question.follow_up("")
-    while following is not None:
-        turns, question, following = turns + 1, following, following.follow_up("")
+    *earlier, last = turns_of(question)
     # The server may add a token of beginning.
-    prompt = render(tokenizer, how.conversation(task, question))
-    return token_counter(tokenizer)(prompt) + turns * how.max_tokens + 1
+    prompt = render(tokenizer, how.conversation(task, last))
+    return token_counter(tokenizer)(prompt) + (len(earlier) + 1) * how.max_tokens + 1
+
+
+def turns_of(question: Question) -> Iterator[Question]:
+    """A question and its later turns, as if nothing had been replied between them."""
+    following: Question | None = question
+    while following is not None:
+        yield following
+        following = following.follow_up("")

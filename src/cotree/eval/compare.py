@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 
 from cotree.errors import UsageError
-from cotree.eval.journal import JOURNAL, EvalSample, read_samples
-from cotree.eval.metrics import bootstrap_interval
+from cotree.eval.journal import JOURNAL, SAMPLES_ARE, EvalSample, by_part, read_samples
+from cotree.eval.metrics import Z_POWER, Z, bootstrap_interval
 
 _DRAWS = 10_000
 Answered = Mapping[str, Sequence[EvalSample]]  # by a question's id
@@ -44,15 +44,16 @@ class Difference:
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        moved = {True: list[str](), False: list[str]()}
+        gained, lost = list[str](), list[str]()
         for id_, (before, after) in self.changed.items():
-            moved[after > before].append(id_ if abs(after - before) == 1 else f"{id_} ({before:.2f} -> {after:.2f})")
+            moved = id_ if abs(after - before) == 1 else f"{id_} ({before:.2f} -> {after:.2f})"
+            (gained if after > before else lost).append(moved)
         least = f"{100 * self.detectable:.1f} points or more" if self.detectable <= 1 else "no difference"
         return [
             f"{self.part}: {100 * self.first:.1f}% -> {100 * self.second:.1f}% of {self.n} questions, "
             f"{100 * self.difference:+.1f} points (95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f}), "
             f"p = {self.p_value:.3g} ({self.test}); {least} can be expected to show",
-            *(f"  {word} {len(moved[up])}: {', '.join(moved[up])}" for word, up in (("gained", True), ("lost", False))),
+            *(f"  {word} {len(ids)}: {', '.join(ids)}" for word, ids in (("gained", gained), ("lost", lost)) if ids),
         ]
 
 
@@ -69,16 +70,12 @@ def compare(first: Path, second: Path) -> list[Difference]:
     ]
 
 
-def _read(path: Path) -> dict[str, dict[str, list[EvalSample]]]:
-    """Samples by part and question."""
+def _read(path: Path) -> Mapping[str, Answered]:
     journal = path / JOURNAL if path.is_dir() else path
     samples = read_samples(journal)
     if not samples:
-        raise UsageError(f"no samples at {journal}; give a folder of `cotree eval`, or a run's eval/samples_NAME.jsonl")
-    found: dict[str, dict[str, list[EvalSample]]] = {}
-    for sample in samples:
-        found.setdefault(sample.part, {}).setdefault(sample.id, []).append(sample)
-    return found
+        raise UsageError(f"no samples at {journal}; {SAMPLES_ARE}")
+    return by_part(samples)
 
 
 def compare_answers(part: str, first: Answered, second: Answered, names: Sequence[str]) -> Difference:
@@ -88,9 +85,10 @@ def compare_answers(part: str, first: Answered, second: Answered, names: Sequenc
         fix = "evaluate both on the same questions"
         raise UsageError(f"{lacks} lacks question `{only[0]}` of {part} that {has} has ({len(only)} differ); {fix}")
     for id_, found in first.items():
-        for what, ours, theirs in zip(_SETTINGS, _settings(found), _settings(second[id_]), strict=True):
-            if ours != theirs:
-                said = f"{part}, question `{id_}`: {names[0]} has {what} {ours}, {names[1]} has {theirs}"
+        theirs = _settings(second[id_])
+        for what, ours in _settings(found).items():
+            if ours != theirs[what]:
+                said = f"{part}, question `{id_}`: {names[0]} has {what} {ours}, {names[1]} has {theirs[what]}"
                 raise UsageError(f"{said}; evaluate both alike")
     decoded = [next(iter(side.values()))[0].decoding or "plain" for side in (first, second)]
     if decoded[0] != decoded[1]:
@@ -106,7 +104,7 @@ def compare_answers(part: str, first: Answered, second: Answered, names: Sequenc
         low, high = min(low, least), max(high, most)
     before, after = (fmean(side) for side in zip(*pairs.values(), strict=True))
     changed = {id_: pair for id_, pair in pairs.items() if pair[0] != pair[1]}
-    detectable = (high - low) / 2 * (1 + NormalDist().inv_cdf(0.8) / NormalDist().inv_cdf(0.975))
+    detectable = (high - low) / 2 * (1 + Z_POWER / Z)
     detectable = max(detectable, 6 / len(pairs))  # fewer changes are never significant, be they all one way
     return Difference(part, len(pairs), before, after, after - before, low, high, test, p_value, changed, detectable)
 
@@ -115,13 +113,10 @@ def _score(samples: Sequence[EvalSample]) -> float:
     return fmean(sample.kind == "correct" for sample in samples)
 
 
-_SETTINGS = ("samples", "max_tokens", "temperature", "top_p", "prompt")
-
-
-def _settings(samples: Sequence[EvalSample]) -> tuple[object, ...]:
-    one = samples[0]
-    # Later turns hold the models' own replies.
-    return len(samples), one.max_tokens, one.temperature, one.top_p, "" if one.turn else one.prompt_hash[:12]
+def _settings(samples: Sequence[EvalSample]) -> dict[str, object]:
+    """How a question was asked; later turns hold the models' own replies."""
+    found = {name: getattr(samples[0], name) for name in ("max_tokens", "temperature", "top_p")}
+    return {"samples": len(samples), **found, "prompt": "" if samples[0].turn else samples[0].prompt_hash[:12]}
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -155,5 +150,5 @@ def paired_interval(changes: Sequence[float]) -> tuple[float, float]:
     gain, a loss and two more questions; so it has a width where nothing changed.
     """
     n, total = len(changes) + 2, sum(changes)
-    spread = math.sqrt(sum(c * c for c in changes) + 1 - total * total / n) / n * NormalDist().inv_cdf(0.975)
+    spread = math.sqrt(sum(c * c for c in changes) + 1 - total * total / n) / n * Z
     return max(total / n - spread, -1.0), min(total / n + spread, 1.0)

@@ -11,19 +11,19 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from cotree.config import GGUFType, Model
 from cotree.errors import UsageError, spoken_for
 from cotree.eval.asking import (
     Asked,
-    Sampler,
     Sampling,
+    Strategy,
     ask,
     check_distinct,
     check_lengths,
@@ -31,17 +31,19 @@ from cotree.eval.asking import (
     opened_server,
     plain,
 )
-from cotree.eval.followed import instruction_scores
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.eval.outcome import constant_baselines, outcomes
-from cotree.eval.results import Evaluation, write_results
-from cotree.eval.searching import search_of, searched
+from cotree.eval.outcome import constant_baselines, instruction_scores, outcomes
+from cotree.eval.results import Evaluation, text_hash, write_results
+from cotree.eval.searching import searched
 from cotree.llm.embedded import at_type, cache_folder, locate
 from cotree.llm.endpoints import Endpoint, check_servers
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.progress import Output
 from cotree.run_folder import read_json, write_json
 from cotree.tasks import task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def evaluate(
@@ -92,8 +94,6 @@ def evaluate(
     """
     if samples > 1 and temperature == 0:
         raise UsageError("greedy samples are all alike: several samples need a temperature, e.g. --temperature 0.8")
-    if not model:
-        raise UsageError("name a model: a server's URL, a .gguf, a transformers folder or an embedded name")
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p {top_p} keeps no token, or more than all; give one above 0 and up to 1")
     if gguf is not None and gguf not in get_args(GGUFType):
@@ -105,15 +105,14 @@ def evaluate(
     settings: dict[str, Any] = {
         "model": model, "max_tokens": max_tokens, "samples": samples, "temperature": temperature, "top_p": top_p,
         "seed": seed, "tasks": {t.name: t.prompt_version for t, _ in questions}, "available": available,
-        "questions": _hash(json.dumps([asdict(q) for _, q in questions], sort_keys=True, default=str)),
+        "questions": text_hash(json.dumps([asdict(q) for _, q in questions], sort_keys=True, default=str)),
         "data": str(data or ""), "family": family, "limit": limit, "gguf": gguf, "weights": None, "template": None,
         "served": served, "chat": chat, "strategy": strategy, "value": value, "budget_tokens": budget_tokens,
     }  # fmt: skip
-    sampler: Callable[[Endpoint, Sampling], Sampler] = plain
+    sampler: Strategy = plain
     widest = 1
     if strategy is not None:
-        search = search_of(how, budget_tokens, value)
-        sampler, widest = searched(strategy, value, search, questions), search.widest
+        sampler, widest = searched(strategy, value, budget_tokens, how, questions)
     elif value is not None or budget_tokens is not None:
         raise UsageError("--value and --budget-tokens go with a --strategy")
     reached: AbstractAsyncContextManager[Endpoint]
@@ -126,14 +125,14 @@ def evaluate(
         )  # fmt: skip
         asyncio.run(check_servers({"model": server}))
         if tokenizer is not None and not chat:
-            settings["template"] = _hash(load_tokenizer(tokenizer, chats=False).chat_template)
+            settings["template"] = _template(load_tokenizer(tokenizer, chats=False))
         name, reached = name or served, opened_server(server)
     else:
         if chat or api_key_env:
             raise UsageError("--chat and --api-key-env are for servers; an embedded model continues text exactly")
         file = _local(model, base, cast(GGUFType | None, gguf))
         reading = load_tokenizer(tokenizer or file, chats=False)
-        settings |= {"weights": _sha256(file), "template": _hash(reading.chat_template)}
+        settings |= {"weights": _sha256(file), "template": _template(reading)}
         check_lengths(file, reading, questions, how, model)
         name, reached = name or Path(model).stem, embedded(file, reading, questions, how, widest)
     folder = out or Path("runs") / "evals" / re.sub(r"[^\w.-]+", "_", name)
@@ -145,7 +144,7 @@ def evaluate(
         found = ask(reached, questions, journal, how, strategy=sampler, on_sample=update)
     seconds = time.monotonic() - started
     new = sum(sample.tokens for sample in found) - before
-    output.say(f"{len(found)} samples; {new} new tokens in {seconds:.1f} s, {new / seconds:.0f} tokens/s")
+    output.say(f"samples: {len(found)}; {new} new tokens in {seconds:.1f} s, {new / seconds:.0f} tokens/s")
     evaluation = Evaluation(
         name, outcomes(questions, found), instruction_scores(questions, found), constant_baselines(questions)
     )
@@ -179,13 +178,12 @@ def _questions(
 
 def _local(model: str, base: str, kind: GGUFType | None) -> Path:
     """The GGUF to serve."""
-    path, wanted = Path(model), kind or "Q8_0"
+    path = Path(model)
     if path.is_dir():
-        return _exported(path, locate(base), wanted)
+        return _exported(path, locate(base), kind or "Q8_0")
     if path.parent != Path(".") and ":" not in model and not path.is_file():
         raise UsageError(f"nothing at {model}; give a server's URL, a .gguf, a transformers folder or an embedded name")
-    found = locate(model)
-    return found if kind is None and path.is_file() else at_type(found, wanted)
+    return path if kind is None and path.is_file() else at_type(locate(model), kind or "Q8_0")
 
 
 def _exported(folder: Path, base: Path, kind: GGUFType) -> Path:
@@ -194,8 +192,10 @@ def _exported(folder: Path, base: Path, kind: GGUFType) -> Path:
 
     for needed in ("config.json", "model.safetensors"):
         if not (folder / needed).is_file():
-            raise UsageError(f"{folder} has no {needed}: it is no transformers folder with its weights in one file")
-    weights = hashlib.sha256(f"{_sha256(folder / 'model.safetensors')} {_sha256(base)}".encode()).hexdigest()
+            inner = folder / "model"
+            fix = f"give {inner}" if inner.is_dir() else "give a transformers folder with its weights in one file"
+            raise UsageError(f"{folder} has no {needed}; {fix}")
+    weights = text_hash(f"{_sha256(folder / 'model.safetensors')} {_sha256(base)}")
     file = cache_folder() / f"{folder.name}-{weights[:12]}-{kind}.gguf"
     if not file.is_file():
         try:
@@ -227,5 +227,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash(what: object) -> str | None:
-    return hashlib.sha256(str(what).encode()).hexdigest() if what else None
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return text_hash(str(tokenizer.chat_template)) if tokenizer.chat_template else None

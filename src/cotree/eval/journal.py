@@ -8,17 +8,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cotree.errors import CotreeError, UsageError
-from cotree.eval.diagnosis import diagnose
-from cotree.eval.metrics import Sample
 from cotree.tasks.base import VerdictKind
 
 JOURNAL = "journal.jsonl"  # in the folder of an evaluation
+SAMPLES_ARE = "give a folder of `cotree eval`, or a run's eval/samples_NAME.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +57,41 @@ class EvalSample:
         row has the same number of samples for every question."""
         return f"{self.task}, turn {self.turn + 1}" if self.turn else self.task
 
-    def judged(self) -> Sample:
-        """As the metrics take it."""
-        loop = (
-            self.kind == "no_answer" and diagnose(self.response, finish_reason=self.finish_reason, answered=False).loop
-        )
-        return Sample(self.kind, self.tokens, self.finish_reason, self.answer, loop)
-
 
 def read_samples(path: Path) -> list[EvalSample]:
-    """The samples of a journal; a last line that a kill cut in half is none.
+    """The samples of a journal.
 
     Raises:
         UsageError: it is another file.
     """
-    if not path.is_file():
-        return []
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
     try:
-        return [EvalSample(**json.loads(line)) for line in whole.split(b"\n") if line]
+        return [EvalSample(**line) for line in read_lines(path)]
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{path} holds no samples of an evaluation ({error})") from None
+        raise UsageError(f"{path} holds no samples of an evaluation ({error}); {SAMPLES_ARE}") from None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """What JSON lines hold, nothing where there is no file; a last line that a kill cut in half is none.
+
+    Raises:
+        ValueError: another line is no JSON; its number is named.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: no JSON: {error}") from None
+    return found
+
+
+def by_part(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[EvalSample]]]:
+    """The samples of each row of the table, by question."""
+    found: dict[str, dict[str, list[EvalSample]]] = {}
+    for sample in samples:
+        found.setdefault(sample.part, {}).setdefault(sample.id, []).append(sample)
+    return found
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The numbers of an evaluation table, as pure functions of judged samples.
+"""The statistics of an evaluation, as pure functions of counts and shares.
 
-Invariant: the three verdict kinds are never folded (a missing answer is not a wrong one), all ratios are fractions in
-[0, 1] of *all* samples unless their name says otherwise, and an interval comes with every accuracy.
+Invariant: shares are fractions in [0, 1], an interval is of 95% and never without a width, and what is not defined
+raises ValueError.
 """
 
 from __future__ import annotations
@@ -9,81 +9,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal, TypedDict
 
 FEWEST_TREES = 4
+Z = NormalDist().inv_cdf(0.975)
+Z_POWER = NormalDist().inv_cdf(0.8)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One judged completion: the verdict's kind, its generated tokens, why the server stopped ("length": cut), the
-    answer that was extracted, and whether a text without one is a loop (`diagnosis`)."""
-
-    kind: Literal["correct", "wrong", "no_answer"]
-    tokens: int
-    finish_reason: str
-    answer: str | None = None
-    loop: bool = False
-
-
-class Metrics(TypedDict):
-    """One row of the table; fractions in [0, 1]. `accuracy_answered` is None when no sample has an answer.
-
-    `commonest` is the answer given most often and `commonest_share` its share of the samples with an answer: near 1, a
-    model has learnt a constant. None without answers.
-    """
-
-    n: int
-    accuracy: float
-    low: float
-    high: float
-    no_answer: float
-    loop: float
-    truncated: float
-    finished_without_answer: float
-    accuracy_answered: float | None
-    mean_tokens: float
-    commonest: str | None
-    commonest_share: float | None
-
-
-def summarize(samples: Sequence[Sample]) -> Metrics:
-    """The table row of greedy samples, one a question (paper, Experiments: accuracy and ratio of no-answer outputs).
-
-    `low` and `high` are the 95% Wilson interval of `accuracy`. `no_answer` is `loop` (no answer, and the text repeats
-    itself) plus `truncated` (no loop, cut by max_tokens) plus `finished_without_answer`. Raises ValueError for no
-    samples.
-    """
-    if not samples:
-        raise ValueError("no samples to summarize")
-    n = len(samples)
-    kinds = Counter(sample.kind for sample in samples)
-    loops = sum(sample.kind == "no_answer" and sample.loop for sample in samples)
-    cut = sum(s.kind == "no_answer" and s.finish_reason == "length" and not s.loop for s in samples)
-    low, high = wilson(kinds["correct"], n)
-    answered = n - kinds["no_answer"]
-    answers = [sample.answer for sample in samples if sample.answer is not None]
-    commonest, share = constant_baseline(answers) if answers else (None, None)
-    return Metrics(
-        n=n,
-        accuracy=kinds["correct"] / n,
-        low=low,
-        high=high,
-        no_answer=kinds["no_answer"] / n,
-        loop=loops / n,
-        truncated=cut / n,
-        finished_without_answer=(kinds["no_answer"] - cut - loops) / n,
-        accuracy_answered=kinds["correct"] / answered if answered else None,
-        mean_tokens=sum(sample.tokens for sample in samples) / n,
-        commonest=commonest,
-        commonest_share=share,
-    )
-
-
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927), without continuity correction.
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion (Wilson 1927), without continuity correction.
 
     The successes of questions that were sampled several times are the sum of their shares.
 
@@ -92,13 +26,10 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n} is no proportion")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence} is not between 0 and 1")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
     p = successes / n
-    center = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
+    center = p + Z * Z / (2 * n)
+    spread = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    scale = 1 + Z * Z / n
     # At the ends the formula is exactly 0 or 1 up to rounding.
     low = 0.0 if successes == 0 else (center - spread) / scale
     high = 1.0 if successes == n else (center + spread) / scale
@@ -131,48 +62,32 @@ def bootstrap_interval(values: Sequence[float], *, draws: int = 2_000, seed: int
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of "one of k samples is correct" from n samples with c correct (Chen et al. 2021).
 
-    1 - C(n-c, k) / C(n, k): the share of k-subsets of the n samples that hold a correct one. The paper's Test@k.
-
-    Raises:
-        TypeError: for a tree, whose answers share thoughts and are no independent samples.
+    1 - C(n-c, k) / C(n, k): the share of k-subsets of the n samples that hold a correct one. The paper's Test@k. The
+    samples are independent; the answers of one tree share thoughts and are not (`tree_test_at_k`).
     """
-    if isinstance(n, TreeAnswers):
-        raise TypeError("pass@k needs independent samples and a tree's leaves are none: use tree_test_at_k")
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} is not defined for {c} correct of {n} samples")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-@dataclass(frozen=True, slots=True)
-class TreeAnswers:
-    """Whether each chain of one tree is correct, in the order in which they ended; one without an answer is not."""
-
-    correct: Sequence[bool]
-
-
-def tree_test_at_k(trees: Sequence[TreeAnswers], k: int) -> float:
+def tree_test_at_k(trees: Sequence[Sequence[bool]], k: int) -> float:
     """Test@k of search on one question: the share of its trees with a correct one among their first k chains.
 
-    A tree is one draw, so the mean is over whole trees, each grown with a seed of its own; one of fewer than k chains
-    counts with those.
-
-    Raises:
-        ValueError: fewer than four trees, or k < 1.
+    A tree is whether each of its chains is correct, in the order in which they ended. It is one draw, so the mean is
+    over whole trees, each grown with a seed of its own; one of fewer than k chains counts with those.
     """
     if len(trees) < FEWEST_TREES or k < 1:
         raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {FEWEST_TREES} trees")
-    return sum(any(tree.correct[:k]) for tree in trees) / len(trees)
+    return sum(any(tree[:k]) for tree in trees) / len(trees)
 
 
-def minimum_detectable_difference(
-    n: int, accuracy: float, *, confidence: float = 0.95, power: float = 0.8
-) -> float | None:
-    """The smallest difference that comparing two rows of n questions finds with probability `power`.
+def minimum_detectable_difference(n: int, accuracy: float, *, z_power: float = Z_POWER) -> float | None:
+    """The smallest difference that comparing two rows of n questions finds with probability 0.8.
 
     The two-sided two-proportion z-test (Fleiss; the formula of R's `power.prop.test`), solved for d = q - p with
     p = `accuracy` and m = (p + q) / 2:
 
-        d = z((1 + confidence) / 2)·sqrt(2·m(1-m)/n) + z(power)·sqrt((p(1-p) + q(1-q))/n)
+        d = z(0.975)·sqrt(2·m(1-m)/n) + z(0.8)·sqrt((p(1-p) + q(1-q))/n)
 
     q lies on the side of 1/2, where the variance is larger, so the answer holds for both directions. Rows over the
     same questions are paired, which this leaves out: the true figure is usually a little smaller. None when n is too
@@ -181,13 +96,11 @@ def minimum_detectable_difference(
     if n < 1 or not 0 <= accuracy <= 1:
         raise ValueError(f"no difference is defined for accuracy {accuracy} of {n} questions")
     p = min(accuracy, 1 - accuracy)
-    z_test = NormalDist().inv_cdf((1 + confidence) / 2)
-    z_power = NormalDist().inv_cdf(power)
 
     def missing(d: float) -> float:
         q = p + d
         m = (p + q) / 2
-        return z_test * math.sqrt(2 * m * (1 - m) / n) + z_power * math.sqrt((p * (1 - p) + q * (1 - q)) / n) - d
+        return Z * math.sqrt(2 * m * (1 - m) / n) + z_power * math.sqrt((p * (1 - p) + q * (1 - q)) / n) - d
 
     # `missing` is concave and not negative at 0, so it crosses zero once, from above.
     low, high = 0.0, 1 - p
@@ -202,10 +115,7 @@ def minimum_detectable_difference(
 def constant_baseline(golds: Sequence[str]) -> tuple[str, float]:
     """The best constant answer and its accuracy: what a model gets that ignores the question.
 
-    Ties go to the answer that sorts first, so the same golds give the same answer in any order. Raises ValueError for
-    no golds.
+    Ties go to the answer that sorts first, so the same golds give the same answer in any order.
     """
-    if not golds:
-        raise ValueError("no golds to find a constant answer for")
     answer, count = min(Counter(golds).items(), key=lambda item: (-item[1], item[0]))
     return answer, count / len(golds)

@@ -32,7 +32,7 @@ _NO_ANSWER = "[invalid]"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model's numbers: `rows` as `outcome.outcomes`, `instructions` as `followed.instruction_scores`."""
+    """One model's numbers: `rows` as `outcome.outcomes`, `instructions` as `outcome.instruction_scores`."""
 
     model: str
     rows: Sequence[Mapping[str, Any]]
@@ -65,7 +65,7 @@ def write_results(
         parts[part] = {
             "results": _metrics(part, found, evaluation), "group_subtasks": [], "configs": _config(part, task, how),
             "versions": task.prompt_version, "n-shot": 0, "higher_is_better": {"exact_match": True},
-            "n-samples": known, "task_hashes": _hash(hashes),
+            "n-samples": known, "task_hashes": text_hash(hashes),
         }  # fmt: skip
     content = {
         **{key: {part: about[key] for part, about in parts.items()} for key in next(iter(parts.values()))},
@@ -163,9 +163,9 @@ def _row(
         "filtered_resps": [found[0] if len(found) == 1 else found for found in answers],
         "filter": name,
         "metrics": ["exact_match"],
-        "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
-        "prompt_hash": _hash(prompts[0]),
-        "target_hash": _hash(question.gold),
+        "doc_hash": text_hash(json.dumps(doc, indent=2, ensure_ascii=False)),
+        "prompt_hash": text_hash(prompts[0]),
+        "target_hash": text_hash(question.gold),
         "exact_match": fmean(kind == "correct" for kind in kinds),
         "cotree": {
             "verdicts": kinds,
@@ -192,7 +192,6 @@ def _metrics(part: str, rows: Sequence[Mapping[str, Any]], evaluation: Evaluatio
 
 
 def _config(part: str, task: Task, how: Sampling) -> dict[str, Any]:
-    filters = [] if task.answer_form == "text" else [{"name": name, "filter": []} for name in _FILTERS]
     return {
         "task": part,
         "dataset_path": None if task.source is None else task.source.hub,
@@ -201,7 +200,6 @@ def _config(part: str, task: Task, how: Sampling) -> dict[str, Any]:
         "repeats": how.samples,
         "generation_kwargs": _arguments(how),
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        **({"filter_list": filters} if filters else {}),
         "metadata": {"version": task.prompt_version},
     }
 
@@ -216,5 +214,6 @@ def _slug(part: str) -> str:
     return re.sub(r"\W+", "_", part)
 
 
-def _hash(text: str) -> str:
+def text_hash(text: str) -> str:
+    """The sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

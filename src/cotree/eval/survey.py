@@ -15,7 +15,7 @@ from typing import Any
 from cotree.data.files import read_rows
 from cotree.data.gates import main_script
 from cotree.errors import UsageError
-from cotree.eval.diagnosis import Diagnosis, diagnose
+from cotree.eval.diagnosis import diagnose
 from cotree.eval.journal import JOURNAL
 from cotree.llm.wire import one_line
 from cotree.tasks.loading import HUB_ID
@@ -37,7 +37,7 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
         UsageError: there is nothing of that name, or a row has no text.
     """
     counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    worst: list[tuple[int, float, int, str, Diagnosis, str]] = []
+    worst: list[tuple[int, float, int, str, str, str]] = []
     for index, (file, number, row) in enumerate(_rows(where)):
         text = _text(row, field, f"{where}: row {number}")
         found = diagnose(text, finish_reason=str(row.get("finish_reason") or "stop"), answered=_answered(row))
@@ -46,11 +46,12 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
             source = f"{file}: {source}"
         group = counts[source, str(row.get("language") or main_script(text))]
         group.update(["rows"], characters=len(text))
-        group.update(flag for flag in _FLAGS if getattr(found, flag))
-        badness = (sum(getattr(found, flag) for flag in _FLAGS), found.evidence["duplicate_4grams"], -index)
+        flags = [flag for flag in _FLAGS if getattr(found, flag)]
+        group.update(flags)
         id_ = next((row[name] for name in _IDS if row.get(name) is not None), None)
         named = f"{file}, row {number}" + (f", {one_line(str(id_))}" if id_ is not None else "")
-        heapq.heappush(worst, (*badness, named, found, text))
+        badness = (len(flags), found.evidence["duplicate_4grams"], -index)
+        heapq.heappush(worst, (*badness, named, ", ".join(flags), text))
         if len(worst) > shown:
             heapq.heappop(worst)
     yield f"{'source':30} {'language':8} {'rows':>6} {'characters':>10} " + " ".join(f"{flag:>19}" for flag in _FLAGS)
@@ -58,10 +59,9 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
         shares = " ".join(f"{n[flag]:>10} ({n[flag] / n['rows']:6.1%})" for flag in _FLAGS)
         said = f"{one_line(source)[:30]:30} {one_line(language):8}"
         yield f"{said} {n['rows']:>6} {n['characters'] / n['rows']:>10.0f} {shares}"
-    for flags, *_, named, found, text in sorted(worst, key=lambda entry: entry[:3], reverse=True):
-        if flags:
-            which = ", ".join(flag for flag in _FLAGS if getattr(found, flag))
-            yield f"\n{named}: {which}; {len(text)} characters, ends: ...{text[-160:]!r}"
+    for *_, named, flagged, text in sorted(worst, reverse=True):
+        if flagged:
+            yield f"\n{named}: {flagged}; {len(text)} characters, ends: ...{text[-160:]!r}"
 
 
 def _rows(where: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -92,7 +92,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, int, dict[s
     """lm-eval has all samples of a question in one row, and that row once for each filter."""
     first = None
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("resps"), list):
+        if not isinstance(row.get("resps"), list):
             yield name, number, row
             continue
         first = row.get("filter") if first is None else first
@@ -108,7 +108,7 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, int, dict[s
 
 def _text(row: dict[str, Any], field: str | None, where: str) -> str:
     names = (field,) if field is not None else (*_TEXTS, "messages", "conversations")
-    value = next((row[name] for name in names if row.get(name) is not None), None) if isinstance(row, dict) else None
+    value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content", value[-1].get("value"))
     if not isinstance(value, str):

@@ -13,7 +13,7 @@ from typing import Any
 from cotree.errors import UsageError
 from cotree.eval.results import Evaluation
 from cotree.llm.wire import one_line
-from cotree.report.format import ABSENT, number, paper_form, percent
+from cotree.report.format import ABSENT, group_name, number, paper_form, percent
 
 _WORDS = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
 _LATEX = str.maketrans(
@@ -53,7 +53,7 @@ def _cells(evaluation: Evaluation) -> dict[str, str]:
         for row in evaluation.rows
         if row["task"].partition(", turn ")[0] not in followed
     }
-    return cells | {name: paper_form(s["average"], s["no_answer"]) for name, s in groups.items() if "no_answer" in s}
+    return cells | {name: paper_form(s["average"], s["no_answer"]) for name, s in groups.items()}
 
 
 def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -62,40 +62,37 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
     for evaluation in evaluations:
         for row in evaluation.rows:
             lines.append(f"{evaluation.model}, {row['task']}: {_told(row)}")
-            for family, found in row.get("families", {}).items():
+            for family, found in row["families"].items():
                 best = f", {percent(found['optimal'])}% of the correct plans optimal" if "optimal" in found else ""
                 cell = paper_form(found["accuracy"], found["no_answer"])
                 lines.append(f"{evaluation.model}, {row['task']}, {family}: {cell} of {found['n']}{best}")
         for s in evaluation.instructions:
             shares = (percent(s[f"{of}_{how}"]) for of in ("prompt", "instruction") for how in ("strict", "loose"))
-            turn = f", turn {s['turn']}" if s["turn"] else ""
             told = "followed, strict / loose: prompts {} / {}, instructions {} / {}".format(*shares)
-            lines.append(f"{evaluation.model}, {s['task']} {s['group']}{turn}: {told}")
+            lines.append(f"{evaluation.model}, {group_name(s)}: {told}")
     constant = {(b["task"], b["answer"], b["accuracy"]) for e in evaluations for b in e.baselines}
     return lines + [f"{task}: always “{answer}” scores {percent(share)}" for task, answer, share in sorted(constant)]
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    """One row in words. A summary of an older run lacks the later numbers."""
-    several = row.get("samples", 1) > 1
-    decoding = row.get("decoding", "")
-    asked = f"{row['samples']} samples each" if several else "greedy" if not row.get("temperature") else "1 sample each"
-    at = f" at temperature {row['temperature']:g}" if row.get("temperature") else ""
-    at += f", top_p {row['top_p']:g}" if row.get("top_p", 1) < 1 else ""
-    at += f", {decoding}" if decoding else ""
-    parts = [f"{percent(row['accuracy'])} [{percent(row['low'])}–{percent(row['high'])}] of {row['n']}, {asked}{at}"]
-    if row.get("lenient") is not None:
-        parts.append(f"lenient {percent(row['lenient'])}")
+    """One row in words."""
+    samples, temperature, decoding = row["samples"], row["temperature"], row["decoding"]
+    asked = f"{samples} sample{'s' if samples > 1 else ''} each at temperature {temperature:g}"
+    asked = asked if temperature else "greedy"
+    asked += f", top_p {row['top_p']:g}" if row["top_p"] < 1 else ""
+    asked += f", {decoding}" if decoding else ""
+    parts = [f"{_with_interval([row['accuracy'], row['low'], row['high']])} of {row['n']}, {asked}"]
+    parts.append(f"lenient {percent(row['lenient'])}")
     of = " of a tree" if decoding.startswith("mcts") else ""
-    parts += [f"Test@{k}{of} {_with_interval(share)}" for k, share in row.get("test_at", {}).items()]
-    if row.get("majority") is not None:
-        parts.append(f"maj@{row['samples']} {_with_interval(row['majority'])}")
-    split = (percent(row.get(name)) for name in ("loop", "truncated", "finished_without_answer"))
+    parts += [f"Test@{k}{of} {_with_interval(share)}" for k, share in row["test_at"].items()]
+    if row["majority"] is not None:
+        parts.append(f"maj@{samples} {_with_interval(row['majority'])}")
+    split = (percent(row[name]) for name in ("loop", "truncated", "finished_without_answer"))
     parts.append("no answer {}% = loop {} + cut off {} + finished {}".format(percent(row["no_answer"]), *split))
-    tokens = "/".join(str(row[name]) for name in ("tokens_p50", "tokens_p90", "tokens_p99") if name in row)
-    parts.append(f"{number(float(row['mean_tokens']))} tokens{f' (p50/p90/p99 {tokens})' if tokens else ''}")
+    tokens = "/".join(str(row[name]) for name in ("tokens_p50", "tokens_p90", "tokens_p99"))
+    parts.append(f"{number(float(row['mean_tokens']))} tokens (p50/p90/p99 {tokens})")
     parts.append(f"max_tokens {row['max_tokens']}")
-    if row.get("detectable") is not None:
+    if row["detectable"] is not None:
         parts.append(f"differences below {percent(row['detectable'])} points cannot be expected to show")
     return "; ".join(parts)
 

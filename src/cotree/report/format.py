@@ -5,7 +5,8 @@ Invariant: files hold fractions, people read percents; a number that is absent r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cotree.report.summary import EvalRow
 
@@ -26,6 +27,11 @@ def paper_form(accuracy: float, no_answer: float) -> str:
     """A cell of the paper's tables, "87.4 (0.23%)": accuracy, and the ratio of no-answer outputs in parentheses."""
     ratio = f"{100 * no_answer:.2f}".rstrip("0").rstrip(".")
     return f"{percent(accuracy)} ({ratio}%)"
+
+
+def group_name(score: Mapping[str, Any]) -> str:
+    """Whose instructions were followed: "multi_if IF(En), turn 2"; without a turn it is the mean of all."""
+    return f"{score['task']} {score['group']}" + (f", turn {score['turn']}" if score["turn"] else "")
 
 
 def number(value: float | None) -> str:

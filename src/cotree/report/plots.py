@@ -1,4 +1,4 @@
-"""The report's drawings: training curves by matplotlib, and the small interval plot in a table's row.
+"""The report's training curves, drawn by matplotlib.
 
 Invariant: a drawing is one <svg> element without scripts, links or colours of its own; colours are CSS variables of the
 page, so light, dark and print need one drawing. Labels are ours, never a model's text.
@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from cotree.report.summary import EvalRow, LogLine
+from cotree.report.summary import LogLine
 
 # matplotlib wants colours, the page wants variables: these stand for each other.
 COLORS = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
 SERIES = {"#0a0a01": "var(--c1)", "#0a0a02": "var(--c2)"}
 MAX_POINTS = 300
-WIDTH = 180
-TICKS = (0, 0.25, 0.5, 0.75, 1)
 
 
 @dataclass(frozen=True)
@@ -55,36 +53,6 @@ def training_figures(logs: Mapping[str, Sequence[LogLine]]) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def interval_plot(row: EvalRow, constant: float | None, *, accent: bool) -> str:
-    """Accuracy as a dot on its 95% interval, on a scale from 0 to 100%; the constant answer is a dashed line."""
-    height = 28
-    middle = height / 2
-
-    def upright(fraction: float, style: str) -> str:
-        return f'<line x1="{_x(fraction)}" x2="{_x(fraction)}" y1="0" y2="{height}" {style}/>'
-
-    color = "var(--c1)" if accent else "var(--ink)"
-    grid = "".join(upright(tick, 'stroke="var(--rule)"') for tick in TICKS)
-    if constant is not None:
-        grid += upright(constant, 'stroke="var(--muted)" stroke-dasharray="2 2"')
-    label = f"{100 * row.accuracy:.1f}%, interval {100 * row.low:.1f} to {100 * row.high:.1f}"
-    return (
-        f'<svg width="{WIDTH}" height="{height}" role="img" aria-label="{label}">{grid}'
-        f'<line x1="{_x(row.low)}" x2="{_x(row.high)}" y1="{middle}" y2="{middle}" stroke="{color}" stroke-width="2"/>'
-        f'<circle cx="{_x(row.accuracy)}" cy="{middle}" r="3.5" fill="{color}"/></svg>'
-    )
-
-
-def interval_axis() -> str:
-    """The scale over a column of interval plots, in percent."""
-    labels = "".join(f'<text x="{_x(tick)}" y="8" text-anchor="middle">{100 * tick:.0f}</text>' for tick in TICKS)
-    return f'<svg class="axis" width="{WIDTH}" height="16" aria-hidden="true">{labels}</svg>'
-
-
-def _x(fraction: float) -> str:
-    return f"{6 + fraction * (WIDTH - 12):.1f}"
-
-
 def _curves(
     title: str, series: Sequence[tuple[str, Sequence[LogLine], str]], limits: tuple[float, float] | None = None
 ) -> Figure | None:
@@ -110,11 +78,10 @@ def _curves(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
-        "axes.unicode_minus": True,
         "xtick.major.width": 0.5,
         "ytick.major.size": 0,
     }
-    drawn = [[(line.step, y) for line in log if (y := getattr(line, key)) is not None] for _, log, key in series]
+    drawn = [[(line["step"], y) for line in log if (y := line.get(key)) is not None] for _, log, key in series]
     span = max(1, *(-(-len(points) // MAX_POINTS) for points in drawn))
     keys = []
     with matplotlib.rc_context(style):

@@ -19,31 +19,25 @@ def reading(summary: Summary | Mapping[str, Any]) -> dict[str, list[str]]:
     return {task: _task(summary, task) for task in summary.tasks()}
 
 
-def overlap(a: EvalRow, b: EvalRow) -> bool:
-    """Whether the 95% intervals of two rows share a point."""
-    return a.low <= b.high and b.low <= a.high
-
-
 def _task(summary: Summary, task: str) -> list[str]:
     rows = summary.rows(task)
-    known = [row for row in rows if row.model in MODELS] or rows
-    student = known[-1]
+    student = ([row for row in rows if row.model in MODELS] or rows)[-1]
     others = [row for row in rows if row is not student]
+    above = [row for row in others if student.low > row.high]
+    below = [row for row in others if student.high < row.low]
+    unclear = [row.model for row in others if row not in above and row not in below]
+    named = f"{student.model} at {percent(student.accuracy)}% ({interval(student)})"
     sentences = []
-    for word, group in (
-        ("above", [row for row in others if student.low > row.high]),
-        ("below", [row for row in others if student.high < row.low]),
-    ):
+    for word, group in (("above", above), ("below", below)):
         if group:
             names = listed([f"{row.model} ({percent(row.accuracy)}%)" for row in group])
-            sentences.append(f"{_named(student)} is {word} {names}: the intervals do not overlap.")
-    unclear = [row.model for row in others if overlap(student, row)]
+            sentences.append(f"{named} is {word} {names}: the intervals do not overlap.")
     if unclear:
         verb = "overlaps with that of" if len(unclear) == 1 else "overlaps with those of"
-        start = "Its interval" if sentences else f"{_named(student)}: its interval"
+        start = "Its interval" if sentences else f"{named}: its interval"
         sentences.append(f"{start} {verb} {listed(unclear)}: no claim.")
     if not others:
-        sentences.append(f"{_named(student)} is the only row.")
+        sentences.append(f"{named} is the only row.")
     baseline = summary.baseline(task)
     if baseline:
         place = "lies above" if student.low > baseline.accuracy else "does not lie above"
@@ -54,10 +48,6 @@ def _task(summary: Summary, task: str) -> list[str]:
     if others:
         sentences.append(_resolution(rows))
     return sentences
-
-
-def _named(row: EvalRow) -> str:
-    return f"{row.model} at {percent(row.accuracy)}% ({interval(row)})"
 
 
 def _resolution(rows: list[EvalRow]) -> str:

@@ -1,22 +1,24 @@
 """What the report reads from a run folder, checked.
 
-Invariant: files hold fractions in [0, 1] and raw counts, and a value of the wrong type is an error that names the file
-and the key; an optional key that is absent stays absent (None) and is shown as such, never as 0.
+Invariant: files hold fractions in [0, 1] and raw counts; the rows about which something is claimed are checked, and a
+wrong value is an error that names file and key; what is absent stays absent (None) and is shown as such, never as 0.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotree.errors import UsageError
+from cotree.eval.journal import read_lines
+from cotree.run_folder import read_json
 
 # From this share of one answer on, a row is called constant.
 CONSTANT = 0.9
+# `step`, and whatever was logged of it (`train.trainer`).
+LogLine = dict[str, Any]
 MODELS = ("base", "base+examples", "control", "sft", "dpo")
 
 
@@ -24,14 +26,6 @@ class Part(BaseModel):
     """A part of a run's files. Types are strict ("0.5" is no number); unknown keys belong to others and are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-
-
-class Machine(Part):
-    """Where the run took place: its class, not its name."""
-
-    cpu: str | None = None
-    cores: int | None = None
-    memory_gb: float | None = None
 
 
 class EvalRow(Part):
@@ -62,26 +56,6 @@ class EvalRow(Part):
         return f"{self.model} answers “{self.commonest}” to {share} that it answers"
 
 
-class Instructions(Part):
-    """Which share of prompts and of instructions one model followed (Multi-IF's scores); `turn` None: mean of turns."""
-
-    model: str
-    task: str
-    group: str
-    turn: int | None = None
-    prompts: int = Field(ge=1)
-    prompt_strict: float = Field(ge=0, le=1)
-    instruction_strict: float = Field(ge=0, le=1)
-    prompt_loose: float = Field(ge=0, le=1)
-    instruction_loose: float = Field(ge=0, le=1)
-    average: float = Field(ge=0, le=1)
-
-    @property
-    def name(self) -> str:
-        """The row's name: "multi_if IF(En), turn 2"."""
-        return f"{self.task} {self.group}{f', turn {self.turn}' if self.turn else ''}"
-
-
 class Baseline(Part):
     """The best constant answer of a task: what a model gets that ignores the question."""
 
@@ -90,91 +64,27 @@ class Baseline(Part):
     accuracy: float = Field(ge=0, le=1)
 
 
-class SearchCounts(Part):
-    """What the search found; `answers` splits into `correct`, `wrong` and `no_answer`; `cut` are other thoughts."""
-
-    trees: int | None = None
-    thoughts: int | None = None
-    answers: int | None = None
-    correct: int | None = None
-    wrong: int | None = None
-    no_answer: int | None = None
-    cut: int | None = None
-    questions_with_correct: float | None = None
-    questions_with_both: float | None = None
-    reflections: int | None = None
-    repaired: int | None = None
-    rollouts: int | None = None
-    stopped: dict[str, int] | None = None
-
-
-class ModelCounts(Part):
-    """What one model wrote; `repaired` are its reflections that a correct answer follows."""
-
-    thoughts: int
-    tokens: int
-    reflections: int
-    repaired: int
-
-
-class Worth(Part):
-    """What one method bought with the same generated tokens; shares are (share, low, high) over questions."""
-
-    method: str
-    questions: int
-    correct: list[float]
-    both: list[float]
-    vote: list[float]
-    pairs_per_question: float
-    tokens: int
-    uncached_prompt_tokens: int
-    tokens_per_pair: float | None
-
-
-class Search(SearchCounts):
-    """The counts over all tasks, each task's and each model's own, and the comparison with best-of-n."""
-
-    by_task: dict[str, SearchCounts] = {}
-    by_model: dict[str, ModelCounts] = {}
-    compared: list[Worth] = []
-
-
-class Data(Part):
-    """The training rows; lengths are mean tokens of the completion under the student's tokenizer."""
-
-    sft_rows: int | None = None
-    control_rows: int | None = None
-    dpo_pairs: int | None = None
-    mean_sft_tokens: float | None = None
-    mean_chosen_tokens: float | None = None
-    mean_rejected_tokens: float | None = None
-    mean_prefix_tokens: float | None = None
-
-
-class Tokens(Part):
-    """One stage's tokens: `prompt` evaluated, `cached` (prompt, not evaluated), `completion` generated, `trained`."""
-
-    prompt: int | None = None
-    cached: int | None = None
-    completion: int | None = None
-    trained: int | None = None
-
-
 class Summary(Part):
-    """`summary.json`: every number that a run prints. Sections of stages that have not run are empty."""
+    """`summary.json`: every number that a run prints. Sections of stages that have not run are empty.
+
+    instructions: rows of `outcome.instruction_scores`, each with its model. search: the counts of `search.summary`, and
+    `compared`, rows of `search.baselines`. data: the counts of `data.build`. tokens: by stage those of its prompts
+    (`prompt` evaluated, `cached` not), `completion` (generated) and `trained`.
+    """
 
     name: str
     seed: int
     created: str
+    student: str | None = None
     split: Literal["test", "dev"] | None = None
-    machine: Machine = Machine()
+    machine: dict[str, Any] = {}
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
-    instructions: list[Instructions] = []
-    search: Search = Search()
-    data: Data = Data()
+    instructions: list[dict[str, Any]] = []
+    search: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    tokens: dict[str, Tokens] = {}
+    tokens: dict[str, dict[str, int]] = {}
 
     @property
     def questions(self) -> str:
@@ -195,109 +105,26 @@ class Summary(Part):
         return next((baseline for baseline in self.baselines if baseline.task == task), None)
 
 
-class Manifest(Part):
-    """What the report shows of `manifest.json`: the versions that made the run."""
-
-    versions: dict[str, str] = {}
-    git: str | None = None
-
-
-class Chain(Part):
-    """One chain of thoughts. `verdict` is correct, wrong or no_answer; `kind` says what the chain was used for."""
-
-    text: str
-    verdict: str | None = None
-    kind: str | None = None
-
-
-class SampleTree(Part):
-    """One question with a few of its chains, to be read by people."""
-
-    title: str
-    prompt: str
-    chains: list[Chain]
-
-
-class LogLine(Part):
-    """One line of a trainer's log. `probe_` keys are there where the student was asked, those after them in DPO."""
-
-    step: int
-    total_steps: int | None = None
-    loss: float | None = None
-    learning_rate: float | None = None
-    warning: str | None = None
-    probe_tokens: float | None = None
-    probe_loop: float | None = None
-    probe_no_answer: float | None = None
-    accuracy: float | None = None
-    margin: float | None = None
-    chosen_logps: float | None = None
-    rejected_logps: float | None = None
-    chosen_reward: float | None = None
-    rejected_reward: float | None = None
-
-
 def read_summary(run: Path) -> Summary:
     """`run/summary.json`. Raises UsageError when it is missing or does not fit."""
     path = run / "summary.json"
-    if not path.is_file():
+    content = read_json(path)
+    if content is None:
         raise UsageError(f"{path} does not exist: finish the run first, or name another run folder")
-    return _check(Summary, _load(path), path)
-
-
-def read_manifest(run: Path) -> Manifest:
-    """`run/manifest.json`, empty when there is none. Raises UsageError when it does not fit."""
-    path = run / "manifest.json"
-    return _check(Manifest, _load(path), path) if path.is_file() else Manifest()
-
-
-def read_samples(run: Path) -> list[SampleTree]:
-    """`run/samples.json`, empty when there is none. Raises UsageError when it does not fit."""
-    path = run / "samples.json"
-    if not path.is_file():
-        return []
-    items = _load(path)
-    if not isinstance(items, list):
-        raise UsageError(f"{path}: expected a list of questions with chains")
-    return [_check(SampleTree, item, path) for item in items]
+    try:
+        return Summary.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def read_log(path: Path) -> list[LogLine]:
     """A trainer's `log.jsonl`, one line a step, empty when there is none.
 
-    A resumed training repeats the steps since its last checkpoint: the later line counts. A last line that a kill cut
-    short is left out; any other broken line raises UsageError.
+    A resumed training repeats the steps since its last checkpoint: the later line counts.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    by_step: dict[int, LogLine] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UsageError(f"{path}:{number}: no valid JSON ({error.msg})") from None
-        checked = _check(LogLine, item, path)
-        by_step[checked.step] = checked
+    try:
+        by_step = {line["step"]: line for line in read_lines(path)}
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
     return [by_step[step] for step in sorted(by_step)]
-
-
-P = TypeVar("P", bound=Part)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: no valid JSON ({error})") from None
-
-
-def _check(kind: type[P], data: Mapping[str, Any], path: Path) -> P:
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise UsageError(f"{path}: {key}: {first['msg']}") from None

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cotree.eval.followed import instruction_scores
 from cotree.eval.journal import EvalSample
-from cotree.eval.metrics import summarize
+from cotree.eval.outcome import instruction_scores, outcomes
+from cotree.report.format import group_name
 from cotree.report.html import write_report
-from cotree.report.summary import Instructions
 from cotree.report.table import summary_lines
 from cotree.tasks import task
 
@@ -60,12 +59,10 @@ def test_scores_by_group_and_turn(tmp_path: Path) -> None:
     rows_shown = [{"model": "dpo", **score} for score in scores.values()]
     summary = {"name": "x", "seed": 0, "created": "2026-01-01", "instructions": rows_shown}
     assert "  dpo           multi_if IF(En), turn 2: 50.0 / 50.0, 75.0 / 75.0, 62.5" in summary_lines(summary)
-    judged = summarize([sample.judged() for sample in samples])
-    (tmp_path / "summary.json").write_text(
-        json.dumps(summary | {"eval": [{"model": "dpo", "task": "multi_if", "max_tokens": 9, **judged}]})
-    )
+    rows = [{"model": "dpo", **row} for row in outcomes(questions, samples)]
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"eval": rows}))
     page = write_report(tmp_path).read_text()
-    assert all(Instructions.model_validate(row).name in page for row in rows_shown)
+    assert all(group_name(row) in page for row in rows_shown)
 
 
 def test_tasks_without_instructions_have_no_scores() -> None:
