@@ -79,7 +79,7 @@ def build(
     """Build the datasets of a run from its trees; with other `build.` values and --out, others from the same trees."""
     from cotree.config import load_recipe
     from cotree.data.build import built_lines
-    from cotree.data.files import check_file
+    from cotree.data.kinds import check_file
     from cotree.data.stage import build_beside
     from cotree.pipeline import run as run_recipe
     from cotree.progress import Output

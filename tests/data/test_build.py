@@ -17,8 +17,9 @@ from tests.train.tiny_student import tiny_tokenizer
 from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates, TextForm
 from cotree.data.build import build, build_dpo, build_sft
 from cotree.data.chains import Reading
-from cotree.data.files import COLUMNS, check_file, check_template, read_metadata
+from cotree.data.files import read_metadata
 from cotree.data.gates import foreign_share
+from cotree.data.kinds import COLUMNS, check_file, check_template
 from cotree.errors import CotreeError, UsageError
 from cotree.store import StoredTree, TreeStore
 from cotree.train.encode import encode_chains, encode_dpo, template_hash

@@ -23,7 +23,8 @@ from cotree.data.build import Built, build
 from cotree.data.card import histogram
 from cotree.data.export import export_to, export_trees
 from cotree.data.external import import_rows
-from cotree.data.files import check_file, read_rows, write_jsonl
+from cotree.data.files import read_rows, write_jsonl
+from cotree.data.kinds import check_file
 from cotree.data.preview import preview
 from cotree.errors import CotreeError, UsageError
 from cotree.eval.survey import diagnose_file

@@ -80,10 +80,10 @@ def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match=r"no file or folder at .*none\.jsonl"):
         load_rows(SOURCE, tmp_path / "none.jsonl")
     (tmp_path / "half.jsonl").write_text('{"id": 1}\n{"id": ')
-    with pytest.raises(UsageError, match=r"half\.jsonl: line 2: not JSON"):
+    with pytest.raises(UsageError, match=r"half\.jsonl: line 2: no JSON row"):
         load_rows(SOURCE, tmp_path / "half.jsonl")
     (tmp_path / "list.jsonl").write_text("[1]\n")
-    with pytest.raises(UsageError, match=r"list\.jsonl: not every row is a JSON object"):
+    with pytest.raises(UsageError, match=r"list\.jsonl: line 1: .*a row must be an object"):
         load_rows(SOURCE, tmp_path / "list.jsonl")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:40])
     with pytest.raises(UsageError, match=r"cut\.jsonl\.gz"):

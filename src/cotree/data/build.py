@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from cotree.config import Build, Gates
 from cotree.data.card import write_card
 from cotree.data.chains import PLAIN, Chain, Reading, chains_of, mean_value
-from cotree.data.files import COLUMNS, Row, write_parquet
+from cotree.data.files import Row
 from cotree.data.gates import passes
+from cotree.data.kinds import COLUMNS, write_parquet
 from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select_step_pairs
 from cotree.errors import CotreeError, UsageError
 from cotree.search.prompts import chain_text

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from cotree.data.files import Row, check_file, read_rows, write_columns, write_jsonl
+from cotree.data.files import Row, read_rows, write_jsonl
+from cotree.data.kinds import check_file, write_columns
 from cotree.errors import CotreeError, UsageError
 from cotree.run_folder import write_text
 from cotree.store import StoredTree, TreeStore

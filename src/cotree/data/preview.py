@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cotree.data.files import check_file, check_template, read_rows
+from cotree.data.files import read_rows
+from cotree.data.kinds import check_file, check_template
 from cotree.train.encode import encode_dpo, encode_sft
 
 if TYPE_CHECKING:

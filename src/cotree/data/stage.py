@@ -14,7 +14,7 @@ import yaml
 from cotree.config import Model, Recipe
 from cotree.data.build import Built, build
 from cotree.data.chains import Judge, Reading
-from cotree.data.files import COLUMNS
+from cotree.data.kinds import COLUMNS
 from cotree.data.preview import preview
 from cotree.errors import UsageError
 from cotree.llm.embedded import locate

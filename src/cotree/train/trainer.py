@@ -34,7 +34,8 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from cotree.config import Optimizer, Probe, TrainDPO, TrainSFT
-from cotree.data.files import check_template, kind_of, read_rows
+from cotree.data.files import read_rows
+from cotree.data.kinds import check_template, kind_of
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.train.durable import whole, writing
