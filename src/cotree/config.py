@@ -106,6 +106,10 @@ class Tasks(Section):
     dev: dict[str, Count] = {}
     eval: dict[str, Count]
 
+    def of(self, split: Literal["train", "dev", "test"]) -> dict[str, int]:
+        """What is asked of a split."""
+        return {"train": self.train, "dev": self.dev, "test": self.eval}[split]
+
 
 class Thought(Section):
     """How a thought type is written, where that differs from the shipped way.

@@ -102,10 +102,10 @@ async def open_endpoints(
 
 
 async def check_servers(models: Mapping[str, Model]) -> None:
-    """Ask every server of a recipe whether it is there, without loading anything.
+    """Ask every server of a recipe whether it is there, and read every model's tokenizer; no model is loaded.
 
     Raises:
-        UsageError: one is not (all that are not are named), or its API key is not in the environment.
+        UsageError: one is not (all that are not are named), or its tokenizer or its API key.
     """
     async with AsyncExitStack() as stack:
         for name, model in models.items():
@@ -113,6 +113,7 @@ async def check_servers(models: Mapping[str, Model]) -> None:
             for client in clients:
                 await stack.enter_async_context(client)
             await _all_ready(clients, model)
+            _tokenizer(model)
 
 
 async def _all_ready(clients: Sequence[Client], model: Model) -> None:
