@@ -158,7 +158,7 @@ def test_a_pooling_model_has_no_role_and_only_one_gives_process_rewards() -> Non
     scoring = {"url": "http://127.0.0.1:1", "mode": "pooling"}
     with pytest.raises(UsageError, match="`m0` is `mode: pooling`, which scores and writes nothing"):
         recipe(scoring)
-    with pytest.raises(UsageError, match=r"search.reward.process .*unknown name `m0`"):
+    with pytest.raises(UsageError, match=r"search\.reward\.process: unknown `mode: pooling` model `m0`"):
         recipe(chat("http://127.0.0.1:1"), search={"reward": {"process": "m0"}})
 
 

@@ -30,6 +30,7 @@ from cotree.llm.endpoints import Endpoint, open_endpoints
 from cotree.llm.gguf_file import GGUF
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.progress import Output
+from cotree.run_folder import find_run
 from cotree.search.reward import combined, load_function, steps_messages
 from cotree.tasks import Question, Split, task
 
@@ -165,6 +166,7 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
 
 
 def _disk(recipe: Recipe, runs_dir: Path) -> str:
+    find_run(runs_dir, recipe)
     folder = runs_dir.absolute()
     while not folder.exists():
         folder = folder.parent

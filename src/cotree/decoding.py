@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from cotree.config import Recipe, parse_recipe
+from cotree.config import SearchRecipe
 from cotree.errors import UsageError, spoken_for
 from cotree.llm.endpoints import open_endpoints
 from cotree.progress import Output
@@ -40,8 +40,8 @@ class Backend:
         """What the models are called."""
         return [self.served if word.startswith(("http://", "https://")) else word for word in self.words]
 
-    def recipe(self, budget_tokens: int | None, rollouts: int | None, seed: int) -> Recipe:
-        """The models and settings as a recipe, which checks them."""
+    def recipe(self, budget_tokens: int | None, rollouts: int | None, seed: int) -> SearchRecipe:
+        """The models and settings as a part of a recipe, which checks them."""
         models: dict[str, Any] = {}
         for name, word in zip(self.names(), self.words, strict=True):
             mode = "chat" if self.tokenizer is None else "completions"
@@ -53,16 +53,12 @@ class Backend:
         if rollouts is not None or budget_tokens is None:
             bounds["rollouts"] = rollouts or _ROLLOUTS
         raw = {
-            "name": "decode",
             "seed": seed,
-            # A recipe names tasks and a student, and decoding needs neither.
-            "models": {**models, "student": {"embedded": "smollm2-135m-instruct"}},
-            "tasks": {"train": {"arithmetic": 1}, "eval": {}},
-            "train": {"student": "student"},
+            "models": models,
             "roles": {"thinker": self.names()[0]},
             "search": {"patterns": ["plain"], "max_thought_tokens": 256, **bounds},
         }
-        return parse_recipe(raw, "decoding", self.overrides)
+        return SearchRecipe.parse(raw, "decoding", self.overrides)
 
 
 def decode_question(

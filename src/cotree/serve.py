@@ -23,7 +23,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yarl import URL
 
-from cotree.config import Recipe, Search, Thought, Writer
+from cotree.config import Search, SearchRecipe, Thought, Writer
 from cotree.decoding import Backend
 from cotree.errors import CotreeError, UsageError, spoken_for
 from cotree.llm.endpoints import Endpoint, open_endpoints
@@ -120,7 +120,7 @@ class Server:
         self,
         endpoints: Mapping[str, Endpoint],
         names: Sequence[str],
-        recipe: Recipe,
+        recipe: SearchRecipe,
         *,
         strategy: str = "mcts",
         value: str | None = None,

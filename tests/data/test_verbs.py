@@ -55,7 +55,7 @@ def test_check_export_and_diagnose(
         (["build"], "name a recipe, or a file with --check"),
         (["build", LAPTOP, "--out", "x"], "no finished search"),
         (["build", "--check", "nowhere.parquet"], "no file at nowhere.parquet"),
-        (["build", LAPTOP, "build.sft.select=best"], "`build.sft.select`: Input should be 'length' or 'value'"),
+        (["build", LAPTOP, "build.sft.select=best"], "`build.sft.select`: must be 'length' or 'value'"),
         (["preview", LAPTOP], "run `cotree build` first"),
         (["preview", LAPTOP, "--kind", "dpo"], "no rows at"),
         (["preview", LAPTOP, "--data", "other"], "no rows at other/sft/train.parquet"),
