@@ -158,7 +158,7 @@ def test_a_pooling_model_has_no_role_and_only_one_gives_process_rewards() -> Non
     scoring = {"url": "http://127.0.0.1:1", "mode": "pooling"}
     with pytest.raises(UsageError, match="`m0` is `mode: pooling`, which scores and writes nothing"):
         recipe(scoring)
-    with pytest.raises(UsageError, match=r"search.reward.process .*unknown name `m0`"):
+    with pytest.raises(UsageError, match=r"search\.reward\.process: unknown `mode: pooling` model `m0`"):
         recipe(chat("http://127.0.0.1:1"), search={"reward": {"process": "m0"}})
 
 
@@ -203,9 +203,10 @@ def test_the_verb_says_a_line_a_check_and_exits_with_2(
     out, err = capfd.readouterr()
     assert exited.value.code == 2
     assert len(err.strip().split("\n")) == 1
-    assert err.startswith("cotree: 2 of ")
+    assert err.startswith("cotree: 3 of ")
     assert "ok   model `m0`: exact: its greedy reply cut in two is completed to itself" in out
     assert "FAIL model `m0`: stop strings: " in out
+    assert "FAIL model `student`: student: " in out
     assert "FAIL model `student`: reach: " in out
     assert os.listdir(tmp_path) == ["recipe.yaml"]
 

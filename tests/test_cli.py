@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cotree import __version__
 from cotree.cli import main
 from cotree.config import load_recipe
 from cotree.run_folder import open_run
@@ -55,14 +56,14 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["run", LAPTOP, "eval.split=dev", "tasks.dev={}"], "name no such questions"),
         (
             ["run", LAPTOP, "tasks.train.letters=-5"],
-            "`tasks.train.letters`: Input should be greater than or equal to 1",
+            "`tasks.train.letters`: must be greater than or equal to 1",
         ),
-        (["run", LAPTOP, "tasks.train={}"], "`tasks.train`: Dictionary should have at least 1 item"),
+        (["run", LAPTOP, "tasks.train={}"], "`tasks.train`: must have at least 1 item"),
         (["run", LAPTOP, "tasks.dev.letters=99999"], "lower the number"),
         (["run", LAPTOP, "eval.split=dev", "tasks.eval.letters=99999"], "lower the number"),
         (["run", LAPTOP, "tasks.dev={twice.yaml: 2}"], "two dev questions of task `twice` are called `3`"),
         (["run", LAPTOP, "eval.max_tokens=9000"], "tokens, `smollm2` takes 8192; lower eval.max_tokens"),
-        (["run", LAPTOP, "search.patterns=[]"], "`search.patterns`: List should have at least 1 item"),
+        (["run", LAPTOP, "search.patterns=[]"], "`search.patterns`: must have at least 1 item"),
         (["run", LAPTOP, "train.sft.learning_rate=.inf"], "finite number"),
         (["run", LAPTOP, "models.smollm2.embedded=not.gguf"], "not.gguf"),
         (["run", LAPTOP, "search.reward={function: 'nowhere:f'}"], "cannot load nowhere"),
@@ -79,8 +80,12 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["eval", "--table", "a", "--name", "b"], "--table does not go with --name"),
         (["build", LAPTOP, "--check", "a.parquet"], "--check does not go with recipe"),
         (["build", "--check", "a.parquet", "--out", "b"], "--check does not go with --out"),
-        (["fly"], "No such command"),
-        (["run"], "Missing argument"),
+        (["fly"], "No such command 'fly'. (see cotree --help)"),
+        (["run"], "Missing argument 'RECIPE'. (see cotree run --help)"),
+        (["run", "."], "cotree: . is a folder; name a recipe"),
+        (["run", LAPTOP, "--runs-dir", "rows.jsonl"], "--runs-dir rows.jsonl is a file; name a folder"),
+        (["run", LAPTOP, "serch=1", "foo=2", "bar=3"], "unknown key `serch`; did you mean `search`?"),
+        (["decode", "Why?", "train.sft.epochs=2"], "unknown key `train`; known: seed, models, roles, search"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -120,6 +125,15 @@ def test_a_run_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
     assert "name=NEW_NAME" in done.stderr
 
 
+def test_a_build_beside_a_run_refuses_what_it_would_not_read(tmp_path: Path) -> None:
+    with open_run(tmp_path / "runs", load_recipe(Path(LAPTOP))) as folder, folder.stage("search"):
+        pass
+    done = cotree("build", LAPTOP, "build.sft.length=shortest", "train.dpo.beta=0.5", "--out", "x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "only `build.` values can differ" in done.stderr
+    assert done.stderr.endswith("leave out train.dpo.beta\n")
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "runs" / "laptop").mkdir(parents=True)
     (tmp_path / "runs" / "laptop" / "thesis.txt").write_text("mine")
@@ -127,6 +141,18 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is no run folder" in done.stderr
     assert os.listdir(tmp_path / "runs" / "laptop") == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "Usage: cotree [OPTIONS]"), (["--version"], f"cotree {__version__}")])
+def test_without_a_verb(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/cotree", *words])
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert (left.value.code, os.environ["HF_HUB_VERBOSITY"]) == (0, "error")
+    assert capsys.readouterr().out.startswith(said)
 
 
 def test_lists() -> None:

@@ -28,19 +28,27 @@ def test_the_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("search.rolouts=3", r"unknown key `search.rolouts`; did you mean `rollouts`\?"),
-        ("models.smollm2.embeded=x", r"unknown key `models.smollm2.embeded`; did you mean `embedded`\?"),
+        ("search.rolouts=3", r"`search`: unknown key `rolouts`; did you mean `rollouts`\?"),
+        ("models.smollm2.embeded=x", r"`models.smollm2`: unknown key `embeded`; did you mean `embedded`\?"),
         ("serch.rollouts=3", r"unknown key `serch`; did you mean `search`\?"),
-        ("roles.thinker=smollm", r"unknown name `smollm`; did you mean `smollm2`\?"),
+        ("roles.thinker=smollm", r"roles: unknown model `smollm`; did you mean `smollm2`\?"),
         ("roles={}", "`thinker` is missing"),
-        ("tasks.train.leters=3", r"unknown name `leters`; did you mean `letters`\?"),
-        ("search.patterns=[plane]", r"unknown name `plane`; did you mean `plain`\?"),
-        ("train.student=gpt", "unknown name `gpt`; known: smollm2"),
-        ("search.rollouts=0", "`search.rollouts`: Input should be greater than or equal to 1"),
-        ("train.sft.micro_batch_size=2", "unknown key `train.sft.micro_batch_size`"),
+        ("tasks.train.leters=3", r"unknown task `leters`; did you mean `letters`\?"),
+        ("search.patterns=[plane]", r"unknown pattern `plane`; did you mean `plain`\?"),
+        ("train.student=gpt", "unknown model `gpt`; known: smollm2"),
+        ("search.rollouts=0", "`search.rollouts`: must be greater than or equal to 1$"),
+        ("train.sft.micro_batch_size=2", "`train.sft`: unknown key `micro_batch_size`"),
         ("models.smollm2.url=http://x", "exactly one of `embedded`"),
         ("search.thoughts={answer: {prefixes: ['So:']}}", r"`So:` opens no box; end it with \\boxed\{"),
-        ("name=a/b", "`name`"),
+        ("name=a/b", "`name`: must match pattern"),
+        ("{search: 3}", "is no override"),
+        ("search=3", "`search`: must be a section of keys$"),
+        ("search.rollouts=2.5", "`search.rollouts`: must be a whole number$"),
+        ("search.baselines=maybe", "`search.baselines`: must be true or false$"),
+        ("search.patterns=plain", "`search.patterns`: must be a list$"),
+        ("tasks.train={}", "`tasks.train`: must have at least 1 item$"),
+        ("eval.gguf=Q4", "`eval.gguf`: must be 'F32', 'F16' or 'Q8_0'$"),
+        ("models.a={x: 1, y: 2}", "unknown key `x`; known: embedded, [a-z_, ]*$"),
         ("search.rollouts", "is no override"),
         ("name.x.y=1", "is a value, not a section"),
     ],
@@ -60,6 +68,14 @@ def test_a_student_must_have_weights_here() -> None:
     }
     with pytest.raises(UsageError, match="`s` is a server"):
         parse_recipe(raw, "x")
+
+
+def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is a folder; name a recipe$"):
+        load_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UsageError, match=r"is a folder; name a recipe: its own is .*recipe\.yaml$"):
+        load_recipe(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "- a\n- b", "just words", "\x00"])

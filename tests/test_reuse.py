@@ -71,7 +71,7 @@ def test_what_cannot_be_taken_over_is_said(tmp_path: Path) -> None:
     recipe = finished(tmp_path / "old", [])
     with pytest.raises(UsageError, match="its search has not finished"):
         reusable(tmp_path / "old", recipe)
-    with pytest.raises(UsageError, match=r"tasks\.train, search differs"):
+    with pytest.raises(UsageError, match=r"different: search\.rollouts, tasks\.train\.letters"):
         reusable(tmp_path / "old", load_recipe(LAPTOP, ["search.rollouts=3", "tasks.train.letters=2"]))
     with pytest.raises(UsageError, match="no run folder there"):
         reusable(tmp_path, recipe)

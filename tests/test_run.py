@@ -10,17 +10,24 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from cotree.config import load_recipe
+from cotree.pipeline import run
 
 LAPTOP = Path(__file__).parent.parent / "recipes" / "laptop.yaml"
 SMALL = [
     "name=small",
     "tasks.train={arithmetic: 4, letters: 2}",
     "tasks.eval={arithmetic: 1, letters: 1}",
-    "search.patterns=[plain, double_check]",
-    "search.rollouts=5",
+    "search.patterns=[plain]",
+    "search.rollouts=4",
+    "search.max_thought_tokens=24",
+    "search.baselines=false",
+    "build.sft.chains_per_tree=1",
     "eval.max_tokens=24",
     "eval.control=false",
     "eval.examples=false",
@@ -31,8 +38,8 @@ SMALL = [
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cotree.cli", "run", str(LAPTOP), *SMALL, *more]
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cotree.cli", "run", str(LAPTOP), *SMALL]
     return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -47,8 +54,8 @@ def trees(folder: Path) -> dict[str, list[tuple[object, ...]]]:
 
 
 def check_complete(folder: Path) -> None:
-    run = folder / "runs" / "small"
-    summary = json.loads((run / "summary.json").read_text())
+    path = folder / "runs" / "small"
+    summary = json.loads((path / "summary.json").read_text())
     assert [(row["model"], row["task"]) for row in summary["eval"]] == [
         (model, task) for model in ("base", "sft", "dpo") for task in ("arithmetic", "letters")
     ]
@@ -56,16 +63,16 @@ def check_complete(folder: Path) -> None:
     assert len(trees(folder)) == 6
     assert summary["data"]["dpo_pairs"] >= 1
     for name in ("base", "sft", "dpo"):
-        assert (run / "checkpoints" / name / "model" / "model.safetensors").is_file()
-        assert (run / "student" / f"{name}-Q8_0.gguf").is_file()
-    assert "<html" in (run / "report.html").read_text()
-    first = json.loads((run / "checkpoints" / "dpo" / "log.jsonl").read_text().split("\n")[0])
+        assert (path / "checkpoints" / name / "model" / "model.safetensors").is_file()
+        assert (path / "student" / f"{name}-Q8_0.gguf").is_file()
+    assert "<html" in (path / "report.html").read_text()
+    first = json.loads((path / "checkpoints" / "dpo" / "log.jsonl").read_text().split("\n")[0])
     assert first["margin"] == pytest.approx(0.0, abs=1e-5), "the reference must be the SFT checkpoint"
-    assert not list(run.rglob("*.partial"))
+    assert not list(path.rglob("*.partial"))
 
 
-def test_a_run_killed_in_every_stage_ends_complete(tmp_path: Path) -> None:
-    """One kill -9 early in the search, one Ctrl-C, one kill in training; then the same command finishes."""
+def test_a_run_killed_in_every_stage_ends_complete(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A kill -9 when the first tree is finished, one in training, a Ctrl-C in evaluation; the same command finishes."""
     finished: dict[str, list[tuple[object, ...]]] = {}
     for stage, stop in (("search", signal.SIGKILL), ("train_sft", signal.SIGKILL), ("eval", signal.SIGINT)):
         process = start(tmp_path)
@@ -76,7 +83,11 @@ def test_a_run_killed_in_every_stage_ends_complete(tmp_path: Path) -> None:
             if line.startswith(f"{stage}:"):
                 break
         assert f"{stage}:" in seen, seen
-        time.sleep(random.Random(stage).uniform(1.0, 5.0) + (8.0 if stage == "search" else 0.0))
+        time.sleep(random.Random(stage).uniform(0.5, 2.0))
+        while stage == "search" and not finished and process.poll() is None:
+            time.sleep(0.1)
+            with suppress(sqlite3.OperationalError):  # the store is not made yet
+                finished = trees(tmp_path)
         process.send_signal(stop)
         rest, _ = process.communicate(timeout=120)
         if stop == signal.SIGINT:
@@ -84,6 +95,7 @@ def test_a_run_killed_in_every_stage_ends_complete(tmp_path: Path) -> None:
             assert process.returncode == 130
         assert "Traceback" not in seen + rest, rest
         now = trees(tmp_path)
+        assert finished, "no tree was finished before the kill"
         assert all(now[tree] == nodes for tree, nodes in finished.items()), "a finished tree changed"
         finished |= now
     process = start(tmp_path)
@@ -95,8 +107,7 @@ def test_a_run_killed_in_every_stage_ends_complete(tmp_path: Path) -> None:
     check_complete(tmp_path)
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "small" / "checkpoints").rglob("*") if p.is_file()}
-    process = start(tmp_path)
-    rest, _ = process.communicate(timeout=120)
-    assert "all done" in rest
+    run(load_recipe(LAPTOP, SMALL), tmp_path / "runs")
+    assert "all done" in capfd.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert os.path.getsize(tmp_path / "runs" / "small" / "report.html") > 10_000

@@ -10,22 +10,20 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cotree import __version__
 from cotree.errors import CotreeError, UsageError, spoken_for
+from cotree.progress import Output
+
+if TYPE_CHECKING:
+    from cotree.config import Recipe
 
 _INTERRUPTED = 130
 
-app = typer.Typer(
-    name="cotree",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Grow trees of thought with Monte Carlo tree search, and train small models on them.",
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/laptop.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Overrides of recipe values.")]
@@ -45,6 +43,17 @@ Seed = Annotated[int, typer.Option(help="Of the search.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
+@app.callback(invoke_without_command=True)
+def cotree(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False
+) -> None:
+    """Grow trees of thought with Monte Carlo tree search, and train small models on them."""
+    if version:
+        typer.echo(f"cotree {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 @app.command(epilog="Example: cotree run recipes/laptop.yaml search.rollouts=4 name=quick")
 def run(
     recipe: RecipeArgument,
@@ -56,11 +65,9 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Questions to trees to datasets to a trained student to a table. The same command resumes."""
-    from cotree.config import load_recipe
     from cotree.pipeline import run as run_recipe
-    from cotree.progress import Output
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _recipe(recipe, overrides)
     if start is not None and dry_run:
         raise UsageError("--from makes the new run; leave out --dry-run, or ask it of the run afterwards")
     run_recipe(loaded, runs_dir, only=only, dry=dry_run, start=start, output=Output(quiet=quiet))
@@ -77,12 +84,10 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     """Build the datasets of a run from its trees; with other `build.` values and --out, others from the same trees."""
-    from cotree.config import load_recipe
     from cotree.data.build import built_lines
     from cotree.data.kinds import check_file
     from cotree.data.stage import build_beside
     from cotree.pipeline import run as run_recipe
-    from cotree.progress import Output
 
     if check is not None:
         _alone(context, "--check", "check")
@@ -90,10 +95,10 @@ def build(
     elif recipe is None:
         raise UsageError("name a recipe, or a file with --check")
     elif out is not None:
-        built = build_beside(load_recipe(recipe, overrides or []), runs_dir, out)
+        built = build_beside(_recipe(recipe, overrides), runs_dir, out)
         Output(quiet=quiet).say("\n".join([f"{out}:", *built_lines(built.counts)]))
     else:
-        run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="build", output=Output(quiet=quiet))
+        run_recipe(_recipe(recipe, overrides), runs_dir, only="build", output=Output(quiet=quiet))
 
 
 @app.command(epilog="Example: cotree preview recipes/laptop.yaml --kind dpo --rows 2")
@@ -106,11 +111,9 @@ def preview(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Show a run's rows as the trainer sees them: loss mask, shared prefix, special tokens, lengths."""
-    from cotree.config import load_recipe
     from cotree.data.stage import preview_run
-    from cotree.progress import Output
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _recipe(recipe, overrides)
     Output().say(preview_run(loaded, data or runs_dir / loaded.name / "data", kind, rows))
 
 
@@ -152,7 +155,6 @@ def eval_(
     from cotree.eval.evaluate import evaluate
     from cotree.eval.results import read_results
     from cotree.eval.tables import paper_table
-    from cotree.progress import Output
 
     output = Output(quiet=quiet)
     if compare is not None:
@@ -173,13 +175,12 @@ def eval_(
         )  # fmt: skip
         output.say(paper_table([found], format_))
     elif recipe is None:
-        raise UsageError("name a recipe, or --model with --task; see cotree eval --help")
+        raise UsageError("name a recipe, or --model with --task")
     else:
-        from cotree.config import load_recipe
         from cotree.pipeline import run as run_recipe
 
         _alone(context, "a recipe", "recipe", "overrides", "runs_dir", "quiet")
-        run_recipe(load_recipe(recipe, overrides or []), runs_dir, only="eval", output=output)
+        run_recipe(_recipe(recipe, overrides), runs_dir, only="eval", output=output)
 
 
 @app.command(epilog="Example: cotree diagnose runs/laptop/eval/samples_dpo.jsonl")
@@ -190,7 +191,6 @@ def diagnose(
 ) -> None:
     """Count loops, over-reflection and missing answers in long chains of thought, by source and language."""
     from cotree.eval.survey import diagnose_file
-    from cotree.progress import Output
 
     for line in diagnose_file(file, field, shown):
         Output().say(line)
@@ -230,10 +230,8 @@ def check(
 ) -> None:
     """Check a recipe, its questions, models and servers, and the disk before anything is spent."""
     from cotree.check import check as check_recipe
-    from cotree.config import load_recipe
-    from cotree.progress import Output
 
-    check_recipe(load_recipe(recipe, overrides or []), Output(quiet=quiet), runs_dir)
+    check_recipe(_recipe(recipe, overrides), Output(quiet=quiet), runs_dir)
 
 
 @app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 search.temperature=1.0')
@@ -256,7 +254,6 @@ def decode(
 ) -> None:
     """Answer one question by search that knows no gold answer."""
     from cotree.decoding import decode as decode_one
-    from cotree.progress import Output
 
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
@@ -289,7 +286,6 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
     from cotree.decoding import Backend
-    from cotree.progress import Output
     from cotree.serve import serve as serve_models
 
     backend = Backend(models, set_ or [], served, tokenizer, api_key_env, budget_tokens, rollouts, seed)
@@ -325,6 +321,12 @@ def patterns() -> None:
         typer.echo(f"{name:12} {rows}")
 
 
+def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    from cotree.config import load_recipe
+
+    return load_recipe(path, overrides or [])
+
+
 def _alone(context: typer.Context, way: str, *taken: str) -> None:
     """Refuse what a way of using a verb would ignore."""
     given = [
@@ -339,10 +341,12 @@ def _alone(context: typer.Context, way: str, *taken: str) -> None:
 
 def main() -> None:
     """The `cotree` command."""
+    # Without a network the hub's client would warn of each of its retries; what fails in the end is said in one line.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         # typer turns Ctrl-C and exits into a number that it returns.
         with spoken_for():
-            code = app(standalone_mode=False)
+            code = app(prog_name="cotree", standalone_mode=False)
         if code == _INTERRUPTED:
             _fail("stopped; nothing is lost: run the same command again to resume", _INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
@@ -354,10 +358,10 @@ def main() -> None:
         _fail(f"the disk is full ({error.filename or ''}); free some space, then re-run the same command to resume", 1)
     except Exception as error:
         # typer carries its own copy of click, whose exceptions have no public name.
-        message = getattr(error, "format_message", None)
-        if message is None:
+        context, message = (getattr(error, name, None) for name in ("ctx", "format_message"))
+        if context is None or message is None:
             raise
-        _fail(f"{message()} (see cotree --help)", UsageError.exit_code)
+        _fail(f"{message()} (see {context.command_path} --help)", UsageError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

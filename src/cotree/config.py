@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -26,10 +27,25 @@ TextForm = Literal["plain", "tags", "think"]
 STAGES = ("search", "build", "train_sft", "train_dpo", "eval", "report")
 
 
+def _known(fault: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{fault} `{name}`; {hint}")
+
+
 class Section(BaseModel):
     """A part of the recipe. Unknown keys are errors; a loaded recipe never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_known(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            _known("unknown key", given, list(cls.model_fields))
+        return given
 
 
 class Price(Section):
@@ -106,6 +122,10 @@ class Tasks(Section):
     dev: dict[str, Count] = {}
     eval: dict[str, Count]
 
+    def of(self, split: Literal["train", "dev", "test"]) -> dict[str, int]:
+        """What is asked of a split."""
+        return {"train": self.train, "dev": self.dev, "test": self.eval}[split]
+
 
 class Thought(Section):
     """How a thought type is written, where that differs from the shipped way.
@@ -122,10 +142,6 @@ class Thought(Section):
     in_student: bool = True
     max_tokens: int | None = Field(None, ge=1)
     ends: Literal["line", "tokens"] = "line"
-
-    def answers(self) -> bool:
-        """Whether an `answer` thought may be written like this: it is judged, and ends by itself."""
-        return self.text is None and self.ends == "line" and self.in_student
 
     @model_validator(mode="after")
     def _fixed_or_written(self) -> Thought:
@@ -404,32 +420,27 @@ class Eval(Section):
     control: bool = True
 
 
-class Recipe(Section):
-    """A run: models and roles, questions, and one section a stage."""
+class SearchRecipe(Section):
+    """What a search reads of a recipe, and all that decoding does: models, who writes what, how to search."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
     models: dict[str, Model]
     roles: dict[str, Role]
-    tasks: Tasks
     search: Search = Search()
-    build: Build = Build()
-    train: Train
-    eval: Eval = Eval()
 
     @model_validator(mode="after")
-    def _names_exist(self) -> Recipe:
+    def _search_possible(self) -> Self:
         from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES, check_pattern
-        from cotree.tasks import TASKS, is_own
 
         if "thinker" not in self.roles:
             raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
-        _known("roles", self.roles, ["thinker", "reflector", *THOUGHT_TYPES])
-        _known("models named in roles", [w.model for role in self.roles.values() for w in role], list(self.models))
-        _known("train.student", [self.train.student], list(self.models))
-        for name in sorted({writer.model for role in self.roles.values() for writer in role}):
-            if self.models[name].mode == "pooling":
-                raise ValueError(f"roles: `{name}` is `mode: pooling`, which scores and writes nothing")
+        _known("roles: unknown role", self.roles, ["thinker", "reflector", *THOUGHT_TYPES])
+        writing = [name for name, model in self.models.items() if model.mode != "pooling"]
+        scoring = [name for name in self.models if name not in writing]
+        for writer in (writer for role in self.roles.values() for writer in role):
+            if writer.model in scoring:
+                raise ValueError(f"roles: `{writer.model}` is `mode: pooling`, which scores and writes nothing")
+            _known("roles: unknown model", [writer.model], writing)
         search = self.search
         for name, pattern in search.own_patterns.items():
             if name in PATTERNS:
@@ -440,23 +451,18 @@ class Recipe(Section):
                     f"pattern `{name}`: the row `reflection` is missing, and a wrong answer adds one; add e.g. "
                     "reflection: {thinking: 1}, or set search.max_reflections to 0"
                 )
-        _known("search.patterns", search.patterns, [*PATTERNS, *search.own_patterns])
-        _known("search.thoughts", search.thoughts, list(THOUGHT_TYPES))
-        if "answer" in search.thoughts and not search.thoughts["answer"].answers():
+        _known("search.patterns: unknown pattern", search.patterns, [*PATTERNS, *search.own_patterns])
+        _known("search.thoughts: unknown type", search.thoughts, list(THOUGHT_TYPES))
+        # An answer is judged, and ends by itself.
+        answer = search.thoughts.get("answer", Thought())
+        if answer.text is not None or answer.ends != "line" or not answer.in_student:
             raise ValueError("search.thoughts.answer: only `prefixes` and `max_tokens` can change; it ends by itself")
-        for prefix in (search.thoughts["answer"].prefixes or ()) if "answer" in search.thoughts else ():
+        for prefix in answer.prefixes or ():
             if not prefix.endswith("\\boxed{"):
                 raise ValueError(f"search.thoughts.answer: `{prefix}` opens no box; end it with \\boxed{{")
-        if search.reward is not None and search.reward.judge is not None:
-            writing = [name for name, model in self.models.items() if model.mode != "pooling"]
-            _known("search.reward.judge", [search.reward.judge], writing)
-        if search.reward is not None and search.reward.process is not None:
-            scoring = [name for name, model in self.models.items() if model.mode == "pooling"]
-            _known("search.reward.process (a model with `mode: pooling`)", [search.reward.process], scoring)
-        for part in (self.tasks.train, self.tasks.dev, self.tasks.eval):
-            _known("tasks", [name for name in part if not is_own(name)], list(TASKS))
-        if self.models[self.train.student].embedded is None:
-            raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
+        judge, process = (search.reward.judge, search.reward.process) if search.reward else (None, None)
+        _known("search.reward.judge: unknown model", [judge] if judge else [], writing)
+        _known("search.reward.process: unknown `mode: pooling` model", [process] if process else [], scoring)
         return self
 
     def used_models(self) -> dict[str, Model]:
@@ -466,45 +472,63 @@ class Recipe(Section):
             names |= {self.search.reward.judge, self.search.reward.process}
         return {name: model for name, model in self.models.items() if name in names}
 
+    @classmethod
+    def parse(cls, raw: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Self:
+        """From plain data, which the `a.b=c` overrides change (values are YAML); `where` names it in errors.
 
-def _known(where: str, names: Iterable[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{where}: unknown name `{name}`{_nearest(name, known)}")
+        Raises:
+            UsageError: one line that names the keys and the fix.
+        """
+        for override in overrides:
+            _override(raw, override)
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise UsageError(f"{where}: {'; '.join(_explain(problem) for problem in error.errors())}") from None
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+class Recipe(SearchRecipe):
+    """A run: who writes and how to search, questions, and one section a stage."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    tasks: Tasks
+    build: Build = Build()
+    train: Train
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _names_known(self) -> Self:
+        from cotree.tasks import TASKS, is_own
+
+        for split in (self.tasks.train, self.tasks.dev, self.tasks.eval):
+            _known("tasks: unknown task", [name for name in split if not is_own(name)], list(TASKS))
+        _known("train.student: unknown model", [self.train.student], list(self.models))
+        if self.models[self.train.student].embedded is None:
+            raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
+        return self
+
+
+parse_recipe = Recipe.parse
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, apply `a.b=c` overrides (values are YAML), fill in defaults, check.
+    """Read a recipe file, apply `a.b=c` overrides, fill in defaults, check.
 
     Raises:
         UsageError: one line that names the file, the key and the fix.
     """
+    if path.is_dir():
+        of_run = path / "recipe.yaml"
+        raise UsageError(f"{path} is a folder; name a recipe{f': its own is {of_run}' * of_run.is_file()}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; `recipes/laptop.yaml` is a good start") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path} holds no recipe: expected keys like `name`, `models`, `tasks`")
-    return parse_recipe(raw, str(path), overrides)
-
-
-def parse_recipe(raw: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from plain data, which the overrides change; `where` names it in errors."""
-    for override in overrides:
-        _override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {'; '.join(_explain(problem) for problem in error.errors())}") from None
+    return Recipe.parse(raw, str(path), overrides)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -523,36 +547,32 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise UsageError(f"`{override}`: the value is not YAML; quote it") from None
 
 
+# How pydantic puts things, and how a recipe's writer does.
+_PLAIN = (
+    ("^Value error, ", ""),
+    ("^[A-Z][a-z]+ should ", "must "),
+    (" after validation, .*|, unable to .*|, got .*| or instance of .*", ""),
+    ("a valid dictionary", "a section of keys"),
+    ("a valid integer", "a whole number"),
+    ("a valid boolean", "true or false"),
+    ("a valid (tuple|list)", "a list"),
+    ("a valid ", "a "),
+)
+
+
 def _explain(problem: Any) -> str:
-    """One pydantic problem as `a.b: what is wrong`, with the nearest known key for an unknown one."""
-    where = [part for part in problem["loc"] if isinstance(part, str)]
-    key = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key `{key}`{_nearest(where[-1], _keys(where[:-1]))}"
+    """One pydantic problem as `a.b: what is wrong`."""
+    key, message = ".".join(map(str, problem["loc"])), problem["msg"]
     if problem["type"] == "missing":
         return f"`{key}` is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    for pattern, plain in _PLAIN:
+        message = re.sub(pattern, plain, message)
     return f"`{key}`: {message}" if key else message
-
-
-def _keys(where: Sequence[str]) -> list[str]:
-    """The keys that the section at a place in the recipe may have."""
-    section: Any = Recipe
-    for part in where:
-        fields = getattr(section, "model_fields", {})
-        section = _section(fields[part].annotation if part in fields else section)
-    return list(getattr(section, "model_fields", {}))
-
-
-def _section(annotation: Any) -> Any:
-    """The section inside dict[str, X], tuple[X, ...], Annotated[X, ...] or X | None."""
-    inner = [_section(part) for part in get_args(annotation)]
-    return next((part for part in inner if hasattr(part, "model_fields")), annotation)
 
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({"name": recipe.name} | recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cotree.config import Recipe, parse_recipe
+from cotree.config import SearchRecipe
 from cotree.errors import UsageError, spoken_for
 from cotree.llm.endpoints import open_endpoints
 from cotree.progress import Output
@@ -47,8 +47,8 @@ class Backend:
         """What the models are called."""
         return [self.served if word.startswith(("http://", "https://")) else word for word in self.words]
 
-    def recipe(self) -> Recipe:
-        """The models and settings as a recipe, which checks them."""
+    def recipe(self) -> SearchRecipe:
+        """The models and settings as a part of a recipe, which checks them."""
         models: dict[str, Any] = {}
         for name, word in zip(self.names(), self.words, strict=True):
             mode = "chat" if self.tokenizer is None else "completions"
@@ -60,16 +60,12 @@ class Backend:
         if self.rollouts is not None or self.budget_tokens is None:
             search["rollouts"] = self.rollouts or _ROLLOUTS
         raw = {
-            "name": "decode",
             "seed": self.seed,
-            # A recipe names tasks and a student, and decoding needs neither.
-            "models": {**models, "student": {"embedded": "smollm2-135m-instruct"}},
-            "tasks": {"train": {"arithmetic": 1}, "eval": {}},
-            "train": {"student": "student"},
+            "models": models,
             "roles": {"thinker": self.names()[0]},
             "search": {"patterns": ["plain"], "max_thought_tokens": 256, **search},
         }
-        recipe = parse_recipe(raw, "decoding", self.overrides)
+        recipe = SearchRecipe.parse(raw, "decoding", self.overrides)
         check_reward(recipe.search.reward)
         return recipe
 

@@ -35,8 +35,8 @@ def dry_run(run: RunFolder, stages: Sequence[str]) -> Iterator[str]:
         elif stage == "train_dpo":
             yield _train(run, "dpo", pairs, recipe.train.dpo)
         elif stage == "eval":
-            asked = recipe.tasks.eval if recipe.eval.split == "test" else recipe.tasks.dev
-            models, n = 3 + recipe.eval.control + recipe.eval.examples, sum(asked.values())
+            models = 3 + recipe.eval.control + recipe.eval.examples
+            n = sum(recipe.tasks.of(recipe.eval.split).values())
             tokens = n * models * recipe.eval.max_tokens
             yield f"eval: {n} questions of each of {models} models, at most {tokens:,} generated tokens"
 

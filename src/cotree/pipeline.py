@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cotree.check import preflight, questions
 from cotree.config import STAGES, Recipe
-from cotree.data.stage import student_source
+from cotree.data.build import built_lines
+from cotree.data.stage import build_run, student_source
 from cotree.dry_run import dry_run
 from cotree.errors import UsageError, spoken_for
+from cotree.llm.endpoints import check_servers, open_endpoints
 from cotree.progress import Output, Update
+from cotree.report.format import duration
 from cotree.reuse import reusable, start_from
 from cotree.run_folder import RunFolder, find_run, open_run, write_json
-from cotree.tasks import Question, Split, Task, task
 
 if TYPE_CHECKING:
     from cotree.search.calls import Progress
@@ -68,7 +71,11 @@ def run(
     missing = [stage for stage in STAGES[: STAGES.index(wanted[0])] if stage not in done]
     if missing:
         raise UsageError(f"stage `{wanted[0]}` needs `{missing[0]}` first; run without --only, or that stage")
-    _preflight(recipe, set(wanted) - done)
+    ahead = set(wanted) - done
+    for _, _, look in preflight(recipe, ahead):
+        look()
+    if "search" in ahead:
+        asyncio.run(check_servers(recipe.used_models()))
     if start is not None and taken:
         start_from(start, before.path, recipe, taken)
         output.say(f"from {start}: {', '.join(taken)}")
@@ -80,102 +87,37 @@ def run(
         for stage in wanted:
             if folder.done(stage):
                 continue
-            output.say(f"{stage}: {_says(stage, recipe)}")
             started = time.monotonic()
             with spoken_for(), folder.stage(stage) as result:
                 _STAGE[stage](folder, result, output)
             output.say(f"  {stage} done in {time.monotonic() - started:.0f} s")
         if only == "build":
             if "build" in done:  # else its counts have just been said
-                _print_build(folder.result("build")["counts"], output)
-        elif folder.done("report"):
-            _print_result(folder, output)
-        elif folder.done("search"):
-            _print_search(folder, output)
+                _say_build(folder.result("build")["counts"], output)
+        else:
+            _say_results(folder, output)
         return folder.path
 
 
-def _preflight(recipe: Recipe, ahead: Set[str]) -> None:
-    """Everything that can be known to fail in the stages that are ahead, before work starts."""
-    from importlib.util import find_spec
-
-    from cotree.llm.endpoints import check_servers
-    from cotree.llm.tokenizer import load_tokenizer
-    from cotree.search.reward import check_reward
-
-    if ahead <= {"report"}:
-        return
-    asked = recipe.used_models() if "search" in ahead else {}
-    serves = "eval" in ahead or any(model.embedded for model in asked.values())
-    trains = bool(ahead & {"train_sft", "train_dpo"})
-    for package, extra, needed in (
-        ("xllamacpp", "local", serves), ("torch", "train", trains), ("accelerate", "train", trains),
-    ):  # fmt: skip
-        if needed and find_spec(package) is None:
-            raise UsageError(f"{package} is not installed; pip install 'cotree[{extra}]', or use `make demo`")
-    _questions(recipe.tasks.train, "train")
-    _questions(recipe.tasks.dev, "dev")
-    _questions(recipe.tasks.eval, "test")
-    questions = _eval_questions(recipe)
-    tokenizer = load_tokenizer(student_source(recipe))
-    if "eval" in ahead:
-        from cotree.eval.asking import Sampling, check_lengths
-
-        how = Sampling(recipe.eval.max_tokens, examples=recipe.eval.examples)
-        check_lengths(student_source(recipe), tokenizer, questions, how, recipe.train.student)
-    if "search" not in ahead:
-        return
-    check_reward(recipe.search.reward)
-    asyncio.run(check_servers(asked))
-
-
-def _questions(counts: dict[str, int], split: Split) -> list[tuple[Task, Question]]:
-    from cotree.eval.asking import check_distinct
-
-    asked = [(t, q) for name, n in counts.items() for t in [task(name)] for q in t.questions(split, n)]
-    check_distinct(asked, split)
-    return asked
-
-
-def _eval_questions(recipe: Recipe) -> list[tuple[Task, Question]]:
-    split = recipe.eval.split
-    questions = _questions(recipe.tasks.eval if split == "test" else recipe.tasks.dev, split)
-    if not questions:
-        raise UsageError(f"eval.split is `{split}`, but the recipe's tasks name no such questions")
-    return questions
-
-
-def _says(stage: str, recipe: Recipe) -> str:
-    students = "sft and control students" if recipe.eval.control else "sft student"
-    return {
-        "search": f"growing {sum(recipe.tasks.train.values())} trees, up to {recipe.search.rollouts} rollouts each",
-        "build": "choosing chains and pairs by relative length",
-        "train_sft": f"training the {students} on chains",
-        "train_dpo": "training the dpo student on pairs, from the sft checkpoint",
-        "eval": f"asking {len(_eval_questions(recipe))} {recipe.eval.split} questions of every model, greedily",
-        "report": "writing report.html",
-    }[stage]
-
-
 def _search(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.llm.endpoints import open_endpoints
     from cotree.search.baselines import compare
     from cotree.search.driver import Grower
     from cotree.search.summary import summarize
     from cotree.store import TreeStore
 
     recipe = run.recipe
-    questions = _questions(recipe.tasks.train, "train")
+    asked = questions(recipe, "train")
+    output.say(f"search: growing {len(asked)} trees, up to {recipe.search.rollouts} rollouts each")
 
     async def grow(store: TreeStore) -> tuple[str, list[dict[str, Any]]]:
         async with open_endpoints(recipe.used_models(), widest=recipe.search.widest) as endpoints:
             grower = Grower(store, endpoints, recipe.roles, recipe.search, recipe.seed)
             with output.progress("trees") as update:
-                await grower.grow_all(questions, partial(_show_search, update))
+                await grower.grow_all(asked, partial(_show_search, update))
             if not recipe.search.baselines:
                 return grower.config, []
             with output.progress("best-of-n") as update:
-                compared = await compare(grower, questions, update)
+                compared = await compare(grower, asked, update)
             return grower.config, compared
 
     with TreeStore(run.trees) as store:
@@ -184,8 +126,6 @@ def _search(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 
 def _show_search(update: Update, progress: Progress) -> None:
-    from cotree.report.format import duration
-
     names = {"correct": "correct", "wrong": "wrong", "no_answer": "cut or without answer"}
     verdicts = ", ".join(f"{n} {names[kind]}" for kind, n in progress.verdicts.items())
     seconds = max(progress.seconds, 1e-9)
@@ -197,12 +137,16 @@ def _show_search(update: Update, progress: Progress) -> None:
 
 
 def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.data.stage import build_run
-
+    output.say("build: choosing chains and pairs by relative length")
     built = build_run(run.recipe, run.trees, run.result("search")["config"], run.data)
     result.update(counts=built.counts)
     write_json(run.path / "samples.json", built.samples)
-    _print_build(built.counts, output)
+    _say_build(built.counts, output)
+
+
+def _say_build(counts: dict[str, Any], output: Output) -> None:
+    for line in built_lines(counts):
+        output.say(f"  {line}")
 
 
 def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
@@ -210,9 +154,11 @@ def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.train.student import load_student
 
     recipe = run.recipe
+    students = ("sft", "control") if recipe.eval.control else ("sft",)
+    output.say(f"train_sft: training {' and '.join(students)} on chains")
     base = load_student(student_source(recipe), run.checkpoint("base") / "model")
     trained = 0
-    for name in ("sft", "control") if recipe.eval.control else ("sft",):
+    for name in students:
         with output.progress(f"{name} steps") as update:
             trained += train_sft(
                 run.data / name / "train.parquet",
@@ -246,6 +192,7 @@ def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.train.dpo import train_dpo
 
     recipe = run.recipe
+    output.say("train_dpo: training dpo on pairs, from the sft checkpoint")
     with output.progress("dpo steps") as update:
         trained = train_dpo(
             run.data / "dpo" / "train.parquet",
@@ -263,44 +210,44 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.eval.asking import Sampling, ask, embedded
     from cotree.eval.outcome import constant_baselines, instruction_scores, outcomes
     from cotree.llm.tokenizer import load_tokenizer
+    from cotree.report.summary import MODELS
     from cotree.train.export_gguf import export_gguf
 
-    recipe = run.recipe
-    settings = recipe.eval
-    source = student_source(recipe)
-    tokenizer = load_tokenizer(source)
-    questions = _eval_questions(recipe)
-    models = [("base", "base", False), ("base+examples", "base", True), ("control", "control", False)]
-    models += [("sft", "sft", False), ("dpo", "dpo", False)]
+    settings, source = run.recipe.eval, student_source(run.recipe)
+    tokenizer, asked = load_tokenizer(source), questions(run.recipe, settings.split)
+    output.say(f"eval: asking {len(asked)} {settings.split} questions of every model, greedily")
+    left_out = {"base+examples": not settings.examples, "control": not settings.control}
     rows: list[dict[str, Any]] = []
     followed: list[dict[str, Any]] = []
     prompt = completion = 0
-    for name, checkpoint, examples in models:
-        if (examples and not settings.examples) or (name == "control" and not settings.control):
+    for name in MODELS:
+        if left_out.get(name):
             continue
+        checkpoint, _, examples = name.partition("+")
         gguf = run.path / "student" / f"{checkpoint}-{settings.gguf}.gguf"
         if not gguf.is_file():
             export_gguf(run.checkpoint(checkpoint) / "model", source, gguf, settings.gguf)
-        how = Sampling(settings.max_tokens, examples=examples)
+        how = Sampling(settings.max_tokens, examples=bool(examples))
         with output.progress(name) as update:
-            model = embedded(gguf, tokenizer, questions, how)
-            samples = ask(model, questions, run.path / "eval" / f"samples_{name}.jsonl", how, on_sample=update)
+            model = embedded(gguf, tokenizer, asked, how)
+            samples = ask(model, asked, run.path / "eval" / f"samples_{name}.jsonl", how, on_sample=update)
         prompt += sum(sample.prompt_tokens for sample in samples)
         completion += sum(sample.tokens for sample in samples)
-        rows += [{"model": name, **row} for row in outcomes(questions, samples)]
-        followed += [{"model": name, **score} for score in instruction_scores(questions, samples)]
+        rows += [{"model": name, **row} for row in outcomes(asked, samples)]
+        followed += [{"model": name, **score} for score in instruction_scores(asked, samples)]
     # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.
     folder = run.path / "student" / "transformers"
     if not folder.is_symlink():
         folder.symlink_to(Path("..") / run.checkpoint("dpo").relative_to(run.path) / "model")
     write_json(run.path / "eval" / "results.json", {"eval": rows, "instructions": followed})
-    result.update(eval=rows, instructions=followed, baselines=constant_baselines(questions))
+    result.update(eval=rows, instructions=followed, baselines=constant_baselines(asked))
     result.update(tokens={"prompt": prompt, "completion": completion})
 
 
 def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:
     from cotree.report.html import write_report
 
+    output.say("report: writing report.html")
     started = time.monotonic()
     summary = _summary(run)
     write_json(run.path / "summary.json", summary)
@@ -311,8 +258,9 @@ def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 
 def _summary(run: RunFolder) -> dict[str, Any]:
-    """Every number of the printed tables."""
+    """Every number of the printed tables, as far as the stages have come."""
     stages = run.manifest["stages"]
+    search, evaluated = run.result("search"), run.result("eval")
     return {
         "name": run.recipe.name,
         "seed": run.recipe.seed,
@@ -320,49 +268,29 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "student": run.recipe.models[run.recipe.train.student].embedded,
         "split": run.recipe.eval.split,
         "machine": run.manifest["machine"],
-        "eval": run.result("eval")["eval"],
-        "baselines": run.result("eval")["baselines"],
-        "instructions": run.result("eval")["instructions"],
-        "search": {**run.result("search")["counts"], "compared": run.result("search")["compared"]},
-        "data": run.result("build")["counts"],
+        **{part: evaluated.get(part, []) for part in ("eval", "baselines", "instructions")},
+        "search": {**search.get("counts", {}), "compared": search.get("compared", [])},
+        "data": run.result("build").get("counts", {}),
         # Of this run's own stages: those taken over cost it nothing.
         "seconds": {name: each["seconds"] for name, each in stages.items() if each["done"] and "from" not in each},
         "tokens": {name: stage["result"]["tokens"] for name, stage in stages.items() if "tokens" in stage["result"]},
     }
 
 
-def _print_result(run: RunFolder, output: Output) -> None:
-    from cotree.report.summary import read_summary
+def _say_results(run: RunFolder, output: Output) -> None:
+    from cotree.report.summary import Summary, read_summary
     from cotree.report.table import eval_table, summary_lines
 
-    summary = read_summary(run.path)
-    output.say(eval_table(summary))
+    finished = run.done("report")
+    summary = read_summary(run.path) if finished else Summary.model_validate(_summary(run))
+    if summary.eval:
+        output.say(eval_table(summary))
     for line in summary_lines(summary):
         output.say(line)
-    output.say(f"report: {run.path / 'report.html'}")
-
-
-def _print_build(counts: dict[str, Any], output: Output) -> None:
-    from cotree.data.build import built_lines
-
-    for line in built_lines(counts):
-        output.say(f"  {line}")
-
-
-def _print_search(run: RunFolder, output: Output) -> None:
-    """What is known after a part of the stages: the search, and where its trees are."""
-    from cotree.report.table import summary_lines
-
-    found = run.result("search")
-    summary = {
-        "name": run.recipe.name,
-        "seed": run.recipe.seed,
-        "created": run.manifest["created"],
-        "search": {**found["counts"], "compared": found["compared"]},
-    }
-    for line in summary_lines(summary):
-        output.say(line)
-    output.say(f"trees: {run.trees}; go on with the same command without --only")
+    if finished:
+        output.say(f"report: {run.path / 'report.html'}")
+    else:
+        output.say(f"{run.path}; go on with the same command without --only")
 
 
 _STAGE = {

@@ -12,11 +12,10 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from cotree.config import Recipe, load_recipe, recipe_yaml
-from cotree.errors import CotreeError, UsageError
-from cotree.run_folder import RunFolder, write_text
+from cotree.config import Recipe, recipe_yaml
+from cotree.errors import UsageError
+from cotree.run_folder import RunFolder, changed_keys, locked, unwritable, write_text
 
 # What each stage reads of a recipe beside what the stages before it read, and what it leaves.
 _STAGES = {
@@ -35,17 +34,16 @@ def reusable(source: Path, recipe: Recipe) -> list[str]:
     """
     if not (source / "recipe.yaml").is_file():
         raise UsageError(f"--from {source}: no run folder there (it has no recipe.yaml)")
-    known = load_recipe(source / "recipe.yaml")
-    run, found = RunFolder(source, known), list[str]()
-    theirs, ours = known.model_dump(), recipe.model_dump()
-    for stage, (keys, _) in _STAGES.items():
-        changed = [key for key in keys if _at(theirs, key) != _at(ours, key)]
-        if changed or not run.done(stage):
+    run, changed = RunFolder(source, recipe), changed_keys(source, recipe)
+    found: list[str] = []
+    for stage, (read, _) in _STAGES.items():
+        differ = [key for key in changed if any(f"{key}.".startswith(f"{part}.") for part in read)]
+        if differ or not run.done(stage):
             break
         found.append(stage)
     if not found:
-        why = f"{', '.join(changed)} differs" if changed else "its search has not finished"
-        raise UsageError(f"--from {source}: no stage of it can be taken over: {why}")
+        why = f"different: {', '.join(differ)}" if differ else "its search has not finished"
+        raise UsageError(f"--from {source}: no stage of it can be taken over ({why})")
     return found
 
 
@@ -58,11 +56,7 @@ def start_from(source: Path, path: Path, recipe: Recipe, stages: list[str]) -> N
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with (source / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"another cotree works in {source}; wait for it") from None
+        with locked(source, fcntl.LOCK_SH):
             for name in (name for stage in stages for name in _STAGES[stage][1]):
                 _take(source / name, partial / name)
             run = RunFolder(partial, recipe)
@@ -75,7 +69,7 @@ def start_from(source: Path, path: Path, recipe: Recipe, stages: list[str]) -> N
             path.rmdir()
         partial.rename(path)
     except OSError as error:
-        raise CotreeError(f"cannot write {path}: {error.strerror}; free some space, then run it again") from None
+        raise unwritable(path, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -96,9 +90,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _at(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values

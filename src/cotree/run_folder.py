@@ -20,17 +20,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cotree.config import Recipe, parse_recipe, recipe_hash, recipe_yaml
+from cotree.config import Recipe, load_recipe, recipe_hash, recipe_yaml
 from cotree.errors import CotreeError, UsageError
 
 _BEAT_SECONDS = 5.0
 _PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
-
-
-def _still() -> None:
-    """No stage is at work."""
 
 
 class RunFolder:
@@ -39,7 +33,7 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path, self.recipe = path, recipe
         # Called while a stage works: keeps its seconds, so that a kill loses a few of them at most.
-        self.beat: Callable[[], None] = _still
+        self.beat: Callable[[], None] = lambda: None
         self.manifest: dict[str, Any] = read_json(path / "manifest.json") or {
             "recipe_hash": recipe_hash(recipe),
             "created": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -73,10 +67,6 @@ class RunFolder:
         result: dict[str, Any] = self.manifest["stages"].get(stage, {}).get("result", {})
         return result
 
-    def seconds(self) -> dict[str, float]:
-        """Wall seconds by stage, over all attempts; of a killed one the last few may be missing."""
-        return {name: stage["seconds"] for name, stage in self.manifest["stages"].items()}
-
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Work on a stage: fill the yielded result; the stage is done when the block ends without an error."""
@@ -96,7 +86,7 @@ class RunFolder:
             yield result
             entry["result"], entry["done"] = result, True
         finally:
-            self.beat = _still
+            self.beat = lambda: None
             entry["seconds"] = round(before + time.monotonic() - started, 1)
             self.save()
 
@@ -111,10 +101,16 @@ def find_run(runs_dir: Path, recipe: Recipe) -> RunFolder:
     Raises:
         UsageError: the folder holds another recipe, or something else.
     """
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise UsageError(f"--runs-dir {runs_dir} is a file; name a folder, or one to be made")
     path = runs_dir / recipe.name
-    stored = path / "recipe.yaml"
-    if stored.is_file():
-        _same_recipe(stored, recipe)
+    if (path / "recipe.yaml").is_file():
+        changed = changed_keys(path, recipe)
+        if changed:
+            raise UsageError(
+                f"{path} was made with another recipe (different: {', '.join(changed)}); to resume it run "
+                f"`cotree run {path / 'recipe.yaml'}`, to start a new run add name=NEW_NAME"
+            )
     elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
         raise UsageError(f"{path} exists and is no run folder; choose another name= or move it away")
     return RunFolder(path, recipe)
@@ -129,39 +125,48 @@ def open_run(runs_dir: Path, recipe: Recipe) -> Iterator[RunFolder]:
         CotreeError: it cannot be written.
     """
     path = find_run(runs_dir, recipe).path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
-    except OSError as error:
-        raise CotreeError(f"cannot write {path}: {error.strerror}; free some space or set --runs-dir") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another cotree works in {path}; wait for it, or choose another name=") from None
+    with locked(path):
         write_text(path / "recipe.yaml", recipe_yaml(recipe))
         run = RunFolder(path, recipe)
         run.save()
         yield run
 
 
-def _same_recipe(stored: Path, recipe: Recipe) -> None:
+@contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Have a run folder for oneself, or share it with others that change nothing (`fcntl.LOCK_SH`).
+
+    Raises:
+        UsageError: another process works in it.
+        CotreeError: it cannot be made.
+    """
     try:
-        raw = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UsageError(f"{stored} cannot be read; move {stored.parent} away, or choose another name=") from None
-    known = parse_recipe(raw, str(stored))
-    if recipe_hash(known) == recipe_hash(recipe):
-        return
-    changed = sorted(_differences(known.model_dump(), recipe.model_dump()))
-    raise UsageError(
-        f"{stored.parent} was made with another recipe (different: {', '.join(changed)}); to resume it run "
-        f"`cotree run {stored}`, to start a new run add name=NEW_NAME"
-    )
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise unwritable(path, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another cotree works in {path}; wait for it, or choose another name=") from None
+        yield
+
+
+def changed_keys(path: Path, recipe: Recipe) -> list[str]:
+    """What of a recipe is different (`a.b`) in that of the run folder `path`, in order.
+
+    Raises:
+        UsageError: the folder's recipe cannot be read.
+    """
+    try:
+        theirs = load_recipe(path / "recipe.yaml").model_dump()
+    except UsageError as error:
+        raise UsageError(f"{error}; move {path} away, or choose another name=") from None
+    return sorted(_differences(theirs, recipe.model_dump()))
 
 
 def _differences(a: Any, b: Any, at: str = "") -> set[str]:
-    """The keys at which two recipes differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         found: set[str] = set()
         for key in a.keys() | b.keys():
@@ -195,8 +200,14 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        fix = "free some space, then re-run the same command to resume"
-        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> CotreeError:
+    """What to say when a file or folder of a run cannot be written."""
+    return CotreeError(
+        f"cannot write {path}: {error.strerror}; free some space, then re-run the same command to resume"
+    )
 
 
 def machine() -> dict[str, Any]:

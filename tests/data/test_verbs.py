@@ -70,7 +70,7 @@ def test_build_on_a_finished_run_tells_its_counts(tmp_path: Path, capsys: pytest
         (["build"], "name a recipe, or a file with --check"),
         (["build", LAPTOP, "--out", "x"], "no finished search"),
         (["build", "--check", "nowhere.parquet"], "no file at nowhere.parquet"),
-        (["build", LAPTOP, "build.sft.select=best"], "`build.sft.select`: Input should be 'length' or 'value'"),
+        (["build", LAPTOP, "build.sft.select=best"], "`build.sft.select`: must be 'length' or 'value'"),
         (["preview", LAPTOP], "run `cotree build` first"),
         (["preview", LAPTOP, "--kind", "dpo"], "no rows at"),
         (["preview", LAPTOP, "--data", "other"], "no rows at other/sft/train.parquet"),

@@ -20,7 +20,7 @@ from cotree.errors import UsageError
 from cotree.llm.embedded import locate
 from cotree.llm.gguf_file import GGUF
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.run_folder import RunFolder
+from cotree.run_folder import RunFolder, changed_keys
 from cotree.search.thoughts import PATTERNS
 from cotree.store import StoredTree, TreeStore
 from cotree.tasks import Verdict, task
@@ -62,11 +62,16 @@ def build_beside(recipe: Recipe, runs_dir: Path, folder: Path) -> Built:
     """Build other datasets from a run's trees into a folder of their own; the run stays as it is.
 
     Raises:
-        UsageError: there is no run of the recipe's name whose search has finished.
+        UsageError: there is no run of the recipe's name whose search has finished, or it differs in more than a build
+            reads.
     """
     run = RunFolder(runs_dir / recipe.name, recipe)
     if not run.done("search"):
         raise UsageError(f"{run.path} has no finished search; run `cotree run RECIPE --only search` first")
+    read = ("build.", "tasks.dev", "tasks.eval", "train.student", "eval.control")
+    others = [key for key in changed_keys(run.path, recipe) if not key.startswith(read)]
+    if others:
+        raise UsageError(f"only `build.` values can differ from those of {run.path}: leave out {', '.join(others)}")
     return build_run(recipe, run.trees, run.result("search")["config"], folder)
 
 
