@@ -10,11 +10,12 @@ import pytest
 from tests.fake_server import FakeServerThread
 
 from cotree.config import Recipe, load_recipe, recipe_yaml
+from cotree.durable import write_text
 from cotree.errors import UsageError
 from cotree.pipeline import run
 from cotree.progress import Output
 from cotree.reuse import reusable, start_from
-from cotree.run_folder import RunFolder, open_run, write_text
+from cotree.run_folder import RunFolder, open_run
 
 LAPTOP = Path(__file__).parent.parent / "recipes" / "laptop.yaml"
 ALL = ["search", "build", "train_sft", "train_dpo"]
@@ -64,7 +65,7 @@ def test_it_takes_over_what_is_equal(override: str, taken: list[str], tmp_path: 
         db.execute("INSERT INTO trees VALUES (1)")
     with sqlite3.connect(tmp_path / "old" / "trees.db") as db:
         assert db.execute("SELECT * FROM trees").fetchall() == []
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob(".*.draft"))
 
 
 def test_what_cannot_be_taken_over_is_said(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_what_cannot_be_taken_over_is_said(tmp_path: Path) -> None:
     with open_run(tmp_path, recipe), pytest.raises(UsageError, match="another cotree works in"):
         start_from(tmp_path / "old", tmp_path / "new", recipe, ["search"])
     assert not (tmp_path / "new").exists()
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob(".*.draft"))
 
 
 def test_a_run_from_another_asks_no_model_again(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def check_complete(folder: Path) -> None:
     assert "<html" in (path / "report.html").read_text()
     first = json.loads((path / "checkpoints" / "dpo" / "log.jsonl").read_text().split("\n")[0])
     assert first["margin"] == pytest.approx(0.0, abs=1e-5), "the reference must be the SFT checkpoint"
-    assert not list(path.rglob("*.partial"))
+    assert not list(path.rglob(".*.draft"))
 
 
 def test_a_run_killed_in_every_stage_ends_complete(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -361,7 +361,7 @@ def main() -> None:
         context, message = (getattr(error, name, None) for name in ("ctx", "format_message"))
         if context is None or message is None:
             raise
-        _fail(f"{message()} (see {context.command_path} --help)", UsageError.exit_code)
+        _fail(f"{message().replace('Value error, ', '')} (see {context.command_path} --help)", UsageError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

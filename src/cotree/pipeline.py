@@ -18,12 +18,13 @@ from cotree.config import STAGES, Recipe
 from cotree.data.build import built_lines
 from cotree.data.stage import build_run, student_source
 from cotree.dry_run import dry_run
+from cotree.durable import write_json
 from cotree.errors import UsageError, spoken_for
 from cotree.llm.endpoints import check_servers, open_endpoints
 from cotree.progress import Output, Update
 from cotree.report.format import duration
 from cotree.reuse import reusable, start_from
-from cotree.run_folder import RunFolder, find_run, open_run, write_json
+from cotree.run_folder import RunFolder, find_run, open_run
 
 if TYPE_CHECKING:
     from cotree.search.calls import Progress

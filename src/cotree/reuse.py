@@ -14,8 +14,9 @@ from contextlib import closing
 from pathlib import Path
 
 from cotree.config import Recipe, recipe_yaml
+from cotree.durable import whole, write_text
 from cotree.errors import UsageError
-from cotree.run_folder import RunFolder, changed_keys, locked, unwritable, write_text
+from cotree.run_folder import RunFolder, changed_keys, locked
 
 # What each stage reads of a recipe beside what the stages before it read, and what it leaves.
 _STAGES = {
@@ -54,24 +55,16 @@ def start_from(source: Path, path: Path, recipe: Recipe, stages: list[str]) -> N
         UsageError: another process works in `source`.
         CotreeError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with locked(source, fcntl.LOCK_SH):
-            for name in (name for stage in stages for name in _STAGES[stage][1]):
-                _take(source / name, partial / name)
-            run = RunFolder(partial, recipe)
-            entries = RunFolder(source, recipe).manifest["stages"]
-            run.manifest["stages"] = {stage: entries[stage] | {"from": source.name} for stage in stages}
-            run.save()
-            write_text(partial / "recipe.yaml", recipe_yaml(recipe))
-        if path.is_dir():  # with a lock at most, else it were another run
+    with whole(path) as draft, locked(source, fcntl.LOCK_SH):
+        for name in (name for stage in stages for name in _STAGES[stage][1]):
+            _take(source / name, draft / name)
+        run = RunFolder(draft, recipe)
+        entries = RunFolder(source, recipe).manifest["stages"]
+        run.manifest["stages"] = {stage: entries[stage] | {"from": source.name} for stage in stages}
+        run.save()
+        write_text(draft / "recipe.yaml", recipe_yaml(recipe))
+        if path.is_dir():  # empty but for a lock, else it were another run
             (path / ".lock").unlink(missing_ok=True)
-            path.rmdir()
-        partial.rename(path)
-    except OSError as error:
-        raise unwritable(path, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _take(source: Path, target: Path) -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cotree.config import Recipe, load_recipe, recipe_hash, recipe_yaml
-from cotree.errors import CotreeError, UsageError
+from cotree.durable import unwritable, write_json, write_text
+from cotree.errors import UsageError
 
 _BEAT_SECONDS = 5.0
 _PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
@@ -184,30 +185,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({error}); move {path.parent} away to start anew") from None
     return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise unwritable(path, error) from None
-
-
-def unwritable(path: Path, error: OSError) -> CotreeError:
-    """What to say when a file or folder of a run cannot be written."""
-    return CotreeError(
-        f"cannot write {path}: {error.strerror}; free some space, then re-run the same command to resume"
-    )
 
 
 def machine() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.full_disk import full_disk
 from tests.train.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
 from cotree.errors import CotreeError, UsageError
@@ -80,9 +81,7 @@ def test_a_damaged_part_leaves_nothing_behind(packages: Path, damage: str) -> No
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(packages: Path) -> None:
-    cache_folder().mkdir(parents=True)
-    (cache_folder() / f"tiny.{os.getpid()}.partial").symlink_to("/dev/full")
-    with pytest.raises(CotreeError, match=r"cannot write .*tiny.gguf: No space left on device; free some space"):
+    with full_disk(), pytest.raises(CotreeError, match=r"cannot write .*tiny.gguf: File too large; free some space"):
         locate("tiny")
     assert os.listdir(cache_folder()) == []
 

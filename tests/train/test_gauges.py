@@ -90,7 +90,7 @@ def test_a_run_that_was_to_stop_stops_again_after_a_crash(answering: Path, endle
     whole = train_sft(endless, answering, tmp_path / "whole", settings, 0, 512)
 
     (tmp_path / "run" / "result.json").mkdir(parents=True)  # so that what was trained cannot be stored
-    with pytest.raises(CotreeError, match="could not write"):
+    with pytest.raises(CotreeError, match="cannot write"):
         train_sft(endless, answering, tmp_path / "run", settings, 0, 512)
     (tmp_path / "run" / "result.json").rmdir()
     resumed = train_sft(endless, answering, tmp_path / "run", settings, 0, 512)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from tests.train.tiny_student import TEMPLATE, distance, tiny_model, tiny_tokeni
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.config import TrainSFT
+from cotree.durable import whole
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.durable import whole
 from cotree.train.export_gguf import export_gguf
 from cotree.train.sft import train_sft
 from cotree.train.student import load_student
@@ -122,19 +123,24 @@ def test_students_that_cannot_be_trained_are_refused_before_the_weights_are_read
         with pytest.raises(UsageError, match=fault if changed else "cannot read"):
             load_student(tmp_path / "changed.gguf", tmp_path / "student")
     assert not (tmp_path / "student").exists()
-    assert not (tmp_path / "student.draft").exists()
+    assert not list(tmp_path.glob("*.draft"))
 
 
 def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(student: Path, tmp_path: Path) -> None:
     folder = tmp_path / "student"
-    (tmp_path / "student.draft").mkdir()
-    (tmp_path / "student.draft" / "half").write_text("")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for process in (os.getpid(), ended.pid):
+        (tmp_path / f".student.{process}.draft").mkdir()
+        (tmp_path / f".student.{process}.draft" / "half").write_text("")
+    (tmp_path / f".student.{os.getppid()}.draft").write_text("of a process that runs")
     load_student(student, folder)
     assert not (folder / "half").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"student", f".student.{os.getppid()}.draft"}
     shutil.rmtree(folder)
     with (
-        pytest.raises(CotreeError, match=r"could not write .*student: .*No space left on device; free some space"),
+        pytest.raises(CotreeError, match=r"cannot write .*student: .*No space left on device; free some space"),
         whole(folder) as draft,
     ):
         os.write(os.open("/dev/full", os.O_WRONLY), str(draft).encode())
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [f".student.{os.getppid()}.draft"]

@@ -298,7 +298,7 @@ def test_a_full_disk_is_one_line_and_nothing_before_it_is_lost(
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
-        with pytest.raises(CotreeError, match=f"could not write .*{what}: .*free some space and run the same command"):
+        with pytest.raises(CotreeError, match=f"cannot write .*{what}: .*free some space"):
             train_sft(sft_rows, student, tmp_path / "run", SFT, 0, 512)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

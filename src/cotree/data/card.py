@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cotree.config import Build
-from cotree.run_folder import write_text
+from cotree.durable import write_text
 
 if TYPE_CHECKING:
     from cotree.data.build import Seen

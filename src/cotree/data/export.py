@@ -17,8 +17,8 @@ import yaml
 
 from cotree.data.files import Row, read_rows, write_jsonl
 from cotree.data.kinds import check_file, write_columns
+from cotree.durable import write_text
 from cotree.errors import CotreeError, UsageError
-from cotree.run_folder import write_text
 from cotree.store import StoredTree, TreeStore
 
 

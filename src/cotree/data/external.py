@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.config import Build
 from cotree.data.chains import Chain
-from cotree.data.files import Row, read_rows, whole
+from cotree.data.files import Row, read_rows
 from cotree.data.gates import passes
 from cotree.data.kinds import faults_of, write_parquet
+from cotree.durable import whole
 from cotree.errors import UsageError
 from cotree.eval.diagnosis import diagnose
 from cotree.llm.embedded import locate

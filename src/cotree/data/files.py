@@ -1,20 +1,19 @@
 """Rows in and out of files: Parquet, JSON lines and JSON arrays.
 
-Invariant: rows stream, so a file of any size needs the memory of a batch; a file is written whole or not at all.
+Invariant: rows stream, so a file of any size needs the memory of a batch.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cotree.errors import CotreeError, UsageError
+from cotree.durable import whole
+from cotree.errors import UsageError
 
 Row = dict[str, Any]
 BATCH = 1_024
@@ -74,19 +73,3 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
     """Write rows as JSON lines, whole or not at all; returns how many."""
     with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         return sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A partial file beside `path` that takes its place when the block ends well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        fix = "free some space, or choose another place, and run the same command again"
-        raise CotreeError(f"cannot write {path}: {error.strerror or error}; {fix}") from None
-    finally:
-        with suppress(NotADirectoryError):
-            partial.unlink(missing_ok=True)

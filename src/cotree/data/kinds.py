@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
-from cotree.data.files import BATCH, Row, read_metadata, read_rows, whole
+from cotree.data.files import BATCH, Row, read_metadata, read_rows
+from cotree.durable import whole
 from cotree.errors import UsageError
 from cotree.train.encode import template_hash
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from cotree.config import GGUFType, Model
+from cotree.durable import write_json
 from cotree.errors import UsageError, spoken_for
 from cotree.eval.asking import (
     Asked,
@@ -39,7 +40,7 @@ from cotree.llm.embedded import at_type, cache_folder, locate
 from cotree.llm.endpoints import Endpoint, check_servers
 from cotree.llm.tokenizer import load_tokenizer
 from cotree.progress import Output
-from cotree.run_folder import read_json, write_json
+from cotree.run_folder import read_json
 from cotree.tasks import task
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cotree.data.files import write_jsonl
+from cotree.durable import write_json
 from cotree.errors import UsageError
 from cotree.eval.asking import Asked, Sampling
 from cotree.eval.journal import EvalSample
-from cotree.run_folder import read_json, write_json
+from cotree.run_folder import read_json
 from cotree.tasks import Question, Task
 from cotree.tasks.extract import Mode, spoken
 

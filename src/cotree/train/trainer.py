@@ -36,9 +36,9 @@ from transformers.integrations import get_available_reporting_integrations
 from cotree.config import Optimizer, Probe, TrainDPO, TrainSFT
 from cotree.data.files import read_rows
 from cotree.data.kinds import check_template, kind_of
+from cotree.durable import whole, writing
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.durable import whole, writing
 from cotree.train.encode import Chain, Encoded, Pair, Row, encode_dpo, encode_sft
 from cotree.train.forest import Scored, forest_tokens, multiplicities, packs
 from cotree.train.gauges import best_step, chosen_falls, no_answer_rises, probe
