@@ -81,6 +81,9 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["build", LAPTOP, "--check", "a.parquet"], "--check does not go with recipe"),
         (["build", "--check", "a.parquet", "--out", "b"], "--check does not go with --out"),
         (["fly"], "No such command 'fly'. (see cotree --help)"),
+        (["decode", "hi", "--seed"], "Option '--seed' requires an argument"),
+        (["eval", "--quiet=3"], "does not take a value"),
+        (["check", LAPTOP, "tasks.train={letters: 99999, arithmetic: 99999}"], "letters has"),
         (["run"], "Missing argument 'RECIPE'. (see cotree run --help)"),
         (["run", "."], "cotree: . is a folder; name a recipe"),
         (["run", LAPTOP, "--runs-dir", "rows.jsonl"], "--runs-dir rows.jsonl is a file; name a folder"),
@@ -143,15 +146,17 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "runs" / "laptop") == ["thesis.txt"]
 
 
-@pytest.mark.parametrize(("words", "said"), [([], "Usage: cotree [OPTIONS]"), (["--version"], f"cotree {__version__}")])
+@pytest.mark.parametrize(
+    ("words", "said", "code"), [([], "Usage: cotree [OPTIONS]", 2), (["--version"], f"cotree {__version__}", 0)]
+)
 def test_without_a_verb(
-    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/cotree", *words])
     monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
     with pytest.raises(SystemExit) as left:
         main()
-    assert (left.value.code, os.environ["HF_HUB_VERBOSITY"]) == (0, "error")
+    assert (left.value.code, os.environ["HF_HUB_VERBOSITY"]) == (code, "error")
     assert capsys.readouterr().out.startswith(said)
 
 

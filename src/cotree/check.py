@@ -58,7 +58,16 @@ def questions(recipe: Recipe, split: Split) -> list[Asked]:
     Raises:
         UsageError: a task has fewer, or two of them have one name.
     """
-    asked = [(t, q) for name, n in recipe.tasks.of(split).items() for t in [task(name)] for q in t.questions(split, n)]
+    asked: list[Asked] = []
+    problems = []
+    for name, count in recipe.tasks.of(split).items():
+        try:
+            known = task(name)
+            asked += [(known, question) for question in known.questions(split, count)]
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))
     check_distinct(asked, split)
     return asked
 
@@ -78,7 +87,8 @@ def preflight(recipe: Recipe, stages: Set[str]) -> Iterator[Look]:
 def _packages(recipe: Recipe, stages: Set[str]) -> str:
     serves = "eval" in stages or ("search" in stages and any(m.embedded for m in recipe.used_models().values()))
     trains = bool(stages & {"train_sft", "train_dpo"})
-    trained = ("torch", "accelerate", "peft") if trains else ()
+    adapts = recipe.train.sft.lora or recipe.train.dpo.lora
+    trained = ("torch", "accelerate", *(("peft",) if adapts else ())) if trains else ()
     needed = ({"xllamacpp": "local"} if serves else {}) | dict.fromkeys(trained, "train")
     for package, extra in needed.items():
         if importlib.util.find_spec(package) is None:

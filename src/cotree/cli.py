@@ -52,6 +52,7 @@ def cotree(
         typer.echo(f"cotree {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
 
 
 @app.command(epilog="Example: cotree run recipes/laptop.yaml search.rollouts=4 name=quick")
@@ -359,9 +360,10 @@ def main() -> None:
     except Exception as error:
         # typer carries its own copy of click, whose exceptions have no public name.
         context, message = (getattr(error, name, None) for name in ("ctx", "format_message"))
-        if context is None or message is None:
+        if message is None:
             raise
-        _fail(f"{message().replace('Value error, ', '')} (see {context.command_path} --help)", UsageError.exit_code)
+        verb = "cotree" if context is None else context.command_path
+        _fail(f"{message().replace('Value error, ', '')} (see {verb} --help)", UsageError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

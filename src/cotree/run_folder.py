@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cotree.config import Recipe, load_recipe, recipe_hash, recipe_yaml
-from cotree.durable import unwritable, write_json, write_text
+from cotree.durable import write_json, write_text, writing
 from cotree.errors import UsageError
 
 _BEAT_SECONDS = 5.0
@@ -141,11 +141,9 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         UsageError: another process works in it.
         CotreeError: it cannot be made.
     """
-    try:
+    with writing(path, "set --runs-dir"):
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
-    except OSError as error:
-        raise unwritable(path, error) from None
     with lock:
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)

@@ -63,6 +63,10 @@ class _Said(_Part):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class _StreamOptions(_Part):
+    include_usage: bool = False
+
+
 _Stop = Annotated[str, Field(min_length=1)]
 
 
@@ -77,7 +81,7 @@ class _Body(_Part):
     seed: int | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] = []
     stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] = {}
+    stream_options: _StreamOptions = _StreamOptions()
 
 
 class _Chat(_Body):
@@ -280,7 +284,7 @@ class Server:
             searching.cancel()
         for index, best in enumerate(found):
             await send({**head, "choices": [self._choice(body, index, best)]})
-        if body.stream_options.get("include_usage"):
+        if body.stream_options.include_usage:
             await send({**head, "choices": [], "usage": _usage(found)})
         await response.write(b"data: [DONE]\n\n")
         return response
@@ -309,7 +313,9 @@ async def _read(request: web.Request, kind: type[_Asked]) -> _Asked:
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"]))
         unknown = first["type"] == "extra_forbidden"
-        said = "is not supported where answers are decoded with search; leave it out" if unknown else first["msg"]
+        said = first["msg"].removeprefix("Value error, ")
+        if unknown:
+            said = "is not supported where answers are decoded with search; leave it out"
         raise _Refused(400, f"`{param}`: {said}", param, "unsupported_parameter" if unknown else None) from None
     except (ValueError, AttributeError, RecursionError, LookupError):
         raise _Refused(400, "the body is no JSON object") from None

@@ -121,6 +121,8 @@ def test_an_export_keeps_what_is_in_the_folder_already(
     with pytest.raises(UsageError, match="is no JSON object"):
         export_to(folder, "llamafactory", str(tmp_path))
     write_jsonl(tmp_path / "own.jsonl", [GOOD_ROW])
+    with pytest.raises(UsageError, match="a part of its path is a file, no folder; choose another place"):
+        export_to(tmp_path / "own.jsonl", "jsonl", str(tmp_path / "own.jsonl" / "sub"))
     with pytest.raises(UsageError, match="would replace"):
         export_to(tmp_path / "own.jsonl", "jsonl", str(tmp_path))
     monkeypatch.chdir(folder / "sft")
@@ -303,6 +305,13 @@ EXTERNAL = {
 }  # fmt: skip
 
 
+def test_bytes_are_no_words(tmp_path: Path) -> None:
+    said = [[{"role": role, "content": b"5"}] for role in ("user", "assistant")]
+    pq.write_table(pa.table({"prompt": [said[0]], "completion": [said[1]]}), tmp_path / "bytes.parquet")
+    with pytest.raises(UsageError, match=r"column prompt\.0\.content: Input should be a valid string"):
+        check_file(tmp_path / "bytes.parquet")
+
+
 @pytest.mark.parametrize("form", EXTERNAL)
 def test_long_chains_of_others_become_sft_rows(tmp_path: Path, form: str) -> None:
     with gzip.open(tmp_path / "theirs.jsonl.gz", "wt") as file:
@@ -335,6 +344,7 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         {"prompt": "Held out, is it?", "response": "So \\boxed{2}"},
         {"prompt": "Who knows?", "response": "I do.<|im_end|>\n<|im_start|>user\nNo: \\boxed{2}"},
         {"prompt": "Who <|im_end|> knows?", "response": "I do: \\boxed{2}"},
+        {"prompt": "Who knows?", "response": ""},
         {"words": "no conversation"},
     ]
     write_jsonl(tmp_path / "theirs.jsonl", rows)
@@ -342,9 +352,9 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
     counts, faults = import_rows(
         tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build(max_tokens=9_000), letters, held_out
     )
-    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 2, "special_tokens": 2,
+    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 3, "special_tokens": 2,
                       "verified": 2, "written": 3, "wrong": 2}  # fmt: skip
-    assert faults == ["row 12: no `conversations`, no `messages`, and no prompt with a response; it has words"]
+    assert faults == ["row 13: no `conversations`, no `messages`, and no prompt with a response; it has words"]
     assert [row["reward"] for row in read_rows(tmp_path / "o.parquet")] == [1.0, 1.0, None]
 
 
@@ -354,6 +364,10 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         ({"text": "no prompt"}, "row 0: no `conversations`, no `messages`, and no prompt with a response; it has text"),
         ({"messages": [{"role": "user", "content": "x"}]}, "row 0: column prompt: List should have at least 1 item"),
         ({"conversations": [{"who": "x"}]}, "a turn is no"),
+        (
+            {"messages": [*GOOD_ROW["prompt"], {"role": "tool", "content": "5"}, *GOOD_ROW["completion"]]},
+            "a known role",
+        ),
         ({"prompt": "x", "response": "<think>"}, "no row of .* passed"),
         ([1], "line 1: no JSON row .a row must be an object with columns"),
         ({"prompt": " ", "response": "x"}, "row 0: column prompt.0.content: String should have at least 1 character"),

@@ -252,7 +252,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--model", "smollm2-135m-instruct", "--task", "letters", "--max-tokens", "9000"], "takes 8192; lower"),
         (["--model", "x", "--task", "letters", "--gguf", "Q2"], "unknown GGUF type `Q2`"),
         (["--model", "x", "--task", "letters", "--top-p", "0"], "top_p 0.0 keeps no token"),
-        (["--model", "", "--task", "letters"], ". has no config.json; give a transformers folder"),
+        (["--model", "", "--task", "letters"], "name a model: a server's URL"),
         (["--table", "folder/config.json"], "folder/config.json is no folder"),
         (["--compare", "a", "b"], "no samples at a"),
         (["--table", "bare"], "no results of an evaluation in bare"),

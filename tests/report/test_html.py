@@ -216,6 +216,22 @@ def test_a_wrong_summary_is_an_error_that_names_the_key(run: Path, change: dict[
     assert not (run / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    "change", [{"search": {"trees": 3}}, {"data": {"sft_rows": 3}}, {"machine": {"memory_gb": "x"}}]
+)
+def test_numbers_of_another_version_are_one_line(run: Path, change: dict[str, Any]) -> None:
+    edit(run / "summary.json", **change)
+    with pytest.raises(UsageError, match="its files are not those of this version of cotree"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1}', "[1]"])
+def test_a_line_of_a_log_without_its_step_is_one_line(run: Path, line: str) -> None:
+    (run / "checkpoints" / "sft" / "log.jsonl").write_text(line + "\n")
+    with pytest.raises(UsageError, match=r"log\.jsonl: a line has no `step`"):
+        write_report(run)
+
+
 @pytest.mark.parametrize("name", ["summary.json", "manifest.json", "samples.json"])
 def test_a_torn_file_is_an_error_that_names_it(run: Path, name: str) -> None:
     (run / name).write_text((run / name).read_text()[:-3])

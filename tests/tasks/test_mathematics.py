@@ -264,9 +264,9 @@ def test_splits() -> None:
     assert gsm8k.questions() == gsm8k.questions("test")
     train, dev = ({q.id for q in gsm8k.questions(split)} for split in ("train", "dev"))
     assert len(train | dev) == 500 and not train & dev and 30 < len(dev) < 70
-    with pytest.raises(UsageError, match="math500 has no `train` split; name another task"):
+    with pytest.raises(UsageError, match="math500 has a test set only, no `train` split; train on"):
         task("math500").questions("train")
-    with pytest.raises(UsageError, match="math has no `test` split; name another task"):
+    with pytest.raises(UsageError, match="math is for training and has no `test` split; evaluate on"):
         task("math").questions("test")
     with pytest.raises(UsageError, match="aime24 has 30 questions in all, not 31; lower the number"):
         task("aime24").questions(limit=31)

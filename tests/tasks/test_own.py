@@ -30,6 +30,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_row_without_the_named_id_is_called_by_its_number(folder: Path) -> None:
+    path = folder / "halves.yaml"
+    path.write_text(path.read_text().replace("  id: id", "  id: key"))
+    rows = [{"problem": "Half of 2?", "solution": "1", "unit": "cm", "id": "x"}] * 2
+    (folder / "halves.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"key": "own"}])))
+    assert [question.id for question in task(str(path)).questions()] == ["0", "1", "own"]
+
+
 def test_the_yaml_task_of_the_docs(folder: Path) -> None:
     halves = task(str(folder / "halves.yaml"))
     questions = halves.questions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -130,17 +131,20 @@ def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(student
     folder = tmp_path / "student"
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for process in (os.getpid(), ended.pid):
-        (tmp_path / f".student.{process}.draft").mkdir()
-        (tmp_path / f".student.{process}.draft" / "half").write_text("")
-    (tmp_path / f".student.{os.getppid()}.draft").write_text("of a process that runs")
+    here = socket.gethostname().replace(".", "-")
+    left = tmp_path / f".student.{here}.{ended.pid}.0.draft"
+    left.mkdir()
+    (left / "half").write_text("")
+    kept = {f".student.{here}.{os.getpid()}.0.draft", f".student.elsewhere.{ended.pid}.0.draft",
+            f".student.{here}.{10**30}.0.draft"}  # fmt: skip
+    for name in kept:
+        (tmp_path / name).write_text("of a process that may run")
     load_student(student, folder)
-    assert not (folder / "half").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"student", f".student.{os.getppid()}.draft"}
+    assert {path.name for path in tmp_path.iterdir()} == {"student", *kept}
     shutil.rmtree(folder)
     with (
         pytest.raises(CotreeError, match=r"cannot write .*student: .*No space left on device; free some space"),
         whole(folder) as draft,
     ):
         os.write(os.open("/dev/full", os.O_WRONLY), str(draft).encode())
-    assert [path.name for path in tmp_path.iterdir()] == [f".student.{os.getppid()}.draft"]
+    assert {path.name for path in tmp_path.iterdir()} == kept

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 # ShareGPT's names (OpenThoughts).
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "generation", "output", "solution")
 _GOLDS = ("gold", "answer", "final_answer", "ground_truth")
@@ -130,7 +130,9 @@ def _well_formed(source: Path, faults: list[str]) -> Iterator[tuple[int, Row, Me
     for index, raw in enumerate(read_rows(source)):
         try:
             *prompt, reply = _conversation(raw)
-            found = faults_of({"prompt": prompt, "completion": [reply]}, "sft")
+            # An empty reply is well formed: it is a reply without an answer.
+            told = reply if reply["content"] != "" else reply | {"content": "-"}
+            found = faults_of({"prompt": prompt, "completion": [told]}, "sft")
         except ValueError as error:
             found = [str(error)]
         if found:
@@ -151,9 +153,9 @@ def _conversation(raw: Row) -> Messages:
             named = [
                 (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"]) for turn in turns
             ]
-            messages = [{"role": _ROLES.get(role, role), "content": content} for role, content in named]
+            messages = [{"role": _ROLES[role], "content": content} for role, content in named]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"a turn is no {{from, value}} or {{role, content}} ({error})") from None
+            raise ValueError(f"a turn is no {{from, value}} or {{role, content}} of a known role ({error})") from None
         if raw.get("system") and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": raw["system"]})
         return messages

@@ -33,6 +33,7 @@ Count = Annotated[int, Field(ge=0)]
 class Message(BaseModel):
     """One message of a conversation, as every trainer takes it."""
 
+    model_config = ConfigDict(strict=True)
     role: Literal["system", "user", "assistant", "tool"]
     content: Words
 

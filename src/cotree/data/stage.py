@@ -41,7 +41,7 @@ def build_run(recipe: Recipe, store: Path, config: str, folder: Path) -> Built:
     told = recipe.model_dump(mode="json", exclude={"models": {"__all__": {"url", "api_key_env"}}})
     about = {
         "name": recipe.name,
-        "recipe": yaml.safe_dump(told, sort_keys=False, allow_unicode=True),
+        "recipe": yaml.safe_dump({"name": recipe.name} | told, sort_keys=False, allow_unicode=True),
         "models": {name: _licence(model) for name, model in recipe.used_models().items()},
     }
     with TreeStore(store) as trees:

@@ -95,6 +95,8 @@ def evaluate(
     """
     if samples > 1 and temperature == 0:
         raise UsageError("greedy samples are all alike: several samples need a temperature, e.g. --temperature 0.8")
+    if not model:
+        raise UsageError("name a model: a server's URL, a .gguf, a transformers folder or an embedded name")
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p {top_p} keeps no token, or more than all; give one above 0 and up to 1")
     if gguf is not None and gguf not in get_args(GGUFType):
@@ -184,7 +186,8 @@ def _local(model: str, base: str, kind: GGUFType | None) -> Path:
         return _exported(path, locate(base), kind or "Q8_0")
     if path.parent != Path(".") and ":" not in model and not path.is_file():
         raise UsageError(f"nothing at {model}; give a server's URL, a .gguf, a transformers folder or an embedded name")
-    return path if kind is None and path.is_file() else at_type(locate(model), kind or "Q8_0")
+    served = kind is None and path.suffix == ".gguf" and path.is_file()
+    return path if served else at_type(locate(model), kind or "Q8_0")
 
 
 def _exported(folder: Path, base: Path, kind: GGUFType) -> Path:

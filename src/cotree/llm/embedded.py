@@ -22,6 +22,8 @@ from cotree.config import GGUFType
 from cotree.durable import whole
 from cotree.errors import UsageError
 
+_ANOTHER_CACHE = "set XDG_CACHE_HOME to another disk"
+
 
 @dataclass(frozen=True)
 class _Packaged:
@@ -90,7 +92,7 @@ def _packaged(name: str, model: _Packaged) -> Path:
     if len(parts) == 1:
         _check_whole(parts[0], model)
         return parts[0]
-    with whole(joined) as draft:
+    with whole(joined, _ANOTHER_CACHE) as draft:
         with draft.open("wb") as joining:
             for part in filter(Path.is_file, parts):
                 joining.write(part.read_bytes())
@@ -134,7 +136,7 @@ def at_type(source: Path, kind: GGUFType) -> Path:
     if not cached.is_file():
         fields = file.fields | {"general.file_type": encode(UINT32, file_type)}
         tensors = {n: (t.shape, tensor_type if len(t.shape) > 1 else F32) for n, t in file.tensors.items()}
-        with whole(cached) as draft:
+        with whole(cached, _ANOTHER_CACHE) as draft:
             write(draft, fields, tensors, file.array, file.alignment)
     return cached
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cotree.durable import write_text
+from cotree.errors import UsageError
 from cotree.report import format as show
 from cotree.report.plots import training_figures
 from cotree.report.reading import reading
@@ -29,9 +30,21 @@ def write_report(run: Path) -> Path:
     what is missing is left out of the page. Raises UsageError for a file that cannot be read. The page is replaced in
     one step: a kill leaves the old one or the new one.
     """
+    summary = read_summary(run)
+    try:
+        page = _page(run, summary)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fix = "run its recipe again with this one"
+        raise UsageError(f"{run}: its files are not those of this version of cotree ({error!r}); {fix}") from None
+    path = run / "report.html"
+    # A model may emit half a surrogate pair, which has no UTF-8.
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    return path
+
+
+def _page(run: Path, summary: Summary) -> str:
     import jinja2
 
-    summary = read_summary(run)
     recipe = run / "recipe.yaml"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cotree.report", "."),
@@ -44,7 +57,7 @@ def write_report(run: Path) -> Path:
     )
     final = _final_model(summary)
     logs = {name: read_log(run / "checkpoints" / name / "log.jsonl") for name in LOGS}
-    page = environment.get_template("report.html.jinja").render(
+    return environment.get_template("report.html.jinja").render(
         summary=summary,
         manifest=read_json(run / "manifest.json") or {},
         samples=read_json(run / "samples.json") or [],
@@ -67,10 +80,6 @@ def write_report(run: Path) -> Path:
             for stage, seconds in summary.seconds.items()
         ],
     )
-    path = run / "report.html"
-    # A model may emit half a surrogate pair, which has no UTF-8.
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
-    return path
 
 
 def _final_model(summary: Summary) -> str | None:

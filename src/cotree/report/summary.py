@@ -127,4 +127,6 @@ def read_log(path: Path) -> list[LogLine]:
         by_step = {line["step"]: line for line in read_lines(path)}
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
+    except (KeyError, TypeError):
+        raise UsageError(f"{path}: a line has no `step`; it is no log of a training") from None
     return [by_step[step] for step in sorted(by_step)]

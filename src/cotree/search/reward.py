@@ -40,10 +40,12 @@ def load_function(name: str) -> RewardFunction:
     """
     where, _, function = name.rpartition(":")
     try:
-        names = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
+        if where.endswith(".py"):
+            found: Any = runpy.run_path(where).get(function)
+        else:
+            found = getattr(importlib.import_module(where), function, None)
     except Exception as error:  # noqa: BLE001 - the user's module may raise anything
         raise UsageError(f"search.reward.function: cannot load {where}: {type(error).__name__}: {error}") from None
-    found: Any = names.get(function)
     if not callable(found):
         raise UsageError(f"search.reward.function: {where} has no function `{function}`")
     return found  # type: ignore[no-any-return]

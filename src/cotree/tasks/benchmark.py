@@ -34,8 +34,10 @@ class Benchmark(Task):
             UsageError: the benchmark has no such split or fewer questions, or its data cannot be found.
         """
         source = self.source if split in (None, "test") else self.training
-        if source is None or (split == "test" and source is self.training):
-            raise UsageError(f"{self.name} has no `{split}` split; name another task for it")
+        if source is None:
+            raise UsageError(f"{self.name} has a test set only, no `{split}` split; train on another task")
+        if split == "test" and source is self.training:
+            raise UsageError(f"{self.name} is for training and has no `test` split; evaluate on another task")
         questions = self._asked(source)
         if split in ("train", "dev"):
             questions = [question for question in questions if (tenth(question.id) == 0) == (split == "dev")]

@@ -70,7 +70,8 @@ def value(row: Row, *names: str) -> Any:
     for name in names:
         if row.get(name) is not None:
             return row[name]
-    raise UsageError(f"a row has no field `{'` or `'.join(names)}`; its fields: {', '.join(map(str, row))}")
+    there = ", ".join(str(name) for name, told in row.items() if told is not None)
+    raise UsageError(f"a row has no field `{'` or `'.join(names)}`; its fields: {there}")
 
 
 def _where(source: Source) -> str:

@@ -86,10 +86,14 @@ class FileTask(Benchmark):
         questions = [q for q in self._asked(self.source) if split in (None, split_of(q.id))]
         return self._first(questions, split, limit)
 
+    def _rows(self, source: Source) -> list[Row]:
+        # Rows without ids are called by their place.
+        column, rows = self.own.fields["id"], super()._rows(source)
+        return [row if row.get(column) is not None else row | {column: str(at)} for at, row in enumerate(rows)]
+
     def question(self, row: Row) -> Question:
         """A row with the file's fields."""
-        known = {name: str(value(row, column)) for name, column in self.own.fields.items() if name != "id"}
-        known["id"] = str(value(row, self.own.fields["id"], "id"))
+        known = {name: str(value(row, column)) for name, column in self.own.fields.items()}
         message = {"role": "user", "content": _filled(self.own.prompt, known)}
         return Question(known["id"], self.name, (message,), known["gold"].strip())
 
