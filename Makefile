@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo two-models test check slow bench-search bench-tasks bench-store bench-train clean
 
-# Where it is set, every process compiles torch and transformers anew: ten seconds at each start of the trainer.
+# Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
 
 PY := .venv/bin/python
