@@ -13,7 +13,7 @@ from tests.fake_server import ASSISTANT, FakeServerThread, tell
 
 from cotree.check import Finding, check
 from cotree.cli import main
-from cotree.config import Recipe, parse_recipe
+from cotree.config import Recipe
 from cotree.errors import UsageError
 from cotree.llm.embedded import locate
 from cotree.progress import Output
@@ -46,7 +46,7 @@ def recipe(*models: dict[str, Any], **more: Any) -> Recipe:
         "train": {"student": "student"},
     }
     raw["models"]["student"] = {"embedded": "no-such-file.gguf"}
-    return parse_recipe(raw | more, "test")
+    return Recipe.parse(raw | more, "test")
 
 
 def problems(*models: dict[str, Any], **more: Any) -> dict[str, str]:

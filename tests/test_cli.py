@@ -83,7 +83,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["fly"], "No such command 'fly'. (see cotree --help)"),
         (["decode", "hi", "--seed"], "Option '--seed' requires an argument"),
         (["eval", "--quiet=3"], "does not take a value"),
-        (["check", LAPTOP, "tasks.train={letters: 99999, arithmetic: 99999}"], "letters has"),
+        (["check", LAPTOP, "tasks.train={letters: 99999, arithmetic: 99999}"], "; arithmetic has"),
         (["run"], "Missing argument 'RECIPE'. (see cotree run --help)"),
         (["run", "."], "cotree: . is a folder; name a recipe"),
         (["run", LAPTOP, "--runs-dir", "rows.jsonl"], "--runs-dir rows.jsonl is a file; name a folder"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cotree.config import load_recipe, parse_recipe, recipe_hash, recipe_yaml
+from cotree.config import Recipe, load_recipe, recipe_hash, recipe_yaml
 from cotree.errors import UsageError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -67,7 +67,7 @@ def test_a_student_must_have_weights_here() -> None:
         "train": {"student": "s"},
     }
     with pytest.raises(UsageError, match="`s` is a server"):
-        parse_recipe(raw, "x")
+        Recipe.parse(raw, "x")
 
 
 def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.fake_server import FakeServerThread
 from tests.train.tiny_student import dpo_row, sft_row, tiny_model, tiny_tokenizer, write_tiny_gguf
 
 from cotree.cli import main
-from cotree.config import Recipe, parse_recipe, recipe_yaml
+from cotree.config import Recipe, recipe_yaml
 from cotree.pipeline import run
 from cotree.progress import Output
 from cotree.run_folder import open_run
@@ -41,7 +41,7 @@ def recipe(student: Path, url: str, **search: Any) -> Recipe:
         "train": {"student": "tiny", "sft": {"batch_size": 4, "epochs": 2}},
         "eval": {"max_tokens": 50, "control": False},
     }
-    return parse_recipe(raw, "test")
+    return Recipe.parse(raw, "test")
 
 
 @pytest.fixture

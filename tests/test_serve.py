@@ -165,6 +165,7 @@ async def test_max_completion_tokens_is_the_budget_also_where_the_server_has_non
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logprobs": True}, "logprobs"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"user": "me"}, "user"),
         ({"n": 0}, "n"),

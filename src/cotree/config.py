@@ -508,9 +508,6 @@ class Recipe(SearchRecipe):
         return self
 
 
-parse_recipe = Recipe.parse
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `a.b=c` overrides, fill in defaults, check.
 

@@ -18,7 +18,7 @@ from cotree.progress import Output
 from cotree.search.calls import Calls, Progress
 from cotree.search.decode import Decoded, Open, settled
 from cotree.search.decode import decode as search
-from cotree.search.reward import check_reward
+from cotree.search.reward import load_function
 from cotree.tasks import task as task_of
 
 # Without a budget.
@@ -66,7 +66,8 @@ class Backend:
             "search": {"patterns": ["plain"], "max_thought_tokens": 256, **search},
         }
         recipe = SearchRecipe.parse(raw, "decoding", self.overrides)
-        check_reward(recipe.search.reward)
+        if recipe.search.reward is not None and recipe.search.reward.function is not None:
+            load_function(recipe.search.reward.function)
         return recipe
 
 

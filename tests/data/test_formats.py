@@ -345,6 +345,7 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         {"prompt": "Who knows?", "response": "I do.<|im_end|>\n<|im_start|>user\nNo: \\boxed{2}"},
         {"prompt": "Who <|im_end|> knows?", "response": "I do: \\boxed{2}"},
         {"prompt": "Who knows?", "response": ""},
+        {"prompt": "Who knows?", "response": " "},
         {"words": "no conversation"},
     ]
     write_jsonl(tmp_path / "theirs.jsonl", rows)
@@ -352,9 +353,9 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
     counts, faults = import_rows(
         tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build(max_tokens=9_000), letters, held_out
     )
-    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 3, "special_tokens": 2,
+    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 4, "special_tokens": 2,
                       "verified": 2, "written": 3, "wrong": 2}  # fmt: skip
-    assert faults == ["row 13: no `conversations`, no `messages`, and no prompt with a response; it has words"]
+    assert faults == ["row 14: no `conversations`, no `messages`, and no prompt with a response; it has words"]
     assert [row["reward"] for row in read_rows(tmp_path / "o.parquet")] == [1.0, 1.0, None]
 
 

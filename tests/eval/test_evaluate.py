@@ -246,6 +246,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--model", "x", "--task", "letters", "--limit", "999"], "has 138 such questions, not 999"),
         (["--model", "x", "--task", "letters", "--task", "letters"], "two test questions of task `letters`"),
         (["--model", "x", "--task", "leters"], "did you mean `letters`"),
+        (["--model", "notes.txt", "--task", "letters"], "unknown embedded model `notes.txt`"),
         (["--model", "bare", "--task", "letters"], "bare has no config.json; give a transformers folder"),
         (["--model", "dpo", "--task", "letters"], "dpo has no config.json; give dpo/model"),
         (["--model", "folder", "--task", "letters"], "cannot export 'mamba' models: supported are llama"),
@@ -269,6 +270,7 @@ def test_a_mistake_is_one_line(
     (tmp_path / "bare").mkdir()
     (tmp_path / "dpo" / "model").mkdir(parents=True)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "mamba"}')
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"")
     assert run(monkeypatch, "eval", *words) == 2

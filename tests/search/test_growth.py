@@ -288,6 +288,7 @@ def test_a_reward_function_that_breaks_its_contract_is_one_line(tmp_path: Path) 
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     assert "7.0 for question" in str(error)
+    assert callable(load_function("cotree:diagnose")), "a module may give its names lazily"
     for name, words in (("nowhere:f", "cannot load nowhere"), (f"{__name__}:nothing", "has no function `nothing`")):
         with pytest.raises(UsageError, match=words):
             load_function(name)

@@ -77,6 +77,10 @@ def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path: Path, monkeypat
     for words in ("sums.jsonl", "nobody/sums", "COTREE_DATA"):
         assert words in str(missing.value)
     assert "\n" not in str(missing.value)
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}')
+    monkeypatch.setenv("COTREE_DATA", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(UsageError, match="COTREE_DATA"):
+        load_rows(SOURCE)
     with pytest.raises(UsageError, match=r"no file or folder at .*none\.jsonl"):
         load_rows(SOURCE, tmp_path / "none.jsonl")
     (tmp_path / "half.jsonl").write_text('{"id": 1}\n{"id": ')

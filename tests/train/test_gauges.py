@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.train.tiny_student import message, same, sft_row, weights, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from cotree.config import LoRA, Probe, TrainSFT, parse_recipe
+from cotree.config import LoRA, Probe, Recipe, TrainSFT
 from cotree.errors import CotreeError
 from cotree.pipeline import run
 from cotree.progress import Output, Update
@@ -178,7 +178,7 @@ def test_a_run_says_its_warnings_and_shows_its_gauges(
         "train": {"student": "tiny", "sft": changed(every=2, stop_rise=0.4).model_dump()},
         "eval": {"control": False},
     }
-    recipe, output = parse_recipe(raw, "test"), Kept()
+    recipe, output = Recipe.parse(raw, "test"), Kept()
     with open_run(tmp_path, recipe) as folder:
         with folder.stage("search") as result:
             result.update(counts={}, compared=[])

@@ -131,7 +131,7 @@ def _well_formed(source: Path, faults: list[str]) -> Iterator[tuple[int, Row, Me
         try:
             *prompt, reply = _conversation(raw)
             # An empty reply is well formed: it is a reply without an answer.
-            told = reply if reply["content"] != "" else reply | {"content": "-"}
+            told = reply if str(reply["content"]).strip() else reply | {"content": "-"}
             found = faults_of({"prompt": prompt, "completion": [told]}, "sft")
         except ValueError as error:
             found = [str(error)]

@@ -15,7 +15,7 @@ from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from cotree.config import Reward, Writer
+from cotree.config import Writer
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.client import Request
 from cotree.search.mcts import Node
@@ -108,12 +108,6 @@ def combined(scores: Sequence[float], steps: int, how: Literal["least", "product
             "step token, and serve it with a pooler that returns that token's score"
         )
     return {"least": min(scores), "product": math.prod(scores), "last": scores[-1]}[how]
-
-
-def check_reward(reward: Reward | None) -> None:
-    """Load the user's function, before any work starts; UsageError where that cannot be done."""
-    if reward is not None and reward.function is not None:
-        load_function(reward.function)
 
 
 def merit(chain: Sequence[Node | StoredNode]) -> tuple[float, float]:

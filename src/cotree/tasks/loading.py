@@ -52,12 +52,11 @@ def load_rows(source: Source, data: str | Path | None = None) -> list[Row]:
     """
     place = os.environ.get(DATA_FOLDER) if data is None else data
     if place:
-        for file in (Path(place), Path(place, source.file), Path(place, f"{source.file}.gz")):
+        # The environment names a folder for all tasks; a file would be the rows of each.
+        named = () if data is None else (Path(place),)
+        for file in (*named, Path(place, source.file), Path(place, f"{source.file}.gz")):
             if file.is_file():
-                rows: list[Row] = list(read_rows(file))
-                if not all(isinstance(row, dict) for row in rows):
-                    raise UsageError(f"{file}: not every row is a JSON object; write each as {{FIELD: VALUE, ...}}")
-                return rows
+                return list(read_rows(file))
     if data is None:
         return _from_hub(source, source.hub)
     if Path(data).is_dir() or (HUB_ID.fullmatch(str(data)) and Path(data).suffix not in _FILES):
