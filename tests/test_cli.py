@@ -30,13 +30,16 @@ def cotree(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[
 
 @pytest.mark.timed
 def test_help_is_fast_and_loads_nothing_heavy() -> None:
-    times = []
+    times, bare = [], []
     for _ in range(5):
         started = time.perf_counter()
         assert "Usage" in cotree("--help").stdout
         times.append(time.perf_counter() - started)
-    # 0.3 s on an idle machine; the bound leaves room for a busy one.
-    assert min(times) < 0.6
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import typer"], check=True)
+        bare.append(time.perf_counter() - started)
+    # 0.25 s beside 0.16 on two slow cores: what cotree adds to its command line's library is little.
+    assert min(times) < 2 * min(bare)
     heavy = ["torch", "transformers", "datasets", "aiohttp", "matplotlib", "numpy", "pydantic", "rich.progress"]
     code = f"import cotree.cli, sys; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -83,7 +86,10 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         (["fly"], "No such command 'fly'. (see cotree --help)"),
         (["decode", "hi", "--seed"], "Option '--seed' requires an argument"),
         (["eval", "--quiet=3"], "does not take a value"),
-        (["check", LAPTOP, "tasks.train={letters: 99999, arithmetic: 99999}"], "; arithmetic has"),
+        (
+            ["check", LAPTOP, "models.smollm2.embedded=not.gguf", "tasks.train={letters: 99999, arithmetic: 99999}"],
+            "; arithmetic has",
+        ),
         (["run"], "Missing argument 'RECIPE'. (see cotree run --help)"),
         (["run", "."], "cotree: . is a folder; name a recipe"),
         (["run", LAPTOP, "--runs-dir", "rows.jsonl"], "--runs-dir rows.jsonl is a file; name a folder"),

@@ -7,6 +7,9 @@ import json
 import os
 import random
 import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,23 +131,28 @@ def test_no_text_raises(text: str, times: int, finish_reason: str, answered: boo
 
 @pytest.mark.timed
 @pytest.mark.parametrize("kind", ["words", "characters", "one word", "loop"])
-def test_150_kb_in_20_ms(kind: str) -> None:
+def test_150_kb_take_no_longer_than_counting_pairs_of_letters_twice(kind: str) -> None:
+    """20 ms on an idle machine, which a test on a shared one cannot ask for."""
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 9))) for _ in range(4_000)]
+    words = " ".join(rng.choices(vocabulary, k=30_000))[:150_000]
     text = {
-        "words": " ".join(rng.choices(vocabulary, k=24_000))[:150_000],
+        "words": words,
         "characters": "".join(chr(0x4E00 + rng.randrange(2_000)) for _ in range(50_000)),
         "one word": "a" * 150_000,
         "loop": (ENGLISH * 2_000)[:150_000],
     }[kind]
-    assert len(text.encode()) >= 140_000
-    seconds = []
-    for _ in range(15):
-        started = time.process_time()
-        diagnose(text)
-        seconds.append(time.process_time() - started)
-    # 11 ms at most on an idle machine; a busy one takes its time from the caches.
-    assert min(seconds) < 0.020
+    assert len(text.encode()) == 150_000
+    # Side by side, because how fast a shared machine is changes from second to second.
+    pairs = [(cpu(lambda: diagnose(text)), cpu(lambda: Counter(pairwise(words)))) for _ in range(15)]
+    diagnosed, counted = map(min, zip(*pairs, strict=True))
+    assert diagnosed < 2 * counted
+
+
+def cpu(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def test_it_is_public_and_loads_when_asked_for() -> None:
