@@ -174,19 +174,26 @@ def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
 
 
 def _show_steps(name: str, update: Update, output: Output) -> Callable[[StepLog], None]:
-    """Shows each step's loss and the gauges that there are, a probe's until the next one; says warnings."""
-    latest: dict[str, float] = {}
+    """Plots the loss and the gauges that there are, a line each, after every step; says warnings."""
+    from cotree.report.format import sparkline
+
+    seen: dict[str, list[float]] = {}
 
     def show(log: StepLog) -> None:
-        latest.update(log.gauges, loss=log.loss)
-        update(log.step, log.total_steps, ", ".join(f"{k} {latest[k]:.3g}" for k in _GAUGES if k in latest))
+        for gauge, value in (log.gauges | {"loss": log.loss}).items():
+            seen.setdefault(gauge, []).append(value)
+        lines = [f"{gauge:<15} {seen[gauge][-1]:>8.3g}  {sparkline(seen[gauge])}" for gauge in _GAUGES if gauge in seen]
+        update(log.step, log.total_steps, "\n".join(lines))
         for warning in log.warnings:
             output.say(f"  warning at {name} step {log.step}: {warning}")
 
     return show
 
 
-_GAUGES = ("loss", "margin", "chosen_reward", "probe_tokens", "probe_loop", "probe_no_answer")
+_GAUGES = (
+    "loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "chosen_reward",
+    "probe_tokens", "probe_loop", "probe_no_answer",
+)  # fmt: skip
 
 
 def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-Update = Callable[[int, int, str], None]  # done, wanted, a short remark
+Update = Callable[[int, int, str], None]  # done, wanted, a remark of a few lines
 _PLAIN_SECONDS = 15.0
 # Control characters but line feed and tab, marks that turn the direction of writing, halves of characters.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -51,7 +51,7 @@ class Output:
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:
-        """A counter; the yielded function sets what is done, how much there is, and a short remark."""
+        """A counter; the yielded function sets what is done, how much there is, and a remark of a few lines."""
         if self.quiet:
             yield lambda done, total, remark: self.on_update()
         elif sys.stdout.isatty():
@@ -60,17 +60,20 @@ class Output:
             yield from self._lines(title)
 
     def _bar(self, title: str) -> Iterator[Update]:
+        from rich.console import Group
+        from rich.live import Live
+        from rich.padding import Padding
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
-        title_of, remark_of = (
-            TextColumn(each, markup=False) for each in ("  {task.description}", "{task.fields[remark]}")
-        )
-        columns = (title_of, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), remark_of)
-        with Progress(*columns, transient=True) as bar:
-            shown = bar.add_task(title, total=None, remark="")
+        title_of = TextColumn("  {task.description}", markup=False)
+        bar = Progress(title_of, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
+        shown = bar.add_task(title, total=None)
+        with Live(bar, transient=True) as live:
 
             def update(done: int, total: int, remark: str) -> None:
-                bar.update(shown, completed=done, total=total, remark=harmless(remark))
+                bar.update(shown, completed=done, total=total)
+                live.update(Group(bar, Padding(Text(harmless(remark)), (0, 0, 0, 4))))
                 self.on_update()
 
             yield update
@@ -83,7 +86,8 @@ class Output:
             self.on_update()
             if time.monotonic() - last >= _PLAIN_SECONDS:
                 last = time.monotonic()
-                line = harmless(f"  {title} {done}/{total}  {remark}")
+                words = ", ".join(" ".join(part.split()) for part in remark.splitlines())
+                line = harmless(f"  {title} {done}/{total}  {words}")
                 self._keep(line)
                 print(line, flush=True)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cotree.eval.metrics import minimum_detectable_difference, wilson
-from cotree.report.format import duration, listed, paper_form, percent, signed
+from cotree.report.format import duration, listed, paper_form, percent, signed, sparkline
 from cotree.report.reading import reading
 from cotree.report.summary import MODELS, Summary
 from cotree.report.table import eval_table, summary_lines
@@ -164,6 +164,13 @@ def test_cells_have_the_papers_form(accuracy: float, no_answer: float, cell: str
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_sparklines() -> None:
+    assert [sparkline([1.0] * n) for n in (1, 3)] == ["▁", "▁▁▁"]
+    assert sparkline(range(8)) == "▁▂▃▄▅▆▇█"
+    assert sparkline([-1, 3, 1]) == "▁█▅"
+    assert [len(sparkline(range(n))) for n in (12, 13, 24, 1000)] == [12, 7, 12, 12]
 
 
 def test_signs_and_lists() -> None:

@@ -5,7 +5,9 @@ Invariant: files hold fractions, people read percents; a number that is absent r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from cotree.report.summary import EvalRow
@@ -56,6 +58,14 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def sparkline(values: Sequence[float], width: int = 12) -> str:
+    """The course of some numbers between their least and their greatest, in at most `width` characters: "▁▄▆█"."""
+    each = math.ceil(len(values) / width)
+    means = [fmean(values[at : at + each]) for at in range(0, len(values), each)]
+    low, span = min(means), max(means) - min(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span) if span else 0] for mean in means)
 
 
 def listed(names: Sequence[str]) -> str:
