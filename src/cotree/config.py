@@ -333,7 +333,8 @@ class Optimizer(Section):
     """What SFT and DPO share. `batch_size` counts chains (SFT) or pairs (DPO) in one optimizer step.
 
     A step is computed in packs of at most `pack_tokens` tokens, shared ones counted once: it changes memory and time,
-    never the gradient. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `compile` is torch.compile on all
+    never the gradient. The learning rate rises over `warmup_ratio` of the steps, from 0 as in transformers, then falls
+    to 0 in a line. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `compile` is torch.compile on all
     but the attention. `report_to` names Trainer's reporters (tensorboard, wandb, ...).
     """
 

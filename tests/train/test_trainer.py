@@ -118,7 +118,8 @@ def test_the_pack_cap_never_changes_a_dpo_gradient(
         assert distance(found, expected[1]) < 1e-5
         assert gauges == pytest.approx(expected[2], rel=1e-4, abs=1e-5)
     assert expected is not None
-    joint = expected[2]["dpo_loss"] + settings.alpha * expected[2]["sft_loss"]
+    assert ("sft_loss" in expected[2]) == (settings.alpha > 0), "a term that is not computed is not told"
+    joint = expected[2]["dpo_loss"] + settings.alpha * expected[2].get("sft_loss", 0.0)
     assert expected[0] == pytest.approx(joint, rel=1e-6)
 
 
@@ -162,6 +163,73 @@ def test_every_margin_is_zero_at_step_0(settings: TrainDPO, student: Path, dpo_r
     other = settings.model_copy(update={"beta": 0.2, "epochs": 0.5})
     train_dpo(dpo_rows, student, tmp_path / "other", other, 0, 512)
     assert _reference(tmp_path / "other") == [stamp]
+
+
+def test_two_margins_do_not_share_a_reference(student: Path, dpo_rows: Path, tmp_path: Path) -> None:
+    for name, change in (("sum", {}), ("mean", {"loss": "length_normalised"}), ("ld", {"loss": "ld_dpo"})):
+        logs: list[StepLog] = []
+        settings = DPO.model_copy(update={"mask_prefix": False, "epochs": 0.1, **change})
+        train_dpo(dpo_rows, student, tmp_path / name, settings, 0, 512, logs.append)
+        assert abs(logs[0].gauges["margin"]) < 1e-5
+        assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert len(_reference(tmp_path / "sum")) == 3
+
+
+def test_accuracy_is_the_share_of_pairs_that_are_told_apart_and_simpos_target_is_not_in_the_gauges(
+    student: Path, dpo_rows: Path, tmp_path: Path
+) -> None:
+    settings = TrainDPO(loss="simpo", simpo_gamma=50.0, beta=2.0)
+    pairs = encode_file(dpo_rows, AutoTokenizer.from_pretrained(student), settings, 512).rows
+    arguments = training_arguments(tmp_path, settings, 1, 0)
+    told: list[dict[str, float]] = []
+    for rows in ([pairs[0]], [pairs[1]], pairs[:2]):
+        step_trainer = PairTrainer(load_model(student), [rows], arguments, settings)
+        gradients(step_trainer, rows)
+        told.append(step_trainer.gauges)
+    for gauges in told[:2]:
+        assert gauges["margin"] == pytest.approx(2 * (gauges["chosen_logps"] - gauges["rejected_logps"]), abs=1e-4)
+        assert gauges["accuracy"] == (gauges["margin"] > 0)
+    assert told[2]["accuracy"] == (told[0]["accuracy"] + told[1]["accuracy"]) / 2
+
+
+def test_a_run_is_a_plain_loop_of_adamw(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    """Learning rate, warm-up, its fall in a line, weight decay and clipping do what they do everywhere."""
+    settings = TrainSFT(
+        batch_size=3, epochs=2.0, learning_rate=2e-3, warmup_ratio=0.3, weight_decay=0.1, max_grad_norm=0.5
+    )
+    train_sft(sft_rows, student, tmp_path / "run", settings, 0, 512)
+    encoded = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), settings, 512).rows
+    steps = fixed_steps([tuple(row.prompt) for row in encoded], 3, 2.0, 0)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    decayed = [values for name, values in model.named_parameters() if values.ndim > 1]
+    plain = [values for name, values in model.named_parameters() if values.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}])
+    warmup = 3  # of 8 steps
+    for at, step in enumerate(steps):
+        rate = 2e-3 * (at / warmup if at < warmup else (len(steps) - at) / (len(steps) - warmup))
+        logps = []
+        for row in (encoded[index] for index in step):
+            ids = torch.tensor([row.prompt + row.completion])
+            logits = model(ids).logits[0, len(row.prompt) - 1 : -1]
+            logps.append(logits.log_softmax(-1).gather(1, ids[0, len(row.prompt) :, None]))
+        optimizer.zero_grad()
+        (-torch.cat(logps).mean()).backward()  # type: ignore[no-untyped-call]
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    assert len(steps) == 8
+    found = weights(tmp_path / "run")
+    expected = {name: values.detach() for name, values in model.named_parameters()}
+    moved = distance(expected, dict(load_model(student).named_parameters()))
+    assert distance({name: found[name] for name in expected}, expected) < 1e-3 * moved
+
+
+def test_a_run_of_one_step_learns(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    train_sft(sft_rows, student, tmp_path / "run", SFT.model_copy(update={"batch_size": 11, "epochs": 1.0}), 0, 512)
+    first = {name: values.detach() for name, values in load_model(student).named_parameters()}
+    found = weights(tmp_path / "run")
+    assert distance({name: found[name] for name in first}, first) > 1e-3
 
 
 def test_a_run_learns_reports_every_step_and_returns_at_once_when_done(
@@ -323,9 +391,9 @@ def test_other_inputs_in_the_same_folder_are_refused(
         train_sft(sft_rows, student, tmp_path, SFT, 0, 512, stop)
     with pytest.raises(UsageError, match="was begun with other seed: delete it"):
         train_sft(sft_rows, student, tmp_path, SFT, 1, 512)
-    with pytest.raises(UsageError, match="was begun with other settings, max_tokens"):
+    with pytest.raises(UsageError, match=r"was begun with other settings\.epochs, max_tokens: delete"):
         train_sft(sft_rows, student, tmp_path, SFT.model_copy(update={"epochs": 1.0}), 0, 500)
-    with pytest.raises(UsageError, match="was begun with other settings, rows"):
+    with pytest.raises(UsageError, match=r"was begun with other settings\.loss, .*, \.\.\.: delete"):
         train_dpo(dpo_rows, student, tmp_path, DPO, 0, 512)
     claimed = (tmp_path / "inputs.json").stat().st_ino
     done = train_sft(sft_rows, student, tmp_path, SFT, 0, 512)

@@ -30,7 +30,7 @@ from cotree.train.trainer import (
     StepTrainer,
     TrainResult,
     add_over_processes,
-    room_for,
+    room_for_pack,
     train,
 )
 
@@ -54,8 +54,9 @@ def train_dpo(
         seed: fixes the order of the pairs.
         max_tokens: pairs with a side of more tokens, prompt included, are left out and counted.
         on_step: called after each optimizer step. Gauges, means over the step's pairs: `margin` (beta times the
-            difference of log-ratios), `accuracy` (share with margin > 0), `chosen_logps` and `rejected_logps` (sums
-            over the tokens in the margin), `dpo_loss`, `sft_loss`; and `learning_rate`, `grad_norm`, `seconds`.
+            difference of log-ratios, without SimPO's target), `accuracy` (share with margin > 0), `chosen_logps` and
+            `rejected_logps` (sums over the tokens in the margin), `dpo_loss`, `sft_loss` (if alpha is not 0); and
+            `learning_rate`, `grad_norm`, `seconds`.
 
     Raises:
         UsageError: rows, student or settings cannot be trained on, or `out` holds a run on other inputs.
@@ -68,7 +69,8 @@ def train_dpo(
         if not settings.has_reference:
             return pairs
         margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
-        inputs = [weights_hash(student), [pair.chains for pair in pairs], margin, arguments.bf16]
+        chains = [(len(pair.prompt), *pair.chains) for pair in pairs]
+        inputs = [weights_hash(student), chains, margin, arguments.bf16]
         name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         path = out.parent / "reference" / f"{name}.json"
         with arguments.main_process_first(local=False):
@@ -104,13 +106,14 @@ class PairTrainer(StepTrainer[Pair]):
             pairs=step.rows,
             tokens=step.tokens,
         )
-        means = {"margin": d, "accuracy": (d > 0).to(d)}
+        margin = d + gamma
+        means = {"margin": margin, "accuracy": (margin > 0).to(d)}
         means |= dict(zip(("chosen_logps", "rejected_logps"), policy.unbind(1), strict=True))
         if settings.has_reference:
             rewards = settings.beta * (policy - reference)
             means |= dict(zip(("chosen_reward", "rejected_reward"), rewards.unbind(1), strict=True))
         gauges = {name: values.sum() / step.rows for name, values in means.items()}
-        return loss, gauges | {"dpo_loss": dpo, "sft_loss": sft}
+        return loss, gauges | {"dpo_loss": dpo} | ({"sft_loss": sft} if settings.alpha else {})
 
 
 def pair_logps(
@@ -159,7 +162,7 @@ def with_reference(
     model.eval()
     with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
         for pack in packs(pairs, settings.pack_tokens)[arguments.process_index :: arguments.world_size]:
-            with room_for(pack, "in the reference", settings.pack_tokens):
+            with room_for_pack(pack, "in the reference", settings.pack_tokens):
                 sums[[place[id(pair)] for pair in pack]] = pair_logps(model, pack, settings)[1].to(sums)
     return _referenced(pairs, add_over_processes(sums).tolist())
 

@@ -193,7 +193,13 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generate: bool) -> str:
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UsageError(f"the student's chat template cannot render a conversation of {roles}: {error}") from error
     return text
 
 

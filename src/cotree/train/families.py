@@ -57,13 +57,17 @@ FAMILIES = {
 }
 
 
+# Others (dynamic, longrope) turn every position of a pass by its longest sequence.
+_ROPE = ("default", "linear", "llama3", "yarn")
+
+
 def family_of(config: Any) -> Family:
     """The family of a transformers config.
 
     Raises:
-        UsageError: the model is of no supported family, or has sliding windows, dropout or a demand for
-            FlashAttention-2: training computes several sequences in one row with an attention of its own, exactly,
-            and none of these has a place in it.
+        UsageError: the model is of no supported family, or has sliding windows, dropout, rotary positions that
+            depend on the longest sequence, or a demand for FlashAttention-2: training computes several sequences in one
+            row with an attention of its own, exactly, and none of these has a place in it.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -73,6 +77,9 @@ def family_of(config: Any) -> Family:
         getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     ):
         raise UsageError("cannot train a model with sliding-window layers: set `sliding_window` to null in config.json")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _ROPE:
+        raise UsageError(f"cannot train with rotary positions of type {rope!r}: supported are {', '.join(_ROPE)}")
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("_pdrop")) and value:
             raise UsageError(f"cannot train with {name} = {value}: the DPO margin would be noise; set it to 0")

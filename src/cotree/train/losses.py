@@ -124,7 +124,7 @@ def joint_loss(
         chosen_logps: for each pair the log-probabilities of its chosen tokens.
         weights: of the same shapes, how much each counts in the SFT term: `sft_scope: full` is 1 everywhere, `suffix` 0
             in the shared prefix, `dedup` 1 / (pairs of the step whose chosen chain has this very edge).
-        alpha: weight of the SFT term. Not portable between the two norms.
+        alpha: weight of the SFT term, which is not computed if it is 0. Not portable between the two norms.
         sft_norm: `token`: mean over all SFT tokens of the step, so long chains weigh more (TRL's `sft` term when the
             batch is one micro-batch). `pair`: mean over pairs of per-pair token means (LLaMA-Factory, OpenRLHF).
         pairs: pairs in the whole optimizer step.
@@ -134,11 +134,13 @@ def joint_loss(
         The share of L, of L_DPO and of L_SFT (without alpha), three scalars.
     """
     dpo = pair_losses.sum() / pairs
+    if not alpha:
+        return dpo, dpo, torch.zeros_like(dpo)
     sums = torch.stack([weighted(logps, weight) for logps, weight in zip(chosen_logps, weights, strict=True)])
     if sft_norm == "token":
-        sft = -sums.sum() / tokens
-    else:
-        sft = -(sums / sums.new_tensor([float(weight.sum()) for weight in weights])).sum() / pairs
+        sft = -sums.sum() / (tokens or 1.0)
+    else:  # of a chosen chain with which rejected begins, `suffix` scores nothing
+        sft = -(sums / sums.new_tensor([float(weight.sum()) or 1.0 for weight in weights])).sum() / pairs
     return dpo + alpha * sft, dpo, sft
 
 

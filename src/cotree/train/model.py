@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from cotree.config import LoRA
-from cotree.errors import UsageError
 from cotree.train.attention import ATTENTION, forest_attention
-from cotree.train.families import family_of
-from cotree.train.student import quiet
+from cotree.train.student import load_weights, quiet
 
 
 def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled: bool = False) -> PreTrainedModel:
@@ -30,39 +28,34 @@ def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled:
         compiled: by torch.compile, at the first forward pass of each kind.
 
     Raises:
-        UsageError: it is not trainable (see `families.family_of`), or the folder holds no model.
+        UsageError: it is not trainable (see `families.family_of`), or the folder holds no whole model.
     """
     # Attention is other for every pack: it would be compiled for each of them, and is not.
     outside: Callable[[Any], Any] = torch.compiler.disable
     AttentionInterface.register(ATTENTION, outside(forest_attention) if compiled else forest_attention)
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
-    with quiet():
-        try:
-            if (student / "adapter_config.json").exists():
-                from peft import AutoPeftModelForCausalLM
-
-                model = AutoPeftModelForCausalLM.from_pretrained(student, **options).merge_and_unload()
-                family_of(model.config)
-            else:
-                family_of(AutoConfig.from_pretrained(student))
-                model = AutoModelForCausalLM.from_pretrained(student, **options)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot load the student {student}: {str(error).splitlines()[0]}") from error
+    model = load_weights(student, attn_implementation=ATTENTION).requires_grad_(True)
+    if (student / "adapter_config.json").exists():
+        model.name_or_path = ""  # no folder holds the merged weights
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(seed)
         settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, settings)
+        with quiet():
+            model = get_peft_model(model, settings)
     if compiled:
         model.compile(dynamic=True)
     return model
 
 
 def save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Store a trained model; of one with an adapter, the merged weights, and the adapter in `folder/adapter`."""
+    """Store a trained model; of one with an adapter the merged weights, and the adapter in `folder/adapter`.
+
+    An adapter that continued another one is not stored: no folder holds what it goes on top of.
+    """
     if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter", state_dict=state)
+        if model.peft_config["default"].base_model_name_or_path:
+            model.save_pretrained(folder / "adapter", state_dict=state)
         model.merge_and_unload().save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=state)

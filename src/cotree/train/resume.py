@@ -19,26 +19,28 @@ from cotree.errors import UsageError
 _MARKER = "complete"
 
 
-def claim(out: Path, rows: Path, student: Path, settings: Optimizer, seed: int, max_tokens: int) -> None:
-    """Make `out` the folder of a run on these inputs, or find that it is already.
+def claim(out: Path, rows: Path, student: Path, settings: Optimizer, seed: int, max_tokens: int, template: str) -> None:
+    """Make `out` the folder of a run on these inputs (of the chat template its hash), or find that it is already.
 
     Raises:
         UsageError: `out` holds a run on other inputs, which a resume would mix with these.
         CotreeError: `out` cannot be written.
     """
     inputs = {
-        "settings": settings.model_dump(mode="json"),
+        **{f"settings.{name}": value for name, value in settings.model_dump(mode="json").items()},
         "seed": seed,
         "max_tokens": max_tokens,
         "rows": _sha256(rows),
         "student": weights_hash(student),
+        "template": template,
     }
     path = out / "inputs.json"
     if path.exists():
         found = json.loads(path.read_text())
         changed = [name for name, value in inputs.items() if found.get(name) != value]
         if changed:
-            raise UsageError(f"{out} was begun with other {', '.join(changed)}: delete it, or choose another folder")
+            names = ", ".join(changed[:4]) + ", ..." * (len(changed) > 4)
+            raise UsageError(f"{out} was begun with other {names}: delete it, or choose another folder")
         return
     with whole(path) as draft:
         draft.write_text(json.dumps(inputs))
@@ -72,10 +74,16 @@ def clear(folder: Path) -> None:
 
 
 def weights_hash(model: Path) -> str:
-    """A hash of what a model folder computes: its weights and its config, an adapter's with the name of its base."""
-    configs = [file for name in ("config.json", "adapter_config.json") if (file := model / name).exists()]
-    files = [*sorted(model.glob("*.safetensors")), *configs]
-    return hashlib.sha256(" ".join(_sha256(file) for file in files).encode()).hexdigest()
+    """A hash of what a model folder computes: its weights and its config, and those of an adapter's base.
+
+    A base that is no folder is known by its name.
+    """
+    names = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+    parts = [_sha256(file) for name in names for file in sorted(model.glob(name))]
+    if (adapter := model / "adapter_config.json").exists():
+        base = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
+        parts += [weights_hash(base)] if base.is_dir() else []
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

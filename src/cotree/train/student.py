@@ -8,6 +8,7 @@ never written again. A GGUF is converted here rather than through `from_pretrain
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,18 +104,50 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
 
 
 def _from_transformers(source: str, folder: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     tokenizer = load_tokenizer(source)
+    model = load_weights(source)
     with quiet():
-        try:
-            family_of(AutoConfig.from_pretrained(source))
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0]}") from error
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def load_weights(source: str | Path, **options: Any) -> Any:
+    """A transformers model in fp32 with all its weights: what its files lack, transformers would draw at random.
+
+    Args:
+        source: a transformers folder, a PEFT adapter that names its base (it is merged), or a hub id.
+        options: of `from_pretrained`.
+
+    Raises:
+        UsageError: there is none, it is not trainable (see `families.family_of`), or its files are torn or lack
+            weights.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    adapter = (Path(source) / "adapter_config.json").exists()
+    with quiet():
+        try:
+            if adapter:
+                from peft import PeftConfig, PeftModel
+
+                base = load_weights(PeftConfig.from_pretrained(source).base_model_name_or_path, **options)
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                return PeftModel.from_pretrained(base, source).merge_and_unload()
+            family_of(AutoConfig.from_pretrained(source))
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
+            raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0][:200]}") from error
+    wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if wrong:
+        raise UsageError(
+            f"cannot load the student {source}: {len(wrong)} of its weights are missing or of another shape "
+            f"({wrong[0]}, ...); fetch it again"
+        )
+    return model
 
 
 @contextmanager
@@ -126,7 +159,9 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers about itself
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -35,11 +35,11 @@ from transformers.integrations import get_available_reporting_integrations
 
 from cotree.config import Optimizer, Probe, TrainDPO, TrainSFT
 from cotree.data.files import read_rows
-from cotree.data.kinds import check_template, kind_of
+from cotree.data.kinds import check_template, faults_of, kind_of
 from cotree.durable import whole, writing
 from cotree.errors import CotreeError, UsageError
 from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.encode import Chain, Encoded, Pair, Row, encode_dpo, encode_sft
+from cotree.train.encode import Chain, Encoded, Pair, Row, encode_dpo, encode_sft, template_hash
 from cotree.train.forest import Scored, forest_tokens, multiplicities, packs
 from cotree.train.gauges import best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import load_model, save_model
@@ -165,7 +165,7 @@ class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
             # DDP needs one synchronisation a step, not one a pack; it divides the sum of gradients by the processes.
             with (
                 nullcontext() if turn == turns[-1] else self.accelerator.no_sync(model),
-                room_for(pack, f"at step {self.state.global_step + 1}", self.settings.pack_tokens),
+                room_for_pack(pack, f"at step {self.state.global_step + 1}", self.settings.pack_tokens),
             ):
                 with self.compute_loss_context_manager():
                     loss, share = self.share(model, pack, step)
@@ -187,7 +187,11 @@ class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
         if "loss" in logs:
             logs |= self.gauges
             if settings is not None and ((step - 1) % settings.every == 0 or step == self.state.max_steps):
-                logs |= self.ask()
+                found = self.ask()
+                # One set of numbers decides for all processes, which may round their texts apart.
+                device = self.args.device if self.args.world_size > 1 else None
+                values = add_over_processes(torch.tensor([*found.values()], dtype=torch.float64, device=device))
+                logs |= dict(zip(found, (values / self.args.world_size).tolist(), strict=True))
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[list[Row]]:
@@ -211,21 +215,23 @@ class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
 
 
 @contextmanager
-def room_for(pack: Sequence[Chain | Pair], where: str, pack_tokens: int) -> Iterator[None]:
-    """Say of what a pack has too little memory for: which pack, and what to lower. Without rows it is the optimizer."""
+def room_for(where: str, fix: str) -> Iterator[None]:
+    """Say where there is too little memory, and what to do about it."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        if not pack:
-            fix = "outside the packs, where the optimizer keeps two numbers a weight: set lora"
-            raise CotreeError(f"out of memory {where}, {fix}") from error
-        lower = f"pack_tokens (now {pack_tokens})" if len(pack) > 1 else "build.max_tokens"
-        raise CotreeError(
-            f"out of memory {where}, in a pack of {len(pack)} rows and {forest_tokens(pack)} tokens: lower {lower}, "
-            "or set gradient_checkpointing: true"
-        ) from error
+        raise CotreeError(f"out of memory {where}: {fix}") from error
+
+
+@contextmanager
+def room_for_pack(pack: Sequence[Chain | Pair], where: str, pack_tokens: int) -> Iterator[None]:
+    """Say which pack there is too little memory for, and what to lower."""
+    lower = f"pack_tokens (now {pack_tokens})" if len(pack) > 1 else "build.max_tokens"
+    which = f"in a pack of {len(pack)} rows and {forest_tokens(pack)} tokens"
+    with room_for(f"{where}, {which}", f"lower {lower}, or set gradient_checkpointing: true"):
+        yield
 
 
 def sft_weights(rows: Sequence[Chain | Pair], scope: str) -> list[Tensor]:
@@ -328,7 +334,8 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         optim="adamw_torch_fused",
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        # A step of warm-up may have a learning rate of 0: a run of one step has none.
+        warmup_steps=min(math.ceil(settings.warmup_ratio * steps), steps - 1),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         per_device_train_batch_size=1,
@@ -367,19 +374,21 @@ def train(
     `prepare` may add to the rows what the model before the first step says of them.
     """
     began = monotonic()
+    tokenizer = load_tokenizer(student)
+    template = template_hash(tokenizer)
     if (out / "model").exists():
-        claim(out, rows, student, settings, seed, max_tokens)
+        claim(out, rows, student, settings, seed, max_tokens, template)
         clear(out / "trainer")  # a kill may have come between the two
         return TrainResult(**json.loads((out / "result.json").read_text()))
-    tokenizer = load_tokenizer(student)
     encoded = encode_file(rows, tokenizer, settings, max_tokens)
     order = fixed_steps([tuple(row.prompt) for row in encoded.rows], settings.batch_size, settings.epochs, seed)
     trainer: StepTrainer[Row] | None = None
     try:
         arguments = training_arguments(out, settings, len(order), seed)
         with arguments.main_process_first(local=False):
-            claim(out, rows, student, settings, seed, max_tokens)
+            claim(out, rows, student, settings, seed, max_tokens, template)
         model = load_model(student, settings.lora, seed, settings.compile)
+        _check_fits(encoded.rows, model.config)
         prepared = prepare(model, encoded.rows, arguments) if prepare else encoded.rows
         trainer = trainer_class(model, [[prepared[index] for index in step] for step in order], arguments, settings)
         del model
@@ -392,7 +401,8 @@ def encode_file(path: Path, tokenizer: Any, settings: TrainSFT | TrainDPO, max_t
     """The rows of a dataset file as these settings train on them: chains for SFT, pairs for DPO.
 
     Raises:
-        UsageError: the file is unreadable, empty, of another kind or built for another chat template, or no row fits.
+        UsageError: the file is unreadable, empty, of another kind or built for another chat template, a row is not
+            what its columns promise, or none fits.
     """
     kind, encode = ("sft", encode_sft) if isinstance(settings, TrainSFT) else ("dpo", encode_dpo)
     rows = list(read_rows(path))
@@ -400,11 +410,26 @@ def encode_file(path: Path, tokenizer: Any, settings: TrainSFT | TrainDPO, max_t
         raise UsageError(f"{path} has no rows: the build stage selected none; search more questions or rollouts")
     if kind_of(rows[0]) != kind:
         raise UsageError(f"{path} has no {kind} rows: their columns are {', '.join(rows[0])}")
+    for index, row in enumerate(rows):
+        if faults := faults_of(row, kind):
+            raise UsageError(f"{path}: row {index}, {faults[0]} (cotree build --check {path} finds all faults)")
     check_template(path, tokenizer)
     encoded: Encoded[Any] = encode(tokenizer, rows, max_tokens)
     if not encoded.rows:
         raise UsageError(f"all {encoded.too_long} rows are over {max_tokens} tokens: raise build.max_tokens")
     return encoded
+
+
+def _check_fits(rows: Sequence[Chain | Pair], config: Any) -> None:
+    """Refuse tokens and positions that the student has not."""
+    largest = max(max(chain) for row in rows for chain in row.chains)
+    if largest >= config.vocab_size:
+        raise UsageError(
+            f"the rows have token {largest}, the student's vocabulary {config.vocab_size}: is the tokenizer its own?"
+        )
+    positions = config.max_position_embeddings
+    if longer := sum(row.longest > positions for row in rows):
+        raise UsageError(f"{longer} rows are over the student's {positions} positions: lower build.max_tokens to that")
 
 
 def _run(
@@ -421,7 +446,8 @@ def _run(
     def ask() -> dict[str, float]:
         settings = trainer.settings.probe
         few = [list(prompt) for prompt in prompts[: settings.questions]]
-        return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, settings)
+        with room_for("in a probe", "lower probe.max_tokens"):
+            return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, settings)
 
     trainer.ask = ask
     progress = _Progress(out / "log.jsonl", began, on_step, trainer.settings.probe)
@@ -429,7 +455,7 @@ def _run(
     with quiet():
         with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
             checkpoint = last_checkpoint(out / "trainer")
-        with room_for((), "while training", trainer.settings.pack_tokens):
+        with room_for("outside the packs", "the optimizer keeps two numbers a weight; set lora"):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         history, done = trainer.state.log_history, trainer.steps[: trainer.state.global_step]
         result = TrainResult(

@@ -1,0 +1,177 @@
+"""What cannot be trained on is refused in one line, before anything is written: torn models, rows, other tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.train.tiny_student import dpo_row, sft_row, tiny_config
+from transformers import AutoTokenizer
+
+from cotree.config import LoRA, TrainDPO, TrainSFT
+from cotree.errors import UsageError
+from cotree.train.dpo import train_dpo
+from cotree.train.families import family_of
+from cotree.train.model import load_model
+from cotree.train.resume import weights_hash
+from cotree.train.sft import train_sft
+from cotree.train.student import load_student
+from cotree.train.trainer import StepLog
+
+SFT = TrainSFT(batch_size=4, learning_rate=1e-3, save_steps=1)
+
+
+def without_weights(file: Path) -> None:
+    weights = load_file(file)
+    save_file({name: weights[name] for name in weights if "down_proj" not in name}, file, {"format": "pt"})
+
+
+def of_another_shape(file: Path) -> None:
+    weights = load_file(file)
+    save_file(weights | {"model.norm.weight": torch.ones(3)}, file, {"format": "pt"})
+
+
+def torn(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (without_weights, r"2 of its weights are missing or of another shape \(model\.layers\.0\.mlp\.down_proj"),
+        (of_another_shape, r"1 of its weights are missing or of another shape \(model\.norm\.weight"),
+        (torn, "cannot load the student .*: "),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused(
+    change: Callable[[Path], None], fault: str, student: Path, sft_rows: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+    change(copy / "model.safetensors")
+    with pytest.raises(UsageError, match=fault):
+        load_student(copy, tmp_path / "student")
+    with pytest.raises(UsageError, match=fault):
+        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
+    assert not (tmp_path / "student").exists() and not (tmp_path / "run" / "model").exists()
+
+
+def test_an_adapter_that_is_not_whole_is_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    train_sft(sft_rows, student, tmp_path / "run", SFT.model_copy(update={"lora": LoRA(rank=2, alpha=4)}), 0, 512)
+    adapter = tmp_path / "run" / "model" / "adapter"
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in weights if "down_proj" not in name}, file)
+    with pytest.raises(UsageError, match="Found missing adapter keys"):
+        load_model(adapter)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional"])
+def test_positions_that_depend_on_the_longest_sequence_are_refused(kind: str) -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(
+        UsageError, match=f"cannot train with rotary positions of type '{kind}': supported are default,"
+    ):
+        family_of(config)
+    config.rope_parameters["rope_type"] = "yarn"
+    assert family_of(config).gguf == "llama"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"prompt": []}, "row 1, column prompt: "),
+        ({"prompt": [{"role": "user", "content": None}]}, "row 1, column prompt.0.content: "),
+        ({"completion": None}, "row 1, column completion: "),
+        ({"completion": [{"role": "user", "content": "Yes."}]}, "row 1, column completion: must be exactly one assist"),
+    ],
+)
+def test_a_row_that_is_none_is_named(change: dict[str, Any], fault: str, student: Path, tmp_path: Path) -> None:
+    rows = [sft_row(0), sft_row(1) | change]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=rf"rows\.jsonl: {fault}.*cotree build --check .* finds all faults"):
+        train_sft(path, student, tmp_path / "run", SFT, 0, 512)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_conversation_that_the_template_refuses_is_one_line(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    with pytest.raises(UsageError, match="chat template cannot render a conversation of user: no such role"):
+        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"max_position_embeddings": 16}, r"11 rows are over the student's 16 positions: lower build\.max_tokens"),
+        ({"vocab_size": 40}, r"the rows have token \d+, the student's vocabulary 40: is the tokenizer its own\?"),
+    ],
+)
+def test_tokens_and_positions_that_the_student_has_not_are_refused(
+    change: dict[str, int], fault: str, student: Path, sft_rows: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text()) | change
+    (copy / "config.json").write_text(json.dumps(config))
+    if "vocab_size" in change:
+        weights = load_file(copy / "model.safetensors")
+        name = "model.embed_tokens.weight"
+        save_file(weights | {name: weights[name][:40].clone()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=fault):
+        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_does_not_go_on_under_another_chat_template(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+
+    def stop(log: StepLog) -> None:
+        if log.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512, stop)
+    template = copy / "chat_template.jinja"
+    template.write_text("{{ '<|im_start|>system\nBe brief.<|im_end|>' }}" + template.read_text())
+    with pytest.raises(UsageError, match="was begun with other template: delete it"):
+        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
+
+
+def test_a_student_is_known_by_all_that_its_weights_come_from(student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(student, tmp_path / "base"))
+    train_sft(sft_rows, base, tmp_path / "run", SFT.model_copy(update={"lora": LoRA(rank=2, alpha=4)}), 0, 512)
+    adapter = tmp_path / "run" / "model" / "adapter"
+    before = weights_hash(adapter)
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.ones(64)}, base / "model.safetensors", {"format": "pt"})
+    assert weights_hash(adapter) != before
+    (base / "model.safetensors").unlink()
+    torch.save(weights, base / "pytorch_model.bin")
+    before = weights_hash(base)
+    torch.save(weights | {"model.norm.weight": torch.ones(64)}, base / "pytorch_model.bin")
+    assert weights_hash(base) != before
+
+
+@pytest.mark.parametrize("settings", [TrainDPO(), TrainDPO(sft_norm="pair"), TrainDPO(alpha=0.0)])
+def test_a_chosen_chain_with_which_rejected_begins_has_no_sft_term_of_its_own(
+    settings: TrainDPO, student: Path, tmp_path: Path
+) -> None:
+    """Only words that name a special token make such a pair."""
+    ending = AutoTokenizer.from_pretrained(student).eos_token
+    row = dpo_row(0)
+    row |= {"rejected": [{"role": "assistant", "content": row["chosen"][0]["content"] + ending + " And more."}]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    logs: list[StepLog] = []
+    train_dpo(tmp_path / "rows.parquet", student, tmp_path / "run", settings, 0, 512, logs.append)
+    assert logs[0].loss == pytest.approx(0.6931472, abs=1e-6)
+    assert logs[0].gauges.get("sft_loss", 0.0) == 0.0
