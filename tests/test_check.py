@@ -187,7 +187,7 @@ def test_questions_that_there_are_not_are_found() -> None:
 def test_a_full_disk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
     with FakeServerThread(reply=tell) as server:
-        assert "free some space" in problems(chat(server.url))["disk"]
+        assert "free some space" in problems(chat(server.url))["usable"]
 
 
 def test_the_verb_says_a_line_a_check_and_exits_with_2(

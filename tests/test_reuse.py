@@ -28,6 +28,8 @@ def finished(path: Path, stages: list[str]) -> Recipe:
     for stage in stages:
         with run.stage(stage) as result:
             result["of"] = stage
+    for name in ("base", "base+examples", "sft", "control", "dpo"):
+        write_text(path / "eval" / f"samples_{name}.jsonl", f"{name}\n")
     write_text(path / "recipe.yaml", recipe_yaml(recipe))
     with sqlite3.connect(path / "trees.db") as db:
         db.execute("CREATE TABLE trees (id)")
@@ -61,6 +63,14 @@ def test_it_takes_over_what_is_equal(override: str, taken: list[str], tmp_path: 
         "checkpoints/sft/model/w": "train_sft", "checkpoints/dpo/model/w": "train_dpo",
     }  # fmt: skip
     assert [name for name in files if (tmp_path / "new" / name).exists()] == [n for n, s in files.items() if s in taken]
+    # What models of equal weights answered in the same evaluation.
+    trained = {2: [], 3: ["sft", "control"]}
+    same = ["base", "base+examples", *trained.get(len(taken), [])] if not override.startswith(("eval", "tasks")) else []
+    answers = {path.name: path for path in (tmp_path / "new" / "eval").glob("*")}
+    assert set(answers) == {f"samples_{name}.jsonl" for name in same}
+    for name, path in answers.items():  # copies, which are appended to
+        path.write_text("more")
+        assert (tmp_path / "old" / "eval" / name).read_text() != "more"
     with sqlite3.connect(tmp_path / "new" / "trees.db") as db:  # a copy: the old run stays as it is
         db.execute("INSERT INTO trees VALUES (1)")
     with sqlite3.connect(tmp_path / "old" / "trees.db") as db:
@@ -72,7 +82,9 @@ def test_what_cannot_be_taken_over_is_said(tmp_path: Path) -> None:
     recipe = finished(tmp_path / "old", [])
     with pytest.raises(UsageError, match="its search has not finished"):
         reusable(tmp_path / "old", recipe)
-    with pytest.raises(UsageError, match=r"different: search\.rollouts, tasks\.train\.letters"):
+    with pytest.raises(
+        UsageError, match=r"different: search\.rollouts, tasks\.train\.letters; its own .*old/recipe\.yaml"
+    ):
         reusable(tmp_path / "old", load_recipe(LAPTOP, ["search.rollouts=3", "tasks.train.letters=2"]))
     with pytest.raises(UsageError, match="no run folder there"):
         reusable(tmp_path, recipe)

@@ -159,7 +159,7 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
         return not finding.problem
 
     async def look_at_all() -> None:
-        disk: Look = (f"folder {runs_dir}", "disk", partial(_disk, recipe, runs_dir))
+        disk: Look = (f"folder {runs_dir}", "usable", partial(_disk, recipe, runs_dir))
         for subject, name, look in (*preflight(recipe, set(STAGES)), disk):
             await judged(subject, name, asyncio.to_thread(look))
         # One after the other: two embedded models need not fit into memory together.

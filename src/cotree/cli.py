@@ -154,7 +154,7 @@ def eval_(
     """Evaluate a recipe's models, or any one model; compare two evaluations; make tables."""
     from cotree.eval.compare import compare as compare_two
     from cotree.eval.evaluate import evaluate
-    from cotree.eval.results import read_results
+    from cotree.eval.results import read_evaluations
     from cotree.eval.tables import paper_table
 
     output = Output(quiet=quiet)
@@ -164,7 +164,7 @@ def eval_(
             Output().say("\n".join(difference.lines()))
     elif table:
         _alone(context, "--table", "table", "format_", "quiet")
-        typer.echo(paper_table([found for folder in table for found in read_results(folder)], format_))
+        typer.echo(paper_table(read_evaluations(table), format_))
     elif model is not None:
         if recipe is not None:
             raise UsageError(f"--model does not go with a recipe, or an override: leave out {recipe}")

@@ -503,7 +503,12 @@ class Recipe(SearchRecipe):
 
         for split in (self.tasks.train, self.tasks.dev, self.tasks.eval):
             _known("tasks: unknown task", [name for name in split if not is_own(name)], list(TASKS))
-        _known("train.student: unknown model", [self.train.student], list(self.models))
+        if self.train.student not in self.models:
+            mine = "models.mine.embedded=PATH.gguf (or REPO_ID:FILE.gguf) train.student=mine"
+            raise ValueError(
+                f"train.student: unknown model `{self.train.student}`; known: {', '.join(self.models)}; for another "
+                f"GGUF: {mine}"
+            )
         if self.models[self.train.student].embedded is None:
             raise ValueError(f"train.student: `{self.train.student}` is a server; a student's weights must be here")
         return self
@@ -550,7 +555,7 @@ _PLAIN = (
     ("^Value error, ", ""),
     ("^[A-Z][a-z]+ should ", "must "),
     (" after validation, .*|, unable to .*|, got .*| or instance of .*", ""),
-    ("a valid dictionary", "a section of keys"),
+    ("a valid dictionary", "a section of keys, like {}"),
     ("a valid integer", "a whole number"),
     ("a valid boolean", "true or false"),
     ("a valid (tuple|list)", "a list"),

@@ -239,8 +239,9 @@ def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
         with output.progress(name) as update:
             model = embedded(gguf, tokenizer, asked, how)
             samples = ask(model, asked, run.path / "eval" / f"samples_{name}.jsonl", how, on_sample=update)
-        prompt += sum(sample.prompt_tokens for sample in samples)
-        completion += sum(sample.tokens for sample in samples)
+        if name not in run.manifest.get("answered", ()):  # in the run that this one began with, at no cost here
+            prompt += sum(sample.prompt_tokens for sample in samples)
+            completion += sum(sample.tokens for sample in samples)
         rows += [{"model": name, **row} for row in outcomes(asked, samples)]
         followed += [{"model": name, **score} for score in instruction_scores(asked, samples)]
     # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from cotree.config import Recipe, recipe_yaml
@@ -43,13 +43,17 @@ def reusable(source: Path, recipe: Recipe) -> list[str]:
             break
         found.append(stage)
     if not found:
-        why = f"different: {', '.join(differ)}" if differ else "its search has not finished"
+        own = f"; its own recipe is {source / 'recipe.yaml'}"
+        why = f"different: {', '.join(differ)}{own}" if differ else "its search has not finished"
         raise UsageError(f"--from {source}: no stage of it can be taken over ({why})")
     return found
 
 
 def start_from(source: Path, path: Path, recipe: Recipe, stages: list[str]) -> None:
     """Make the run folder `path`, in which these stages of the run at `source` are done.
+
+    Where the evaluations are the same, so is what models of equal weights answered in it: llama.cpp would not say quite
+    the same again, and a comparison of two runs should not move for that.
 
     Raises:
         UsageError: another process works in `source`.
@@ -59,12 +63,27 @@ def start_from(source: Path, path: Path, recipe: Recipe, stages: list[str]) -> N
         for name in (name for stage in stages for name in _STAGES[stage][1]):
             _take(source / name, draft / name)
         run = RunFolder(draft, recipe)
+        answered = _evaluated(source, recipe, stages)
+        for name in answered:
+            _take(source / "eval" / f"samples_{name}.jsonl", draft / "eval" / f"samples_{name}.jsonl")
         entries = RunFolder(source, recipe).manifest["stages"]
         run.manifest["stages"] = {stage: entries[stage] | {"from": source.name} for stage in stages}
+        run.manifest["answered"] = answered
         run.save()
         write_text(draft / "recipe.yaml", recipe_yaml(recipe))
         if path.is_dir():  # empty but for a lock, else it were another run
             (path / ".lock").unlink(missing_ok=True)
+
+
+def _evaluated(source: Path, recipe: Recipe, stages: list[str]) -> list[str]:
+    """The models that a run of `recipe` would ask what they were asked in the run at `source`, to its end."""
+    changed = changed_keys(source, recipe)
+    if any(f"{key}.".startswith(("eval.", "tasks.eval.", "tasks.dev.", "train.student.")) for key in changed):
+        return []
+    if not RunFolder(source, recipe).done("eval"):
+        return []
+    trained = {"train_sft": ["sft", "control"], "train_dpo": ["dpo"]}
+    return ["base", "base+examples", *(name for stage in stages for name in trained.get(stage, ()))]
 
 
 def _take(source: Path, target: Path) -> None:
@@ -79,7 +98,8 @@ def _take(source: Path, target: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    if not source.endswith(".jsonl"):  # those are appended to
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)

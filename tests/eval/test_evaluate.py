@@ -25,7 +25,7 @@ import cotree
 from cotree.cli import main
 from cotree.errors import UsageError
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.eval.results import Evaluation, read_results
+from cotree.eval.results import Evaluation, read_evaluations, read_results
 from cotree.eval.tables import paper_table
 from cotree.progress import Output
 from cotree.report.format import paper_form
@@ -372,3 +372,11 @@ def test_lm_eval_gives_the_same_exact_match_on_the_same_samples(tmp_path: Path) 
             for answer, gold in zip(found, GOLDS, strict=True)
         ]
         assert ours[f"exact_match,{chosen['name']}"] == sum(map(float, right)) / len(GOLDS), chosen["name"]
+
+
+def test_models_of_one_name_are_called_by_their_folders(tmp_path: Path) -> None:
+    for name, model in (("one", "dpo"), ("two", "dpo"), ("three", "base")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"eval": [{"model": model, "task": "letters"}]}))
+    found = read_evaluations([tmp_path / name for name in ("one", "two", "three")])
+    assert [evaluation.model for evaluation in found] == ["one: dpo", "two: dpo", "base"]

@@ -35,9 +35,22 @@ def test_a_curve_is_drawn_through_its_points() -> None:
 
 def test_only_what_was_logged_is_drawn() -> None:
     assert training_figures({}) == []
-    dpo = [line(step, loss=1.0, accuracy=0.5, margin=0.1, learning_rate=1e-6) for step in (1, 2)]
+    terms = {"dpo_loss": 0.7, "sft_loss": 0.3, "grad_norm": 2.0}
+    dpo = [line(step, loss=1.0, accuracy=0.5, margin=0.1, learning_rate=1e-6, **terms) for step in (1, 2)]
     titles = [figure.title for figure in training_figures({"dpo": dpo})]
-    assert titles == ["DPO loss", "DPO margin", "Pairs with margin above 0", "Learning rate"]
+    assert titles == [
+        "DPO loss",
+        "Terms of the DPO loss",
+        "DPO margin",
+        "Pairs with margin above 0",
+        "Gradient norm",
+        "Learning rate",
+    ]
+
+
+def test_a_run_of_one_step_has_one_step_on_its_axis() -> None:
+    (figure,) = training_figures({"sft": [line(1, loss=1.0)]})
+    assert re.findall(r">([\d.]+)</text>", figure.svg)[0] == "1"
     both = training_figures({"sft": [line(1, loss=1.0)], "control": [line(1, loss=2.0)]})
     assert both[0].keys == [("sft", "var(--c1)"), ("control", "var(--c2)")]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
@@ -108,6 +109,16 @@ def read_results(folder: Path) -> list[Evaluation]:
 
     models = dict.fromkeys(row["model"] for row in content["eval"])
     return [Evaluation(m, of(m, "eval"), of(m, "instructions"), content.get("baselines", ())) for m in models]
+
+
+def read_evaluations(folders: Sequence[Path]) -> list[Evaluation]:
+    """Those in several folders; where two models have one name, each is called by its folder too."""
+    found = [(folder, evaluation) for folder in folders for evaluation in read_results(folder)]
+    names = Counter(evaluation.model for _, evaluation in found)
+    return [
+        replace(evaluation, model=f"{folder.name}: {evaluation.model}") if names[evaluation.model] > 1 else evaluation
+        for folder, evaluation in found
+    ]
 
 
 def sample_rows(

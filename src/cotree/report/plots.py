@@ -40,10 +40,12 @@ def training_figures(logs: Mapping[str, Sequence[LogLine]]) -> list[Figure]:
     figures = [
         _curves("SFT loss", [("sft", sft, "loss"), ("control", control, "loss")]),
         _curves("DPO loss", [("dpo", dpo, "loss")]),
+        _curves("Terms of the DPO loss", [("preference", dpo, "dpo_loss"), ("SFT of chosen", dpo, "sft_loss")]),
         _curves("DPO margin", [("dpo", dpo, "margin")]),
         _curves("Pairs with margin above 0", [("dpo", dpo, "accuracy")], limits=(0.0, 1.0)),
         _curves("Log-probabilities", [("chosen", dpo, "chosen_logps"), ("rejected", dpo, "rejected_logps")]),
         _curves("Rewards (beta times the log-ratio)", rewards),
+        _curves("Gradient norm", [("sft", sft, "grad_norm"), ("dpo", dpo, "grad_norm")]),
         _curves("Learning rate", [("sft", sft, "learning_rate"), ("dpo", dpo, "learning_rate")]),
     ]
     for name, log in (("sft", sft), ("control", control), ("dpo", dpo)):
@@ -101,6 +103,8 @@ def _curves(
             axes.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+        if len({step for points in drawn for step, _ in points}) == 1:
+            axes.set_xticks([drawn_at[0] for points in drawn for drawn_at in points[:1]])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
