@@ -42,6 +42,7 @@ def finished(path: Path, stages: list[str]) -> Recipe:
 @pytest.mark.parametrize(
     ("override", "taken"),
     [
+        ("seed=0", ALL),
         ("eval.max_tokens=64", ALL),
         ("train.dpo.beta=0.3", ALL[:3]),
         ("train.sft.epochs=1", ALL[:2]),
@@ -64,7 +65,7 @@ def test_it_takes_over_what_is_equal(override: str, taken: list[str], tmp_path: 
     }  # fmt: skip
     assert [name for name in files if (tmp_path / "new" / name).exists()] == [n for n, s in files.items() if s in taken]
     # What models of equal weights answered in the same evaluation.
-    trained = {2: [], 3: ["sft", "control"]}
+    trained = {3: ["sft", "control"], 4: ["sft", "control", "dpo"]}
     same = ["base", "base+examples", *trained.get(len(taken), [])] if not override.startswith(("eval", "tasks")) else []
     answers = {path.name: path for path in (tmp_path / "new" / "eval").glob("*")}
     assert set(answers) == {f"samples_{name}.jsonl" for name in same}
@@ -76,6 +77,12 @@ def test_it_takes_over_what_is_equal(override: str, taken: list[str], tmp_path: 
     with sqlite3.connect(tmp_path / "old" / "trees.db") as db:
         assert db.execute("SELECT * FROM trees").fetchall() == []
     assert not list(tmp_path.rglob(".*.draft"))
+
+
+def test_an_evaluation_that_has_not_ended_is_not_taken_over(tmp_path: Path) -> None:
+    finished(tmp_path / "old", ALL)
+    start_from(tmp_path / "old", tmp_path / "new", load_recipe(LAPTOP, ["name=new"]), ALL)
+    assert not (tmp_path / "new" / "eval").exists()
 
 
 def test_what_cannot_be_taken_over_is_said(tmp_path: Path) -> None:

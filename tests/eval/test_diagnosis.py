@@ -132,7 +132,7 @@ def test_no_text_raises(text: str, times: int, finish_reason: str, answered: boo
 @pytest.mark.timed
 @pytest.mark.parametrize("kind", ["words", "characters", "one word", "loop"])
 def test_150_kb_take_no_longer_than_counting_pairs_of_letters_twice(kind: str) -> None:
-    """20 ms on an idle machine, which a test on a shared one cannot ask for."""
+    """The goal is 20 ms on an idle machine, to which a test on a shared one cannot hold it."""
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 9))) for _ in range(4_000)]
     words = " ".join(rng.choices(vocabulary, k=30_000))[:150_000]

@@ -103,8 +103,9 @@ def _curves(
             axes.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
-        if len({step for points in drawn for step, _ in points}) == 1:
-            axes.set_xticks([drawn_at[0] for points in drawn for drawn_at in points[:1]])
+        places = {step for points in drawn for step, _ in points}
+        if len(places) == 1:  # else the axis would show parts of a step
+            axes.set_xticks([*places])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})

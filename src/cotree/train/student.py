@@ -126,10 +126,9 @@ def load_weights(source: str | Path, **options: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    adapter = (Path(source) / "adapter_config.json").exists()
     with quiet():
         try:
-            if adapter:
+            if (Path(source) / "adapter_config.json").exists():
                 from peft import PeftConfig, PeftModel
 
                 base = load_weights(PeftConfig.from_pretrained(source).base_model_name_or_path, **options)

@@ -13,7 +13,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
@@ -215,23 +215,25 @@ class StepTrainer(Trainer, Generic[Row]):  # type: ignore[misc]
 
 
 @contextmanager
-def room_for(where: str, fix: str) -> Iterator[None]:
-    """Say where there is too little memory, and what to do about it."""
+def room_for(told: Callable[[], str]) -> Iterator[None]:
+    """If there is too little memory, say where and what to do about it."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise CotreeError(f"out of memory {where}: {fix}") from error
+        raise CotreeError(f"out of memory {told()}") from error
 
 
-@contextmanager
-def room_for_pack(pack: Sequence[Chain | Pair], where: str, pack_tokens: int) -> Iterator[None]:
-    """Say which pack there is too little memory for, and what to lower."""
-    lower = f"pack_tokens (now {pack_tokens})" if len(pack) > 1 else "build.max_tokens"
-    which = f"in a pack of {len(pack)} rows and {forest_tokens(pack)} tokens"
-    with room_for(f"{where}, {which}", f"lower {lower}, or set gradient_checkpointing: true"):
-        yield
+def room_for_pack(pack: Sequence[Chain | Pair], where: str, pack_tokens: int) -> AbstractContextManager[None]:
+    """If there is too little memory, say for which pack, and what to lower."""
+
+    def told() -> str:
+        lower = f"pack_tokens (now {pack_tokens})" if len(pack) > 1 else "build.max_tokens"
+        which = f"in a pack of {len(pack)} rows and {forest_tokens(pack)} tokens"
+        return f"{where}, {which}: lower {lower}, or set gradient_checkpointing: true"
+
+    return room_for(told)
 
 
 def sft_weights(rows: Sequence[Chain | Pair], scope: str) -> list[Tensor]:
@@ -334,7 +336,7 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         optim="adamw_torch_fused",
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        # A step of warm-up may have a learning rate of 0: a run of one step has none.
+        # The first step of a warm-up has a learning rate of 0, so a run of one step has no warm-up.
         warmup_steps=min(math.ceil(settings.warmup_ratio * steps), steps - 1),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -446,7 +448,7 @@ def _run(
     def ask() -> dict[str, float]:
         settings = trainer.settings.probe
         few = [list(prompt) for prompt in prompts[: settings.questions]]
-        with room_for("in a probe", "lower probe.max_tokens"):
+        with room_for(lambda: "in a probe: lower probe.max_tokens"):
             return probe(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, few, settings)
 
     trainer.ask = ask
@@ -455,7 +457,7 @@ def _run(
     with quiet():
         with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
             checkpoint = last_checkpoint(out / "trainer")
-        with room_for("outside the packs", "the optimizer keeps two numbers a weight; set lora"):
+        with room_for(lambda: "outside the packs, where the optimizer keeps two numbers a weight: set lora"):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         history, done = trainer.state.log_history, trainer.steps[: trainer.state.global_step]
         result = TrainResult(
