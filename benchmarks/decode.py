@@ -19,11 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cotree.config import Model, Search, Stop, Writer
-from cotree.eval.metrics import wilson
-from cotree.llm.endpoints import Endpoint, open_endpoints
+from cotree.base.statistics import wilson
+from cotree.decode.strategies import Decoded, decode
+from cotree.experiment.recipe import Model, Search, Stop, Writer
+from cotree.models.endpoints import Endpoint, open_endpoints
 from cotree.search.calls import Calls, Progress
-from cotree.search.decode import Decoded, decode
 from cotree.tasks import Question, task
 
 OUT = Path(__file__).parent / "out" / "decode.json"

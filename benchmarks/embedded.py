@@ -12,8 +12,8 @@ import asyncio
 import time
 from pathlib import Path
 
-from cotree.llm.client import Client, Request
-from cotree.llm.embedded import at_type, locate, serve
+from cotree.models.client import Client, Request
+from cotree.models.embedded import at_type, locate, serve
 
 TOKENS = 48
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from benchmarks.search_raw import Replay, replay
 from benchmarks.search_stub import grow
 
-from cotree.config import Model, load_recipe
-from cotree.llm.embedded import at_type, locate, serve
-from cotree.llm.endpoints import open_endpoints
-from cotree.llm.tokenizer import load_tokenizer
+from cotree.experiment.recipe import Model, load_recipe
+from cotree.models.embedded import at_type, locate, serve
+from cotree.models.endpoints import open_endpoints
+from cotree.models.tokenizer import load_tokenizer
 from cotree.tasks import task
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "laptop.yaml"

@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.search_raw import Replay, Sent, recorded, replay
 
-from cotree.config import Model, Search, Writer
-from cotree.llm.embedded import locate
-from cotree.llm.endpoints import Endpoint, open_endpoints
+from cotree.experiment.recipe import Model, Search, Writer
+from cotree.models.embedded import locate
+from cotree.models.endpoints import Endpoint, open_endpoints
 from cotree.search.driver import Grower
-from cotree.store import TreeStore
+from cotree.search.store import TreeStore
 from cotree.tasks import Question, Task, task
 
 # A tree that is wide enough for many leaves a round: 8 x 8 thoughts before the answers.

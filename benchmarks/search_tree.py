@@ -11,7 +11,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from cotree.config import Search
+from cotree.experiment.recipe import Search
 from cotree.search.mcts import TreeSearch
 from cotree.search.thoughts import draw
 from cotree.tasks import Verdict

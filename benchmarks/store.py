@@ -23,12 +23,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cotree.config import Build
 from cotree.data.build import build
-from cotree.llm.embedded import locate
-from cotree.llm.tokenizer import load_tokenizer
+from cotree.experiment.recipe import Build
+from cotree.models.embedded import locate
+from cotree.models.tokenizer import load_tokenizer
+from cotree.search.store import StoredNode, StoredTree, TreeStore
 from cotree.search.thoughts import PREFIXES
-from cotree.store import StoredNode, StoredTree, TreeStore
 
 OUT = Path(__file__).parent / "out" / "store.json"
 TREES, THOUGHTS, TINY = 100_000, 60, 40

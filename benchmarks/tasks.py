@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks import TASKS, Question, Task, task
 from cotree.tasks.loading import Row, Source, load_rows
 from cotree.tasks.math_verdicts import compare

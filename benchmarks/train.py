@@ -49,7 +49,7 @@ COLUMNS = {
 
 def make_student(tiny: bool, folder: Path) -> Path:
     """SmolLM2-135M-Instruct, or random weights of its shape in small, as a transformers folder."""
-    from cotree.llm.embedded import locate
+    from cotree.models.embedded import locate
     from cotree.train.student import load_student, quiet
 
     source = locate("smollm2-135m-instruct")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cotree.train.encode import Chain, Pair, encode_dpo, prefix_tokens
+from cotree.models.encode import Chain, Pair, encode_dpo, prefix_tokens
 
 PAIRS = 6
 END = 2
@@ -69,8 +69,8 @@ def shapes(seed: int, prompt: int = 120, thought: int = 60, vocabulary: int = 40
 
 def demo(run: Path | None, student: Path, recipe_of_rule: Path) -> Shape:
     """The first step of a run; without one as many pairs, each of a question of arithmetic, written by rule."""
-    from cotree.config import load_recipe
-    from cotree.llm.tokenizer import load_tokenizer
+    from cotree.experiment.recipe import load_recipe
+    from cotree.models.tokenizer import load_tokenizer
     from cotree.train.trainer import encode_file, fixed_steps
 
     recipe = load_recipe(run / "recipe.yaml" if run else recipe_of_rule)

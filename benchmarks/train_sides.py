@@ -21,7 +21,7 @@ from benchmarks.train_shapes import Shape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.config import TrainDPO, TrainSFT
+from cotree.experiment.recipe import TrainDPO, TrainSFT
 from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer

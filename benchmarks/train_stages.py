@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cotree.config import load_recipe
+from cotree.experiment.recipe import load_recipe
 from cotree.train.dpo import train_dpo
 from cotree.train.sft import train_sft
 

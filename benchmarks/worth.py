@@ -18,12 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cotree.config import load_recipe
-from cotree.llm.endpoints import Endpoint, open_endpoints
+from cotree.experiment.recipe import load_recipe
+from cotree.models.endpoints import Endpoint, open_endpoints
 from cotree.report.table import comparison_lines
 from cotree.search.baselines import compare
 from cotree.search.driver import Grower
-from cotree.store import TreeStore
+from cotree.search.store import TreeStore
 from cotree.tasks import Question, Split, Task, task
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ import pytest
 
 from cotree import __version__
 from cotree.cli import main
-from cotree.config import load_recipe
-from cotree.run_folder import open_run
+from cotree.experiment.recipe import load_recipe
+from cotree.experiment.run_folder import open_run
 
 ROOT = Path(__file__).parent.parent
 LAPTOP = str(ROOT / "recipes" / "laptop.yaml")

@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cotree.errors import CotreeError, UsageError
+from cotree.base.errors import CotreeError, UsageError
 
 if TYPE_CHECKING:
     from cotree.data.build import build_dpo, build_sft
-    from cotree.decoding import decode
-    from cotree.eval.diagnosis import diagnose
+    from cotree.decode.answer import decode
     from cotree.eval.evaluate import evaluate
     from cotree.tasks import Question, Task, Verdict, task
+    from cotree.tasks.diagnosis import diagnose
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,8 +39,8 @@ _LAZY = {
     "Verdict": "cotree.tasks",
     "build_dpo": "cotree.data.build",
     "build_sft": "cotree.data.build",
-    "decode": "cotree.decoding",
-    "diagnose": "cotree.eval.diagnosis",
+    "decode": "cotree.decode.answer",
+    "diagnose": "cotree.tasks.diagnosis",
     "evaluate": "cotree.eval.evaluate",
     "task": "cotree.tasks",
 }

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cotree import __version__
-from cotree.errors import CotreeError, UsageError, spoken_for
-from cotree.progress import Output
+from cotree.base.errors import CotreeError, UsageError, spoken_for
+from cotree.base.progress import Output
 
 if TYPE_CHECKING:
-    from cotree.config import Recipe
+    from cotree.experiment.recipe import Recipe
 
 _INTERRUPTED = 130
 
@@ -66,7 +66,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Questions to trees to datasets to a trained student to a table. The same command resumes."""
-    from cotree.pipeline import run as run_recipe
+    from cotree.experiment.run import run as run_recipe
 
     loaded = _recipe(recipe, overrides)
     if start is not None and dry_run:
@@ -87,8 +87,8 @@ def build(
     """Build the datasets of a run from its trees; with other `build.` values and --out, others from the same trees."""
     from cotree.data.build import built_lines
     from cotree.data.kinds import check_file
-    from cotree.data.stage import build_beside
-    from cotree.pipeline import run as run_recipe
+    from cotree.experiment.datasets import build_beside
+    from cotree.experiment.run import run as run_recipe
 
     if check is not None:
         _alone(context, "--check", "check")
@@ -112,7 +112,7 @@ def preview(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Show a run's rows as the trainer sees them: loss mask, shared prefix, special tokens, lengths."""
-    from cotree.data.stage import preview_run
+    from cotree.experiment.datasets import preview_run
 
     loaded = _recipe(recipe, overrides)
     Output().say(preview_run(loaded, data or runs_dir / loaded.name / "data", kind, rows))
@@ -155,7 +155,7 @@ def eval_(
     from cotree.eval.compare import compare as compare_two
     from cotree.eval.evaluate import evaluate
     from cotree.eval.results import read_evaluations
-    from cotree.eval.tables import paper_table
+    from cotree.report.paper_table import paper_table
 
     output = Output(quiet=quiet)
     if compare is not None:
@@ -178,7 +178,7 @@ def eval_(
     elif recipe is None:
         raise UsageError("name a recipe, or --model with --task")
     else:
-        from cotree.pipeline import run as run_recipe
+        from cotree.experiment.run import run as run_recipe
 
         _alone(context, "a recipe", "recipe", "overrides", "runs_dir", "quiet")
         run_recipe(_recipe(recipe, overrides), runs_dir, only="eval", output=output)
@@ -230,7 +230,7 @@ def check(
     recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
 ) -> None:
     """Check a recipe, its questions, models and servers, and the disk before anything is spent."""
-    from cotree.check import check as check_recipe
+    from cotree.experiment.check import check as check_recipe
 
     check_recipe(_recipe(recipe, overrides), Output(quiet=quiet), runs_dir)
 
@@ -254,7 +254,7 @@ def decode(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and errors.")] = False,
 ) -> None:
     """Answer one question by search that knows no gold answer."""
-    from cotree.decoding import decode as decode_one
+    from cotree.decode.answer import decode as decode_one
 
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
@@ -286,8 +286,8 @@ def serve(
     quiet: Quiet = False,
 ) -> None:
     """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
-    from cotree.decoding import Backend
-    from cotree.serve import serve as serve_models
+    from cotree.decode.answer import Backend
+    from cotree.decode.server import serve as serve_models
 
     backend = Backend(models, set_ or [], served, tokenizer, api_key_env, budget_tokens, rollouts, seed)
     serve_models(
@@ -323,7 +323,7 @@ def patterns() -> None:
 
 
 def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
-    from cotree.config import load_recipe
+    from cotree.experiment.recipe import load_recipe
 
     return load_recipe(path, overrides or [])
 

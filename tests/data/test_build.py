@@ -11,18 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.trees import node, random_tree, tree_of
-from tests.train.tiny_student import tiny_tokenizer
+from tests.support.tiny_student import tiny_tokenizer
+from tests.support.trees import node, random_tree, tree_of
 
-from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates, TextForm
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.rows import read_metadata
 from cotree.data.build import build, build_dpo, build_sft
 from cotree.data.chains import Reading
-from cotree.data.files import read_metadata
 from cotree.data.gates import foreign_share
 from cotree.data.kinds import COLUMNS, check_file, check_template
-from cotree.errors import CotreeError, UsageError
-from cotree.store import StoredTree, TreeStore
-from cotree.train.encode import encode_chains, encode_dpo, template_hash
+from cotree.experiment.recipe import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise, Gates, TextForm
+from cotree.models.encode import encode_chains, encode_dpo, template_hash
+from cotree.search.store import StoredTree, TreeStore
 
 
 def tree(name: str, answers: list[tuple[str, str]], task: str = "arithmetic") -> StoredTree:

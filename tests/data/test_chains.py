@@ -8,18 +8,18 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.trees import node, random_tree, tree_of
-from tests.train.tiny_student import tiny_tokenizer
+from tests.support.tiny_student import tiny_tokenizer
+from tests.support.trees import node, random_tree, tree_of
 from transformers import PreTrainedTokenizerFast
 
-from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, Length
 from cotree.data.chains import Chain, Judge, Reading, chains_of, cut_reflections, form, mean_value
 from cotree.data.select import by_length, draw_chains, select_dpo, select_sft, select_step_pairs
+from cotree.experiment.recipe import Build, BuildDPO, BuildSFT, BuildStepPairs, Length
+from cotree.models.encode import encode_chains, prefix_tokens
+from cotree.search.store import StoredTree
 from cotree.search.thoughts import PATTERNS
-from cotree.store import StoredTree
 from cotree.tasks import Verdict
 from cotree.tasks.extract import extract_answer
-from cotree.train.encode import encode_chains, prefix_tokens
 
 tokenizer = cache(tiny_tokenizer)
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=8).map(lambda ids: (*ids, 9))  # 9 ends the turn

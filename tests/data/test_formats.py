@@ -15,20 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tests.data.trees import random_tree
-from tests.train.tiny_student import tiny_model, tiny_tokenizer
+from tests.support.tiny_student import tiny_model, tiny_tokenizer
+from tests.support.trees import random_tree
 
-from cotree.config import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.rows import read_rows, write_jsonl
 from cotree.data.build import Built, build
 from cotree.data.card import histogram
 from cotree.data.export import export_to, export_trees
 from cotree.data.external import import_rows
-from cotree.data.files import read_rows, write_jsonl
 from cotree.data.kinds import check_file
 from cotree.data.preview import preview
-from cotree.errors import CotreeError, UsageError
 from cotree.eval.survey import diagnose_file
-from cotree.store import TreeStore
+from cotree.experiment.recipe import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise
+from cotree.search.store import TreeStore
 from cotree.tasks import Question, task
 
 TREES = [random_tree(seed) for seed in range(12)]

@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.data.trees import random_tree
-from tests.train.tiny_student import tiny_tokenizer
+from tests.support.tiny_student import tiny_tokenizer
+from tests.support.trees import random_tree
 
+from cotree.base.rows import read_rows
 from cotree.cli import main
-from cotree.config import Build, load_recipe
 from cotree.data.build import build, built_lines
-from cotree.data.files import read_rows
-from cotree.data.stage import contaminated_questions, judge_of
-from cotree.pipeline import run as run_recipe
-from cotree.run_folder import open_run
-from cotree.store import StoredTree, TreeStore
+from cotree.experiment.datasets import contaminated_questions, judge_of
+from cotree.experiment.recipe import Build, load_recipe
+from cotree.experiment.run import run as run_recipe
+from cotree.experiment.run_folder import open_run
+from cotree.search.store import StoredTree, TreeStore
 from cotree.tasks import task
 
 LAPTOP = Path(__file__).parents[2] / "recipes" / "laptop.yaml"

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.fake_server import FakeServer, FakeServerThread
+from tests.support.fake_server import FakeServer, FakeServerThread
 
 import cotree
-from cotree.config import Model
+from cotree.base.progress import Output
 from cotree.eval.asking import Reply, Sampler, Sampling, ask, embedded, opened_server, tokens_needed
 from cotree.eval.journal import JOURNAL, EvalSample, append_line, read_samples
 from cotree.eval.outcome import constant_baselines
-from cotree.llm.chat import render
-from cotree.llm.client import Choice, Request
-from cotree.llm.embedded import at_type, locate, serve
-from cotree.llm.endpoints import Endpoint
-from cotree.llm.tokenizer import load_tokenizer
-from cotree.progress import Output
+from cotree.experiment.recipe import Model
+from cotree.models.chat import render
+from cotree.models.client import Choice, Request
+from cotree.models.embedded import at_type, locate, serve
+from cotree.models.endpoints import Endpoint
+from cotree.models.tokenizer import load_tokenizer
 from cotree.tasks import Question, Task, Verdict, WorkedExample, task
 from cotree.tasks.base import AnswerForm, Turn
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.eval.compare import compare, mcnemar, paired_interval, sign_flip
 from cotree.eval.journal import EvalSample, append_line
 

@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fake_server import FakeServerThread, draw
-from tests.train.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
+from tests.support.fake_server import FakeServerThread, draw
+from tests.support.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
 import cotree
+from cotree.base.errors import UsageError
+from cotree.base.numbers import paper_form
+from cotree.base.progress import Output
 from cotree.cli import main
-from cotree.errors import UsageError
 from cotree.eval.journal import JOURNAL, read_samples
 from cotree.eval.results import Evaluation, read_evaluations, read_results
-from cotree.eval.tables import paper_table
-from cotree.progress import Output
-from cotree.report.format import paper_form
+from cotree.report.paper_table import paper_table
 from cotree.train.student import load_student
 
 QUIET = Output(quiet=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cotree.base.numbers import group_name
 from cotree.eval.journal import EvalSample
 from cotree.eval.outcome import instruction_scores, outcomes
-from cotree.report.format import group_name
 from cotree.report.html import write_report
 from cotree.report.table import summary_lines
 from cotree.tasks import task

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cotree.base.statistics import clustered_interval, wilson
 from cotree.eval.asking import Asked
 from cotree.eval.journal import EvalSample
-from cotree.eval.metrics import clustered_interval, wilson
 from cotree.eval.outcome import outcomes
 from cotree.tasks import task
 from cotree.tasks.base import VerdictKind

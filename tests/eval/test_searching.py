@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_server import FakeServerThread
-from tests.search.test_decode import poem, talk
+from tests.decode.test_strategies import poem, talk
+from tests.support.fake_server import FakeServerThread
 
 import cotree
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
+from cotree.base.progress import Output
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.eval.tables import paper_table
-from cotree.progress import Output
+from cotree.report.paper_table import paper_table
 
 HOW: dict[str, Any] = {
     "chat": True,

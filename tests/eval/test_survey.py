@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.eval.journal import EvalSample, append_line
 from cotree.eval.survey import diagnose_file
 

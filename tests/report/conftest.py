@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cotree.eval.metrics import wilson
+from cotree.base.statistics import wilson
 
 
 def invented_row(model: str, task: str, n: int, correct: int, cut: int, finished: int, tokens: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.report.html import PAPER, write_report
 
 HOSTILE = (

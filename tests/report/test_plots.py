@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.report.plots import MAX_POINTS, training_figures
 from cotree.report.summary import LogLine, read_log
 

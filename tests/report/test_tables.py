@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cotree.eval.metrics import minimum_detectable_difference, wilson
-from cotree.report.format import duration, listed, paper_form, percent, signed, sparkline
+from cotree.base.numbers import duration, listed, paper_form, percent, signed, sparkline
+from cotree.base.statistics import minimum_detectable_difference, wilson
 from cotree.report.reading import reading
 from cotree.report.summary import MODELS, Summary
 from cotree.report.table import eval_table, summary_lines

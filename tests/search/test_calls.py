@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_server import FakeServer
-from tests.llm.asking import client, request, until
+from tests.support.asking import client, request, until
+from tests.support.fake_server import FakeServer
 
-from cotree.llm.client import Client
-from cotree.llm.endpoints import Endpoint
+from cotree.models.client import Client
+from cotree.models.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
-from cotree.store import Call, TreeStore
+from cotree.search.store import Call, TreeStore
 
 
 class Watched(TreeStore):

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.fake_server import FakeServerThread, count_tokens
+from tests.support.fake_server import FakeServerThread, count_tokens
 
-from cotree.config import Search, Writer
-from cotree.llm.client import Client
-from cotree.llm.endpoints import Endpoint
+from cotree.experiment.recipe import Search, Writer
+from cotree.models.client import Client
+from cotree.models.endpoints import Endpoint
 from cotree.search.driver import Grower
 from cotree.search.growth import writers_of
-from cotree.store import TreeStore
+from cotree.search.store import TreeStore
 from cotree.tasks import task
 
 SETTINGS = Search(rollouts=6, leaves_per_round=3, max_reflections=2, trees_in_flight=4)

@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from tests.fake_server import FakeServerThread, count_tokens, draw
-from tests.llm.asking import raw_server
 from tests.search.test_driver import PlainTemplate, content, reply
+from tests.support.asking import raw_server
+from tests.support.fake_server import FakeServerThread, count_tokens, draw
 
-from cotree.config import Reward, Role, Search, Stop, Thought, Writer
-from cotree.errors import CotreeError, UsageError
-from cotree.llm.client import Client
-from cotree.llm.endpoints import Endpoint
+from cotree.base.errors import CotreeError, UsageError
+from cotree.experiment.recipe import Reward, Role, Search, Stop, Thought, Writer
+from cotree.models.client import Client
+from cotree.models.endpoints import Endpoint
 from cotree.search.baselines import best_of_n, compare, of_tree
 from cotree.search.calls import Progress
 from cotree.search.driver import Grower
 from cotree.search.prompts import chain_text
 from cotree.search.reward import load_function, steps_messages
+from cotree.search.store import StoredTree, TreeStore
 from cotree.search.summary import summarize
-from cotree.store import StoredTree, TreeStore
 from cotree.tasks import Question, Task, Verdict, task
 from cotree.tasks.base import Turn, WorkedExample
 

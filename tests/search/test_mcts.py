@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.config import Search
+from cotree.experiment.recipe import Search
 from cotree.search.mcts import Node, Rollout, TreeSearch
 from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, prefix_of
 from cotree.tasks import Verdict

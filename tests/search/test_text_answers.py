@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fake_server import FakeServerThread, count_tokens
 from tests.search.test_driver import PlainTemplate, content
 from tests.search.test_growth import ONE, grow, settings
+from tests.support.fake_server import FakeServerThread, count_tokens
 
-from cotree.llm.client import Client
-from cotree.llm.endpoints import Endpoint
+from cotree.models.client import Client
+from cotree.models.endpoints import Endpoint
 from cotree.search.baselines import best_of_n
 from cotree.search.driver import Grower
 from cotree.search.prompts import chain_text, in_box
-from cotree.store import TreeStore
+from cotree.search.store import TreeStore
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import AnswerForm, Turn, WorkedExample
 from cotree.tasks.extract import answer_text, last_boxed, spoken

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.benchmark_data import benchmark_rows
+from tests.support.benchmark_data import benchmark_rows
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.search.prompts import search_messages
 from cotree.tasks import Question, task
 from cotree.tasks.blocksworld import Blocksworld, problem_of

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.benchmark_data import benchmark_rows
+from tests.support.benchmark_data import benchmark_rows
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks import Question, task
 from cotree.tasks.ifeval import spec_of
 from cotree.tasks.instructions import Followed, if_scores, instruction_results, strict

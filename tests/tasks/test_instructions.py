@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.instructions import CHECKERS, check_arguments, loose, strict
 from cotree.tasks.instructions.scripts import detect, sentences, words
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.loading import Source, load_rows, value
 
 ROWS = [{"id": f"r-{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(5)]

@@ -17,9 +17,9 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.benchmark_data import benchmark_rows
+from tests.support.benchmark_data import benchmark_rows
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks import TASKS, Question, task
 from cotree.tasks import math_verdicts as verdicts
 from cotree.tasks.extract import Mode, extract_answer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cotree.config import load_recipe
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
+from cotree.experiment.recipe import load_recipe
 from cotree.search.prompts import thought_text
 from cotree.search.thoughts import ANSWERS
 from cotree.tasks import task

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.errors import UsageError
-from cotree.eval.metrics import constant_baseline
+from cotree.base.errors import UsageError
+from cotree.base.statistics import constant_baseline
 from cotree.tasks import TASKS, Question, task
 from cotree.tasks.extract import extract_answer, last_boxed
 

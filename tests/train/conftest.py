@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.train.tiny_student import Post, dpo_row, sft_row, tiny_model, tiny_tokenizer
+from tests.support.tiny_student import Post, dpo_row, sft_row, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 THREADS = torch.get_num_threads()

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.tiny_student import distance, weights
+from tests.support.tiny_student import distance, weights
 
-from cotree.config import TrainDPO
+from cotree.experiment.recipe import TrainDPO
 from cotree.train.dpo import train_dpo
 
 SETTINGS = TrainDPO(batch_size=5, pack_tokens=150, epochs=1.0, learning_rate=1e-3, save_steps=1)
 CHILD = """
 import sys
 from pathlib import Path
-from cotree.config import TrainDPO
+from cotree.experiment.recipe import TrainDPO
 from cotree.train.dpo import train_dpo
 if __name__ == "__main__":
     rows, student, out, settings = sys.argv[1:]
@@ -34,7 +34,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
-from cotree.config import TrainDPO
+from cotree.experiment.recipe import TrainDPO
 from cotree.train.dpo import PairTrainer
 from cotree.train.model import load_model
 from cotree.train.trainer import encode_file, training_arguments

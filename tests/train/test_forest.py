@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.train.tiny_student import in_float64, tiny_config, tiny_model
+from tests.support.tiny_student import in_float64, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
+from cotree.models.encode import Chain
 from cotree.train.attention import ATTENTION, Backend
-from cotree.train.encode import Chain
 from cotree.train.families import FAMILIES, family_of
 from cotree.train.forest import Forest, Scored, forest_logps, forest_tokens, multiplicities, packs
 from cotree.train.model import load_model

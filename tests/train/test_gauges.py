@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.tiny_student import message, same, sft_row, weights, write_tiny_gguf
+from tests.support.tiny_student import message, same, sft_row, weights, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from cotree.config import LoRA, Probe, Recipe, TrainSFT
-from cotree.errors import CotreeError
-from cotree.pipeline import run
-from cotree.progress import Output, Update
+from cotree.base.errors import CotreeError
+from cotree.base.progress import Output, Update
+from cotree.experiment.recipe import LoRA, Probe, Recipe, TrainSFT
+from cotree.experiment.run import run
+from cotree.experiment.run_folder import open_run
 from cotree.report.summary import read_log
-from cotree.run_folder import open_run
 from cotree.train.gauges import WINDOW, best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import load_model
 from cotree.train.sft import train_sft

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.full_disk import full_disk
-from tests.train.tiny_student import SPECIAL, TEXT, Post, check_served, tiny_model, tiny_tokenizer, write_tiny_gguf
+from tests.support.full_disk import full_disk
+from tests.support.tiny_student import SPECIAL, TEXT, Post, check_served, tiny_model, tiny_tokenizer, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.errors import CotreeError, UsageError
-from cotree.llm.gguf_file import GGUF
-from cotree.llm.tokenizer import gguf_tokenizer
+from cotree.base.errors import CotreeError, UsageError
+from cotree.models.gguf_file import GGUF
+from cotree.models.tokenizer import gguf_tokenizer
 from cotree.train.export_gguf import export_gguf
 from cotree.train.families import FAMILIES, gguf_name, to_halves, to_pairs, transformers_name
 from cotree.train.student import load_student

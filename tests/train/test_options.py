@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
-from tests.train.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, weights, write_tiny_gguf
+from tests.support.tiny_student import distance, gradients, tiny_model, tiny_tokenizer, weights, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from cotree.config import LoRA, Probe, TrainDPO, TrainSFT
-from cotree.errors import CotreeError, UsageError
+from cotree.base.errors import CotreeError, UsageError
+from cotree.experiment.recipe import LoRA, Probe, TrainDPO, TrainSFT
 from cotree.train.dpo import train_dpo
 from cotree.train.model import load_model
 from cotree.train.plan import plan

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tests.train.tiny_student import distance, dpo_row, gradients, sft_row, tiny_model, tiny_tokenizer
+from tests.support.tiny_student import distance, dpo_row, gradients, sft_row, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.config import TrainDPO, TrainSFT
+from cotree.experiment.recipe import TrainDPO, TrainSFT
+from cotree.models.encode import encode_dpo, encode_sft
 from cotree.train.dpo import PairTrainer, with_reference
-from cotree.train.encode import encode_dpo, encode_sft
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer
 from cotree.train.trainer import training_arguments

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.tiny_student import Post, check_served, distance, gradients, in_float64
 from tests.train.test_step import plain_loss
-from tests.train.tiny_student import Post, check_served, distance, gradients, in_float64
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.config import TrainDPO
+from cotree.experiment.recipe import TrainDPO
+from cotree.models.encode import encode_dpo
 from cotree.train.dpo import PairTrainer
-from cotree.train.encode import encode_dpo
 from cotree.train.export_gguf import export_gguf
 from cotree.train.forest import forest_tokens
 from cotree.train.model import load_model

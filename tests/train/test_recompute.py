@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.tiny_student import distance, tiny_model
+from tests.support.tiny_student import distance, tiny_model
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cotree.config import LoRA, TrainSFT
+from cotree.experiment.recipe import LoRA, TrainSFT
 from cotree.train import recompute
 from cotree.train.attention import ATTENTION
 from cotree.train.families import FAMILIES

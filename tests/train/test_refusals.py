@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.train.tiny_student import dpo_row, sft_row, tiny_config
+from tests.support.tiny_student import dpo_row, sft_row, tiny_config
 from transformers import AutoTokenizer
 
-from cotree.config import LoRA, TrainDPO, TrainSFT
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
+from cotree.experiment.recipe import LoRA, TrainDPO, TrainSFT
 from cotree.train.dpo import train_dpo
 from cotree.train.families import family_of
 from cotree.train.model import load_model

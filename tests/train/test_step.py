@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.train.tiny_student import distance, gradients, in_float64, tiny_model
+from tests.support.tiny_student import distance, gradients, in_float64, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cotree.config import TrainDPO, TrainSFT
+from cotree.experiment.recipe import TrainDPO, TrainSFT
+from cotree.models.encode import Chain, Pair, prefix_tokens
 from cotree.train.dpo import PairTrainer
-from cotree.train.encode import Chain, Pair, prefix_tokens
 from cotree.train.families import FAMILIES
 from cotree.train.model import load_model
 from cotree.train.sft import ChainTrainer

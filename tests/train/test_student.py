@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.tiny_student import TEMPLATE, distance, tiny_model, tiny_tokenizer, write_tiny_gguf
+from tests.support.tiny_student import TEMPLATE, distance, tiny_model, tiny_tokenizer, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.config import TrainSFT
-from cotree.durable import whole
-from cotree.errors import CotreeError, UsageError
-from cotree.llm.tokenizer import load_tokenizer
+from cotree.base.atomic import whole
+from cotree.base.errors import CotreeError, UsageError
+from cotree.experiment.recipe import TrainSFT
+from cotree.models.tokenizer import load_tokenizer
 from cotree.train.export_gguf import export_gguf
 from cotree.train.sft import train_sft
 from cotree.train.student import load_student

@@ -19,17 +19,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.slow_child import train_slowly
-from tests.train.tiny_student import distance, gradients, same, weights
+from tests.support.slow_child import train_slowly
+from tests.support.tiny_student import distance, gradients, same, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.config import TrainDPO, TrainSFT
-from cotree.errors import CotreeError, UsageError
+from cotree.base.errors import CotreeError, UsageError
+from cotree.experiment.recipe import TrainDPO, TrainSFT
+from cotree.models.encode import Pair, template_hash
 from cotree.train import model as model_module
 from cotree.train import trainer
 from cotree.train.dpo import PairTrainer, train_dpo, with_reference
-from cotree.train.encode import Pair, template_hash
 from cotree.train.model import load_model
 from cotree.train.resume import weights_hash
 from cotree.train.sft import ChainTrainer, train_sft
@@ -271,7 +271,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
 def forked() -> Any:
     """Starts processes that have already imported what a run needs, which is most of a short run's time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.slow_child"])
+    context.set_forkserver_preload(["tests.support.slow_child"])
     return context
 
 

@@ -17,17 +17,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cotree.config import Build, Gates
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.rows import Row
 from cotree.data.card import write_card
 from cotree.data.chains import PLAIN, Chain, Reading, chains_of, mean_value
-from cotree.data.files import Row
 from cotree.data.gates import passes
 from cotree.data.kinds import COLUMNS, write_parquet
 from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select_step_pairs
-from cotree.errors import CotreeError, UsageError
+from cotree.experiment.recipe import Build, Gates
+from cotree.models.encode import special_words, template_hash
 from cotree.search.prompts import chain_text
-from cotree.store import StoredTree
-from cotree.train.encode import special_words, template_hash
+from cotree.search.store import StoredTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

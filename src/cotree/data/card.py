@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cotree.config import Build
-from cotree.durable import write_text
+from cotree.base.atomic import write_text
+from cotree.experiment.recipe import Build
 
 if TYPE_CHECKING:
     from cotree.data.build import Seen

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from cotree.config import Build, TextForm
+from cotree.experiment.recipe import Build, TextForm
+from cotree.models.encode import encode_chains, unfinished_turn
 from cotree.search.prompts import chain_text
+from cotree.search.store import StoredNode, StoredTree
 from cotree.search.thoughts import PATTERNS, Pattern
-from cotree.store import StoredNode, StoredTree
 from cotree.tasks.base import Verdict
-from cotree.train.encode import encode_chains, unfinished_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,11 +15,11 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from cotree.data.files import Row, read_rows, write_jsonl
+from cotree.base.atomic import write_text
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.rows import Row, read_rows, write_jsonl
 from cotree.data.kinds import check_file, write_columns
-from cotree.durable import write_text
-from cotree.errors import CotreeError, UsageError
-from cotree.store import StoredTree, TreeStore
+from cotree.search.store import StoredTree, TreeStore
 
 
 def export_to(source: Path, to: str, out: str) -> list[str]:

@@ -11,20 +11,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cotree.config import Build
+from cotree.base.atomic import whole
+from cotree.base.errors import UsageError
+from cotree.base.rows import Row, read_rows
 from cotree.data.chains import Chain
-from cotree.data.files import Row, read_rows
 from cotree.data.gates import passes
 from cotree.data.kinds import faults_of, write_parquet
-from cotree.durable import whole
-from cotree.errors import UsageError
-from cotree.eval.diagnosis import diagnose
-from cotree.llm.embedded import locate
-from cotree.llm.tokenizer import load_tokenizer
+from cotree.experiment.recipe import Build
+from cotree.models.embedded import locate
+from cotree.models.encode import encode_chains, special_words, template_hash
+from cotree.models.tokenizer import load_tokenizer
 from cotree.tasks import Question, Task
 from cotree.tasks import task as find_task
 from cotree.tasks.decontamination import contaminated
-from cotree.train.encode import encode_chains, special_words, template_hash
+from cotree.tasks.diagnosis import diagnose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

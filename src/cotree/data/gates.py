@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
-from cotree.config import Build
 from cotree.data.chains import Chain
-from cotree.eval.diagnosis import LONG_TEXT, diagnose
+from cotree.experiment.recipe import Build
+from cotree.tasks.diagnosis import LONG_TEXT, diagnose
 
 # Letters of formulas belong to no language.
 _FORMULAS = ("GREEK", "MATHEMATICAL", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "DOUBLE-STRUCK", "SCRIPT")

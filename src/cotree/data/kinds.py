@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
-from cotree.data.files import BATCH, Row, read_metadata, read_rows
-from cotree.durable import whole
-from cotree.errors import UsageError
-from cotree.train.encode import template_hash
+from cotree.base.atomic import whole
+from cotree.base.errors import UsageError
+from cotree.base.rows import BATCH, Row, read_metadata, read_rows
+from cotree.models.encode import template_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cotree.data.files import read_rows
+from cotree.base.rows import read_rows
 from cotree.data.kinds import check_file, check_template
-from cotree.train.encode import encode_dpo, encode_sft
+from cotree.models.encode import encode_dpo, encode_sft
 
 if TYPE_CHECKING:
     from rich.text import Text

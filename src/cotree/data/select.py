@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from cotree.config import BuildDPO, BuildSFT, BuildStepPairs, Length
 from cotree.data.chains import Chain, mean_value
+from cotree.experiment.recipe import BuildDPO, BuildSFT, BuildStepPairs, Length
+from cotree.models.encode import prefix_tokens
+from cotree.search.store import StoredNode, StoredTree
 from cotree.search.thoughts import draw
-from cotree.store import StoredNode, StoredTree
-from cotree.train.encode import prefix_tokens
 
 
 @dataclass(frozen=True, slots=True)

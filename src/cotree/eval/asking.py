@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cotree.config import Model
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.eval.journal import EvalSample, append_line, read_samples
-from cotree.llm.client import Choice, Client, Request
-from cotree.llm.embedded import serve
-from cotree.llm.endpoints import Endpoint, open_endpoints
-from cotree.llm.tokenizer import token_counter
+from cotree.experiment.recipe import Model
+from cotree.models.client import Choice, Client, Request
+from cotree.models.embedded import serve
+from cotree.models.endpoints import Endpoint, open_endpoints
+from cotree.models.tokenizer import token_counter
 from cotree.search.prompts import example_messages
 from cotree.tasks import Message, Question, Task
 from cotree.tasks.extract import spoken
@@ -241,7 +241,7 @@ def check_lengths(
     gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], how: Sampling, name: str
 ) -> None:
     """That every question and its reply fit into a GGUF's context; else UsageError names the question."""
-    from cotree.llm.gguf_file import GGUF
+    from cotree.models.gguf_file import GGUF
 
     file = GGUF(gguf)
     takes = file.get(f"{file['general.architecture']}.context_length")
@@ -256,7 +256,7 @@ def check_lengths(
 
 def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, how: Sampling) -> int:
     """The most tokens that a question's last turn can take, prompt and reply, when every reply is `max_tokens` long."""
-    from cotree.llm.chat import render
+    from cotree.models.chat import render
 
     *earlier, last = turns_of(question)
     # The server may add a token of beginning.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
+from cotree.base.statistics import Z_POWER, Z, bootstrap_interval
 from cotree.eval.journal import JOURNAL, SAMPLES_ARE, EvalSample, by_part, read_samples
-from cotree.eval.metrics import Z_POWER, Z, bootstrap_interval
 
 _DRAWS = 10_000
 Answered = Mapping[str, Sequence[EvalSample]]  # by a question's id

@@ -18,9 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from cotree.config import GGUFType, Model
-from cotree.durable import write_json
-from cotree.errors import UsageError, spoken_for
+from cotree.base.atomic import write_json
+from cotree.base.errors import UsageError, spoken_for
+from cotree.base.progress import Output
 from cotree.eval.asking import (
     Asked,
     Sampling,
@@ -36,11 +36,11 @@ from cotree.eval.journal import JOURNAL, read_samples
 from cotree.eval.outcome import constant_baselines, instruction_scores, outcomes
 from cotree.eval.results import Evaluation, text_hash, write_results
 from cotree.eval.searching import searched
-from cotree.llm.embedded import at_type, cache_folder, locate
-from cotree.llm.endpoints import Endpoint, check_servers
-from cotree.llm.tokenizer import load_tokenizer
-from cotree.progress import Output
-from cotree.run_folder import read_json
+from cotree.experiment.recipe import GGUFType, Model
+from cotree.experiment.run_folder import read_json
+from cotree.models.embedded import at_type, cache_folder, locate
+from cotree.models.endpoints import Endpoint, check_servers
+from cotree.models.tokenizer import load_tokenizer
 from cotree.tasks import task
 
 if TYPE_CHECKING:

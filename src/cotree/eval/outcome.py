@@ -13,10 +13,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from cotree.eval.asking import Asked, turns_of
-from cotree.eval.diagnosis import diagnose
-from cotree.eval.journal import EvalSample, by_part
-from cotree.eval.metrics import (
+from cotree.base.statistics import (
     FEWEST_TREES,
     clustered_interval,
     constant_baseline,
@@ -25,9 +22,12 @@ from cotree.eval.metrics import (
     tree_test_at_k,
     wilson,
 )
+from cotree.eval.asking import Asked, turns_of
+from cotree.eval.journal import EvalSample, by_part
 from cotree.tasks import Question, Task
 from cotree.tasks.agreement import groups
 from cotree.tasks.blocksworld import Blocksworld
+from cotree.tasks.diagnosis import diagnose
 from cotree.tasks.instructions import if_scores, instruction_results
 
 # The paper's Test@1, Test@8, Test@32.

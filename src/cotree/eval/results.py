@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from cotree.data.files import write_jsonl
-from cotree.durable import write_json
-from cotree.errors import UsageError
+from cotree.base.atomic import write_json
+from cotree.base.errors import UsageError
+from cotree.base.rows import write_jsonl
 from cotree.eval.asking import Asked, Sampling
 from cotree.eval.journal import EvalSample
-from cotree.run_folder import read_json
+from cotree.experiment.run_folder import read_json
 from cotree.tasks import Question, Task
 from cotree.tasks.extract import Mode, spoken
 

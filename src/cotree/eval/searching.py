@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from cotree.config import Search, Stop, Thought, Writer
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
+from cotree.decode.strategies import decode, settled
 from cotree.eval.asking import Asked, Reply, Sampler, Sampling, Strategy
-from cotree.llm.client import Choice
-from cotree.llm.endpoints import Endpoint
+from cotree.experiment.recipe import Search, Stop, Thought, Writer
+from cotree.models.client import Choice
+from cotree.models.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
-from cotree.search.decode import decode, settled
 from cotree.tasks import Question, Task
 
 

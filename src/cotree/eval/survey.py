@@ -12,12 +12,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from cotree.data.files import read_rows
+from cotree.base.errors import UsageError
+from cotree.base.rows import read_rows
 from cotree.data.gates import main_script
-from cotree.errors import UsageError
-from cotree.eval.diagnosis import diagnose
 from cotree.eval.journal import JOURNAL
-from cotree.llm.wire import one_line
+from cotree.models.wire import one_line
+from cotree.tasks.diagnosis import diagnose
 from cotree.tasks.loading import HUB_ID
 
 _FLAGS = ("loop", "over_reflection", "instruction_failure", "no_answer")

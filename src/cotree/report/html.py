@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cotree.durable import write_text
-from cotree.errors import UsageError
-from cotree.report import format as show
+from cotree.base import numbers as show
+from cotree.base.atomic import write_text
+from cotree.base.errors import UsageError
+from cotree.experiment.run_folder import read_json
 from cotree.report.plots import training_figures
 from cotree.report.reading import reading
 from cotree.report.summary import Summary, read_log, read_summary
 from cotree.report.table import length_gap, model_lines, share, tokens_per_second, verdict
-from cotree.run_folder import read_json
 
 PAPER = "https://arxiv.org/abs/2503.01461"
 LOGS = ("sft", "control", "dpo")

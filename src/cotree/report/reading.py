@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cotree.eval.metrics import minimum_detectable_difference
-from cotree.report.format import interval, listed, percent
+from cotree.base.numbers import interval, listed, percent
+from cotree.base.statistics import minimum_detectable_difference
 from cotree.report.summary import MODELS, EvalRow, Summary
 
 

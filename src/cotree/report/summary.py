@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.eval.journal import read_lines
-from cotree.run_folder import read_json
+from cotree.experiment.run_folder import read_json
 
 # From this share of one answer on, a row is called constant.
 CONSTANT = 0.9

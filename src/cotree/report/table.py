@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cotree.eval.metrics import wilson
-from cotree.report.format import duration, group_name, interval, number, percent, signed
+from cotree.base.numbers import duration, group_name, interval, number, percent, signed
+from cotree.base.statistics import wilson
 from cotree.report.summary import MODELS, Summary
 
 if TYPE_CHECKING:

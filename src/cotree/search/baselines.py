@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from cotree.eval.metrics import wilson
-from cotree.llm.client import Choice, Counters
+from cotree.base.statistics import wilson
+from cotree.models.client import Choice, Counters
 from cotree.search.driver import Asked, Grower
 from cotree.search.growth import Growth
+from cotree.search.store import StoredTree
 from cotree.search.thoughts import draw, prefix_of
-from cotree.store import StoredTree
 from cotree.tasks import Question, Task
 
 

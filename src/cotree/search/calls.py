@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cotree.llm.client import Completion, Request
-from cotree.llm.endpoints import Endpoint
-from cotree.store import Call, TreeStore
+from cotree.models.client import Completion, Request
+from cotree.models.endpoints import Endpoint
+from cotree.search.store import Call, TreeStore
 
 
 @dataclass

@@ -11,13 +11,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-from cotree.config import Role, Search
-from cotree.errors import UsageError
-from cotree.llm.endpoints import Endpoint
+from cotree.base.errors import UsageError
+from cotree.experiment.recipe import Role, Search
+from cotree.models.endpoints import Endpoint
 from cotree.search.calls import Calls, Progress
 from cotree.search.growth import Growth, patterns_of, prefixes_of
 from cotree.search.reward import merit
-from cotree.store import Call, StoredTree, TreeStore
+from cotree.search.store import Call, StoredTree, TreeStore
 from cotree.tasks import Question, Task
 from cotree.tasks.extract import spoken
 

@@ -13,16 +13,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from cotree.config import Role, Search, Thought, Writer
-from cotree.llm.chat import Prompt
-from cotree.llm.client import Choice, Completion, Counters, Request
+from cotree.experiment.recipe import Role, Search, Thought, Writer
+from cotree.models.chat import Prompt
+from cotree.models.client import Choice, Completion, Counters, Request
 from cotree.search.calls import Calls
 from cotree.search.mcts import Node, Rollout, TreeSearch, Wanted
 from cotree.search.prompts import THOUGHT_STOPS, continuation, in_box, search_messages, thought_text
 from cotree.search.reward import reward_of
 from cotree.search.stopping import Tally
+from cotree.search.store import StoredNode, StoredTree
 from cotree.search.thoughts import ANSWERS, PATTERNS, PREFIXES, draw
-from cotree.store import StoredNode, StoredTree
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import AnswerForm, Message
 

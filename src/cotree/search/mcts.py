@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cotree.config import Search
+from cotree.experiment.recipe import Search
 from cotree.search.thoughts import PREFIXES, Pattern, prefix_of
 from cotree.tasks.base import Verdict
 

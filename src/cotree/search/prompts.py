@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from cotree.search.mcts import Node
+from cotree.search.store import StoredNode
 from cotree.search.thoughts import ANSWERS, PREFIXES
-from cotree.store import StoredNode
 from cotree.tasks.base import AnswerForm, Message, Question, Task, WorkedExample
 
 # One thought is one line and does not answer before its turn.

@@ -15,13 +15,13 @@ from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from cotree.config import Writer
-from cotree.errors import CotreeError, UsageError
-from cotree.llm.client import Request
+from cotree.base.errors import CotreeError, UsageError
+from cotree.experiment.recipe import Writer
+from cotree.models.client import Request
 from cotree.search.mcts import Node
 from cotree.search.prompts import chain_text
+from cotree.search.store import StoredNode
 from cotree.search.thoughts import draw
-from cotree.store import StoredNode
 from cotree.tasks import Question, Verdict
 
 if TYPE_CHECKING:

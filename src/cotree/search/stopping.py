@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cotree.config import Stop
+from cotree.experiment.recipe import Stop
 from cotree.search.mcts import Node
 from cotree.search.prompts import chain_text
 

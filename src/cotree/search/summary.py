@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cotree.store import StoredTree
+from cotree.search.store import StoredTree
 
 
 def summarize(trees: Iterable[StoredTree]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.arithmetic import Arithmetic
 from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample
 from cotree.tasks.blocksworld import Blocksworld, BlocksworldOneShot

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.extract import Mode, answer_text, extract_answer
 from cotree.tasks.loading import Source
 from cotree.tasks.numbers import same_number

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.base import Question, Split, Task, tenth
 from cotree.tasks.loading import Row, Source, load_rows
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.base import Question, Turn, Verdict, WorkedExample
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.instructions import check_arguments, strict

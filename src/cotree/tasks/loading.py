@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cotree.data.files import read_rows
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
+from cotree.base.rows import read_rows
 
 Row = dict[str, Any]
 DATA_FOLDER = "COTREE_DATA"

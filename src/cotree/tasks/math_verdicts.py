@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import cotree
-from cotree.errors import CotreeError
+from cotree.base.errors import CotreeError
 from cotree.tasks.math_worker import BYTES, SECONDS
 from cotree.tasks.numbers import number, tidy
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.base import Question, Verdict, WorkedExample
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.extract import last_boxed

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, split_of
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.loading import Row, Source, value

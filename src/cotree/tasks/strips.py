@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import comb, factorial
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 
 Action = tuple[str, ...]  # ("stack", "a", "b")
 TABLE = ""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from cotree.config import TrainDPO
-from cotree.durable import whole
-from cotree.train.encode import Pair
+from cotree.base.atomic import whole
+from cotree.experiment.recipe import TrainDPO
+from cotree.models.encode import Pair
 from cotree.train.forest import Scored, forest_logps, packs
 from cotree.train.losses import dpo_loss, joint_loss, margin_weights, weighted
 from cotree.train.resume import weights_hash

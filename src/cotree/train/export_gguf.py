@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cotree.durable import whole
-from cotree.errors import CotreeError, UsageError
-from cotree.llm import gguf_file
-from cotree.llm.gguf_file import GGUF
+from cotree.base.atomic import whole
+from cotree.base.errors import CotreeError, UsageError
+from cotree.models import gguf_file
+from cotree.models.gguf_file import GGUF
 from cotree.train.families import FAMILIES, gguf_name, reordered, to_pairs
 
 # ggml type of matrices, and the number that `general.file_type` gives it.

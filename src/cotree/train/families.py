@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cotree.models.encode import Chain, Pair, Row, prefix_tokens
 from cotree.train.attention import Backend, Layout
-from cotree.train.encode import Chain, Pair, Row, prefix_tokens
 from cotree.train.losses import token_logps
 
 

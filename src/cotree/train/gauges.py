@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from cotree.config import Probe
-from cotree.eval.diagnosis import diagnose
+from cotree.experiment.recipe import Probe
+from cotree.tasks.diagnosis import diagnose
 from cotree.train.attention import ATTENTION
 
 WINDOW = 10

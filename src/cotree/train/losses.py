@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotree.config import TrainDPO
+from cotree.experiment.recipe import TrainDPO
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:

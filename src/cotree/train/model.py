@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from cotree.config import LoRA
+from cotree.experiment.recipe import LoRA
 from cotree.train.attention import ATTENTION, forest_attention
 from cotree.train.student import load_weights, quiet
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from cotree.config import TrainDPO, TrainSFT
-from cotree.llm.gguf_file import GGUF
-from cotree.llm.tokenizer import load_tokenizer
+from cotree.experiment.recipe import TrainDPO, TrainSFT
+from cotree.models.gguf_file import GGUF
+from cotree.models.tokenizer import load_tokenizer
 from cotree.train.forest import forest_tokens, packs
 from cotree.train.student import gguf_config
 from cotree.train.trainer import encode_file, fixed_steps

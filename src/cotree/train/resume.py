@@ -12,9 +12,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from cotree.config import Optimizer
-from cotree.durable import whole
-from cotree.errors import UsageError
+from cotree.base.atomic import whole
+from cotree.base.errors import UsageError
+from cotree.experiment.recipe import Optimizer
 
 _MARKER = "complete"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cotree.config import TrainSFT
-from cotree.train.encode import Chain
+from cotree.experiment.recipe import TrainSFT
+from cotree.models.encode import Chain
 from cotree.train.forest import Scored, forest_logps
 from cotree.train.losses import weighted
 from cotree.train.trainer import Step, StepLog, StepTrainer, TrainResult, train

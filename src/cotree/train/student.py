@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from cotree.durable import whole
-from cotree.errors import UsageError
-from cotree.llm.gguf_file import GGUF
-from cotree.llm.tokenizer import gguf_tokenizer, load_tokenizer
+from cotree.base.atomic import whole
+from cotree.base.errors import UsageError
+from cotree.models.gguf_file import GGUF
+from cotree.models.tokenizer import gguf_tokenizer, load_tokenizer
 from cotree.train.families import FAMILIES, family_of, reordered, to_halves, transformers_name
 
 

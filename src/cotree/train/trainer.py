@@ -33,13 +33,13 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from cotree.config import Optimizer, Probe, TrainDPO, TrainSFT
-from cotree.data.files import read_rows
+from cotree.base.atomic import whole, writing
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.rows import read_rows
 from cotree.data.kinds import check_template, faults_of, kind_of
-from cotree.durable import whole, writing
-from cotree.errors import CotreeError, UsageError
-from cotree.llm.tokenizer import load_tokenizer
-from cotree.train.encode import Chain, Encoded, Pair, Row, encode_dpo, encode_sft, template_hash
+from cotree.experiment.recipe import Optimizer, Probe, TrainDPO, TrainSFT
+from cotree.models.encode import Chain, Encoded, Pair, Row, encode_dpo, encode_sft, template_hash
+from cotree.models.tokenizer import load_tokenizer
 from cotree.train.forest import Scored, forest_tokens, multiplicities, packs
 from cotree.train.gauges import best_step, chosen_falls, no_answer_rises, probe
 from cotree.train.model import load_model, save_model

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from cotree.errors import UsageError
+from cotree.base.errors import UsageError
 
 Checker = Callable[..., bool]
 LOCALES = ("", "en", "es", "fr", "ja")

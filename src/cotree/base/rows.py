@@ -1,0 +1,75 @@
+"""Rows in and out of files: Parquet, JSON lines and JSON arrays.
+
+Invariant: rows stream, so a file of any size needs the memory of a batch.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cotree.base.atomic import whole
+from cotree.base.errors import UsageError
+
+Row = dict[str, Any]
+BATCH = 1_024
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet, JSON-lines (also .gz) or JSON-array file, one at a time.
+
+    Raises:
+        UsageError: there is no such file, or it is damaged; the line is named.
+    """
+    if not path.is_file():
+        raise UsageError(f"no file at {path}")
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(BATCH):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError
+            raise UsageError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+        return
+    number = 1
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            if path.suffix == ".json":
+                found = json.load(lines)
+                if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+                    raise ValueError("a .json file must be an array of rows")
+                yield from found
+                return
+            for line in lines:
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("a row must be an object with columns")
+                    yield row
+                number += 1
+    except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
+        forms = "rows come as .parquet, .jsonl, .jsonl.gz or an array in a .json"
+        raise UsageError(f"{path}: line {number}: no JSON row ({error}); {forms}") from None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What cotree noted in a Parquet file; empty for files of others."""
+    if path.suffix != ".parquet":
+        return {}
+    import pyarrow.parquet as pq
+
+    noted: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {}).get(b"cotree", b"{}"))
+    return noted
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows as JSON lines, whole or not at all; returns how many."""
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        return sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))

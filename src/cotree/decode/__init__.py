@@ -1,0 +1,1 @@
+"""Answering by search at inference: strategies, one question, and an OpenAI-compatible server."""

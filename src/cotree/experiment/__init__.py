@@ -1,0 +1,1 @@
+"""A recipe as an experiment: named nodes, what decides their content, and running them in order."""

@@ -1,0 +1,157 @@
+"""The tokenizer that a GGUF file carries, as a transformers tokenizer.
+
+Two kinds are read: byte-level BPE (SmolLM2, Qwen, Llama 3) and SentencePiece's scored pieces (Gemma).
+
+Invariant: it cuts text exactly as llama.cpp does with the same file, because what the student is trained on and what
+it is served with must be the same tokens. (transformers' own reader does not know how `smollm` splits digits and
+spaces: it differs wherever a digit follows two spaces or two newlines.) Imports no torch of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cotree.base.errors import UsageError
+from cotree.models.gguf_file import GGUF
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How each vocabulary splits text before merging, by the name that llama.cpp gives it; None is GPT-2's own expression.
+_SPLITS: dict[str, list[str | None]] = {
+    "gpt-2": [None],
+    "smollm": [r"\p{N}", None],
+    "qwen2": [_WORDS + r"|\p{N}" + _REST],
+    "llama-bpe": [_WORDS + r"|\p{N}{1,3}" + _REST],
+}
+
+
+def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, from a `.gguf` file, a transformers folder or a hub id.
+
+    Args:
+        chats: it must have a chat template, as a student's must; a model that only writes thoughts may be a base model.
+
+    Raises:
+        UsageError: there is none, it lacks a chat template, or the GGUF's vocabulary is of an unsupported kind.
+    """
+    from transformers import AutoTokenizer
+
+    if str(source).endswith(".gguf"):
+        path = Path(source).absolute()
+        tokenizer = _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot load the tokenizer of {source}: {str(error).splitlines()[0]}") from error
+    if chats and not tokenizer.chat_template:
+        raise UsageError(f"{source} has no chat template: cotree trains chat models; take an instruct variant")
+    return tokenizer
+
+
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
+    """The number of a text's tokens. Asked for every sample of a search, so it goes past transformers' own call, which
+    takes three times as long."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer written in Python
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+    return lambda text: len(backend.encode(text, add_special_tokens=False))
+
+
+@lru_cache(maxsize=4)
+def _read_once(path: Path, changed: int) -> PreTrainedTokenizerBase:
+    """Gemma's 262,144 pieces take seconds to read, and a run asks for them again and again; nobody changes them."""
+    return gguf_tokenizer(GGUF(path))
+
+
+def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file, with its special tokens and, where it has one, its chat template.
+
+    Raises:
+        UsageError: the vocabulary is of another kind (the message says to take the transformers folder instead).
+    """
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    model, pre = file["tokenizer.ggml.model"], file.get("tokenizer.ggml.pre", "gpt-2")
+    tokens: list[str] = file["tokenizer.ggml.tokens"]
+    # Without a space of its own before a text, that is; with one, no text could be cut at its beginning.
+    if model == "llama" and not file.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer = _scored_pieces(file, tokens)
+    elif model == "gpt2" and pre in _SPLITS:
+        tokenizer = _byte_level(file, tokens, pre)
+    else:
+        raise UsageError(
+            f"{file.path} has a {model}/{pre} vocabulary, cotree reads gpt2 with {', '.join(_SPLITS)}, and llama "
+            "without a space prefix: give the model's transformers folder or hub id as student instead"
+        )
+    kinds = list(zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k == _CONTROL])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == _USER_DEFINED])
+
+    eos = tokens[file["tokenizer.ggml.eos_token_id"]]
+    named: dict[str, Any] = {"eos_token": eos, "pad_token": eos}
+    for name, key in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        index = file.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None:
+            named[name] = tokens[index]
+    if file.get("tokenizer.ggml.add_bos_token") and "bos_token" in named:
+        bos = named["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=file.get("tokenizer.chat_template"), **named
+    )
+
+
+def _byte_level(file: GGUF, tokens: list[str], pre: str) -> Tokenizer:
+    """GPT-2's kind: text is split by expressions, then bytes are merged in the order of the file's merges."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    merges = [tuple(merge.split(" ", 1)) for merge in file["tokenizer.ggml.merges"]]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+            if split is None
+            else pre_tokenizers.Split(Regex(split), behavior="isolated")
+            for split in _SPLITS[pre]
+        ]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] * (None not in _SPLITS[pre])
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _scored_pieces(file: GGUF, tokens: list[str]) -> Tokenizer:
+    """SentencePiece's kind: of all neighbours that make a piece together, those of the best score are merged first.
+
+    As BPE: every way to cut a piece in two is a merge, ranked by the piece's score. A space is written as U+2581, and a
+    character without a piece as its bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores, kinds = file["tokenizer.ggml.scores"], file["tokenizer.ggml.token_type"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    ranked = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
+    pieces = [tokens[i] for i in ranked]
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer

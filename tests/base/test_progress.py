@@ -1,0 +1,66 @@
+"""What is printed fits a terminal, and cannot drive it, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cotree.base.progress import Output
+from cotree.experiment.run import _show_steps
+from cotree.train.trainer import StepLog
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07a\rb\x9b1m\u202eevil\ud800 [/bold] [red]\tvä 等等\nnext"
+SHOWN = "\ufffd[2J\ufffd]0;owned\ufffda\ufffdb\ufffd1m\ufffdevil\ufffd [/bold] [red]\tvä 等等\nnext"
+
+
+def test_what_is_said_has_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output()
+    output.log = tmp_path / "log.jsonl"
+    output.say(HOSTILE)
+    told = capsys.readouterr().out
+    assert told.replace(" ", "") == f"{SHOWN}\n".expandtabs(8).replace(" ", "")
+    assert json.loads(output.log.read_text())["line"] == SHOWN
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_nor_has_a_remark(tty: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
+    monkeypatch.setattr("cotree.base.progress._PLAIN_SECONDS", 0.0)
+    with Output().progress("tokens [/x]") as update:
+        update(1, 2, HOSTILE.replace("\n", " "))
+    told = capsys.readouterr().out
+    assert "\x9b" not in told and "\u202e" not in told and "owned\x07" not in told
+    assert tty or "[/bold] [red]" in told
+
+
+def test_a_long_remark_leaves_the_counter_in_sight(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("rich._console", None)  # made anew, for this width
+    remark = "62 correct, 187 wrong, 28 cut or without answer; 3.6 thoughts/s, 40 tokens/s; about 1 min left"
+    with Output().progress("trees") as update:
+        update(78, 112, remark)
+    told = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    first, *rest = told[told.rindex("trees") :].splitlines()
+    assert "78/112" in first
+    assert " ".join(" ".join(rest).split()) == remark
+
+
+def test_a_training_is_plotted_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cotree.base.progress._PLAIN_SECONDS", 0.0)
+    output = Output()
+    with output.progress("dpo steps") as update:
+        show = _show_steps("dpo", update, output)
+        show(StepLog(1, 3, 1.5, {"margin": 0.0, "probe_no_answer": 0.5, "tokens": 9}))
+        show(StepLog(2, 3, 1.25, {"margin": 0.5}))
+        show(StepLog(3, 3, 1.0, {"margin": 0.25}, ("chosen_falls: lower learning_rate",)))
+    *_, last, warning = capsys.readouterr().out.splitlines()
+    assert last == "  dpo steps 3/3  loss 1 █▅▁, margin 0.25 ▁█▅, probe_no_answer 0.5 ▁"
+    assert warning == "  warning at dpo step 3: chosen_falls: lower learning_rate"

@@ -1,0 +1,126 @@
+"""Messages to tokens: one rendering, a prompt that is a prefix, an end of turn that is learnt, nothing cut."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.tiny_student import dpo_row, message, sft_row, tiny_tokenizer
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cotree.base.errors import UsageError
+from cotree.models.encode import encode_chains, encode_dpo, encode_sft, prefix_tokens, template_hash
+
+END = 2  # <|im_end|>
+
+
+def test_a_chain_is_the_templates_rendering_through_the_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = [*message("system", "Be brief."), *message("user", "1 + 1?")]
+    (chain,) = encode_chains(tokenizer, [(prompt, message("assistant", "It is 2."))])
+    assert tokenizer.decode(chain.prompt) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(chain.completion) == "It is 2.<|im_end|>"
+    assert chain.completion[-1] == END
+    whole = tokenizer.apply_chat_template([*prompt, *message("assistant", "It is 2.")], return_dict=False)
+    assert chain.prompt + chain.completion == whole[:-1]  # all but the newline after the end of turn
+    assert chain.tokens == chain.longest == len(whole) - 1
+
+
+def test_a_template_with_nothing_after_the_end_of_turn_is_kept_whole() -> None:
+    tokenizer = tiny_tokenizer(newline=False)
+    (chain,) = encode_chains(tokenizer, [(message("user", "a"), message("assistant", "b"))])
+    whole = tokenizer.apply_chat_template([*message("user", "a"), *message("assistant", "b")], return_dict=False)
+    assert chain.prompt + chain.completion == whole
+
+
+def broken(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}",
+            "row 0: under this chat template the prompt's tokens are not a prefix",
+        ),
+        (
+            "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}",
+            "does not end an assistant turn with a special token",
+        ),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "does not end an assistant turn"),
+    ],
+)
+def test_templates_that_would_train_something_else_are_refused(template: str, fault: str) -> None:
+    with pytest.raises(UsageError, match=fault):
+        encode_chains(broken(template), [(message("user", "a"), message("assistant", "b"))])
+
+
+@pytest.mark.parametrize("completion", [[], message("user", "b"), message("assistant", "b") * 2])
+def test_a_completion_is_one_assistant_message(
+    completion: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UsageError, match="row 0: a completion must be one assistant message"):
+        encode_chains(tokenizer, [(message("user", "a"), completion)])
+
+
+def test_long_rows_are_left_out_and_counted_never_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [sft_row(index) for index in range(9)]
+    every = encode_sft(tokenizer, rows, 10_000)
+    assert (len(every.rows), every.too_long) == (9, 0)
+    limit = sorted(chain.tokens for chain in every.rows)[4]
+    some = encode_sft(tokenizer, rows, limit)
+    assert some.rows == [chain for chain in every.rows if chain.tokens <= limit]
+    assert some.too_long == 9 - len(some.rows) > 0
+
+    pairs = [dpo_row(index) for index in range(9)]
+    all_pairs = encode_dpo(tokenizer, pairs, 10_000)
+    limit = sorted(pair.longest for pair in all_pairs.rows)[4]
+    kept = encode_dpo(tokenizer, pairs, limit)
+    assert kept.rows == [
+        pair for pair in all_pairs.rows if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= limit
+    ]
+    assert kept.too_long == 9 - len(kept.rows) > 0
+
+
+def test_pairs_know_their_shared_prefix(tokenizer: PreTrainedTokenizerFast) -> None:
+    (pair,) = encode_dpo(tokenizer, [dpo_row(2)], 512).rows
+    assert pair.chosen[: pair.prefix] == pair.rejected[: pair.prefix]
+    assert pair.chosen[pair.prefix] != pair.rejected[pair.prefix]
+    assert tokenizer.decode(pair.chosen[: pair.prefix]).startswith("Firstly, I need to break down this task. So So")
+    assert pair.tokens == 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    same: dict[str, Any] = dpo_row(2) | {"rejected": dpo_row(2)["chosen"]}
+    with pytest.raises(UsageError, match="row 1: chosen begins with all of rejected's tokens"):
+        encode_dpo(tokenizer, [dpo_row(1), same], 512)
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_prefix_tokens(shared: list[int], left: list[int], right: list[int]) -> None:
+    count = prefix_tokens(shared + left, shared + right)
+    assert count >= len(shared)
+    assert (shared + left)[:count] == (shared + right)[:count]
+    assert (shared + left)[: count + 1] != (shared + right)[: count + 1] or left == right
+    assert prefix_tokens(left, left) == len(left)
+
+
+def test_the_template_hash_tells_tokenizers_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert template_hash(tokenizer) == template_hash(tiny_tokenizer())
+    same_size = tiny_tokenizer()
+    same_size.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("1", "isolated")
+    others = [tiny_tokenizer(newline=False), tiny_tokenizer(ascii_only=True), same_size]
+    assert len({template_hash(each) for each in [tokenizer, *others]}) == 4
+
+
+def test_counting_tokens_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, cotree.models.encode; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,143 @@
+"""Models with several servers: who is asked what, who is down, what it took and what it cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.fake_server import FakeServer, count_tokens, tell
+
+from cotree.base.errors import UsageError
+from cotree.experiment.recipe import Model, Price
+from cotree.models.client import Client, Counters, Request
+from cotree.models.endpoints import Endpoint, check_servers, identity, open_endpoints
+
+KEY = "sk-very-secret-0123456789"
+
+
+def request(prompt: str = "", **changes: Any) -> Request:
+    fields: dict[str, Any] = {"n": 1, "max_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 1, "stop": ()}
+    return Request(prompt, **(fields | changes), messages=(("user", "hi"),))
+
+
+def endpoint(*urls: str) -> Endpoint:
+    clients = [Client("m", url, "m", max_in_flight=1, count_tokens=count_tokens) for url in urls]
+    return Endpoint("m", tuple(clients), None, "m")
+
+
+URLS = [f"http://host{i}:8000/v1" for i in range(4)]
+QUESTIONS = [f"task/question-{i}" for i in range(2000)]
+
+
+def test_questions_are_shared_out_evenly() -> None:
+    shares = Counter(endpoint(*URLS).client(question).url for question in QUESTIONS)
+    # 500 each; five standard deviations of a fair draw are 97.
+    assert len(shares) == 4
+    assert all(abs(share - 500) < 97 for share in shares.values())
+
+
+def test_a_server_less_moves_only_its_own_questions() -> None:
+    four, three = endpoint(*URLS), endpoint(*URLS[:3])
+    for question in QUESTIONS:
+        before = four.client(question).url
+        if before != four.clients[3].url:
+            assert three.client(question).url == before
+
+
+@given(st.permutations(URLS), st.text())
+def test_the_order_of_the_servers_and_the_form_of_a_url_decide_nothing(urls: list[str], question: str) -> None:
+    plain = endpoint(*(url.removesuffix("/v1") + "/" for url in urls))
+    assert plain.client(question).url == endpoint(*URLS).client(question).url
+
+
+async def test_each_server_has_its_own_limit() -> None:
+    async with FakeServer(latency=0.02) as one, FakeServer(latency=0.02) as two:
+        model = Model(url=(one.url, two.url), model="fake", mode="chat", max_in_flight=3)
+        async with open_endpoints({"m": model}) as endpoints:
+            m = endpoints["m"]
+            await asyncio.gather(*(m.client(q).complete(request(q)) for q in QUESTIONS[:40]))
+            assert (one.most_in_flight, two.most_in_flight) == (3, 3)
+            assert one.calls + two.calls == m.counters.requests == 40
+            # The same question goes to the same server again.
+            asked = {body["messages"][-1]["content"] for body in one.requests}
+            assert asked == {q for q in QUESTIONS[:40] if m.client(q).url == one.url}
+
+
+async def test_counters_are_summed_over_the_servers_and_priced() -> None:
+    async with FakeServer(cached_tokens=1, reply=tell) as one, FakeServer(faults={0: "half"}, reply=tell) as two:
+        price = Price(prompt=2.0, cached=0.5, completion=8.0)
+        model = Model(url=(one.url, two.url), model="fake", mode="chat", price=price)
+        async with open_endpoints({"m": model}) as endpoints:
+            m = endpoints["m"]
+            done = [await client.complete(request("x")) for client in m.clients]
+            sums = m.counters
+            assert (sums.requests, sums.retries, sums.abandoned, sums.cached_tokens) == (3, 1, 1, 1)
+            assert sums.abandoned_tokens > 0
+            assert sums.prompt_tokens == sum(d.prompt_tokens for d in done) + sums.abandoned_tokens
+            assert sums.completion_tokens == sum(d.completion_tokens for d in done)
+            expected = 2.0 * (sums.prompt_tokens - 1) + 0.5 + 8.0 * sums.completion_tokens
+            assert m.cost == pytest.approx(expected / 1e6)
+
+
+def test_cached_tokens_cost_as_much_as_others_unless_said() -> None:
+    counters = Counters(prompt_tokens=1000, cached_tokens=400, completion_tokens=10)
+    assert counters.cost(Price(prompt=1.0)) == pytest.approx(1e-3)
+    assert counters.cost(Price(prompt=1.0, cached=0.0)) == pytest.approx(6e-4)
+    assert endpoint(*URLS).cost is None
+
+
+async def test_servers_that_are_down_are_all_named_and_the_others_are_not() -> None:
+    async with FakeServer() as gone:
+        pass
+    async with FakeServer() as up, FakeServer(models=["other"], only_listed=True) as wrong:
+        model = Model(url=(up.url, gone.url, wrong.url), model="fake", mode="chat")
+        for work in (check_servers({"m": model}), open_endpoints({"m": model}).__aenter__()):
+            with pytest.raises(UsageError, match="2 of 3 servers are not ready: model `m`") as failed:
+                await work
+            line = str(failed.value)
+            assert gone.url in line and "cannot connect" in line
+            assert wrong.url in line and "the server lists other" in line
+            assert up.url not in line
+            assert "\n" not in line
+
+
+async def test_a_chat_server_that_lists_another_name_is_asked_in_chat() -> None:
+    async with FakeServer(models=["a.gguf"], chat_only=True) as server:
+        model = Model(url=server.url, model="fake", mode="chat")
+        async with open_endpoints({"m": model}):
+            assert [body["messages"] for body in server.requests] == [[{"role": "user", "content": "Hi"}]]
+
+
+async def test_a_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COTREE_TEST_KEY", raising=False)
+    async with FakeServer(api_key=KEY) as server:
+        model = Model(url=server.url, model="fake", mode="chat", api_key_env="COTREE_TEST_KEY")
+        with pytest.raises(UsageError, match="COTREE_TEST_KEY is not set"):
+            await check_servers({"m": model})
+        monkeypatch.setenv("COTREE_TEST_KEY", KEY)
+        await check_servers({"m": model})
+        async with open_endpoints({"m": model}) as endpoints:
+            await endpoints["m"].clients[0].complete(request())
+            assert KEY not in repr(endpoints) + repr(model)
+        assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_an_identity_has_no_address_and_tells_the_modes_apart() -> None:
+    chat = Model(url=("http://a:1", "http://b:2"), model="qwen", mode="chat")
+    plain = Model(url="http://a:1", model="qwen", tokenizer="qwen")
+    assert identity(chat) == identity(chat.model_copy(update={"url": "http://c:3"})) == "qwen (chat)"
+    assert identity(plain) == "qwen"
+    assert identity(Model(embedded="smollm2-135m-instruct")) == "smollm2-135m-instruct@Q8_0"
+
+
+async def test_tokens_that_nobody_counts_are_estimated() -> None:
+    async with FakeServer(faults={0: "half"}) as server:
+        model = Model(url=server.url, model="fake", mode="chat")
+        async with open_endpoints({"m": model}) as endpoints:
+            await endpoints["m"].clients[0].complete(request("x" * 37))
+            # "hi", a line break and 37 characters, four bytes a token.
+            assert endpoints["m"].counters.abandoned_tokens == 10
