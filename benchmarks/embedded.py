@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from cotree.models.client import Client, Request
-from cotree.models.embedded import at_type, locate, serve
+from cotree.models.llama_cpp import serve
+from cotree.models.weights import at_type, locate
 
 TOKENS = 48
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from benchmarks.search_raw import Replay, replay
 from benchmarks.search_stub import grow
 
-from cotree.experiment.recipe import Model, load_recipe
-from cotree.models.embedded import at_type, locate, serve
+from cotree.experiment.recipe import load_recipe
 from cotree.models.endpoints import open_endpoints
+from cotree.models.llama_cpp import serve
+from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer
+from cotree.models.weights import at_type, locate
 from cotree.tasks import task
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "laptop.yaml"
@@ -36,10 +38,10 @@ async def compare(*, questions: int, rounds: int, rollouts: int | None, seed: in
     The plain requests wait for nothing but a free place, so they keep the server as busy as it can be kept.
     """
     recipe = load_recipe(RECIPE)
-    settings, model = recipe.search, next(iter(recipe.models.values()))
+    settings, ((name, model),) = recipe.nodes["trees/train"].trees, recipe.models.items()
     settings = settings.model_copy(update={"rollouts": rollouts or settings.rollouts})
-    assert model.embedded is not None
-    shipped = locate(model.embedded)
+    assert model.weights is not None
+    shipped = locate(model.weights)
     tokenizer = load_tokenizer(shipped)
 
     def tokens(replies: Replay) -> int:
@@ -59,17 +61,17 @@ async def compare(*, questions: int, rounds: int, rollouts: int | None, seed: in
     spent: dict[str, list[tuple[int, float]]] = {"search": [], "raw": [], "raw_all_slots": []}
     with serve(at_type(shipped, model.gguf), slots=model.max_in_flight, shared=True) as url:
         served = Model(url=url, tokenizer=str(shipped), max_in_flight=model.max_in_flight)
-        async with open_endpoints({"embedded": served}) as endpoints:
+        async with open_endpoints({name: served}) as endpoints:
             for number in range(rounds):
                 grown = await grow(endpoints, settings, asked[number * questions : (number + 1) * questions], seed)
                 spent["search"].append((grown.tokens, grown.seconds))
-                for name, in_flight in (
+                for side, in_flight in (
                     ("raw", settings.trees_in_flight * settings.leaves_per_round),
                     ("raw_all_slots", model.max_in_flight),
                 ):
                     plain = await replay(grown.sent, in_flight)
-                    spent[name].append((tokens(plain), plain.seconds))
-    rates = {name: sum(t for t, _ in runs) / sum(s for _, s in runs) for name, runs in spent.items()}
+                    spent[side].append((tokens(plain), plain.seconds))
+    rates = {side: sum(t for t, _ in runs) / sum(s for _, s in runs) for side, runs in spent.items()}
     return Shares(**rates)
 
 

@@ -9,14 +9,17 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks.search_raw import Replay, Sent, recorded, replay
 
-from cotree.experiment.recipe import Model, Search, Writer
-from cotree.models.embedded import locate
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.search.driver import Grower
+from cotree.models.settings import Model
+from cotree.models.weights import locate
+from cotree.search.journal import Journal
+from cotree.search.settings import Trees
 from cotree.search.store import TreeStore
+from cotree.search.trees import grow_trees
 from cotree.tasks import Question, Task, task
 
 # A tree that is wide enough for many leaves a round: 8 x 8 thoughts before the answers.
@@ -44,17 +47,24 @@ class Grown:
 Endpoints = Mapping[str, Endpoint]
 
 
-async def grow(endpoints: Endpoints, settings: Search, questions: Sequence[tuple[Task, Question]], seed: int) -> Grown:
-    """Grow the trees into a new store on disk, as `cotree search` does."""
-    (name,) = endpoints
-    with TemporaryDirectory() as folder, TreeStore(Path(folder) / "trees.db") as store:
-        grower = Grower(store, endpoints, {"thinker": (Writer(model=name),)}, settings, seed)
+async def grow(endpoints: Endpoints, settings: Trees, questions: Sequence[tuple[Task, Question]], seed: int) -> Grown:
+    """Grow the trees into a new store on disk with a new journal, as a run does."""
+    with (
+        TemporaryDirectory() as folder,
+        TreeStore(Path(folder) / "t.db") as store,
+        Journal(Path(folder) / "j.db") as kept,
+    ):
         with recorded() as sent:
             started, cpu = time.perf_counter(), time.process_time()
-            progress = await grower.grow_all(questions)
+            progress = await grow_trees(store, kept, settings, questions, endpoints=endpoints, config="", seed=seed)
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-        rollouts = sum(store.finished(grower.config).values())
+        rollouts = sum(tree.rollouts for tree in store.finished().values())
     return Grown(seconds, cpu_seconds, rollouts, progress.thoughts, progress.calls, progress.tokens, sent)
+
+
+def stub_settings(**settings: Any) -> Trees:
+    """A search whose only writer is the stub server."""
+    return Trees.model_validate({"questions": {"letters": 1}, "roles": {"thinker": "stub"}} | settings)
 
 
 def stub(url: str, in_flight: int) -> AbstractAsyncContextManager[Endpoints]:
@@ -67,7 +77,7 @@ async def many_questions(endpoints: Endpoints, *, questions: int, in_flight: int
     """Many trees at once with the shipped patterns, and the bare client with the same bodies."""
     letters = task("letters")
     asked = [(letters, question) for question in letters.questions(None, questions)]
-    settings = Search(rollouts=8, leaves_per_round=2, trees_in_flight=in_flight // 2)
+    settings = stub_settings(rollouts=8, leaves_per_round=2, trees_in_flight=in_flight // 2)
     grown = await grow(endpoints, settings, asked, seed)
     return grown, await replay(grown.sent, in_flight)
 
@@ -79,7 +89,7 @@ async def one_tree(
     letters = task("letters")
     seconds: dict[int, float] = {}
     for k in leaves:
-        settings = Search(rollouts=rollouts, leaves_per_round=k, patterns=["wide"], own_patterns={"wide": WIDE})
+        settings = stub_settings(rollouts=rollouts, leaves_per_round=k, patterns={"wide": WIDE})
         grown = [
             await grow(endpoints, settings, [(letters, question)], seed) for question in letters.questions(None, trees)
         ]

@@ -11,8 +11,8 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from cotree.experiment.recipe import Search
 from cotree.search.mcts import TreeSearch
+from cotree.search.settings import Search
 from cotree.search.thoughts import draw
 from cotree.tasks import Verdict
 
@@ -33,10 +33,10 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
     while len(search.nodes) <= size:
         rollouts = search.ask(leaves)
         for rollout in rollouts:
-            while (wanted := rollout.wanted) is not None:
-                thoughts = [wanted.thought(i, f"{TEXT}{next(number)}") for i in range(wanted.n)]
-                right = draw(wanted.seed_key, 2)
-                for thought in thoughts if wanted.kind == "answer" else ():
+            while (request := rollout.pending) is not None:
+                thoughts = [request.thought(i, f"{TEXT}{next(number)}") for i in range(request.n)]
+                right = draw(request.seed_key, 2)
+                for thought in thoughts if request.kind == "answer" else ():
                     thought.verdict = Verdict("correct" if right else "wrong", float(right))
                     thought.reward = float(right)
                 rollout.feed(thoughts)
@@ -44,7 +44,7 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
             search.tell(rollout)
             for node in rollout.written:
                 if node.verdict is not None and node.verdict.kind == "wrong":
-                    search.reflect(node)
+                    search.add_reflection(node)
 
 
 def milliseconds(sizes: Sequence[int], seed: int) -> dict[int, float]:

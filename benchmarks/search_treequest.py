@@ -128,7 +128,9 @@ def _generator(seed: int) -> Callable[[Any], Score]:
     return generate
 
 
-def _grow(algorithm: StandardMCTS[str], state: Any, size: int, generate: Callable[[Any], Score], inplace: bool) -> Any:
+def _grow(
+    algorithm: StandardMCTS[str], state: Any, size: int, generate: Callable[[Any], Score], *, inplace: bool
+) -> Any:
     while len(state.tree) < size:
         state = algorithm.step(state, {ACTION: generate}, inplace=inplace)
     return state
@@ -141,9 +143,9 @@ def milliseconds(sizes: Sequence[int], seed: int, nodes: int = 30) -> dict[str, 
         for name in found:
             algorithm: StandardMCTS[str] = StandardMCTS(samples_per_action=4)
             generate = _generator(seed)
-            state = _grow(algorithm, algorithm.init_tree(), size - nodes, generate, True)
+            state = _grow(algorithm, algorithm.init_tree(), size - nodes, generate, inplace=True)
             started = time.process_time()
-            _grow(algorithm, state, size, generate, name == "in_place")
+            _grow(algorithm, state, size, generate, inplace=name == "in_place")
             found[name][size] = 1000 * (time.process_time() - started) / nodes
     return found
 
@@ -153,7 +155,7 @@ def bytes_a_node(size: int, seed: int) -> float:
     gc.collect()
     tracemalloc.start()
     algorithm: StandardMCTS[str] = StandardMCTS(samples_per_action=4)
-    state = _grow(algorithm, algorithm.init_tree(), size, _generator(seed), True)
+    state = _grow(algorithm, algorithm.init_tree(), size, _generator(seed), inplace=True)
     gc.collect()
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()

@@ -49,7 +49,7 @@ COLUMNS = {
 
 def make_student(tiny: bool, folder: Path) -> Path:
     """SmolLM2-135M-Instruct, or random weights of its shape in small, as a transformers folder."""
-    from cotree.models.embedded import locate
+    from cotree.models.weights import locate
     from cotree.train.student import load_student, quiet
 
     source = locate("smollm2-135m-instruct")
@@ -152,16 +152,16 @@ def work(student: Path, rows: Sequence[Any], pack_tokens: int, *, masked: bool) 
     def scored(chains: Sequence[tuple[int, Sequence[int]]]) -> int:
         return len({tuple(ids[:end]) for first, ids in chains for end in range(first + 1, len(ids) + 1)})
 
-    plain = [(len(row.prompt), ids) for row in rows for ids in row.chains]
+    plain = [(len(row.prompt), ids) for row in rows for ids in row.sequences]
     lengths = [len(ids) - 1 for _, ids in plain]
     before = (sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(len(ids) - first for first, ids in plain))
     after = [0, 0, 0]
     for pack in packs(rows, pack_tokens):
-        forest = Forest([ids for row in pack for ids in row.chains])
+        forest = Forest([ids for row in pack for ids in row.sequences])
         after[0] += len(forest.ids)
         after[1] += int(forest.positions.sum()) + len(forest.ids)
         firsts = [len(row.prompt) + (row.prefix if masked else 0) for row in pack]
-        after[2] += scored([(first, ids) for first, row in zip(firsts, pack, strict=True) for ids in row.chains])
+        after[2] += scored([(first, ids) for first, row in zip(firsts, pack, strict=True) for ids in row.sequences])
     return before[0] / after[0], flops(*before) / flops(*after)
 
 

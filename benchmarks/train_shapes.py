@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cotree.models.encode import Chain, Pair, encode_dpo, prefix_tokens
+from cotree.models.encode import EncodedChain, EncodedPair, encode_dpo, prefix_tokens
 
 PAIRS = 6
 END = 2
@@ -48,16 +49,18 @@ def shapes(seed: int, prompt: int = 120, thought: int = 60, vocabulary: int = 40
             nodes.append((depth + 1, path + tokens(source.randint(thought // 2, thought * 3 // 2))))
         return [path for number, (depth, path) in enumerate(nodes) if depth >= 4 and number not in inner]
 
-    def pairs(chains: list[list[int]]) -> list[Pair]:
+    def pairs(chains: list[list[int]]) -> list[EncodedPair]:
         beginning = tokens(prompt)
         ended = [[*chain, END] for chain in chains]
-        every = [Pair(beginning, good, bad, prefix_tokens(good, bad)) for good in ended[::2] for bad in ended[1::2]]
+        every = [
+            EncodedPair(beginning, good, bad, prefix_tokens(good, bad)) for good in ended[::2] for bad in ended[1::2]
+        ]
         return source.sample(every, len(every))
 
     shortest = [min(pairs(grown()), key=lambda pair: pair.prefix) for _ in range(2)]
     early = pairs(binary(1, 3))[:PAIRS]
     sides = [tuple(pair.chosen) for pair in early] + [tuple(pair.rejected) for pair in early]
-    chains = [Chain(early[0].prompt, list(side)) for side in dict.fromkeys(sides)]
+    chains = [EncodedChain(early[0].prompt, list(side)) for side in dict.fromkeys(sides)]
     return [
         Shape("early", "joint", early),
         Shape("mcts", "joint", pairs(grown())[:PAIRS]),
@@ -71,16 +74,18 @@ def demo(run: Path | None, student: Path, recipe_of_rule: Path) -> Shape:
     """The first step of a run; without one as many pairs, each of a question of arithmetic, written by rule."""
     from cotree.experiment.recipe import load_recipe
     from cotree.models.tokenizer import load_tokenizer
-    from cotree.train.trainer import encode_file, fixed_steps
+    from cotree.train.rows import encode_file
+    from cotree.train.settings import DPO
+    from cotree.train.steps import fixed_steps
 
-    recipe = load_recipe(run / "recipe.yaml" if run else recipe_of_rule)
-    settings, limit = recipe.train.dpo, recipe.build.max_tokens
+    node = load_recipe(run or recipe_of_rule).nodes["students/dpo"]
+    settings, tokenizer = node.student.training, load_tokenizer(student)
+    assert isinstance(settings, DPO)
     if run:
-        tokenizer = load_tokenizer(run / "checkpoints" / "sft" / "model")
-        found = encode_file(run / "data" / "dpo" / "train.parquet", tokenizer, settings, limit).rows
+        found = encode_file(run / "datasets" / node.student.data / "train.parquet", tokenizer, settings).rows
     else:
-        found = encode_dpo(load_tokenizer(student), _by_rule(), limit).rows
-    step = fixed_steps([tuple(row.prompt) for row in found], settings.batch_size, settings.epochs, recipe.seed)[0]
+        found = encode_dpo(tokenizer, _by_rule(), sys.maxsize).rows
+    step = fixed_steps([tuple(row.prompt) for row in found], settings.batch_size, settings.epochs, node.seed)[0]
     return Shape("demo", "joint" if settings.alpha else "dpo", [found[index] for index in step])
 
 

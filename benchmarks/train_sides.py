@@ -21,11 +21,11 @@ from benchmarks.train_shapes import Shape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.experiment.recipe import TrainDPO, TrainSFT
+from cotree.train.arguments import training_arguments
 from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.model import load_model
+from cotree.train.settings import DPO, SFT
 from cotree.train.sft import ChainTrainer
-from cotree.train.trainer import training_arguments
 
 BETA = 0.1
 Step = Callable[[int], float]
@@ -39,10 +39,10 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool =
     rows, model, unused = shape.rows, load_model(student), Path(tempfile.gettempdir()) / "unused"
     trainer: Any
     if shape.loss == "sft":
-        sft = TrainSFT(batch_size=len(rows), pack_tokens=pack_tokens, precision="fp32")
+        sft = SFT(batch_size=len(rows), pack_tokens=pack_tokens, precision="fp32")
         trainer = ChainTrainer(model, [rows], training_arguments(unused, sft, 1, 0), sft)
     else:
-        dpo = TrainDPO(
+        dpo = DPO(
             batch_size=len(rows),
             beta=BETA,
             label_smoothing=0.0,
@@ -53,7 +53,7 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool =
             precision="fp32",
         )
         arguments = training_arguments(unused, dpo, 1, 0)
-        rows = with_reference(model, rows, dpo, arguments) if reference else rows
+        rows = with_reference(model, rows, arguments, dpo) if reference else rows
         trainer = PairTrainer(model, [rows], arguments, dpo)
     trainer.create_accelerator_and_postprocess()
     return trainer.model, lambda _: float(trainer.training_step(trainer.model, rows))

@@ -1,9 +1,9 @@
-"""Is the tree worth its tokens? MCTS with and without reflection beside best-of-n, each tuned on dev questions.
+"""Is the tree worth its tokens? MCTS with and without reflection beside sampling, each tuned on dev questions.
 
     python -m benchmarks.worth                     the embedded model, half an hour on two cores
     python -m benchmarks.worth --questions 4 --temperatures 0.7     a few minutes
 
-Each method gets the same grid of temperatures on dev questions and is reported, at its own best, on others; best-of-n
+Each method gets the same grid of temperatures on dev questions and is reported, at its own best, on others; sampling
 gets as many generated tokens for a question as the tree it stands beside. Writes benchmarks/out/worth.json.
 """
 
@@ -14,83 +14,85 @@ import asyncio
 import json
 import tempfile
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cotree.experiment.recipe import load_recipe
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.report.table import comparison_lines
-from cotree.search.baselines import compare
-from cotree.search.driver import Grower
+from cotree.report.terminal import comparison_lines
+from cotree.search.journal import Journal
+from cotree.search.settings import Trees
 from cotree.search.store import TreeStore
-from cotree.tasks import Question, Split, Task, task
+from cotree.search.summary import MethodResult, compare_methods
+from cotree.search.trees import grow_trees, trees_of
+from cotree.tasks import Split, task
+from cotree.tasks.base import Asked
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "out" / "worth.json"
-# What is tuned for: a pair needs both kinds of chains.
-GOAL = "pairs_per_question"
 
 
 async def both(
-    endpoints: dict[str, Endpoint], recipe: Any, questions: list[tuple[Task, Question]], folder: Path, **changes: Any
-) -> tuple[dict[str, object], dict[str, object]]:
-    """The row of the search under these settings, and that of best-of-n at its tokens."""
-    settings = recipe.search.model_copy(update=changes)
-    with TreeStore(folder / "trees.db") as store:
-        grower = Grower(store, endpoints, recipe.roles, settings, recipe.seed)
-        await grower.grow_all(questions)
-        mcts, best_of_n = await compare(grower, questions, lambda *_: None)
-        return mcts, best_of_n
+    endpoints: dict[str, Endpoint], settings: Trees, questions: list[Asked], seed: int
+) -> tuple[MethodResult, MethodResult]:
+    """The results of the search under these settings, and of sampling at its tokens."""
+    sampling = settings.model_copy(update={"method": "sampling", "tokens_of": "search"})
+    with (
+        tempfile.TemporaryDirectory() as name,
+        Journal(Path(name) / "journal.db") as journal,
+        TreeStore(Path(name) / "search.db") as grown,
+        TreeStore(Path(name) / "sampling.db") as sampled,
+    ):
+        more: dict[str, Any] = {"endpoints": endpoints, "config": "", "seed": seed}
+        await grow_trees(grown, journal, settings, questions, **more)
+        await grow_trees(sampled, journal, sampling, questions, others=grown, **more)
+        stores = {"mcts": grown, "sampling": sampled}
+        first, second = compare_methods({key: trees_of(store, questions, "") for key, store in stores.items()})
+        return first, second
 
 
-def drawn(names: list[str], split: Split, count: int) -> list[tuple[Task, Question]]:
+def drawn(names: list[str], split: Split, count: int) -> list[Asked]:
     return [(task(name), question) for name in names for question in task(name).questions(split, count)]
+
+
+def goal(result: MethodResult) -> float:
+    """What is tuned for: a pair needs both kinds of chains."""
+    return result.pairs_per_question
 
 
 async def measure(count: int, dev: int, temperatures: list[float], seed: int) -> dict[str, Any]:
     recipe = load_recipe(ROOT / "recipes" / "laptop.yaml", [f"seed={seed}"])
-    names = list(recipe.tasks.train)
-    methods = {"mcts": 0, "mcts with reflection": recipe.search.max_reflections or 1}
+    search = recipe.nodes["trees/train"].trees
+    names = list(search.questions)
+    methods = {"mcts": 0, "mcts with reflection": search.max_reflections or 1}
     result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "seed": seed, "tuned": {}, "reported": {}}
-    async with open_endpoints(recipe.used_models(), widest=recipe.search.widest) as endpoints:
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            grid: dict[tuple[str, float], tuple[dict[str, object], dict[str, object]]] = {}
-            for name, reflections in methods.items():
-                for temperature in temperatures:
-                    grid[name, temperature] = await both(
-                        endpoints,
-                        recipe,
-                        drawn(names, "dev", dev),
-                        place,
-                        temperature=temperature,
-                        max_reflections=reflections,
-                    )
-                    print(f"dev  {name}  temperature {temperature}: {_pairs(grid[name, temperature][0])}", flush=True)
-            for name, reflections in methods.items():
-                ours = max(temperatures, key=lambda t: float(str(grid[name, t][0][GOAL])))
-                theirs = max(temperatures, key=lambda t: float(str(grid[name, t][1][GOAL])))
-                result["tuned"][name] = {"mcts": ours, "best_of_n": theirs}
-                rows = []
-                for side, temperature in enumerate((ours, theirs)):
-                    found = await both(
-                        endpoints,
-                        recipe,
-                        drawn(names, "train", count),
-                        place,
-                        temperature=temperature,
-                        max_reflections=reflections,
-                    )
-                    rows.append(found[side])
-                result["reported"][name] = rows
-                print(f"\n{name} at temperature {ours}, best-of-n at {theirs}, {count} questions a task:")
-                print("\n".join(comparison_lines(rows)), flush=True)
+    models = {name: recipe.models[name] for name in search.writers}
+    async with open_endpoints(models, widest=search.widest) as endpoints:
+
+        async def at(temperature: float, reflections: int, asked: list[Asked]) -> tuple[MethodResult, MethodResult]:
+            changed = search.model_copy(update={"temperature": temperature, "max_reflections": reflections})
+            return await both(endpoints, changed, asked, seed)
+
+        for name, reflections in methods.items():
+            grid: dict[float, tuple[MethodResult, MethodResult]] = {}
+            for temperature in temperatures:
+                grid[temperature] = await at(temperature, reflections, drawn(names, "dev", dev))
+                print(f"dev  {name}  temperature {temperature}: {_pairs(grid[temperature][0])}", flush=True)
+            ours = max(temperatures, key=lambda t: goal(grid[t][0]))
+            theirs = max(temperatures, key=lambda t: goal(grid[t][1]))
+            result["tuned"][name] = {"mcts": ours, "sampling": theirs}
+            asked = drawn(names, "train", count)
+            rows = [asdict((await at(t, reflections, asked))[side]) for side, t in enumerate((ours, theirs))]
+            result["reported"][name] = rows
+            print(f"\n{name} at temperature {ours}, sampling at {theirs}, {count} questions a task:")
+            print("\n".join(comparison_lines(rows)), flush=True)
     return result
 
 
-def _pairs(row: dict[str, object]) -> str:
-    return f"{float(str(row[GOAL])):.2f} pairs a question, {row['tokens']} tokens"
+def _pairs(result: MethodResult) -> str:
+    return f"{goal(result):.2f} pairs a question, {result.tokens} tokens"
 
 
 def main() -> None:

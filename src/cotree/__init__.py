@@ -1,21 +1,61 @@
-"""cotree: grow trees of thought with Monte Carlo tree search over language models, and train small models on them.
+r"""Grow trees of thought with Monte Carlo tree search over language models, and train small models on them.
 
-Importing this does no work and loads neither torch nor any other heavy library.
+Judge and diagnose what a model wrote:
+
+    import cotree
+
+    task = cotree.task("arithmetic")            # `cotree tasks` lists them; "mine.yaml" is a task of your own
+    question = task.questions("test", 1)[0]
+    verdict = task.judge(question, "It is \\boxed{7}.")
+    print(verdict.kind, verdict.answer)         # "correct", "wrong" or "no_answer", and what was extracted
+    print(cotree.diagnose("Wait, let me check. " * 200).loop)
+
+Run an experiment, which is a recipe of named trees, datasets, students and evaluations; the same call resumes:
+
+    from pathlib import Path
+
+    recipe = cotree.load_recipe(Path("recipes/laptop.yaml"), ["trees.train.rollouts=8"])
+    for node in cotree.plan(recipe):            # what would be done, and what it costs; spends nothing
+        print(node.name, node.state)
+    cotree.run(recipe)
+
+Read what it left:
+
+    run = cotree.open_run("runs/laptop")
+    for tree in run.trees("train"):
+        print(tree.question_id, [node.verdict for node in tree.nodes if node.verdict])
+    print(next(run.dataset("pairs"))["chosen"])
+    print(cotree.table(["runs/laptop"]).render("markdown"))
+
+Single steps: `evaluate` a model on tasks, `compare` two evaluations question by question, `train` a student on a file
+of rows, `decode` one question by search.
+
+A user's mistake is a `UsageError`, found before any work; work that fails later is a `CotreeError`. Each is one line.
+Importing cotree loads no heavy library: a name is imported when it is first used. `train` needs the extra
+`cotree[train]`, models in this process need `cotree[local]`.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import CotreeError, UsageError
 
 if TYPE_CHECKING:
-    from cotree.data.build import build_dpo, build_sft
     from cotree.decode.answer import decode
-    from cotree.eval.evaluate import evaluate
-    from cotree.tasks import Question, Task, Verdict, task
+    from cotree.eval.compare import compare_evaluations as compare
+    from cotree.eval.evaluate import evaluate_model as evaluate
+    from cotree.experiment.opened import open_run
+    from cotree.experiment.plan import plan
+    from cotree.experiment.recipe import build_recipe, load_recipe
+    from cotree.experiment.run import run
+    from cotree.report.table import table_of as table
+    from cotree.tasks import Question, Task, Verdict, WorkedExample, task
     from cotree.tasks.diagnosis import diagnose
+    from cotree.train.verb import train_rows as train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,29 +64,63 @@ __all__ = [
     "Task",
     "UsageError",
     "Verdict",
+    "WorkedExample",
     "__version__",
-    "build_dpo",
-    "build_sft",
+    "build_recipe",
+    "compare",
     "decode",
     "diagnose",
     "evaluate",
+    "load_recipe",
+    "open_run",
+    "plan",
+    "run",
+    "table",
     "task",
+    "train",
 ]
-# Where the rest of the API lives; it is loaded when it is first asked for.
+# Where the rest of the API is: name -> "module:attribute".
 _LAZY = {
-    "Question": "cotree.tasks",
-    "Task": "cotree.tasks",
-    "Verdict": "cotree.tasks",
-    "build_dpo": "cotree.data.build",
-    "build_sft": "cotree.data.build",
-    "decode": "cotree.decode.answer",
-    "diagnose": "cotree.tasks.diagnosis",
-    "evaluate": "cotree.eval.evaluate",
-    "task": "cotree.tasks",
+    "Question": "cotree.tasks:Question",
+    "Task": "cotree.tasks:Task",
+    "Verdict": "cotree.tasks:Verdict",
+    "WorkedExample": "cotree.tasks:WorkedExample",
+    "build_recipe": "cotree.experiment.recipe:build_recipe",
+    "compare": "cotree.eval.compare:compare_evaluations",
+    "decode": "cotree.decode.answer:decode",
+    "diagnose": "cotree.tasks.diagnosis:diagnose",
+    "evaluate": "cotree.eval.evaluate:evaluate_model",
+    "load_recipe": "cotree.experiment.recipe:load_recipe",
+    "open_run": "cotree.experiment.opened:open_run",
+    "plan": "cotree.experiment.plan:plan",
+    "run": "cotree.experiment.run:run",
+    "table": "cotree.report.table:table_of",
+    "task": "cotree.tasks:task",
+    "train": "cotree.train.verb:train_rows",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+class _LazyModule(ModuleType):
+    """The type of the module `cotree`, which imports a name of its API when it is first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, attribute = _LAZY[name].partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            # An AttributeError, so that `help(cotree)` and `hasattr` work without the extras.
+            missing = f"{error.name} is not installed; pip install 'cotree[local,train]'"
+            raise AttributeError(f"cotree.{name} cannot be used: {missing}") from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing the package `cotree.decode` would put it in the place of the function `cotree.decode`.
+        if name not in _LAZY or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*__all__, *(name for name in super().__dir__() if name.startswith("__"))})
+
+
+sys.modules[__name__].__class__ = _LazyModule

@@ -1,12 +1,13 @@
-"""The command line: each verb parses its words and calls the public function of the same name.
+"""The command line: each verb parses its words and calls one function.
 
-Invariant: there is no logic here. A user's mistake ends in one line on stderr and exit code 2, failed work in one line
-and exit code 1; a traceback is always a bug of cotree.
+There is no logic here. A user's mistake ends in one line on stderr and exit code 2, failed work in one line and exit
+code 1; a traceback is always a bug of cotree.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cotree import __version__
-from cotree.base.errors import CotreeError, UsageError, spoken_for
-from cotree.base.progress import Output
+from cotree.base.errors import CotreeError, UsageError, first_cotree_error
+from cotree.base.progress import Output, terminal_safe
 
 if TYPE_CHECKING:
     from cotree.experiment.recipe import Recipe
@@ -25,9 +26,14 @@ _INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/laptop.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Overrides of recipe values.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/laptop.yaml, or a run folder.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b.c=v", help="Overrides of recipe values.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/laptop.")]
 RunsDir = Annotated[Path, typer.Option(help="Where run folders are kept.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where it is written.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines: JSON on stdout.")]
 Served = Annotated[str, typer.Option(help="The model's name at a server.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")]
 KeyVariable = Annotated[str | None, typer.Option(help="The variable that holds a server's key.")]
@@ -35,17 +41,18 @@ Boxed = Annotated[bool, typer.Option("--boxed", help="Answers are short, in a bo
 Strategy = Literal["mcts", "vote", "best_of_n", "beam"]
 StrategyName = Annotated[Strategy, typer.Option(help="How answers are searched for.")]
 ValueName = Annotated[
-    Literal["vote", "likelihood", "verifier"] | None, typer.Option(help="What they go by; verifier: search.reward=...")
+    Literal["vote", "likelihood", "verifier"] | None, typer.Option(help="What answers go by; verifier: reward=...")
 ]
 Budget = Annotated[int | None, typer.Option(min=1, help="About how many tokens to generate.")]
 Rollouts = Annotated[int | None, typer.Option(min=1, help="At most so many chains.")]
-Seed = Annotated[int, typer.Option(help="Of the search.")]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Format = Annotated[str, typer.Option("--format", help="terminal, markdown, latex or html.")]
 
 
 @app.callback(invoke_without_command=True)
 def cotree(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     """Grow trees of thought with Monte Carlo tree search, and train small models on them."""
     if version:
@@ -55,82 +62,94 @@ def cotree(
         raise typer.Exit(UsageError.exit_code)
 
 
-@app.command(epilog="Example: cotree run recipes/laptop.yaml search.rollouts=4 name=quick")
+@app.command(epilog="Example: cotree run recipes/laptop.yaml name=mine students.dpo.beta=0.3 --from runs/laptop")
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    only: Annotated[str | None, typer.Option(help="Run one stage: search, build, train_sft, ...")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each stage would cost.")] = False,
-    start: Annotated[Path | None, typer.Option("--from", help="Take over this run's stages of equal settings.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A node (students/dpo) or kind (trees), with what it reads.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Take over this run's content of equal settings.")
+    ] = None,
+    regrow: Annotated[
+        bool, typer.Option("--regrow", help="Grow finished trees again if their settings changed.")
+    ] = False,
     runs_dir: RunsDir = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Questions to trees to datasets to a trained student to a table. The same command resumes."""
+    """Make every node of a recipe that is not up to date, in order. The same command resumes."""
     from cotree.experiment.run import run as run_recipe
 
     loaded = _recipe(recipe, overrides)
-    if start is not None and dry_run:
-        raise UsageError("--from makes the new run; leave out --dry-run, or ask it of the run afterwards")
-    run_recipe(loaded, runs_dir, only=only, dry=dry_run, start=start, output=Output(quiet=quiet))
+    run_recipe(loaded, runs_dir, only=only or (), source=source, regrow=regrow, output=Output(quiet=quiet))
 
 
-@app.command(epilog="Example: cotree build recipes/laptop.yaml build.dpo.length=longest --out datasets/long")
-def build(
-    context: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe file.")] = None,
-    overrides: Overrides = None,
-    check: Annotated[Path | None, typer.Option(help="Only check a dataset file: .parquet or .jsonl.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Build from the run's trees into this folder instead.")] = None,
-    runs_dir: RunsDir = Path("runs"),
-    quiet: Quiet = False,
+@app.command(epilog="Example: cotree plan recipes/laptop.yaml students.dpo.beta=0.3")
+def plan(
+    recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False, runs_dir: RunsDir = Path("runs")
 ) -> None:
-    """Build the datasets of a run from its trees; with other `build.` values and --out, others from the same trees."""
-    from cotree.data.build import built_lines
-    from cotree.data.kinds import check_file
-    from cotree.experiment.datasets import build_beside
-    from cotree.experiment.run import run as run_recipe
+    """Show each node's state, which setting changed, and what a run would cost. Spends nothing, asks no network."""
+    from cotree.experiment.plan import plan as plan_recipe
+    from cotree.experiment.plan import plan_lines
 
-    if check is not None:
-        _alone(context, "--check", "check")
-        typer.echo("{}: {} faultless {} rows".format(check, *reversed(check_file(check))))
-    elif recipe is None:
-        raise UsageError("name a recipe, or a file with --check")
-    elif out is not None:
-        built = build_beside(_recipe(recipe, overrides), runs_dir, out)
-        Output(quiet=quiet).say("\n".join([f"{out}:", *built_lines(built.counts)]))
+    nodes = plan_recipe(_recipe(recipe, overrides), runs_dir)
+    if as_json:
+        typer.echo(json.dumps({"nodes": [node.to_json() for node in nodes]}, indent=1))
     else:
-        run_recipe(_recipe(recipe, overrides), runs_dir, only="build", output=Output(quiet=quiet))
+        Output().print("\n".join(plan_lines(nodes)))
 
 
-@app.command(epilog="Example: cotree preview recipes/laptop.yaml --kind dpo --rows 2")
+@app.command(epilog="Example: cotree check recipes/laptop.yaml")
+def check(
+    recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
+) -> None:
+    """Ask a recipe's models and servers, look at questions, packages and disk, before anything is spent."""
+    from cotree.experiment.check import check as check_recipe
+
+    check_recipe(_recipe(recipe, overrides), Output(quiet=quiet), runs_dir)
+
+
+@app.command(epilog="Example: cotree show runs/laptop --question sum-17")
+def show(
+    run: RunArgument,
+    question: Annotated[str | None, typer.Option(help="The id of a question: its tree is drawn.")] = None,
+    trees: Annotated[str | None, typer.Option(help="The trees node, where a run has several.")] = None,
+) -> None:
+    """Show the trees of a run: a list, or one tree with its thoughts, verdicts, values and chosen chains."""
+    from cotree.base.run_folder import find_run
+    from cotree.report.show import show_run
+
+    Output().print(show_run(find_run(run), trees, question))
+
+
+@app.command(epilog="Example: cotree preview recipes/laptop.yaml pairs --rows 2")
 def preview(
     recipe: RecipeArgument,
-    overrides: Overrides = None,
-    kind: Annotated[str, typer.Option(help="sft, dpo, control, step_pairs or stepwise.")] = "sft",
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The name of a dataset in the recipe.")],
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
-    data: Annotated[Path | None, typer.Option(help="A folder that `cotree build --out` wrote.")] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Show a run's rows as the trainer sees them: loss mask, shared prefix, special tokens, lengths."""
-    from cotree.experiment.datasets import preview_run
+    """Show a dataset's rows as the trainer sees them: loss mask, shared prefix, special tokens, lengths."""
+    from cotree.experiment.preview import preview_dataset
 
-    loaded = _recipe(recipe, overrides)
-    Output().say(preview_run(loaded, data or runs_dir / loaded.name / "data", kind, rows))
+    Output().print(preview_dataset(_recipe(recipe, None), runs_dir, dataset, rows))
 
 
 @app.command(name="eval", epilog="Example: cotree eval --model smollm2-135m-instruct --task gsm8k --limit 100")
 def eval_(
-    context: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The eval stage of this recipe.")] = None,
-    overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option(help="A URL, .gguf, transformers folder or embedded name.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task to evaluate on; may be repeated.")] = None,
+    model: Annotated[str, typer.Option(help="A URL, .gguf, transformers folder or packaged name.")],
+    task: Annotated[list[str], typer.Option(help="A task to evaluate on; may be repeated.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 1024,
     samples: Annotated[int, typer.Option(min=1, help="Completions a question.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Seed = 0,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Put the task's worked examples before the question.")
+    ] = False,
     data: Annotated[str | None, typer.Option(help="Where the rows are: file, folder or hub id.")] = None,
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which questions.")] = "test",
     family: Annotated[str | None, typer.Option(help='Only these questions: "3 blocks", English, ...')] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of a task.")] = None,
     name: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
@@ -143,48 +162,92 @@ def eval_(
     api_key_env: KeyVariable = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
     strategy: Annotated[Strategy | None, typer.Option(help="Decode by search.")] = None,
-    value: ValueName = None,
+    value: Annotated[Literal["vote", "likelihood"] | None, typer.Option(help="What answers go by.")] = None,
     budget_tokens: Budget = None,
-    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Compare two evaluations instead.")] = None,
-    table: Annotated[list[Path] | None, typer.Option(help="Show this evaluation or run; may be repeated.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="terminal, markdown, latex or html.")] = "terminal",
-    runs_dir: RunsDir = Path("runs"),
+    format_: Format = "terminal",
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a recipe's models, or any one model; compare two evaluations; make tables."""
-    from cotree.eval.compare import compare as compare_two
-    from cotree.eval.evaluate import evaluate
-    from cotree.eval.results import read_evaluations
-    from cotree.report.paper_table import paper_table
+    """Evaluate any one model, no recipe needed. The same command resumes."""
+    from cotree.eval.evaluate import evaluate_model
+    from cotree.report.table import table_of
 
     output = Output(quiet=quiet)
-    if compare is not None:
-        _alone(context, "--compare", "compare", "quiet")
-        for difference in compare_two(*compare):
-            Output().say("\n".join(difference.lines()))
-    elif table:
-        _alone(context, "--table", "table", "format_", "quiet")
-        typer.echo(paper_table(read_evaluations(table), format_))
-    elif model is not None:
-        if recipe is not None:
-            raise UsageError(f"--model does not go with a recipe, or an override: leave out {recipe}")
-        found = evaluate(
-            model, task or [], max_tokens=max_tokens, samples=samples, temperature=temperature, top_p=top_p, seed=seed,
-            data=data, family=family, limit=limit, name=name, out=out, gguf=gguf, base=base, served=served,
-            tokenizer=tokenizer, chat=chat, api_key_env=api_key_env, max_in_flight=max_in_flight,
-            strategy=strategy, value=value, budget_tokens=budget_tokens, output=output,
-        )  # fmt: skip
-        output.say(paper_table([found], format_))
-    elif recipe is None:
-        raise UsageError("name a recipe, or --model with --task")
+    evaluated = evaluate_model(
+        model,
+        task,
+        max_tokens=max_tokens,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        examples=examples,
+        data=data,
+        split=split,
+        family=family,
+        limit=limit,
+        name=name,
+        out=out,
+        gguf=gguf,
+        base=base,
+        served=served,
+        tokenizer=tokenizer,
+        chat=chat,
+        api_key_env=api_key_env,
+        max_in_flight=max_in_flight,
+        strategy=strategy,
+        value=value,
+        budget_tokens=budget_tokens,
+        output=output,
+    )
+    output.print(table_of([str(evaluated.folder)]).render(format_))
+
+
+@app.command(epilog="Example: cotree compare runs/laptop/evaluations/test/sft runs/laptop/evaluations/test/dpo")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="runs/NAME/evaluations/NODE/MODEL or runs/evals/NAME.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, asked the same questions.")],
+) -> None:
+    """Compare two models on the same questions: paired tests, who gained and who lost."""
+    from cotree.eval.compare import compare_evaluations
+
+    for difference in compare_evaluations(first, second):
+        Output().print("\n".join(difference.lines()))
+
+
+@app.command(epilog="Example: cotree table runs/laptop runs/mine:dpo --format markdown")
+def table(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN[:STUDENT]...", help="Run folders, or those of `cotree eval`.")
+    ],
+    format_: Format = "terminal",
+    as_json: AsJson = False,
+) -> None:
+    """Show the evaluations of runs in one table; equal cells come once."""
+    from cotree.report.table import table_of
+
+    found = table_of(runs)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
     else:
-        from cotree.experiment.run import run as run_recipe
-
-        _alone(context, "a recipe", "recipe", "overrides", "runs_dir", "quiet")
-        run_recipe(_recipe(recipe, overrides), runs_dir, only="eval", output=output)
+        Output().print(found.render(format_))
 
 
-@app.command(epilog="Example: cotree diagnose runs/laptop/eval/samples_dpo.jsonl")
+@app.command(epilog="Example: cotree train sft --student smollm2-135m-instruct --data rows.jsonl -o trained epochs=2")
+def train(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="sft or dpo.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings of the method.")] = None,
+    student: Annotated[str, typer.Option(help="A transformers folder, a .gguf or a packaged name.")] = ...,  # type: ignore[assignment]
+    data: Annotated[Path, typer.Option(help="TRL's SFT or preference rows: .parquet or .jsonl.")] = ...,  # type: ignore[assignment]
+    out: Out = ...,  # type: ignore[assignment]
+    quiet: Quiet = False,
+) -> None:
+    """Train one student on own rows, no recipe needed. The same command resumes."""
+    from cotree.train.verb import train_rows
+
+    train_rows(method, student, data, out, overrides=overrides or [], output=Output(quiet=quiet))
+
+
+@app.command(epilog="Example: cotree diagnose runs/laptop/evaluations/test/dpo")
 def diagnose(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Parquet, JSON lines, a hub id, a run, an evaluation.")],
     field: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
@@ -194,52 +257,77 @@ def diagnose(
     from cotree.eval.survey import diagnose_file
 
     for line in diagnose_file(file, field, shown):
-        Output().say(line)
+        Output().print(line)
 
 
 @app.command(name="import", epilog="Example: cotree import sky_t1.jsonl --student smollm2-135m-instruct -o sky.parquet")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Conversations, messages, or prompts with responses.")],
-    student: Annotated[str, typer.Option(help="Whose tokens count: an embedded name, a .gguf, a folder or a hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file of SFT rows.")],
+    student: Annotated[str, typer.Option(help="Whose tokens count: a packaged name, a .gguf, a folder or a hub id.")],
+    out: Out,
     task: Annotated[str | None, typer.Option(help="The task that verifies where a gold answer is known.")] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="A task whose questions must not be in it.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Rows over this many tokens are left out and counted.")] = 16_384,
 ) -> None:
     """Turn long chains of thought that others distilled into SFT rows, gated and verified."""
-    from cotree.data.external import import_file
+    from cotree.data.build import import_file
 
-    typer.echo(import_file(file, student, out, task, held_out or [], max_tokens))
+    for line in import_file(file, student, out, task=task, held_out=held_out or [], max_tokens=max_tokens):
+        typer.echo(line)
 
 
-@app.command(epilog="Example: cotree export runs/laptop/data --to llamafactory -o LLaMA-Factory/data")
+@app.command(epilog="Example: cotree export runs/laptop --to llamafactory -o LLaMA-Factory/data")
 def export(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A build's folder, a dataset file, or trees.db.")],
-    to: Annotated[str, typer.Option(help="jsonl, llamafactory, axolotl, trees (of a trees.db) or hub.")],
+    source: Annotated[Path, typer.Argument(metavar="PATH", help="A run, a dataset's folder or file, or trees.")],
+    to: Annotated[str, typer.Option(help="jsonl, llamafactory, axolotl, trees or hub.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder; Parquet file for trees; OWNER/NAME for hub.")],
 ) -> None:
-    """Write datasets for other trainers, trees as Parquet, or push a build to a private dataset of the hub."""
+    """Write datasets for other trainers, trees as Parquet, or push a dataset to the hub (private)."""
     from cotree.data.export import export_to
 
     for written in export_to(source, to, out):
         typer.echo(written)
 
 
-@app.command(epilog="Example: cotree check recipes/laptop.yaml")
-def check(
-    recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
+@app.command(name="check-data", epilog="Example: cotree check-data rows.jsonl")
+def check_data(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Dataset files: .parquet or .jsonl.")],
 ) -> None:
-    """Check a recipe, its questions, models and servers, and the disk before anything is spent."""
-    from cotree.experiment.check import check as check_recipe
+    """Check every row of dataset files; names each fault with its row and column."""
+    from cotree.data.kinds import check_file
 
-    check_recipe(_recipe(recipe, overrides), Output(quiet=quiet), runs_dir)
+    for file in files:
+        kind, rows = check_file(file)
+        typer.echo(f"{file}: {rows} faultless {kind} rows")
 
 
-@app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 search.temperature=1.0')
+@app.command(epilog="Example: cotree clean runs/laptop --dry-run")
+def clean(
+    run: RunArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only show what would be removed.")] = False,
+) -> None:
+    """Remove content that a run's recipe no longer refers to; paid requests stay in the journal."""
+    from cotree.base.run_folder import find_run
+    from cotree.experiment.clean import clean as clean_run
+    from cotree.experiment.clean import removed_lines, unneeded
+
+    found = find_run(run)
+    Output().print("\n".join(removed_lines(unneeded(found) if dry_run else clean_run(found), dry_run)))
+
+
+@app.command(epilog="Example: cotree report runs/laptop")
+def report(run: RunArgument, quiet: Quiet = False) -> None:
+    """Write report.html of a run again."""
+    from cotree.experiment.run import report_again
+
+    Output(quiet=quiet).print(str(report_again(run)))
+
+
+@app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 temperature=1.0')
 def decode(
     question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its words; or --task and --id.")] = None,
-    overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="A server's URL, a .gguf or an embedded name.")] = "smollm2-135m-instruct",
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=v", help="Settings of the search.")] = None,
+    model: Annotated[str, typer.Option(help="A server's URL, a .gguf or a packaged name.")] = "smollm2-135m-instruct",
     task: Annotated[str | None, typer.Option(help="The task of the question.")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="The question's id in its task.")] = None,
     boxed: Boxed = False,
@@ -259,18 +347,30 @@ def decode(
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
     found = decode_one(
-        None if given else question, model, task=task, question_id=id_, boxed=boxed, strategy=strategy, value=value,
-        budget_tokens=budget_tokens, rollouts=rollouts, seed=seed, overrides=[*given, *(overrides or [])],
-        served=served, tokenizer=tokenizer, api_key_env=api_key_env, output=Output(quiet=quiet),
-    )  # fmt: skip
-    if quiet and found.answer is not None:
-        Output().say(found.answer)
+        None if given else question,
+        model,
+        task=task,
+        question_id=id_,
+        boxed=boxed,
+        strategy=strategy,
+        value=value,
+        budget_tokens=budget_tokens,
+        rollouts=rollouts,
+        seed=seed,
+        overrides=[*given, *(overrides or [])],
+        served=served,
+        tokenizer=tokenizer,
+        api_key_env=api_key_env,
+        output=Output(quiet=quiet),
+    )
+    if quiet:
+        Output().print(found.answer)
 
 
 @app.command(epilog="Example: cotree serve http://gpu1:8000 --served Qwen/Qwen3-8B --budget-tokens 4000")
 def serve(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Server URLs, .gguf files, embedded names.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Overrides of a recipe.")] = None,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Server URLs, .gguf files, packaged names.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Settings of the search.")] = None,
     boxed: Boxed = False,
     strategy: StrategyName = "mcts",
     value: ValueName = None,
@@ -289,27 +389,44 @@ def serve(
     from cotree.decode.answer import Backend
     from cotree.decode.server import serve as serve_models
 
-    backend = Backend(models, set_ or [], served, tokenizer, api_key_env, budget_tokens, rollouts, seed)
+    backend = Backend(
+        models,
+        overrides=set_ or [],
+        served=served,
+        tokenizer=tokenizer,
+        api_key_env=api_key_env,
+        budget_tokens=budget_tokens,
+        rollouts=rollouts,
+        seed=seed,
+    )
     serve_models(
-        backend, strategy=strategy, value=value, boxed=boxed, at_once=at_once, host=host, port=port,
+        backend,
+        strategy=strategy,
+        value=value,
+        boxed=boxed,
+        at_once=at_once,
+        host=host,
+        port=port,
         output=Output(quiet=quiet),
-    )  # fmt: skip
+    )
 
 
-@app.command(epilog="Example: cotree report runs/laptop")
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Write one self-contained HTML page about a finished run."""
-    from cotree.report.html import write_report
+@app.command(epilog="Example: cotree init mine.yaml")
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe to be written.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    from cotree.experiment.starter import write_starter
 
-    typer.echo(write_report(run_folder))
+    typer.echo(write_starter(path))
 
 
 @app.command(epilog="Example: cotree tasks")
 def tasks() -> None:
     """List the tasks with size, licence and source."""
-    from cotree.tasks import listing
+    from cotree.tasks import task_table
 
-    typer.echo(listing())
+    typer.echo(task_table())
 
 
 @app.command(epilog="Example: cotree patterns")
@@ -322,31 +439,27 @@ def patterns() -> None:
         typer.echo(f"{name:12} {rows}")
 
 
+@app.command(epilog="Example: cotree models")
+def models() -> None:
+    """List the packaged models: weights that a recipe can name without a file."""
+    from cotree.models.weights import packaged_models
+
+    typer.echo(packaged_models())
+
+
 def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
     from cotree.experiment.recipe import load_recipe
 
     return load_recipe(path, overrides or [])
 
 
-def _alone(context: typer.Context, way: str, *taken: str) -> None:
-    """Refuse what a way of using a verb would ignore."""
-    given = [
-        param.opts[0]
-        for param in context.command.params
-        if param.name not in taken and (source := context.get_parameter_source(param.name or "")) is not None
-        if source.name == "COMMANDLINE"
-    ]
-    if given:
-        raise UsageError(f"{way} does not go with {', '.join(given)}")
-
-
 def main() -> None:
     """The `cotree` command."""
-    # Without a network the hub's client would warn of each of its retries; what fails in the end is said in one line.
+    # Without a network the hub's client would warn of each of its retries; what fails in the end is one line.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         # typer turns Ctrl-C and exits into a number that it returns.
-        with spoken_for():
+        with first_cotree_error():
             code = app(prog_name="cotree", standalone_mode=False)
         if code == _INTERRUPTED:
             _fail("stopped; nothing is lost: run the same command again to resume", _INTERRUPTED)
@@ -367,8 +480,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"cotree: {message}", file=sys.stderr, flush=True)
-    # The embedded engine's threads may be inside a long decode; what matters is on disk already.
+    print(f"cotree: {terminal_safe(message)}", file=sys.stderr, flush=True)
+    # The engine's threads may be inside a long decode; what matters is on disk already.
     if code == _INTERRUPTED:
         sys.stdout.flush()
         os._exit(code)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from cotree.base.progress import Output
-from cotree.experiment.run import _show_steps
-from cotree.train.trainer import StepLog
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07a\rb\x9b1m\u202eevil\ud800 [/bold] [red]\tvä 等等\nnext"
 SHOWN = "\ufffd[2J\ufffd]0;owned\ufffda\ufffdb\ufffd1m\ufffdevil\ufffd [/bold] [red]\tvä 等等\nnext"
@@ -19,7 +18,7 @@ SHOWN = "\ufffd[2J\ufffd]0;owned\ufffda\ufffdb\ufffd1m\ufffdevil\ufffd [/bold] [
 def test_what_is_said_has_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = Output()
     output.log = tmp_path / "log.jsonl"
-    output.say(HOSTILE)
+    output.print(HOSTILE)
     told = capsys.readouterr().out
     assert told.replace(" ", "") == f"{SHOWN}\n".expandtabs(8).replace(" ", "")
     assert json.loads(output.log.read_text())["line"] == SHOWN
@@ -51,16 +50,12 @@ def test_a_long_remark_leaves_the_counter_in_sight(
     assert " ".join(" ".join(rest).split()) == remark
 
 
-def test_a_training_is_plotted_while_it_runs(
+def test_work_that_does_not_move_is_not_silent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cotree.base.progress._PLAIN_SECONDS", 0.0)
-    output = Output()
-    with output.progress("dpo steps") as update:
-        show = _show_steps("dpo", update, output)
-        show(StepLog(1, 3, 1.5, {"margin": 0.0, "probe_no_answer": 0.5, "tokens": 9}))
-        show(StepLog(2, 3, 1.25, {"margin": 0.5}))
-        show(StepLog(3, 3, 1.0, {"margin": 0.25}, ("chosen_falls: lower learning_rate",)))
-    *_, last, warning = capsys.readouterr().out.splitlines()
-    assert last == "  dpo steps 3/3  loss 1 █▅▁, margin 0.25 ▁█▅, probe_no_answer 0.5 ▁"
-    assert warning == "  warning at dpo step 3: chosen_falls: lower learning_rate"
+    monkeypatch.setattr("cotree.base.progress._SILENT_SECONDS", 0.02)
+    with Output().progress("test") as update:
+        update(3, 40, "2 correct")
+        time.sleep(0.2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(re.fullmatch(r"  test 3/40  2 correct  \(working for 0\.\d s\)", line) for line in lines)

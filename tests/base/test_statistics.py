@@ -14,7 +14,7 @@ from cotree.base.statistics import (
     minimum_detectable_difference,
     pass_at_k,
     tree_test_at_k,
-    wilson,
+    wilson_interval,
 )
 
 proportions = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -27,14 +27,14 @@ proportions = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_gives_newcombes_published_intervals(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
 @given(proportions)
 def test_wilson_bounds_are_where_the_score_test_rejects(proportion: tuple[int, int]) -> None:
     """The interval is the set of p0 that the score test keeps: |p - p0| = z·sqrt(p0(1-p0)/n) at its ends."""
     successes, n = proportion
-    low, high = wilson(successes, n)
+    low, high = wilson_interval(successes, n)
     assert 0 <= low <= successes / n <= high <= 1
     assert low < high
     for bound in (low, high):
@@ -44,15 +44,17 @@ def test_wilson_bounds_are_where_the_score_test_rejects(proportion: tuple[int, i
 @given(proportions)
 def test_wilson_is_symmetric_in_success_and_failure(proportion: tuple[int, int]) -> None:
     successes, n = proportion
-    low, high = wilson(successes, n)
-    assert wilson(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    low, high = wilson_interval(successes, n)
+    assert wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
 
 
 def test_wilson_covers_the_truth_about_as_often_as_it_says() -> None:
     n = 60
     for p in (0.02, 0.2, 0.5, 0.9):
         covered = sum(
-            math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1) if wilson(k, n)[0] <= p <= wilson(k, n)[1]
+            math.comb(n, k) * p**k * (1 - p) ** (n - k)
+            for k in range(n + 1)
+            if wilson_interval(k, n)[0] <= p <= wilson_interval(k, n)[1]
         )
         assert 0.91 < covered < 0.99
 
@@ -60,7 +62,7 @@ def test_wilson_covers_the_truth_about_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(("successes", "n"), [(1, 0), (3, 2), (-1, 2)])
 def test_wilson_refuses_what_is_no_proportion(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="is no"):
-        wilson(successes, n)
+        wilson_interval(successes, n)
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample() -> None:

@@ -1,4 +1,4 @@
-"""Files in the forms of others: TRL's trainers take them as they are; exports, card, import, preview, checks."""
+"""Files in the forms of others: TRL's trainers take them as they are; exports, card, preview, checks."""
 
 from __future__ import annotations
 
@@ -15,47 +15,52 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from tests.support.datasets import dataset_of
 from tests.support.tiny_student import tiny_model, tiny_tokenizer
 from tests.support.trees import random_tree
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.rows import read_rows, write_jsonl
-from cotree.data.build import Built, build
 from cotree.data.card import histogram
 from cotree.data.export import export_to, export_trees
-from cotree.data.external import import_rows
 from cotree.data.kinds import check_file
 from cotree.data.preview import preview
 from cotree.eval.survey import diagnose_file
-from cotree.experiment.recipe import Build, BuildDPO, BuildSFT, BuildStepPairs, BuildStepwise
 from cotree.search.store import TreeStore
-from cotree.tasks import Question, task
 
 TREES = [random_tree(seed) for seed in range(12)]
 HOSTILE = "</pre><script>alert(1)</script>| ``` [x](javascript:1)\n# Known"
+ABOUT = {"name": "cards & pairs", "models": {"m": "smollm2, apache-2.0"}, "recipe": "name: x # <b>"}
+DATASETS: dict[str, dict[str, Any]] = {
+    "sft": {"per_tree": 2},
+    "dpo": {"per_tree": 2},
+    "step_pairs": {"min_visits": 1},
+    "stepwise": {"per_tree": 2},
+}
 
 
 @pytest.fixture(scope="module")
-def built_in(tmp_path_factory: pytest.TempPathFactory) -> tuple[Built, Path]:
-    steps = {"step_pairs": BuildStepPairs(min_visits=1), "stepwise": BuildStepwise()}
-    wanted = Build(sft=BuildSFT(chains_per_tree=2), dpo=BuildDPO(pairs_per_tree=2), license="apache-2.0", **steps)
-    about = {"name": "cards & pairs", "models": {"m": "smollm2, apache-2.0"}, "recipe": "name: x # <b>"}
-    folder = tmp_path_factory.mktemp("build")
-    return build(TREES, tiny_tokenizer(), wanted, folder, seed=0, control=True, about=about), folder
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a dataset of each kind, and its trees."""
+    run = tmp_path_factory.mktemp("run")
+    for kind, given in DATASETS.items():
+        folder = run / "datasets" / kind
+        dataset_of(TREES, folder, kind, license="apache-2.0", passed={"about": ABOUT}, **given)
+        (folder / "node.json").write_text("{}")
+    (run / "trees" / "train").mkdir(parents=True)
+    with TreeStore(run / "trees" / "train" / "trees.db") as store:
+        for tree in TREES:
+            store.put(tree)
+    return run
 
 
 @pytest.fixture(scope="module")
-def built(built_in: tuple[Built, Path]) -> Built:
-    return built_in[0]
-
-
-@pytest.fixture(scope="module")
-def folder(built_in: tuple[Built, Path]) -> Path:
-    return built_in[1]
+def folder(run_folder: Path) -> Path:
+    return run_folder / "datasets"
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_trls_trainers_train_on_a_file_as_it_is(built: Built, folder: Path, tmp_path: Path, kind: str) -> None:
+def test_trls_trainers_train_on_a_file_as_it_is(folder: Path, tmp_path: Path, kind: str) -> None:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     rows = datasets.load_dataset("parquet", data_files=str(folder / kind / "train.parquet"), split="train",
@@ -75,11 +80,16 @@ def test_trls_trainers_train_on_a_file_as_it_is(built: Built, folder: Path, tmp_
     assert any(not weight.equal(before[name]) for name, weight in trainer.model.named_parameters())
 
 
-def test_llamafactory(built: Built, folder: Path, tmp_path: Path) -> None:
+def test_llamafactory(folder: Path, tmp_path: Path) -> None:
     written = export_to(folder, "llamafactory", str(tmp_path))
     information = json.loads((tmp_path / "dataset_info.json").read_text())
-    assert sorted(information) == ["cotree_control", "cotree_dpo", "cotree_sft", "cotree_step_pairs"]
+    assert sorted(information) == ["cotree_dpo", "cotree_sft", "cotree_step_pairs"]
     assert len(written) == 5
+    stepwise = folder / "stepwise" / "train.parquet"
+    left_out = f"{stepwise} is left out: llamafactory trains no process rewards; export it --to jsonl"
+    assert written[-1] == left_out
+    with pytest.raises(UsageError, match=re.escape(left_out)):
+        export_to(stepwise, "llamafactory", str(tmp_path))
     for entry in information.values():
         assert entry["formatting"] == "sharegpt"
         for row in read_rows(tmp_path / entry["file_name"]):
@@ -103,9 +113,9 @@ def test_a_side_that_was_cut_off_is_not_exported_as_a_whole_one(tmp_path: Path) 
 
 def test_a_card_counts_only_what_it_has_and_a_licence_cannot_break_its_table(tmp_path: Path) -> None:
     about = {"models": {"m": "x\n\n# Free | [a](javascript:1)"}}
-    build(TREES, tiny_tokenizer(), Build(), tmp_path, seed=0, kinds=("sft",), about=about)
-    card = (tmp_path / "README.md").read_text()
-    assert "rejected 0.0" not in card and "Mean tokens of the student: SFT" in card
+    dataset_of(TREES, tmp_path / "it", passed={"about": about})
+    card = (tmp_path / "it" / "README.md").read_text()
+    assert "rejected" not in card and "Mean tokens of a completion (the student's): " in card
     assert "| m | x # Free \\| \\[a\\](javascript:1) |" in card
 
 
@@ -129,7 +139,7 @@ def test_an_export_keeps_what_is_in_the_folder_already(
     assert export_to(Path("train.parquet"), "jsonl", str(tmp_path)) == [str(tmp_path / "sft.jsonl")]
 
 
-def test_axolotl(built: Built, folder: Path, tmp_path: Path) -> None:
+def test_axolotl(folder: Path, tmp_path: Path) -> None:
     export_to(folder / "sft" / "train.parquet", "axolotl", str(tmp_path))
     export_to(folder / "dpo" / "train.parquet", "axolotl", str(tmp_path))
     (sft,) = yaml.safe_load((tmp_path / "sft.yml").read_text())["datasets"]
@@ -141,7 +151,7 @@ def test_axolotl(built: Built, folder: Path, tmp_path: Path) -> None:
     assert row[dpo["field_chosen"]]["role"] == row[dpo["field_rejected"]]["role"] == "assistant"
 
 
-def test_json_lines_are_the_rows(built: Built, folder: Path, tmp_path: Path) -> None:
+def test_json_lines_are_the_rows(folder: Path, tmp_path: Path) -> None:
     export_to(folder, "jsonl", str(tmp_path))
     for kind in ("sft", "dpo", "step_pairs", "stepwise"):
         assert list(read_rows(tmp_path / f"{kind}.jsonl")) == list(read_rows(folder / kind / "train.parquet"))
@@ -150,10 +160,22 @@ def test_json_lines_are_the_rows(built: Built, folder: Path, tmp_path: Path) -> 
         export_to(folder, "csv", str(tmp_path))
     with pytest.raises(UsageError, match="no datasets in"):
         export_to(tmp_path, "jsonl", str(tmp_path))
-    with pytest.raises(UsageError, match=re.escape("has no README.md")):
-        export_to(tmp_path, "hub", "me/mine")
+    with pytest.raises(UsageError, match=re.escape("has no README.md with a train.parquet")):
+        export_to(folder, "hub", "me/mine")
     with pytest.raises(UsageError, match="write it as -o OWNER/NAME"):
-        export_to(folder, "hub", "mine")
+        export_to(folder / "sft", "hub", "mine")
+
+
+def test_a_run_a_folder_of_datasets_one_dataset_and_a_file_are_exported_alike(
+    run_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    everything = export_to(run_folder, "jsonl", str(tmp_path / "run"))
+    assert [Path(line).name for line in everything] == ["dpo.jsonl", "sft.jsonl", "step_pairs.jsonl", "stepwise.jsonl"]
+    export_to(folder, "jsonl", str(tmp_path / "folder"))
+    assert export_to(folder / "sft", "jsonl", str(tmp_path / "one")) == [str(tmp_path / "one" / "sft.jsonl")]
+    export_to(folder / "sft" / "train.parquet", "jsonl", str(tmp_path / "file"))
+    same = {(tmp_path / place / "sft.jsonl").read_bytes() for place in ("run", "folder", "one", "file")}
+    assert len(same) == 1
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,45 +184,62 @@ def test_a_hub_that_cannot_be_reached_is_one_line(folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", away)
     with pytest.raises(CotreeError, match="cannot push to me/mine: no route; is the hub reached"):
-        export_to(folder, "hub", "me/mine")
+        export_to(folder / "sft", "hub", "me/mine")
 
 
-def test_trees_as_parquet_are_the_trees(tmp_path: Path) -> None:
-    with TreeStore(tmp_path / "trees.db") as store:
-        for tree in TREES:
-            store.put(tree)
-    assert export_trees(tmp_path / "trees.db", tmp_path / "trees.parquet") == len(TREES)
+def test_a_push_has_the_dataset_and_nothing_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    pushed: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **given: pushed.update(given) or "there")
+    assert export_to(folder / "sft", "hub", "me/mine") == ["there"]
+    files = [str(path.relative_to(folder / "sft")) for path in (folder / "sft").rglob("*") if path.is_file()]
+    kept = set(filter_repo_objects(files, allow_patterns=pushed["allow_patterns"]))
+    assert set(files) - kept == {"node.json"}
+
+
+def test_trees_as_parquet_are_the_trees(run_folder: Path, tmp_path: Path) -> None:
+    node = run_folder / "trees" / "train"
+    for number, source in enumerate((node / "trees.db", node, run_folder)):
+        out = tmp_path / f"{number}.parquet"
+        assert export_to(source, "trees", str(out)) == [f"{out}: {len(TREES)} trees"]
+    with pytest.raises(UsageError, match="has no trees"):
+        export_to(run_folder / "datasets", "trees", str(tmp_path / "x"))
+    assert export_trees(node / "trees.db", tmp_path / "trees.parquet") == len(TREES)
     found = pq.read_table(tmp_path / "trees.parquet").to_pylist()
     assert {row["tree_id"]: row for row in found} == {tree.tree_id: asdict(tree) for tree in TREES}
 
 
-def test_the_card_is_what_the_hub_reads(built: Built, folder: Path) -> None:
+@pytest.mark.parametrize("kind", DATASETS)
+def test_the_card_is_what_the_hub_reads(folder: Path, kind: str) -> None:
     from huggingface_hub import DatasetCard
 
-    card = DatasetCard((folder / "README.md").read_text())
+    card = DatasetCard((folder / kind / "README.md").read_text())
     data: dict[str, Any] = card.data.__dict__
     assert (data["license"], data["size_categories"]) == ("apache-2.0", ["n<1K"])
-    for config in yaml.safe_load(card.content.split("---")[1])["configs"]:
-        assert (folder / config["data_files"]).is_file()
-    for figure in re.findall(r"\]\((figures/[^)]*)\)", card.text):
-        ElementTree.parse(folder / figure)
-    assert "figures/sft_value.svg" in card.text and "figures/dpo_pass_rate.svg" in card.text
-    assert card.text.count("arithmetic, ") == 3, "three sample chains"
+    (config,) = yaml.safe_load(card.content.split("---")[1])["configs"]
+    assert (folder / kind / config["data_files"]).is_file()
+    figures = re.findall(r"\]\((figures/[^)]*)\)", card.text)
+    assert "figures/pass_rate.svg" in figures and ("figures/value.svg" in figures) == (kind == "sft")
+    for figure in figures:
+        ElementTree.parse(folder / kind / figure)
+    assert f"| arithmetic | {len(list(read_rows(folder / kind / 'train.parquet')))} |" in card.text
     assert "smollm2, apache-2.0" in card.text and "## Known limits" in card.text
-    for kind, name in (("sft", "SFT"), ("dpo", "DPO"), ("stepwise", "process rewards")):
-        assert f"| {name} | {len(list(read_rows(folder / kind / 'train.parquet')))} |" in card.text
-    assert "# &lt;b&gt;" in card.text and "<b>" not in card.text
+    assert "# cards &amp; pairs: " in card.text
+    assert "# &lt;b&gt;" in card.text and "<b>" not in card.text and "&amp;#" not in card.text
 
 
 def test_text_of_a_model_cannot_break_out_of_the_card(tmp_path: Path) -> None:
     from dataclasses import replace
 
     trees = [replace(t, nodes=[replace(n, text=n.text + HOSTILE) if n.type else n for n in t.nodes]) for t in TREES]
-    build(trees, tiny_tokenizer(), Build(max_tokens=4_000), tmp_path, seed=0)
-    text = (tmp_path / "README.md").read_text()
-    assert "<script" not in text and "&lt;script&gt;" in text
-    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
-    assert text.count("<pre>") == text.count("</pre>") == 4
+    for kind, blocks in (("sft", 2), ("dpo", 3), ("stepwise", 2)):
+        dataset_of(trees, tmp_path / kind, kind, max_tokens=4_000)
+        text = (tmp_path / kind / "README.md").read_text()
+        assert "<script" not in text and "&lt;script&gt;" in text
+        assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
+        assert text.count("<pre>") == text.count("</pre>") == blocks
 
 
 def test_a_histogram_counts_everything_once() -> None:
@@ -294,103 +333,11 @@ def test_a_check_of_what_is_no_dataset(tmp_path: Path) -> None:
         check_file(tmp_path / "nowhere.jsonl")
 
 
-LONG = "<|begin_of_thought|>I add 1 and 2.<|end_of_thought|> The answer is \\boxed{3}"
-EXTERNAL = {
-    "sky": {"system": "Be brief.", "conversations": [{"from": "user", "value": "1 + 2?"},
-                                                     {"from": "assistant", "value": LONG}]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "1 + 2?"}, {"from": "gpt", "value": LONG}]},
-    "openr1": {"messages": [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": LONG}]},
-    "plain": {"prompt": "1 + 2?", "response": LONG},
-    "problem": {"problem": "1 + 2?", "generation": LONG, "solution": "short"},
-}  # fmt: skip
-
-
 def test_bytes_are_no_words(tmp_path: Path) -> None:
     said = [[{"role": role, "content": b"5"}] for role in ("user", "assistant")]
     pq.write_table(pa.table({"prompt": [said[0]], "completion": [said[1]]}), tmp_path / "bytes.parquet")
     with pytest.raises(UsageError, match=r"column prompt\.0\.content: Input should be a valid string"):
         check_file(tmp_path / "bytes.parquet")
-
-
-@pytest.mark.parametrize("form", EXTERNAL)
-def test_long_chains_of_others_become_sft_rows(tmp_path: Path, form: str) -> None:
-    with gzip.open(tmp_path / "theirs.jsonl.gz", "wt") as file:
-        file.write(json.dumps(EXTERNAL[form]))
-    counts, _ = import_rows(
-        tmp_path / "theirs.jsonl.gz", tiny_tokenizer(), tmp_path / "ours.parquet", Build(max_tokens=900)
-    )
-    assert counts == {"verified": 0, "written": 1}
-    (row,) = read_rows(tmp_path / "ours.parquet")
-    assert row["completion"] == [{"role": "assistant", "content": LONG}]
-    assert row["prompt"][-1] == {"role": "user", "content": "1 + 2?"}
-    assert [m["role"] for m in row["prompt"]] == (["system", "user"] if form == "sky" else ["user"])
-    assert check_file(tmp_path / "ours.parquet") == ("sft", 1)
-
-
-def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path) -> None:
-    letters = task("letters")
-    known = letters.questions(limit=1)[0]
-    right = f"So \\boxed{{{known.gold}}}"
-    rows: list[dict[str, Any]] = [
-        {"prompt": known.messages[-1]["content"], "response": right},
-        {"prompt": known.messages[-1]["content"], "response": right},
-        {"prompt": known.messages[-1]["content"], "response": "So \\boxed{9}"},
-        {"prompt": "How often?", "response": "So \\boxed{2}", "gold": "2"},
-        {"prompt": "How often?", "response": "So \\boxed{1}", "gold": 2},
-        {"prompt": "Who knows?", "response": "I say 5."},
-        {"prompt": "Who knows?", "response": "<think>I wonder"},
-        {"prompt": "Who knows?", "response": "所以答案是五"},
-        {"prompt": "Who knows?", "response": "I wonder about it. " * 200},
-        {"prompt": "Held out, is it?", "response": "So \\boxed{2}"},
-        {"prompt": "Who knows?", "response": "I do.<|im_end|>\n<|im_start|>user\nNo: \\boxed{2}"},
-        {"prompt": "Who <|im_end|> knows?", "response": "I do: \\boxed{2}"},
-        {"prompt": "Who knows?", "response": ""},
-        {"prompt": "Who knows?", "response": " "},
-        {"words": "no conversation"},
-    ]
-    write_jsonl(tmp_path / "theirs.jsonl", rows)
-    held_out = [Question("h", "other", ({"role": "user", "content": "Held out, is it?"},), "2")]
-    counts, faults = import_rows(
-        tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build(max_tokens=9_000), letters, held_out
-    )
-    assert counts == {"contaminated": 1, "duplicate": 1, "language": 1, "no_answer": 4, "special_tokens": 2,
-                      "verified": 2, "written": 3, "wrong": 2}  # fmt: skip
-    assert faults == ["row 14: no `conversations`, no `messages`, and no prompt with a response; it has words"]
-    assert [row["reward"] for row in read_rows(tmp_path / "o.parquet")] == [1.0, 1.0, None]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": "no prompt"}, "row 0: no `conversations`, no `messages`, and no prompt with a response; it has text"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "row 0: column prompt: List should have at least 1 item"),
-        ({"conversations": [{"who": "x"}]}, "a turn is no"),
-        (
-            {"messages": [*GOOD_ROW["prompt"], {"role": "tool", "content": "5"}, *GOOD_ROW["completion"]]},
-            "a known role",
-        ),
-        ({"prompt": "x", "response": "<think>"}, "no row of .* passed"),
-        ([1], "line 1: no JSON row .a row must be an object with columns"),
-        ({"prompt": " ", "response": "x"}, "row 0: column prompt.0.content: String should have at least 1 character"),
-        ({"prompt": "x", "response": "\ud800"}, "row 0: column completion.0.content: Input should be a valid string"),
-        (
-            {"messages": [{"role": "user", "content": None}, *GOOD_ROW["completion"]]},
-            "column prompt.0.content: Input should be a valid string, not 'None'",
-        ),
-        ({"messages": GOOD_ROW["completion"] * 2}, "row 0: column prompt: must not end with the assistant"),
-        (
-            {"system": 5, "conversations": GOOD_ROW["prompt"] + GOOD_ROW["completion"]},
-            "column prompt.0.content: Input should be a valid string, not '5'",
-        ),
-    ],
-)
-def test_what_cannot_be_imported_is_named(tmp_path: Path, row: Any, message: str) -> None:
-    (tmp_path / "theirs.jsonl").write_text(json.dumps(row))
-    (tmp_path / "o.parquet").write_text("of an import before")
-    with pytest.raises(UsageError, match=message):
-        import_rows(tmp_path / "theirs.jsonl", tiny_tokenizer(), tmp_path / "o.parquet", Build())
-    assert (tmp_path / "o.parquet").read_text() == "of an import before"
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_words_of_a_model_cannot_command_the_terminal(tmp_path: Path) -> None:
@@ -403,7 +350,7 @@ def test_words_of_a_model_cannot_command_the_terminal(tmp_path: Path) -> None:
     assert preview(tmp_path / "steps.jsonl", tiny_tokenizer(), 512).plain.count(shown) == 2
 
 
-def test_a_preview_shows_every_token_with_its_mark(built: Built, folder: Path) -> None:
+def test_a_preview_shows_every_token_with_its_mark(folder: Path) -> None:
     text = preview(folder / "dpo" / "train.parquet", tiny_tokenizer(), 512, rows=1)
     lines = text.plain.splitlines()
     parts = dict.fromkeys(("prompt", "shared", "chosen", "rejected"), "")

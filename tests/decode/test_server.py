@@ -17,13 +17,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 from tests.decode.test_strategies import poem, talk
-from tests.search.test_driver import PlainTemplate
 from tests.support.asking import until
 from tests.support.fake_server import FakeServer, FakeServerThread, count_tokens
+from tests.support.search import PlainTemplate
 
 from cotree.base.errors import UsageError
+from cotree.base.progress import Output
 from cotree.cli import main
-from cotree.decode.answer import Backend
+from cotree.decode.answer import Backend, decode
 from cotree.decode.server import Server, serve
 from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint
@@ -276,7 +277,7 @@ async def test_more_searches_than_may_wait_are_told_to_come_again() -> None:
         assert sorted(status for status, _ in replies) == [200, 200, 429, 429, 429]
         refused = next(reply for status, reply in replies if status == 429)
         assert refused["error"]["type"] == "rate_limit_error"
-        assert server.there == 0
+        assert server.searches == 0
         assert (await ask(session))[0] == 200
 
 
@@ -295,7 +296,7 @@ async def test_who_leaves_takes_the_backends_requests_along(stream: bool) -> Non
         await until(lambda: fake.in_flight == 3)
         asking.cancel()
         await until(lambda: fake.in_flight == 0)
-        await until(lambda: server.there == 0)
+        await until(lambda: server.searches == 0)
         calls = fake.calls
         await asyncio.sleep(0.05)
         assert fake.calls == calls, "nothing more is asked for a client that left"
@@ -309,7 +310,7 @@ async def test_a_backend_that_refuses_is_an_error_and_no_traceback(stream: bool)
             found = (await events(reply))[0] if stream else await reply.json()
             assert reply.status == (200 if stream else 502)
         assert "does not exist" in found["error"]["message"]
-        assert server.there == 0
+        assert server.searches == 0
 
 
 async def test_free_texts_cannot_vote_so_a_server_of_them_takes_likelihood() -> None:
@@ -399,18 +400,63 @@ def test_the_decode_verb_prints_answer_chain_votes_and_tokens(
 ) -> None:
     with FakeServerThread(reply=talk, models=("one",)) as fake:
         words = ["decode", "How many?", "--model", fake.url, "--served", "one", "--boxed", "--rollouts", "5"]
-        monkeypatch.setattr(sys, "argv", ["cotree", *words, "search.temperature=0.5"])
+        monkeypatch.setattr(sys, "argv", ["cotree", *words, "temperature=0.5"])
         with pytest.raises(SystemExit) as left:
             main()
         assert {request["temperature"] for request in fake.requests} == {0.5}
         said = capsys.readouterr().out
-        monkeypatch.setattr(sys, "argv", ["cotree", *words, "search.temperature=0.5", "-q"])
+        monkeypatch.setattr(sys, "argv", ["cotree", *words, "temperature=0.5", "-q"])
         with pytest.raises(SystemExit):
             main()
         assert re.fullmatch(r"[345]\n", capsys.readouterr().out)
     assert left.value.code == 0
     assert re.search(r"answer: [345]\n\n.*\\boxed\{[345]\}\n\nvotes: \d+ for “[345]”", said, re.DOTALL)
     assert re.search(r"\d+ chains; \d+ tokens generated, \d+ read .* stopped by: rollouts", said)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_no_answer_is_a_failure_in_one_line(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeServerThread(
+        reply=lambda prompt, seed, index: "}" if prompt.endswith("{") else " hm", models=("one",)
+    ) as fake:
+        words = ["decode", "How many?", "--model", fake.url, "--served", "one", "--boxed", "--rollouts", "3"]
+        monkeypatch.setattr(sys, "argv", ["cotree", *words, *(["-q"] if quiet else [])])
+        with pytest.raises(SystemExit) as left:
+            main()
+    out, errors = capsys.readouterr()
+    assert (left.value.code, errors.count("\n")) == (1, 1)
+    assert re.match(r"cotree: none of the \d+ chains that were written has an answer; raise --budget-tokens", errors)
+    assert out == "" if quiet else "no chain has one" in out
+
+
+def test_a_judge_of_another_server_is_named_by_overrides() -> None:
+    def judged(prompt: str, seed: int, index: int) -> str:
+        return " yes" if "Reply with yes or no" in prompt else talk(prompt, seed, index)
+
+    with (
+        FakeServerThread(reply=judged, models=("one",)) as fake,
+        FakeServerThread(reply=judged, models=("two",)) as other,
+    ):
+        found = decode(
+            "How many?",
+            fake.url,
+            served="one",
+            boxed=True,
+            rollouts=4,
+            overrides=[
+                "models.judge.url=" + other.url,
+                "models.judge.model=two",
+                "models.judge.mode=chat",
+                "reward.judge=judge",
+            ],
+            output=Output(quiet=True),
+        )
+        assert found.answer in found.votes
+        assert fake.calls > 0
+        assert other.calls > 0
+        assert all("Reply with yes or no" in request["messages"][0]["content"] for request in other.requests)
 
 
 @pytest.mark.parametrize(
@@ -421,8 +467,13 @@ def test_the_decode_verb_prints_answer_chain_votes_and_tokens(
         (["decode", "Why?", "--strategy", "trees"], "'trees' is not one of 'mcts'"),
         (["decode", "--task", "arithmetic", "--id", "none"], "has no question `none`"),
         (["decode", "--task", "arithmetic"], "takes --id"),
-        (["decode", "Why?", "search.rolouts=4"], "did you mean `rollouts`"),
-        (["decode", "Why?", "--model", "llama-9"], "unknown embedded model `llama-9`"),
+        (["decode", "Why?", "rolouts=4"], "did you mean `rollouts`"),
+        (["decode", "Why?", "--model", "llama-9"], "nothing at llama-9"),
+        (["decode", "Why?", "roles.reflector=nobody"], "unknown model `nobody`"),
+        (["decode", "Why?", "roles.critic=smollm2-135m-instruct"], "unknown role `critic`"),
+        (["decode", "Why?", "temperature"], "`temperature` is no setting"),
+        (["decode", "Why?", "rollouts.x=1"], "`rollouts` is a value, not a section"),
+        (["decode", "Why?", "reward.process=smollm2-135m-instruct"], "names a model with `mode: pooling`"),
         (["decode", "Why?", "--model", "http://127.0.0.1:9"], "start the server"),
         (["serve", "http://127.0.0.1:9", "--value", "vote"], "free texts cannot vote"),
         (["serve", "http://127.0.0.1:9", "--host", "0.0.0.0"], "set COTREE_TOKEN"),

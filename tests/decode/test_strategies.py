@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from tests.search.test_driver import PlainTemplate
 from tests.support.benchmark_data import benchmark_rows
 from tests.support.fake_server import FakeServerThread, count_tokens, draw
+from tests.support.search import PlainTemplate
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.decode.strategies import Decoded, Open, WithoutGold, decode
-from cotree.experiment.recipe import Reward, Search, Stop, Writer
+from cotree.decode.strategies import Decoded, GoldFreeScorer, OpenTask, decode
 from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint
-from cotree.search.calls import Calls, Progress
+from cotree.search.completer import Completer
 from cotree.search.growth import Growth
 from cotree.search.mcts import Node
+from cotree.search.settings import Reward, Search, Stop, Writer
 from cotree.tasks import Question, Task, Verdict, task
-from cotree.tasks.agreement import groups
+from cotree.tasks.agreement import group_answers
 
 ONE = {"thinker": (Writer(model="one"),)}
 WIDE = {"root": {"thinking": 6}, "thinking": {"answer": 2}, "reflection": {"thinking": 1}}
@@ -43,7 +43,7 @@ def poem(prompt: str, seed: int, index: int) -> str:
 
 
 def search(**changes: Any) -> Search:
-    base = {"rollouts": 12, "leaves_per_round": 2, "patterns": ["wide"], "own_patterns": {"wide": WIDE}}
+    base = {"rollouts": 12, "leaves_per_round": 2, "patterns": {"wide": WIDE}}
     return Search.model_validate(base | {"max_reflections": 1} | changes)
 
 
@@ -66,8 +66,8 @@ def ask(
         async with one, prm:
             endpoints = {"one": Endpoint("one", (one,), PlainTemplate(), "one"), "p": Endpoint("p", (prm,), None, "p")}
             note = [] if rounds is None else rounds
-            calls = Calls(None, endpoints, Progress())
-            return await decode(kind, question, calls, ONE, settings, on_round=note.append, **how)
+            completer = Completer(endpoints)
+            return await decode(kind, question, completer, settings, roles=ONE, on_round=note.append, **how)
 
     with FakeServerThread(**({"reply": talk} | (server or {}))) as fake:
         best = asyncio.run(run(fake.url))
@@ -75,14 +75,14 @@ def ask(
     return best
 
 
-def boxed(text: str = "How many?") -> tuple[Open, Question]:
-    kind = Open(boxed=True)
-    return kind, kind.ask([{"role": "user", "content": text}])
+def boxed(text: str = "How many?") -> tuple[OpenTask, Question]:
+    kind = OpenTask(boxed=True)
+    return kind, kind.question_of([{"role": "user", "content": text}])
 
 
-def free(text: str = "Why?") -> tuple[Open, Question]:
-    kind = Open(boxed=False)
-    return kind, kind.ask([{"role": "user", "content": text}])
+def free(text: str = "Why?") -> tuple[OpenTask, Question]:
+    kind = OpenTask(boxed=False)
+    return kind, kind.question_of([{"role": "user", "content": text}])
 
 
 # --- no gold ------------------------------------------------------------------------------------------------------
@@ -139,17 +139,17 @@ def test_another_gold_changes_nothing() -> None:
 # --- the vote -----------------------------------------------------------------------------------------------------
 
 
-def grown(settings: Search, judge: WithoutGold, reply: Any = talk) -> tuple[Growth, list[list[tuple[int, float]]]]:
+def grown(settings: Search, scorer: GoldFreeScorer, reply: Any = talk) -> tuple[Growth, list[list[tuple[int, float]]]]:
     """A tree grown by hand, and each round's leaves with their rewards."""
     kind, question = boxed()
 
     async def run(url: str) -> tuple[Growth, list[list[tuple[int, float]]]]:
         async with Client("one", url, "one", max_in_flight=8, count_tokens=count_tokens) as one:
-            calls = Calls(None, {"one": Endpoint("one", (one,), PlainTemplate(), "one")}, Progress())
-            growth = Growth(kind, question, "t", calls, ONE, settings, 0, judge)
+            completer = Completer({"one": Endpoint("one", (one,), PlainTemplate(), "one")})
+            growth = Growth(kind, question, completer, settings, roles=ONE, seed="0/t", scorer=scorer)
             rounds = []
             while not growth.search.done:
-                await growth.round()
+                await growth.grow_round()
                 rounds.append([(leaf.id, leaf.reward or 0.0) for leaf in growth.search.leaves])
         return growth, rounds
 
@@ -162,7 +162,7 @@ def answered(growth: Growth, leaves: Sequence[Node]) -> list[str | None]:
 
 
 def test_a_leaf_is_worth_its_share_of_the_vote_and_is_valued_anew_each_round() -> None:
-    growth, rounds = grown(search(max_reflections=0), WithoutGold("vote"))
+    growth, rounds = grown(search(max_reflections=0), GoldFreeScorer("vote"))
     leaves = growth.search.leaves
     for told in rounds:
         known = [leaf for leaf in leaves if leaf.id in dict(told)]
@@ -183,7 +183,7 @@ def test_a_leaf_without_an_answer_is_worth_nothing_and_has_no_vote() -> None:
     def empty_now_and_then(prompt: str, seed: int, index: int) -> str:
         return "}" if prompt.endswith("{") and draw(prompt, seed) % 3 == 0 else talk(prompt, seed, index)
 
-    growth, _ = grown(search(rollouts=16), WithoutGold("vote"), empty_now_and_then)
+    growth, _ = grown(search(rollouts=16), GoldFreeScorer("vote"), empty_now_and_then)
     kinds = {leaf.verdict and leaf.verdict.kind for leaf in growth.search.leaves}
     assert kinds == {None, "no_answer"}
     assert {leaf.reward for leaf in growth.search.leaves if leaf.verdict} == {0.0}
@@ -193,19 +193,20 @@ def test_a_leaf_without_an_answer_is_worth_nothing_and_has_no_vote() -> None:
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_an_answer_that_disagrees_with_the_vote_earns_a_reflection_and_no_more_than_allowed(bound: int) -> None:
-    growth, _ = grown(search(max_reflections=bound, rollouts=20), WithoutGold("vote"))
+    growth, _ = grown(search(max_reflections=bound, rollouts=20), GoldFreeScorer("vote"))
     reflected = [node for node in growth.search.nodes if node.kind == "reflection"]
     waiting = [node for node in growth.search.nodes if any(slot.kind == "reflection" for slot in node.slots)]
     assert len(reflected) + len(waiting) == bound
     agreed, _ = grown(
-        search(max_reflections=3), WithoutGold("vote"), lambda p, s, i: "3}" if p.endswith("{") else talk(p, s, i)
+        search(max_reflections=3), GoldFreeScorer("vote"), lambda p, s, i: "3}" if p.endswith("{") else talk(p, s, i)
     )
     assert not any(node.kind == "reflection" for node in agreed.search.nodes), "who agrees is not doubted"
 
 
 def test_equal_answers_in_other_words_are_one_vote() -> None:
     kind, question = boxed()
-    assert groups(kind, question, ["1/2", "0.5", "Paris", "paris", "dog", "god", None]) == [0, 0, 1, 1, 2, 3, None]
+    answers = ["1/2", "0.5", "Paris", "paris", "dog", "god", None]
+    assert group_answers(kind, question, answers) == [0, 0, 1, 1, 2, 3, None]
 
 
 def test_the_best_answer_can_be_read_after_each_round() -> None:
@@ -217,7 +218,7 @@ def test_the_best_answer_can_be_read_after_each_round() -> None:
     assert all(so_far.answer in so_far.votes and not so_far.stopped for so_far in rounds)
     assert best.stopped == "tokens"
     assert best.answer == max(best.votes, key=lambda answer: best.votes[answer]) == "3"
-    assert best.text.endswith(best.said)
+    assert best.text.endswith(best.answer_text)
 
 
 # --- other values -------------------------------------------------------------------------------------------------
@@ -228,13 +229,14 @@ def test_likelihood_is_the_mean_over_the_tokens_of_the_chain(usage: Any) -> None
     kind, question = free()
     best = ask(kind, question, search(), server={"reply": poem, "usage": usage})
     assert best.votes == {}
-    words = [[*thought.split(), "</s>"] for thought in (best.reasoning, best.said.removeprefix("The answer is:\n"))]
+    thoughts = (best.reasoning, best.answer_text.removeprefix("The answer is:\n"))
+    words = [[*thought.split(), "</s>"] for thought in thoughts]
     values = [-(draw(word) % 1000) / 400 for thought in words for word in thought]
     rounds: list[Decoded] = []
     ask(kind, question, search(), server={"reply": poem, "usage": usage}, rounds=rounds)
 
     async def value(node: Node) -> float:
-        return await WithoutGold("likelihood").score(None, node)  # type: ignore[arg-type]
+        return await GoldFreeScorer("likelihood").chain_value(None, node)  # type: ignore[arg-type]
 
     chain = Node(None, None, "", "", 0)
     for thought in words:
@@ -290,7 +292,7 @@ def test_a_server_without_log_probabilities_is_one_line_that_names_the_way_out()
         ({"value": "vote"}, "by likelihood here, not by vote: free texts cannot vote"),
         ({"strategy": "vote"}, "free texts, which cannot vote: use mcts, best_of_n or beam"),
         ({"strategy": "tree"}, "strategies are mcts, vote, best_of_n, beam"),
-        ({"value": "verifier"}, "a verifier needs search.reward"),
+        ({"value": "verifier"}, "a verifier needs a `reward`"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_a_token_is_spent(how: dict[str, Any], message: str) -> None:
@@ -328,8 +330,8 @@ def test_the_answer_does_not_depend_on_latency(strategy: str) -> None:
 
     async def run(url: str) -> Decoded:
         async with Client("one", url, "one", max_in_flight=8, count_tokens=count_tokens, backoff=0.01) as one:
-            calls = Calls(None, {"one": Endpoint("one", (one,), PlainTemplate(), "one")}, Progress())
-            return await decode(kind, question, calls, ONE, settings, strategy=strategy, value=value, seed=5)
+            completer = Completer({"one": Endpoint("one", (one,), PlainTemplate(), "one")})
+            return await decode(kind, question, completer, settings, roles=ONE, strategy=strategy, value=value, seed=5)
 
     with FakeServerThread(reply=talk, **stormy) as server:
         assert asyncio.run(run(server.url)) == calm
@@ -356,7 +358,7 @@ def test_the_real_model_is_decoded_with_votes_and_likelihood() -> None:
             question_id=question,
             value=value,
             rollouts=4,
-            overrides=["search.max_thought_tokens=24"],
+            overrides=["max_thought_tokens=24"],
             output=Output(quiet=True),
         )
         assert best.answer is not None

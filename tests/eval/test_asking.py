@@ -9,25 +9,29 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.support.fake_server import FakeServer, FakeServerThread
 
-import cotree
 from cotree.base.progress import Output
-from cotree.eval.asking import Reply, Sampler, Sampling, ask, embedded, opened_server, tokens_needed
+from cotree.eval.asking import ask, tokens_needed
+from cotree.eval.evaluate import evaluate_model, open_local, open_server
 from cotree.eval.journal import JOURNAL, EvalSample, append_line, read_samples
-from cotree.eval.outcome import constant_baselines
-from cotree.experiment.recipe import Model
+from cotree.eval.metrics import ConstantBaseline, constant_baselines
+from cotree.eval.samplers import PlainSampler, Sampled, Sampler
+from cotree.eval.settings import Asking
 from cotree.models.chat import render
 from cotree.models.client import Choice, Request
-from cotree.models.embedded import at_type, locate, serve
 from cotree.models.endpoints import Endpoint
+from cotree.models.llama_cpp import serve
+from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer
+from cotree.models.weights import at_type, locate
 from cotree.tasks import Question, Task, Verdict, WorkedExample, task
-from cotree.tasks.base import AnswerForm, Turn
+from cotree.tasks.base import AnswerForm, Asked, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,6 +85,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, 
     def reply(prompt: str, seed: int, index: int) -> str:
         return f"<think>hm</think>The answer is:\nsaid {prompt.count('[user]')}"
 
+    def needed(_: Path, tokenizer: object, questions: Sequence[Asked], asking: Asking, *, name: str) -> int:
+        return max(tokens_needed(words(), *asked, asking) for asked in questions)
+
     with FakeServerThread(reply=reply) as server:
 
         @contextmanager
@@ -88,12 +95,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, 
             widths.append(wide)
             yield server.url
 
-        monkeypatch.setattr("cotree.eval.asking.serve", serve)
+        monkeypatch.setattr("cotree.eval.evaluate.serve", serve)
+        monkeypatch.setattr("cotree.eval.evaluate.check_lengths", needed)
         yield server, widths
 
 
-def asked_of(path: Path, asked: Sequence[tuple[Task, Question]], how: Sampling) -> list[EvalSample]:
-    return ask(embedded(path.parent, words(), asked, how), asked, path, how)
+def asked_of(path: Path, asked: Sequence[tuple[Task, Question]], asking: Asking) -> list[EvalSample]:
+    model = open_local(path.parent, words(), asked, asking, name="m")
+    return ask(model, asked, path, asking, sampler_of=lambda endpoint: PlainSampler(endpoint, asking))[0]
 
 
 class Talk(Task):
@@ -122,8 +131,8 @@ def test_every_turn_of_a_conversation_is_asked_on_the_models_own_replies(
     server, _ = served
     talk, path = Talk(), tmp_path / "s.jsonl"
     asked = [(talk, question) for question in talk.questions()]
-    samples = asked_of(path, asked, Sampling(16))
-    assert [(s.id, s.turn, s.part, s.kind) for s in samples] == [
+    samples = asked_of(path, asked, Asking(max_tokens=16))
+    assert [(s.id, s.turn, s.task_turn, s.verdict) for s in samples] == [
         (id, turn, part, kind)
         for id in ("qa", "qb")
         for turn, part, kind in ((0, "talk", "wrong"), (1, "talk, turn 2", "correct"), (2, "talk, turn 3", "wrong"))
@@ -136,7 +145,7 @@ def test_every_turn_of_a_conversation_is_asked_on_the_models_own_replies(
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"turn": 0' in line))
     before = len(server.requests)
-    assert asked_of(path, asked, Sampling(16)) == samples
+    assert asked_of(path, asked, Asking(max_tokens=16)) == samples
     assert len(server.requests) - before == 4
 
 
@@ -148,14 +157,14 @@ def test_the_engine_is_wide_enough_for_the_longest_prompt(
     short = [(letters, question) for question in letters.questions("test", 3)]
     content = "word " * 5000
     long = [*short, (letters, replace(short[0][1], id="long", messages=({"role": "user", "content": content},)))]
-    asked_of(tmp_path / "short.jsonl", short, Sampling(128))
-    asked_of(tmp_path / "long.jsonl", long, Sampling(128))
+    asked_of(tmp_path / "short.jsonl", short, Asking(max_tokens=128))
+    asked_of(tmp_path / "long.jsonl", long, Asking(max_tokens=128))
     talk = Talk().questions()[0]
     assert widths == [
         {"slots": 16, "context": 896, "shared": False},
         {"slots": 6, "context": 5002 + 128 + 1, "shared": False},
     ]
-    assert tokens_needed(words(), Talk(), talk, Sampling(100)) == 3 * (3 + 1) + 3 * 100 + 1
+    assert tokens_needed(words(), Talk(), talk, Asking(max_tokens=100)) == 3 * (3 + 1) + 3 * 100 + 1
 
 
 def test_only_tasks_with_short_answers_have_a_constant_to_beat() -> None:
@@ -164,7 +173,7 @@ def test_only_tasks_with_short_answers_have_a_constant_to_beat() -> None:
     both = [*asked, *((Talk(), question) for question in Talk().questions())]
     (row,) = constant_baselines(both)
     golds = [question.gold for _, question in asked]
-    assert row == {"task": "letters", "answer": row["answer"], "accuracy": golds.count(str(row["answer"])) / 30}
+    assert row == ConstantBaseline("letters", row.answer, golds.count(row.answer) / 30)
 
 
 def letters_asked(n: int) -> list[tuple[Task, Question]]:
@@ -177,22 +186,22 @@ def test_samples_come_from_few_requests_and_only_missing_ones_are_asked_again(
 ) -> None:
     server, widths = served
     server.server.reply = lambda prompt, seed, index: f"\\boxed{{{(seed + index) % 7}}}"
-    path, how = tmp_path / "s.jsonl", Sampling(16, samples=6, temperature=0.5, seed=3, together=4)
-    samples = asked_of(path, letters_asked(3), how)
-    assert [s.sample for s in samples] == [0, 1, 2, 3, 4, 5] * 3
+    path, asking = tmp_path / "s.jsonl", Asking(max_tokens=16, samples=20, temperature=0.5, seed=3)
+    samples = asked_of(path, letters_asked(3), asking)
+    assert [s.sample for s in samples] == [*range(20)] * 3
     assert [tuple(body[key] for key in ("n", "seed", "temperature")) for body in server.requests[:2]] == [
-        (4, 3, 0.5),
-        (2, 7, 0.5),
+        (16, 3, 0.5),
+        (4, 19, 0.5),
     ]
-    assert [s.answer for s in samples[:6]] == ["3", "4", "5", "6", "0", "1"]
+    assert [s.answer for s in samples[:20]] == [str((3 + n) % 7) for n in range(20)]
     assert widths == [{"slots": 16, "context": 784, "shared": True}]
-    assert [s.prompt_tokens > 0 for s in samples[:6]] == [True, False, False, False, True, False]
+    assert [n for n in range(20) if samples[n].prompt_tokens > 0] == [0, 16]
     # A kill between the lines of one request: the others of it stay as they are.
     path.write_text("".join(path.read_text().splitlines(True)[:-1]))
     before = len(server.requests)
-    assert asked_of(path, letters_asked(3), how) == samples
+    assert asked_of(path, letters_asked(3), asking) == samples
     assert len(server.requests) == before + 1
-    assert asked_of(path, letters_asked(3), how) == samples
+    assert asked_of(path, letters_asked(3), asking) == samples
     assert len(widths) == 2, "nothing was left, so no engine was started"
 
 
@@ -201,9 +210,9 @@ def test_each_sample_of_a_conversation_goes_its_own_way(
 ) -> None:
     server, _ = served
     server.server.reply = lambda prompt, seed, index: f"{seed + index} after {prompt.count('[user]')}"
-    talk, how = Talk(), Sampling(16, samples=2, temperature=1.0)
+    talk, asking = Talk(), Asking(max_tokens=16, samples=2, temperature=1.0)
     asked: list[tuple[Task, Question]] = [(talk, talk.questions()[0])]
-    samples = asked_of(tmp_path / "s.jsonl", asked, how)
+    samples = asked_of(tmp_path / "s.jsonl", asked, asking)
     assert [(s.turn, s.sample, s.response) for s in samples] == [
         (turn, sample, f"{sample} after {turn + 1}") for turn in range(3) for sample in range(2)
     ]
@@ -217,8 +226,8 @@ def test_a_lenient_verdict_takes_the_last_number(
     server, _ = served
     ((letters, question),) = letters_asked(1)
     server.server.reply = lambda prompt, seed, index: f"I count {question.gold}"
-    (sample,) = asked_of(tmp_path / "s.jsonl", [(letters, question)], Sampling(16))
-    assert (sample.kind, sample.lenient, sample.max_tokens, sample.family) == (
+    (sample,) = asked_of(tmp_path / "s.jsonl", [(letters, question)], Asking(max_tokens=16))
+    assert (sample.verdict, sample.lenient_verdict, sample.max_tokens, sample.family) == (
         "no_answer",
         "correct",
         16,
@@ -231,16 +240,19 @@ def test_another_strategy_answers_through_the_same_seam(
 ) -> None:
     """Two answers of one tree, in this case always the same, and all that the tree has cost."""
 
-    def tree(endpoint: Endpoint, how: Sampling) -> Sampler:
-        async def decode(task: Task, question: Question, numbers: range) -> Reply:
-            choices = tuple(Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers)
-            return Reply(choices, 100)
+    class Tree:
+        samples_per_call = 2
 
-        return decode
+        async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
+            return Sampled([Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers], 100)
 
-    asked, how = letters_asked(2), Sampling(16, samples=4, temperature=1.0, together=2)
-    model = embedded(tmp_path, words(), asked, how)
-    samples = ask(model, asked, tmp_path / "s.jsonl", how, strategy=tree)
+    def tree(endpoint: Endpoint) -> Sampler:
+        return Tree()
+
+    asked, asking = letters_asked(2), Asking(max_tokens=16, samples=4, temperature=1.0)
+    model = open_local(tmp_path, words(), asked, asking, name="m")
+    samples, tokens = ask(model, asked, tmp_path / "s.jsonl", asking, sampler_of=tree)
+    assert tokens == 9 * 8
     assert [(s.answer, s.prompt_tokens) for s in samples] == [("0", 100), ("1", 0), ("2", 100), ("3", 0)] * 2
     assert served[0].calls == 0
 
@@ -252,7 +264,7 @@ async def test_tokens_per_second_are_those_of_raw_requests(tmp_path: Path) -> No
 
     asked, in_flight = letters_asked(138), 16
     reply = "we count the letters again " * 12 + "\\boxed{3}"
-    how = Sampling(256)
+    asking = Asking(max_tokens=256)
     async with FakeServer(reply=lambda *_: reply, latency=0.05) as server:
         model = Model(url=server.url, model="fake", mode="chat", max_in_flight=in_flight)
         bodies = [
@@ -274,7 +286,8 @@ async def test_tokens_per_second_are_those_of_raw_requests(tmp_path: Path) -> No
         async def ours(n: int) -> float:
             started = time.perf_counter()
             path = tmp_path / f"{n}.jsonl"
-            await asyncio.to_thread(ask, opened_server(model), asked, path, how)
+            sampler_of = partial(PlainSampler, asking=asking)
+            await asyncio.to_thread(ask, open_server(model, "m"), asked, path, asking, sampler_of=sampler_of)
             return time.perf_counter() - started
 
         pairs = [(await raw(), await ours(n)) for n in range(4)]
@@ -288,7 +301,7 @@ def test_one_greedy_sample_is_plain_generation(tmp_path: Path) -> None:
     """The embedded model asked by `evaluate` says what it says when its prompt is sent by hand."""
     letters = task("letters")
     questions = letters.questions("test", 2)
-    cotree.evaluate(
+    evaluate_model(
         "smollm2-135m-instruct", ["letters"], limit=2, max_tokens=16, out=tmp_path, output=Output(quiet=True)
     )
     gguf = at_type(locate("smollm2-135m-instruct"), "Q8_0")

@@ -10,25 +10,26 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
-from html.parser import HTMLParser
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.support.fake_server import FakeServerThread, draw
 from tests.support.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
-import cotree
 from cotree.base.errors import UsageError
-from cotree.base.numbers import paper_form
 from cotree.base.progress import Output
 from cotree.cli import main
+from cotree.eval import asking as asking_module
+from cotree.eval.compare import compare_evaluations
+from cotree.eval.evaluate import evaluate, evaluate_model
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.eval.results import Evaluation, read_evaluations, read_results
-from cotree.report.paper_table import paper_table
+from cotree.eval.settings import Asking
+from cotree.models.settings import Model
+from cotree.report.table import table_of
+from cotree.tasks import task
+from cotree.tasks.generated import Letters
 from cotree.train.student import load_student
 
 QUIET = Output(quiet=True)
@@ -67,14 +68,14 @@ def sha(text: str) -> str:
 def test_the_files_have_the_keys_of_lm_eval(tmp_path: Path) -> None:
     """As EvaluationTracker and evaluator.py of lm-evaluation-harness 0.4 write them."""
     with FakeServerThread(reply=said) as server:
-        found = cotree.evaluate(server.url, ["letters"], chat=True, limit=12, out=tmp_path, name="a/b", output=QUIET)
+        found = evaluate_model(server.url, ["letters"], chat=True, limit=12, out=tmp_path, name="a/b", output=QUIET)
     content = results(tmp_path)
     assert {"results", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "config", "date",
             "model_name", "group_subtasks"} <= content.keys()  # fmt: skip
     row, own = content["results"]["letters"], found.rows[0]
-    assert row["exact_match,strict-match"] == own["accuracy"]
-    assert row["exact_match,flexible-extract"] == own["lenient"]
-    p = own["accuracy"]
+    assert row["exact_match,strict-match"] == own.accuracy
+    assert row["exact_match,flexible-extract"] == own.lenient
+    p = own.accuracy
     assert row["exact_match_stderr,strict-match"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
     assert content["n-samples"]["letters"] == {"original": 138, "effective": 12}
     assert (content["model_name"], content["model_name_sanitized"]) == ("a/b", "a__b")
@@ -89,8 +90,11 @@ def test_the_files_have_the_keys_of_lm_eval(tmp_path: Path) -> None:
         assert one["target_hash"] == sha(one["target"])
         assert one["exact_match"] == (one["filtered_resps"][0] == one["target"])
     strict = [one["exact_match"] for one in rows if one["filter"] == "strict-match"]
-    assert sum(strict) / 12 == own["accuracy"]
-    assert read_results(tmp_path) == [found]
+    assert sum(strict) / 12 == own.accuracy
+    assert {key: content["cotree"][key] for key in ("model", "rows", "tokens")} == json.loads(
+        json.dumps({"model": "a/b", "rows": [asdict(own)], "tokens": asdict(found.tokens)})
+    )
+    assert found.tokens.completion == sum(sample.tokens for sample in read_samples(tmp_path / JOURNAL))
 
 
 def test_a_later_turn_is_a_request_for_each_sample(tmp_path: Path) -> None:
@@ -99,14 +103,16 @@ def test_a_later_turn_is_a_request_for_each_sample(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"id": "1:1:zh", "language": "Chinese", "turns": turns}))
     with FakeServerThread(reply=lambda prompt, seed, index: f"Hi{',' * (seed + index)}") as server:
-        found = cotree.evaluate(
+        evaluate_model(
             server.url, ["multi_if"], data=path, chat=True, samples=2, temperature=1.0, out=tmp_path / "o", output=QUIET
         )
     (first,), (second,) = (sample_rows(tmp_path / "o", name) for name in ("multi_if", "multi_if_turn_2"))
     assert (first["resps"], second["resps"]) == ([["Hi", "Hi,"]], [["Hi"], ["Hi,"]])
     assert [json.loads(a["arg_0"])[1]["content"] for a in second["arguments"].values()] == ["Hi", "Hi,"]
     assert results(tmp_path / "o")["results"]["multi_if"]["prompt_level_strict_acc,none"] == 0.5
-    assert "multi_if IF(Zh)" in paper_table([found]) and "50.0 (0%)" in paper_table([found])
+    shown = str(table_of([str(tmp_path / "o")]).render("markdown"))
+    assert "IF(Zh)" in shown
+    assert "50.0 (0%)" in shown
 
 
 def command(url: str, out: Path) -> list[str]:
@@ -143,72 +149,6 @@ def test_a_killed_evaluation_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert sample_rows(tmp_path / "killed", "letters") == sample_rows(tmp_path / "whole", "letters")
 
 
-def evaluation(name: str, **changes: Any) -> Evaluation:
-    row = {
-        "task": "gsm8k", "n": 100, "samples": 1, "temperature": 0.0, "top_p": 1.0, "decoding": "", "max_tokens": 64,
-        "accuracy": 0.874, "low": 0.79, "high": 0.93, "lenient": 0.874, "no_answer": 0.0023, "loop": 0.001,
-        "truncated": 0.0013, "finished_without_answer": 0.0, "test_at": {}, "majority": None, "mean_tokens": 9.5,
-        "tokens_p50": 9, "tokens_p90": 12, "tokens_p99": 20, "detectable": None, "families": {}, **changes,
-    }  # fmt: skip
-    return Evaluation(name, [row], [], [])
-
-
-class Text(HTMLParser):
-    """The tags and the texts of cells."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.texts: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.add(tag)
-        if tag in ("td", "th"):
-            self.texts.append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.texts:
-            self.texts[-1] += data.replace("\n", "")
-
-
-@settings(deadline=None)
-@given(st.text(st.sampled_from("ab\\{}$&#_%~^<>|`*[]\n\x1b\"'é"), min_size=1).filter(lambda name: "a" in name))
-def test_no_name_is_markup(name: str) -> None:
-    shown = " ".join("".join(c if c.isprintable() else " " for c in name).split())
-    found = [evaluation(name), evaluation("other", task="math500", accuracy=0.51)]
-    page = Text(paper_table(found, "html"))
-    assert page.tags == {"table", "thead", "tr", "td", "th", "ul", "li"}
-    assert page.texts[:6] == ["model", "gsm8k", "math500", shown, "87.4 (0.23%)", "–"]
-    latex = paper_table(found, "latex").split("\n")[4].removesuffix(r" \\")
-    bare = re.sub(r"\\(text\w+\{\}|[{}$&#_%])", "", latex)
-    assert not latex.startswith(("[", "*"))
-    assert bare.count("&") == 2 and not re.search(r"[\\{}$#_%~^<>]", bare)
-    cell, _, _ = paper_table(found, "markdown").split("\n")[2].removeprefix("| ").rpartition(" | 87.4 (0.23%)")
-    assert re.fullmatch(r"(\\.|[^`*_\[\]<|$\\])*", cell)
-    assert re.sub(r"\\(.)", r"\1", cell) == shown
-    assert all("\x1b" not in paper_table(found, form) for form in ("terminal", "markdown", "latex", "html"))
-
-
-def test_every_format_has_the_papers_cells_and_what_stands_behind_them() -> None:
-    several = {
-        "samples": 8, "temperature": 0.8, "lenient": 0.9, "test_at": {"8": [0.95, 0.9, 0.98]}, "detectable": 0.12,
-        "majority": [0.9, 0.8, 0.95],
-    }  # fmt: skip
-    for form in ("terminal", "markdown", "latex", "html"):
-        text = paper_table([evaluation("base"), evaluation("dpo", **several)], form)
-        text = text.replace("\\", "").replace("--", "–")
-        assert text.count("87.4 (0.23%)") == 2
-        for told in (
-            "of 100, greedy", "79.0–93.0", "Test@8 95.0 [90.0–98.0]", "maj@8 90.0", "lenient 90.0", "max_tokens 64",
-            "loop 0.1 + cut off 0.1 + finished 0.0", "differences below 12.0 points",
-        ):  # fmt: skip
-            assert told in text
-    with pytest.raises(UsageError, match="unknown format `pdf`; known: terminal, markdown"):
-        paper_table([evaluation("base")], "pdf")
-    assert paper_form(0.874, 0.0023) == "87.4 (0.23%)"
-
-
 def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     with FakeServerThread(reply=said) as server:
@@ -216,25 +156,117 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert run(monkeypatch, *asked, "--limit", 9, "--seed", 1) == 0
         assert run(monkeypatch, *asked, "--limit", 9, "--name", "b", "--format", "latex") == 0
         assert r"\begin{tabular}" in capsys.readouterr().out
-        assert run(monkeypatch, *asked, "--limit", 8) == 2
-        assert "holds an evaluation with other settings (seed, limit)" in capsys.readouterr().err
     first, second = tmp_path / "runs" / "evals" / "fake", tmp_path / "runs" / "evals" / "b"
-    assert run(monkeypatch, "eval", "--compare", first, second) == 0
+    assert run(monkeypatch, "compare", first, second) == 0
     assert "exact McNemar" in capsys.readouterr().out
-    assert run(monkeypatch, "eval", "--table", first, "--table", second, "--format", "markdown") == 0
-    shown = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[:4]]
-    assert shown == ["| model", "|---|---:|", "| fake", "| b"]
+    assert run(monkeypatch, "compare", tmp_path / "runs", second) == 2
+    assert "name one model's folder in it, e.g. " in capsys.readouterr().err
+    assert run(monkeypatch, "table", first, second, "--format", "markdown") == 0
+    shown = capsys.readouterr().out
+    assert "| fake" in shown
+    assert "| b" in shown
     assert run(monkeypatch, "diagnose", first) == 0
     assert "journal: letters" in capsys.readouterr().out
+
+
+def test_more_questions_ask_the_new_ones_only_and_fewer_none(tmp_path: Path) -> None:
+    with FakeServerThread(reply=said) as server:
+
+        def evaluated(limit: int, name: str = "out") -> tuple[int, int]:
+            before = server.calls
+            out = tmp_path / name
+            found = evaluate_model(
+                server.url, ["letters"], chat=True, served="fake", limit=limit, out=out, output=QUIET
+            )
+            return server.calls - before, found.rows[0].n
+
+        assert [evaluated(n) for n in (5, 9, 5)] == [(5, 5), (4, 9), (0, 5)]
+        evaluated(5, "other")
+        (same,) = compare_evaluations(tmp_path / "out", tmp_path / "other")
+        assert (same.n, same.changed) == (5, {}), "what the folder is about, not what its journal keeps"
+        assert len(list((tmp_path / "out").glob("results_*.json"))) == 1
+        assert len(sample_rows(tmp_path / "out", "letters")) == 10
+        assert evaluated(9) == (0, 9)
+
+
+def test_content_of_other_settings_is_kept_and_comes_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with FakeServerThread(reply=said, models=("fake", "other")) as server:
+
+        def evaluated(served: str = "fake", **settings: Any) -> tuple[int, Any]:
+            before = server.calls
+            found = evaluate_model(
+                server.url, ["letters"], chat=True, served=served, limit=4, out=out, output=QUIET, **settings
+            )
+            return server.calls - before, found.rows
+
+        first = evaluated(max_tokens=64)
+        assert first[0] == 4
+        other = evaluated(max_tokens=5)
+        assert other[0] == 4
+        assert len(list((out / "older").iterdir())) == 1
+        assert evaluated(max_tokens=64) == (0, first[1])
+        assert evaluated(max_tokens=5) == (0, other[1])
+        assert evaluated(max_tokens=5, max_in_flight=2) == (0, other[1]), "speed is no content"
+        assert evaluated("other", max_tokens=5)[0] == 4, "another model"
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("mine")
+        out = tmp_path / "mine"
+        with pytest.raises(UsageError, match="mine holds other files; choose another --out"):
+            evaluated()
+
+
+def test_a_changed_question_is_asked_again_and_a_changed_answer_is_judged_again(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    how: dict[str, Any] = {"data": rows, "chat": True, "served": "fake", "output": QUIET}
+    with FakeServerThread(reply=lambda prompt, seed, index: f"It is \\boxed{{{prompt.count('1')}}}.") as server:
+
+        def evaluated(question: str, gold: str) -> tuple[int, float]:
+            rows.write_text(json.dumps({"question": question, "answer": f"#### {gold}", "id": "a"}) + "\n")
+            before = server.calls
+            found = evaluate_model(server.url, ["gsm8k"], out=out, **how)
+            return server.calls - before, found.rows[0].accuracy
+
+        assert evaluated("What is 1 + 1?", "2") == (1, 1.0)
+        assert evaluated("What is 1 + 1?", "3") == (0, 0.0)
+        assert evaluated("What is 1 + 1 + 1?", "3") == (1, 1.0)
+        assert evaluated("What is 1 + 1?", "2") == (0, 1.0), "the words are the old ones again"
+        (sample,) = read_samples(out / JOURNAL)
+        assert (sample.response, sample.gold) == ("It is \\boxed{2}.", "2")
+        with pytest.raises(UsageError, match="is a file; --out names"):
+            evaluate_model(server.url, ["gsm8k"], out=rows, **how)
+        (out / "node.json").unlink()
+        with pytest.raises(UsageError, match="holds other files; choose another --out"):
+            evaluate_model(server.url, ["gsm8k"], out=out, **how)
+
+
+def test_newer_verdict_code_judges_kept_replies_again_and_asks_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = task("letters")
+    asked = [(letters, question) for question in letters.questions("test", 6)]
+    with FakeServerThread(reply=said) as server:
+        model = Model(url=server.url, model="fake", mode="chat")
+        evaluate(model, asked, Asking(), tmp_path, name="m", output=QUIET)
+    journal = (tmp_path / JOURNAL).read_bytes()
+    evaluate(model, asked, Asking(), tmp_path, name="m", output=QUIET)
+    assert (tmp_path / JOURNAL).read_bytes() == journal, "nothing to judge, and the server is gone"
+    monkeypatch.setattr(asking_module, "VERDICT_VERSION", 7)
+    monkeypatch.setattr(Letters, "extract", lambda self, completion, finish_reason, mode: "x")
+    found = evaluate(model, asked, Asking(), tmp_path, name="m", output=QUIET)
+    assert (found.rows[0].accuracy, found.rows[0].no_answer, found.rows[0].commonest) == (0, 0, "x")
+    samples = read_samples(tmp_path / JOURNAL)
+    assert {(sample.verdict_version, sample.answer) for sample in samples} == {(7, "x")}
+    assert (tmp_path / JOURNAL).read_bytes().startswith(journal), "what was there stays"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name a recipe, or --model with --task"),
-        (["--model", "smollm2-135m-instruct"], "name a task to evaluate on"),
+        (["--task", "letters"], "--model"),
+        (["--model", "smollm2-135m-instruct"], "--task"),
         (["--model", "nowhere/model", "--task", "letters"], "nothing at nowhere/model"),
-        (["--model", "llama-9", "--task", "letters"], "unknown embedded model `llama-9`"),
+        (["--model", "llama-9", "--task", "letters"], "nothing at llama-9"),
         (["--model", "http://127.0.0.1:9", "--task", "letters"], "give --tokenizer"),
         (["--model", "http://127.0.0.1:9", "--chat", "--task", "letters"], "start the server"),
         (["--model", "smollm2-135m-instruct", "--chat", "--task", "letters"], "are for servers"),
@@ -243,20 +275,20 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             ["--model", "x", "--task", "letters", "--family", "zebras"],
             "of family `zebras`; its families: ",
         ),
-        (["--model", "x", "--task", "letters", "--limit", "999"], "has 138 such questions, not 999"),
+        (["--model", "x", "--task", "letters", "--limit", "999"], "has 138 questions in split `test`, not 999"),
         (["--model", "x", "--task", "letters", "--task", "letters"], "two test questions of task `letters`"),
         (["--model", "x", "--task", "leters"], "did you mean `letters`"),
-        (["--model", "notes.txt", "--task", "letters"], "unknown embedded model `notes.txt`"),
-        (["--model", "bare", "--task", "letters"], "bare has no config.json; give a transformers folder"),
-        (["--model", "dpo", "--task", "letters"], "dpo has no config.json; give dpo/model"),
+        (["--model", "notes.txt", "--task", "letters"], "no weights `notes.txt`"),
+        (
+            ["--model", "bare", "--task", "letters"],
+            "bare has no config.json with *.safetensors; give a transformers folder",
+        ),
+        (["--model", "dpo", "--task", "letters"], "dpo has no config.json with *.safetensors; give dpo/model"),
         (["--model", "folder", "--task", "letters"], "cannot export 'mamba' models: supported are llama"),
         (["--model", "smollm2-135m-instruct", "--task", "letters", "--max-tokens", "9000"], "takes 8192; lower"),
-        (["--model", "x", "--task", "letters", "--gguf", "Q2"], "unknown GGUF type `Q2`"),
-        (["--model", "x", "--task", "letters", "--top-p", "0"], "top_p 0.0 keeps no token"),
+        (["--model", "x", "--task", "letters", "--gguf", "Q2"], "`gguf`: must be 'F32', 'F16' or 'Q8_0'"),
+        (["--model", "x", "--task", "letters", "--top-p", "0"], "`top_p`: must be greater than 0"),
         (["--model", "", "--task", "letters"], "name a model: a server's URL"),
-        (["--table", "folder/config.json"], "folder/config.json is no folder"),
-        (["--compare", "a", "b"], "no samples at a"),
-        (["--table", "bare"], "no results of an evaluation in bare"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -279,19 +311,6 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "runs").exists()
 
 
-def test_rows_that_changed_under_their_ids_are_another_evaluation(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    how: dict[str, Any] = {"chat": True, "served": "fake", "max_tokens": 16, "output": QUIET}
-    with FakeServerThread(reply=said) as server:
-        for gold, out in (("2", "out"), ("2", "out"), ("3", "out"), ("3", "rows.jsonl")):
-            rows.write_text(json.dumps({"question": "What is 1 + 1?", "answer": f"#### {gold}", "id": "a"}) + "\n")
-            fault = "is a file; --out names" if out == "rows.jsonl" else r"with other settings \(questions\)"
-            refused = pytest.raises(UsageError, match=fault) if gold == "3" else nullcontext()
-            with refused:
-                cotree.evaluate(server.url, ["gsm8k"], data=rows, out=tmp_path / out, **how)
-        assert server.calls == 1
-
-
 def test_a_server_with_a_tokenizer_reads_the_rendered_prompt_and_a_base_model_is_stopped(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "chat")
@@ -299,7 +318,7 @@ def test_a_server_with_a_tokenizer_reads_the_rendered_prompt_and_a_base_model_is
     tokenizer.save_pretrained(tmp_path / "base")
     with FakeServerThread(reply=said) as server:
         for name in ("chat", "base"):
-            cotree.evaluate(
+            evaluate_model(
                 server.url,
                 ["letters"],
                 served="fake",
@@ -321,14 +340,14 @@ def test_a_transformers_folder_is_served_like_its_base(tmp_path: Path, monkeypat
     said = []
     for model, name in ((file, "file"), (folder, "folder"), (folder, "again")):
         out = tmp_path / name
-        cotree.evaluate(
+        evaluate_model(
             str(model), ["letters"], limit=2, max_tokens=8, gguf="F32", base=str(file), name=name, out=out, output=QUIET
         )
         said.append({sample.id: sample.response for sample in read_samples(out / JOURNAL)})
     assert said[0] == said[1] == said[2]
     assert len(list((tmp_path / "cache" / "cotree").glob("student-*-F32.gguf"))) == 1
-    with pytest.raises(UsageError, match="--base names the GGUF that it was trained from"):
-        cotree.evaluate(str(folder), ["letters"], limit=2, output=QUIET)
+    with pytest.raises(UsageError, match="`base` names the GGUF that it was trained from"):
+        evaluate_model(str(folder), ["letters"], limit=2, output=QUIET)
 
 
 WRITTEN = (
@@ -355,7 +374,7 @@ def test_lm_eval_gives_the_same_exact_match_on_the_same_samples(tmp_path: Path) 
     by_prompt = {f"Number {i}?": text for i, text in enumerate(written)}
     reply = lambda prompt, *_: next(text for asked, text in by_prompt.items() if asked in prompt)  # noqa: E731
     with FakeServerThread(reply=reply) as server:
-        cotree.evaluate(server.url, ["gsm8k"], data=path, chat=True, served="fake", out=tmp_path / "out", output=QUIET)
+        evaluate_model(server.url, ["gsm8k"], data=path, chat=True, served="fake", out=tmp_path / "out", output=QUIET)
     theirs = yaml.safe_load(
         re.sub(r"!function.*", "", (files("lm_eval") / "tasks" / "gsm8k" / "gsm8k.yaml").read_text(encoding="utf-8"))
     )
@@ -372,11 +391,3 @@ def test_lm_eval_gives_the_same_exact_match_on_the_same_samples(tmp_path: Path) 
             for answer, gold in zip(found, GOLDS, strict=True)
         ]
         assert ours[f"exact_match,{chosen['name']}"] == sum(map(float, right)) / len(GOLDS), chosen["name"]
-
-
-def test_models_of_one_name_are_called_by_their_folders(tmp_path: Path) -> None:
-    for name, model in (("one", "dpo"), ("two", "dpo"), ("three", "base")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps({"eval": [{"model": model, "task": "letters"}]}))
-    found = read_evaluations([tmp_path / name for name in ("one", "two", "three")])
-    assert [evaluation.model for evaluation in found] == ["one: dpo", "two: dpo", "base"]

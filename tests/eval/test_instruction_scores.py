@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cotree.base.numbers import group_name
 from cotree.eval.journal import EvalSample
-from cotree.eval.outcome import instruction_scores, outcomes
-from cotree.report.html import write_report
-from cotree.report.table import summary_lines
+from cotree.eval.metrics import instruction_scores
 from cotree.tasks import task
 
 WORDS = "we all went to the market in the morning and bought some bread for the children"
@@ -46,23 +43,15 @@ def test_scores_by_group_and_turn(tmp_path: Path) -> None:
             verdict = multi_if.judge(question, reply)
             samples.append(EvalSample("multi_if", first.id, reply, "stop", 3, 9, verdict.kind, reply, "", turn))
             question = question.follow_up(reply) or question
-    scores = {(r["group"], r["turn"]): r for r in instruction_scores(questions, samples)}
+    scores = {(row.group, row.turn): row for row in instruction_scores(questions, samples)}
     english = [scores["IF(En)", turn] for turn in (1, 2, None)]
-    assert [r["prompts"] for r in english] == [2, 2, 4]
-    assert [r["prompt_strict"] for r in english] == [0.5, 0.5, 0.5]
-    assert [r["instruction_strict"] for r in english] == [0.5, 0.75, 0.625]
-    assert scores["IF(Other)", 2]["instruction_strict"] == 0.0
+    assert [row.prompts for row in english] == [2, 2, 4]
+    assert [row.prompt_strict for row in english] == [0.5, 0.5, 0.5]
+    assert [row.instruction_strict for row in english] == [0.5, 0.75, 0.625]
+    assert scores["IF(Other)", 2].instruction_strict == 0.0
     for turn in (0, 1):
-        kinds = [s.kind for s in samples if s.turn == turn and s.id.endswith("en")]
-        assert kinds.count("correct") / 2 == scores["IF(En)", turn + 1]["prompt_strict"], "a verdict is prompt-strict"
-
-    rows_shown = [{"model": "dpo", **score} for score in scores.values()]
-    summary = {"name": "x", "seed": 0, "created": "2026-01-01", "instructions": rows_shown}
-    assert "  dpo           multi_if IF(En), turn 2: 50.0 / 50.0, 75.0 / 75.0, 62.5" in summary_lines(summary)
-    rows = [{"model": "dpo", **row} for row in outcomes(questions, samples)]
-    (tmp_path / "summary.json").write_text(json.dumps(summary | {"eval": rows}))
-    page = write_report(tmp_path).read_text()
-    assert all(group_name(row) in page for row in rows_shown)
+        verdicts = [s.verdict for s in samples if s.turn == turn and s.id.endswith("en")]
+        assert verdicts.count("correct") / 2 == scores["IF(En)", turn + 1].prompt_strict, "a verdict is prompt-strict"
 
 
 def test_tasks_without_instructions_have_no_scores() -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cotree.base.errors import UsageError
-from cotree.eval.journal import EvalSample, append_line
+from cotree.eval.journal import JOURNAL, EvalSample, append_line
 from cotree.eval.survey import diagnose_file
 
 LOOP = "I count the apples once more. " * 100
@@ -19,17 +19,22 @@ LOOP = "I count the apples once more. " * 100
 def test_a_run_is_its_samples_and_its_data_by_model_and_script(tmp_path: Path) -> None:
     for i, (model, text) in enumerate((("base", LOOP), ("dpo", "\\boxed{2}"), ("dpo", "答案是二。"))):
         sample = EvalSample("letters", str(i), text, "stop", 3, 9, "no_answer" if text is LOOP else "correct", "2", "2")
-        append_line(tmp_path / "eval" / f"samples_{model}.jsonl", asdict(sample))
-    (tmp_path / "data" / "sft").mkdir(parents=True)
+        journal = tmp_path / "evaluations" / "test" / model / JOURNAL
+        append_line(journal, asdict(sample))
+        append_line(journal, asdict(sample))  # judged again: still one sample
+    (tmp_path / "datasets" / "sft").mkdir(parents=True)
     rows = [{"completion": [{"role": "assistant", "content": "So it is \\boxed{3}"}], "task": "letters"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "sft" / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "datasets" / "sft" / "train.parquet")
     _, *lines = diagnose_file(tmp_path)
     shown = [line.split() for line in lines if not line.startswith("\n")]
     assert sorted((cells[0], cells[2], cells[3]) for cells in shown) == [
-        ("base:", "latin", "1"), ("data/sft:", "latin", "1"), ("dpo:", "cjk", "1"), ("dpo:", "latin", "1"),
-    ]  # fmt: skip
-    assert "1 (100.0%)" in lines[0]
-    assert [line for line in lines if line.startswith("\nbase, row 0, 0: loop")], "file, row and id"
+        ("datasets/sft:", "latin", "1"),
+        ("test/base:", "latin", "1"),
+        ("test/dpo:", "cjk", "1"),
+        ("test/dpo:", "latin", "1"),
+    ]
+    assert "1 (100.0%)" in next(line for line in lines if line.startswith("test/base"))
+    assert [line for line in lines if line.startswith("\ntest/base, row 0, 0: loop")], "file, row and id"
 
 
 def test_sample_files_count_each_response_once(tmp_path: Path) -> None:

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.experiment import KeptOutput
 from tests.support.fake_server import ASSISTANT, FakeServerThread, tell
 
 from cotree.base.errors import UsageError
 from cotree.base.progress import Output
 from cotree.cli import main
 from cotree.experiment.check import Finding, check
-from cotree.experiment.recipe import Recipe
-from cotree.models.embedded import locate
-
-QUIET = Output(quiet=True)
+from cotree.experiment.recipe import build_recipe, recipe_yaml
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +34,30 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def recipe(*models: dict[str, Any], **more: Any) -> Recipe:
-    """Models `m0`, `m1`, ... and a student that nobody asks."""
-    raw: dict[str, Any] = {
+def written(*models: dict[str, Any], **trees: Any) -> dict[str, Any]:
+    """A recipe of models `m0`, `m1`, ..., of which `m0` thinks and is asked, and a student whose weights are not there.
+
+    trees: settings of the trees.
+    """
+    return {
         "name": "checked",
-        "models": {f"m{i}": model for i, model in enumerate(models)},
-        "roles": {"thinker": "m0"},
-        "tasks": {"train": {"letters": 2}, "eval": {"letters": 2}},
-        "train": {"student": "student"},
+        "models": {f"m{i}": model for i, model in enumerate(models)} | {"gone": {"weights": "no-such-file.gguf"}},
+        "trees": {"train": {"questions": {"letters": 2}, "roles": {"thinker": "m0"}} | trees},
+        "datasets": {"chains": {"trees": "train", "rows": "sft"}},
+        "students": {"sft": {"from": "gone", "method": "sft", "data": "chains"}},
+        "evaluations": {"test": {"models": ["m0"], "questions": {"letters": 2}}},
     }
-    raw["models"]["student"] = {"embedded": "no-such-file.gguf"}
-    return Recipe.parse(raw | more, "test")
 
 
-def problems(*models: dict[str, Any], **more: Any) -> dict[str, str]:
-    """What is wrong with the asked models, by check."""
-    seen: list[str] = []
-
-    class Listening(Output):
-        def say(self, line: object = "") -> None:
-            seen.append(str(line))
-
-    with pytest.raises(UsageError, match="checks failed"):  # the student is never there
-        check(recipe(*models, **more), Listening())
-    parts = [line[5:].split(": ", 2) for line in seen if line.startswith("FAIL") and "`student`" not in line]
-    return {name: problem for _, name, problem in parts}
+def problems(*models: dict[str, Any], **trees: Any) -> dict[str, str]:
+    """What is wrong with the asked models and the trees, by check."""
+    output = KeptOutput()
+    with pytest.raises(UsageError, match="checks failed"):  # the student's weights are never there
+        check(build_recipe(written(*models, **trees)), output)
+    parts = [line[5:].split(": ", 2) for line in output.lines if line.startswith("FAIL")]
+    gone = [(subject, name) for subject, name, problem in parts if "no-such-file" in problem]
+    assert gone == [("students/sft", "student"), ("model `gone`", "reach")]
+    return {name: problem for subject, name, problem in parts if (subject, name) not in gone}
 
 
 def chat(url: str | list[str], **more: Any) -> dict[str, Any]:
@@ -145,21 +142,25 @@ def test_a_template_that_drops_words_is_found(tokenizer: str, tmp_path: Path) ->
 
 
 def test_a_process_reward_model_is_asked_for_a_score_a_step() -> None:
-    search = {"reward": {"process": "m1"}}
+    reward = {"process": "m1"}
     with FakeServerThread(reply=tell) as server:
         scoring = {"url": server.url, "model": "fake", "mode": "pooling"}
-        assert problems(chat(server.url), scoring, search=search) == {}
+        assert problems(chat(server.url), scoring, reward=reward) == {}
     with FakeServerThread(reply=tell, step="<other>") as server:
         scoring = {"url": server.url, "model": "fake", "mode": "pooling"}
-        assert "1 scores came for 2 thoughts" in problems(chat(server.url), scoring, search=search)["scores"]
+        assert "1 scores came for 2 thoughts" in problems(chat(server.url), scoring, reward=reward)["scores"]
 
 
 def test_a_pooling_model_has_no_role_and_only_one_gives_process_rewards() -> None:
     scoring = {"url": "http://127.0.0.1:1", "mode": "pooling"}
     with pytest.raises(UsageError, match="`m0` is `mode: pooling`, which scores and writes nothing"):
-        recipe(scoring)
-    with pytest.raises(UsageError, match=r"search\.reward\.process: unknown `mode: pooling` model `m0`"):
-        recipe(chat("http://127.0.0.1:1"), search={"reward": {"process": "m0"}})
+        build_recipe(written(scoring))
+    with pytest.raises(UsageError, match=r"trees\.train\.reward\.process: `m0` writes; it needs .*`mode: pooling`"):
+        build_recipe(written(chat("http://127.0.0.1:1"), reward={"process": "m0"}))
+    raw = written(chat("http://127.0.0.1:1"), scoring, reward={"process": "m1"})
+    build_recipe(raw)
+    with pytest.raises(UsageError, match=r"evaluations\.test: `m1` is `mode: pooling`"):
+        build_recipe(raw | {"evaluations": {"test": {"models": ["m1"], "questions": {"letters": 2}}}})
 
 
 def test_an_empty_reply_is_found() -> None:
@@ -179,8 +180,8 @@ def test_a_server_that_is_down_is_named_and_the_others_are_checked() -> None:
 
 def test_questions_that_there_are_not_are_found() -> None:
     with FakeServerThread(reply=tell) as server:
-        found = problems(chat(server.url), tasks={"train": {"letters": 99999}, "eval": {"letters": 2}})
-    assert list(found) == ["train questions"]
+        found = problems(chat(server.url), questions={"letters": 99999})
+    assert list(found) == ["train questions", "contamination"]
     assert "lower the number" in found["train questions"]
 
 
@@ -193,11 +194,9 @@ def test_a_full_disk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_verb_says_a_line_a_check_and_exits_with_2(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cotree.experiment.recipe import recipe_yaml
-
     monkeypatch.setattr("sys.argv", ["cotree", "check", str(tmp_path / "recipe.yaml"), "--runs-dir", str(tmp_path)])
     with FakeServerThread(reply=tell, ignores=["stop"]) as server:
-        (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe(chat(server.url))))
+        (tmp_path / "recipe.yaml").write_text(recipe_yaml(build_recipe(written(chat(server.url)))))
         with pytest.raises(SystemExit) as exited:
             main()
     out, err = capfd.readouterr()
@@ -206,22 +205,41 @@ def test_the_verb_says_a_line_a_check_and_exits_with_2(
     assert err.startswith("cotree: 3 of ")
     assert "ok   model `m0`: exact: its greedy reply cut in two is completed to itself" in out
     assert "FAIL model `m0`: stop strings: " in out
-    assert "FAIL model `student`: student: " in out
-    assert "FAIL model `student`: reach: " in out
+    assert "ok   trees/train: train questions: 2 there" in out
+    assert "FAIL students/sft: student: " in out
+    assert "FAIL model `gone`: reach: " in out
     assert os.listdir(tmp_path) == ["recipe.yaml"]
 
 
 @pytest.mark.real
 def test_the_embedded_model_passes(tmp_path: Path) -> None:
-    models = {"m0": {"embedded": "smollm2-135m-instruct", "max_in_flight": 4}}
-    assert locate("smollm2-135m-instruct").is_file()
-    findings = check(recipe(models=models, train={"student": "m0"}), QUIET, tmp_path)
+    raw = written({"weights": "smollm2-135m-instruct", "max_in_flight": 4})
+    del raw["models"]["gone"]
+    raw["students"]["sft"]["from"] = "m0"
+    findings = check(build_recipe(raw), Output(quiet=True), tmp_path)
     assert {finding.check for finding in findings} >= {"reach", "continues", "exact", "stop strings", "samples"}
     assert all(isinstance(finding, Finding) and not finding.problem for finding in findings)
 
 
 def test_a_reward_function_that_does_not_load_is_found() -> None:
     with FakeServerThread(reply=tell) as server:
-        found = problems(chat(server.url), search={"reward": {"function": "nowhere:f"}})
-    assert list(found) == ["function"]
-    assert "cannot load nowhere" in found["function"]
+        found = problems(chat(server.url), reward={"function": "nowhere:f"})
+    assert list(found) == ["reward function"]
+    assert "cannot load nowhere" in found["reward function"]
+
+
+def test_questions_that_repeat_are_counted_before_the_search(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "question": "How many of the blue apples that Tom bought are left for Ann?", "answer": "1"}
+            for i in range(60)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text("name: own\ndata: rows.jsonl\nprompt: '{question}'\n")
+    own = {str(tmp_path / "own.yaml"): 3}
+    with FakeServerThread(reply=tell) as server:
+        raw = written(chat(server.url), questions=own)
+        raw["evaluations"]["test"]["questions"] = own
+        output = KeptOutput()
+        with pytest.raises(UsageError, match="checks failed"):
+            check(build_recipe(raw), output)
+    (line,) = [line for line in output.lines if ": contamination: " in line]
+    assert "all 3 questions of its trees repeat one of an evaluation" in line
+    assert "gates.contamination: false" in line

@@ -1,111 +1,226 @@
-"""`cotree run --dry-run`: what can be known at each point of a run, without a call or a file."""
+"""`cotree plan`: each node's state and why, and what a run would cost, without a call, a file or the network."""
 
 from __future__ import annotations
 
-import re
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from tests.experiment.conftest import Done
+from tests.support.experiment import begun, changed_recipe, small
 from tests.support.fake_server import FakeServerThread
-from tests.support.tiny_student import dpo_row, sft_row, tiny_model, tiny_tokenizer, write_tiny_gguf
 
-from cotree.base.progress import Output
+from cotree.base.run_folder import RunFolder
 from cotree.cli import main
-from cotree.experiment.recipe import Recipe, recipe_yaml
-from cotree.experiment.run import run
-from cotree.experiment.run_folder import open_run
-from cotree.train.plan import plan
+from cotree.experiment.plan import NodePlan, plan, plan_lines
+from cotree.experiment.recipe import build_recipe
+
+NODE_KEYS = {"name", "state", "why", "reads", "tokens", "seconds", "memory_mb", "disk_mb"}
+JOINT = {"students/joint", "students/masked", "evaluations/test"}
 
 
-class Kept(Output):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
+def planned(written: dict[str, Any], runs: Path, *changes: tuple[str, Any]) -> dict[str, NodePlan]:
+    """The plan by node; making it writes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in runs.parent.rglob("*") if path.name != "sha256.json"}
+    found = {each.name: each for each in plan(build_recipe(changed_recipe(written, *changes)), runs)}
+    now = {path: path.stat().st_mtime_ns for path in runs.parent.rglob("*") if path.name != "sha256.json"}
+    assert now == before
+    return found
 
-    def say(self, line: object = "") -> None:
-        self.lines.append(str(line))
+
+def states(found: dict[str, NodePlan]) -> dict[str, str]:
+    return {name: each.state for name, each in found.items()}
 
 
-def recipe(student: Path, url: str, **search: Any) -> Recipe:
-    raw = {
-        "name": "dry",
-        "models": {
-            "far": {"url": url, "model": "fake", "mode": "chat", "price": {"completion": 2.0}},
-            "tiny": {"embedded": str(student)},
-        },
-        "roles": {"thinker": "far"},
-        "tasks": {"train": {"letters": 5}, "eval": {"letters": 3}},
-        "search": {"rollouts": 4, "patterns": ["plain"], "max_depth": 6, "max_thought_tokens": 10} | search,
-        "build": {"sft": {"chains_per_tree": 2}},
-        "train": {"student": "tiny", "sft": {"batch_size": 4, "epochs": 2}},
-        "eval": {"max_tokens": 50, "control": False},
+def test_before_anything_all_is_new(student: Path, tmp_path: Path) -> None:
+    with FakeServerThread(chat_only=True) as server:
+        written = small(server.url, student)
+        found = planned(written, tmp_path / "runs")
+        assert server.calls == 0
+    assert set(states(found).values()) == {"new"}
+    assert list(found) == list(build_recipe(written).nodes)
+    trees, joint, test = (found[name] for name in ("trees/train", "students/joint", "evaluations/test"))
+    assert trees.tokens is not None and 4 * 10 < trees.tokens < 4 * 8 * 10 * 64, "bounded by patterns and rollouts"
+    assert trees.seconds is None, "no speed was measured yet"
+    assert joint.reads == ["students/sft", "datasets/pairs"]
+    assert joint.disk_mb is not None and joint.memory_mb is None and joint.tokens is None, "its rows are not there"
+    assert test.cells is not None and [(cell.model, cell.state) for cell in test.cells] == [
+        ("sft", "new"), ("joint", "new"), ("masked", "new"),
+    ]  # fmt: skip
+    assert test.tokens == 3 * 1 * 8 / 2
+
+
+def test_what_is_done_is_done_and_what_changed_says_which_key(done: Done, server: FakeServerThread) -> None:
+    written, runs = done
+    calls = server.calls
+    assert set(states(planned(written, runs)).values()) == {"done"}
+    found = planned(written, runs, ("students.joint.alpha", 0.5))
+    assert {name for name, state in states(found).items() if state != "done"} == JOINT
+    assert (found["students/joint"].state, found["students/joint"].why) == ("changed", ["alpha"])
+    assert found["students/masked"].why == ["alpha"], "it is like joint"
+    pairs = planned(written, runs, ("datasets.pairs.per_tree", 2))
+    assert pairs["datasets/pairs"].why == ["per_tree"]
+    assert pairs["students/joint"].why == ["what it reads (data)"]
+    test = found["evaluations/test"]
+    assert test.state == "partial" and test.cells is not None
+    assert {cell.model: (cell.state, cell.why) for cell in test.cells} == {
+        "sft": ("done", []),
+        "joint": ("changed", ["what it reads (model)"]),
+        "masked": ("changed", ["what it reads (model)"]),
     }
-    return Recipe.parse(raw, "test")
+    joint = found["students/joint"]
+    assert joint.tokens and joint.seconds is not None and joint.memory_mb, "its rows are there"
+    assert test.tokens and test.seconds, "from what was measured"
+    assert server.calls == calls
+
+
+def test_the_plan_is_what_the_run_does(done: Done) -> None:
+    written, runs = done
+    for changes in (
+        [("students.joint.alpha", 0.5)],
+        [("evaluations.test.max_tokens", 9)],
+        [("datasets.pairs.per_tree", 2)],
+        [("students.masked.save_steps", 2)],
+    ):
+        found = planned(written, runs, *changes)
+        wanted = [name for name, each in found.items() if each.state != "done" and each.cells is None]
+        cells = [f"{n}/{c.model}" for n, each in found.items() for c in each.cells or () if c.state != "done"]
+        assert begun(written, runs, *changes) == wanted + cells
+        assert set(states(planned(written, runs, *changes)).values()) == {"done"}
+        before = planned(written, runs)
+        assert set(states(before).values()) == {"done"}, "what the first values made was kept"
+        assert {reason for each in before.values() for reason in each.why} <= {"kept from before"}
+
+
+def test_growing_finished_trees_again_is_announced(done: Done) -> None:
+    written, runs = done
+    found = planned(written, runs, ("trees.train.rollouts", 9))
+    assert found["trees/train"].state == "changed"
+    assert found["trees/train"].why == ["rollouts", "4 finished trees would be grown again: needs --regrow"]
+    assert {found[f"datasets/{name}"].state for name in ("longest", "pairs")} == {"changed"}
+    more = planned(written, runs, ("trees.train.questions", {"arithmetic": 3, "letters": 2}))
+    assert (more["trees/train"].state, more["trees/train"].why) == ("partial", ["questions"])
+    assert "regrow" not in json.dumps([each.to_json() for each in more.values()])
+
+
+def test_unfinished_and_damaged_nodes_are_partial(done: Done) -> None:
+    written, runs = done
+    run = RunFolder(runs / "steps")
+    record = run.node("students/masked").record()
+    assert record is not None
+    run.node("students/masked").write(record.__class__(**{**vars(record), "done": False}))
+    (run.node("datasets/pairs").path / "train.parquet").unlink()
+    found = planned(written, runs)
+    assert (found["students/masked"].state, found["students/masked"].why) == ("partial", ["not finished"])
+    assert (found["datasets/pairs"].state, found["datasets/pairs"].why) == ("partial", ["train.parquet is gone"])
+    assert found["students/cdpo"].state == "done", "what it read is equal, wherever it is now"
+
+
+def test_an_equal_arm_is_done_already(done: Done) -> None:
+    written, runs = done
+    found = planned(written, runs, ("students.again", {"like": "masked", "mask_prefix": True}))
+    assert (found["students/again"].state, found["students/again"].why) == ("done", ["is the same as students/masked"])
+    assert begun(written, runs, ("students.again", {"like": "masked"})) == []
+
+
+def test_lines_name_cells_that_are_not_as_their_node(done: Done) -> None:
+    written, runs = done
+    lines = plan_lines(list(planned(written, runs).values()))
+    assert len(lines) == 10 and all(line.split()[1] == "done" for line in lines)
+    lines = plan_lines(list(planned(written, runs, ("students.joint.alpha", 0.5)).values()))
+    assert any(line.startswith("students/joint") and "changed (alpha); about" in line for line in lines)
+    assert [line.strip() for line in lines if line.startswith("  ")] == [
+        "sft: done", "joint: changed (what it reads (model))", "masked: changed (what it reads (model))",
+    ]  # fmt: skip
+    assert lines[-1].startswith("about ")
+
+
+def test_the_verbs_json(done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    written, runs = done
+    (runs.parent / "r.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    words = ["cotree", "plan", str(runs.parent / "r.yaml"), "students.joint.alpha=0.5", "--runs-dir", str(runs)]
+    monkeypatch.setattr(sys, "argv", [*words, "--json"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    nodes = json.loads(capsys.readouterr().out)["nodes"]
+    assert [node["name"] for node in nodes] == list(build_recipe(written).nodes)
+    for node in nodes:
+        assert set(node) == NODE_KEYS | ({"cells"} if node["name"].startswith("evaluations/") else set())
+    assert all(set(cell) == {"model", "state", "why"} for cell in nodes[-1]["cells"])
+    assert {node["name"] for node in nodes if node["state"] != "done"} == JOINT
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        main()
+    assert "students/joint" in capsys.readouterr().out
 
 
 @pytest.fixture
-def student(tmp_path: Path) -> Path:
-    return write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """A hub that answers nothing and notes what it is asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
 
 
-def said(asked: Recipe, runs: Path, **options: Any) -> dict[str, str]:
-    output = Kept()
-    run(asked, runs, dry=True, output=output, **options)
-    return dict(line.split(": ", 1) for line in output.lines)
-
-
-def test_before_anything_there_are_bounds_and_no_calls(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with FakeServerThread(chat_only=True) as server:
-        asked = recipe(student, server.url, baselines=False)
-        (tmp_path / "recipe.yaml").write_text(recipe_yaml(asked))
-        found = said(asked, tmp_path / "runs")
-        monkeypatch.setattr("sys.argv", ["cotree", "run", str(tmp_path / "recipe.yaml"), "--dry-run"])
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as exited:
-            main()
-        assert server.calls == 0 and not server.requests
-    assert exited.value.code == 0
-    assert capsys.readouterr().out.split("\n")[:-1] == [f"{name}: {line}" for name, line in found.items()]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "tiny.gguf"]
-    assert found["search"] == (
-        "5 trees of at most 4 rollouts, written by far (server); at most 5,000 generated tokens, which cost at most "
-        "0.01 (prompts not counted)"
-    )
-    assert found["train sft"].startswith("at most 10 rows in 6 steps; the rest is known when `build`")
-    assert found["eval"] == "3 questions of each of 4 models, at most 600 generated tokens"
-    assert "train control" not in found
-
-
-def test_a_search_stays_below_its_bounds(student: Path, tmp_path: Path) -> None:
-    with FakeServerThread(chat_only=True) as server:
-        asked = recipe(student, server.url)
-        most = int(re.findall(r"at most ([\d,]+) generated", said(asked, tmp_path)["search"])[0].replace(",", ""))
-        run(asked, tmp_path, only="search", output=Output(quiet=True))
-        with open_run(tmp_path, asked) as folder:
-            assert 0 < folder.result("search")["tokens"]["completion"] <= most
-        assert said(asked, tmp_path)["search"] == "done"
-        assert list(said(asked, tmp_path, only="build")) == ["build"]
-
-
-def test_where_rows_are_there_training_is_planned(student: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    asked = recipe(student, "http://127.0.0.1:9")
-    with open_run(tmp_path, asked) as folder:
-        for name, rows in (("sft", map(sft_row, range(9))), ("dpo", map(dpo_row, range(6)))):
-            (folder.data / name).mkdir(parents=True)
-            pq.write_table(pa.Table.from_pylist(list(rows)), folder.data / name / "train.parquet")
-    before = sorted(tmp_path.rglob("*"))
-    found = said(asked, tmp_path)
-    for name, settings in (("sft", asked.train.sft), ("dpo", asked.train.dpo)):
-        planned = plan(tmp_path / "dry" / "data" / name / "train.parquet", student, settings, 0, 512)
-        tokens = f"{planned.tokens:,} tokens, packed {planned.packed_tokens:,} (ratio {planned.token_ratio:.2f})"
-        assert (
-            f"{planned.rows} rows (0 over build.max_tokens left out), {planned.steps} steps" in found[f"train {name}"]
-        )
-        assert tokens in found[f"train {name}"]
-    assert sorted(tmp_path.rglob("*")) == before
+def test_what_is_not_here_is_unresolved_and_no_network_is_asked(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
+    url, asked = hub
+    recipe = {
+        "name": "far",
+        "models": {
+            "m": {"weights": "nobody/nothing:m.gguf"},
+            "s": {"url": f"{url}/v1", "tokenizer": "nobody/tokenizer"},
+        },
+        "trees": {"t": {"questions": {"gsm8k": 20}, "roles": {"thinker": "s"}}},
+        "datasets": {
+            "d": {"trees": "t", "rows": "sft", "tokenizer": "m"},
+            "h": {"hub": "nobody/rows", "rows": "sft", "tokenizer": "s", "gates": {"contamination": False}},
+        },
+        "students": {"a": {"from": "m", "method": "sft", "data": "d"}},
+        "evaluations": {"e": {"models": ["m", "a"], "questions": {"letters": 2}}},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COTREE_DATA", "HF_HUB_OFFLINE")}
+    environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "cotree.cli", "plan", "r.yaml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {node["name"]: node for node in json.loads(done.stdout)["nodes"]}
+    assert asked == []
+    for name, reason in (
+        ("trees/t", "gsm8k"),
+        ("datasets/d", "nobody/nothing"),
+        ("students/a", "nobody/nothing"),
+        ("datasets/h", "nobody/rows"),
+    ):
+        (why,) = found[name]["why"]
+        assert found[name]["state"] == "new" and why.startswith("unresolved: ") and reason in why, (name, why)
+    cells = {cell["model"]: cell for cell in found["evaluations/e"]["cells"]}
+    assert cells["m"]["why"][0].startswith("unresolved: ") and cells["a"]["why"][0].startswith("unresolved: ")
+    assert found["evaluations/e"]["tokens"] == 2 * 2 * 512, "planned from the recipe"
+    assert sorted(os.listdir(tmp_path)) == ["r.yaml"]

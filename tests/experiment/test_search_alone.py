@@ -1,23 +1,60 @@
-"""A search on servers alone: no training library, no engine, one stage of the run, by the public function."""
+"""Trees on servers alone need no training library and no engine, and everything else asks for what it needs."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import yaml
+from tests.support.experiment import KeptOutput
 from tests.support.fake_server import FakeServerThread
 
-from cotree.base.errors import CotreeError, UsageError
-from cotree.base.progress import Output
+from cotree.base.errors import UsageError
 from cotree.experiment.recipe import load_recipe
 from cotree.experiment.run import run
 
 LAPTOP = Path(__file__).parents[2] / "recipes" / "laptop.yaml"
+# Importing any of these fails, as where they are not installed.
+ABSENT = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "accelerate", "peft", "xllamacpp", "safetensors", "gguf"]))
+from cotree.cli import main
+main()
+"""
 
 
-def test_a_search_on_servers_needs_no_training_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_of_trees_needs_neither_torch_nor_an_engine(tmp_path: Path) -> None:
+    with FakeServerThread(chat_only=True) as server:
+        models = {"far": {"url": server.url, "model": "fake", "mode": "chat"}}
+        trees = {"train": {"questions": {"letters": 2}, "roles": {"thinker": "far"}, "rollouts": 2}}
+        trees["sampled"] = {"like": "train", "method": "sampling", "tokens_of": "train"}
+        evaluations = {"test": {"models": ["far"], "questions": {"letters": 2}, "max_tokens": 8}}
+        recipe = {"name": "alone", "models": models, "trees": trees, "evaluations": evaluations}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+        for verb in ("plan", "run", "run"):
+            command = [sys.executable, "-c", ABSENT, verb, "r.yaml"]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        calls = server.calls
+        for words in (
+            ["report", "runs/alone"],
+            ["show", "runs/alone"],
+            ["table", "runs/alone"],
+            ["clean", "runs/alone"],
+        ):
+            command = [sys.executable, "-c", ABSENT, *words]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert server.calls == calls
+    assert (tmp_path / "runs" / "alone" / "trees" / "sampled" / "trees.db").is_file()
+    assert "<html" in (tmp_path / "runs" / "alone" / "report.html").read_text()
+
+
+def test_only_trees_of_a_larger_recipe_need_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 
     def missing(name: str, package: str | None = None) -> ModuleSpec | None:
@@ -26,20 +63,12 @@ def test_a_search_on_servers_needs_no_training_library(tmp_path: Path, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     with FakeServerThread(chat_only=True) as server:
         far = f"models.far={{url: '{server.url}', model: fake, mode: chat}}"
-        recipe = load_recipe(LAPTOP, [far, "roles={thinker: far}", "tasks.train={letters: 2}"])
-        folder = run(recipe, tmp_path, only="search", output=Output(quiet=True))
-        assert (folder / "trees.db").is_file()
+        roles = ["trees.train.roles={thinker: far}", "trees.train.questions={letters: 2}"]
+        recipe = load_recipe(LAPTOP, [far, *roles])
+        folder = run(recipe, tmp_path, only=["trees"], output=KeptOutput())
+        assert sorted(folder.nodes()) == ["trees/sampled", "trees/train"]
         assert server.calls > 0
-    with pytest.raises(UsageError, match="xllamacpp is not installed"):
-        run(recipe, tmp_path, output=Output(quiet=True))
-
-
-def test_what_fails_side_by_side_is_one_error(tmp_path: Path) -> None:
-    function = tmp_path / "reward.py"
-    function.write_text("def twice(question, text, verdict):\n    return 2\n")
-    with FakeServerThread(chat_only=True) as server:
-        far = f"models.far={{url: '{server.url}', model: fake, mode: chat}}"
-        reward = f"search.reward={{function: '{function}:twice'}}"
-        recipe = load_recipe(LAPTOP, [far, "roles={thinker: far}", "tasks.train={letters: 4}", reward])
-        with pytest.raises(CotreeError, match="a reward is in"):
-            run(recipe, tmp_path / "runs", only="search", output=Output(quiet=True))
+    with pytest.raises(UsageError, match=r"torch is not installed; pip install 'cotree\[train\]'"):
+        run(recipe, tmp_path, only=["students"], output=KeptOutput())
+    with pytest.raises(UsageError, match=r"xllamacpp is not installed; pip install 'cotree\[local\]'"):
+        run(recipe, tmp_path, output=KeptOutput())

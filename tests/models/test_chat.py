@@ -83,7 +83,7 @@ async def test_ready_asks_the_way_that_will_be_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "problem", "lasting"),
+    ("message", "problem", "permanent"),
     [
         ({"content": "four"}, "", False),
         ({"content": ""}, "", False),
@@ -95,13 +95,13 @@ async def test_ready_asks_the_way_that_will_be_used() -> None:
         ({"content": "four", "reasoning_content": None}, "", False),
     ],
 )
-def test_odd_messages(message: Any, problem: str, lasting: bool) -> None:
+def test_odd_messages(message: Any, problem: str, permanent: bool) -> None:
     content = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
     reply = read_reply(content, request(n=1), count_tokens)
     assert problem in reply.problem
     assert bool(problem) == bool(reply.problem)
     assert reply.completion is not None
-    assert (reply.lasting, len(reply.completion.choices)) == (lasting, 0 if problem else 1)
+    assert (reply.permanent, len(reply.completion.choices)) == (permanent, 0 if problem else 1)
     # Nothing says how long the prompt is, so all of its words are counted.
     assert reply.completion.prompt_tokens == 5
 
@@ -152,6 +152,6 @@ def test_a_beginning_that_the_server_adds_is_left_out() -> None:
 
 
 def test_without_a_tokenizer_the_messages_are_the_prompt() -> None:
-    prompt = Endpoint("m", (), None, "m").begin(MESSAGES)
+    prompt = Endpoint("m", (), None, "m").prompt(MESSAGES)
     assert prompt == Prompt("", ASKED)
     assert hash(prompt) == hash(Prompt("", ASKED))

@@ -29,7 +29,7 @@ def test_a_chain_is_the_templates_rendering_through_the_end_of_turn(tokenizer: P
     assert chain.completion[-1] == END
     whole = tokenizer.apply_chat_template([*prompt, *message("assistant", "It is 2.")], return_dict=False)
     assert chain.prompt + chain.completion == whole[:-1]  # all but the newline after the end of turn
-    assert chain.tokens == chain.longest == len(whole) - 1
+    assert chain.tokens == chain.longest_sequence == len(whole) - 1
 
 
 def test_a_template_with_nothing_after_the_end_of_turn_is_kept_whole() -> None:
@@ -83,7 +83,7 @@ def test_long_rows_are_left_out_and_counted_never_cut(tokenizer: PreTrainedToken
 
     pairs = [dpo_row(index) for index in range(9)]
     all_pairs = encode_dpo(tokenizer, pairs, 10_000)
-    limit = sorted(pair.longest for pair in all_pairs.rows)[4]
+    limit = sorted(pair.longest_sequence for pair in all_pairs.rows)[4]
     kept = encode_dpo(tokenizer, pairs, limit)
     assert kept.rows == [
         pair for pair in all_pairs.rows if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= limit

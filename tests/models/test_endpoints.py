@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tests.support.fake_server import FakeServer, count_tokens, tell
 
 from cotree.base.errors import UsageError
-from cotree.experiment.recipe import Model, Price
 from cotree.models.client import Client, Counters, Request
-from cotree.models.endpoints import Endpoint, check_servers, identity, open_endpoints
+from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
+from cotree.models.settings import Model, Price
 
 KEY = "sk-very-secret-0123456789"
 
@@ -34,7 +34,7 @@ QUESTIONS = [f"task/question-{i}" for i in range(2000)]
 
 
 def test_questions_are_shared_out_evenly() -> None:
-    shares = Counter(endpoint(*URLS).client(question).url for question in QUESTIONS)
+    shares = Counter(endpoint(*URLS).client_for(question).url for question in QUESTIONS)
     # 500 each; five standard deviations of a fair draw are 97.
     assert len(shares) == 4
     assert all(abs(share - 500) < 97 for share in shares.values())
@@ -43,15 +43,15 @@ def test_questions_are_shared_out_evenly() -> None:
 def test_a_server_less_moves_only_its_own_questions() -> None:
     four, three = endpoint(*URLS), endpoint(*URLS[:3])
     for question in QUESTIONS:
-        before = four.client(question).url
+        before = four.client_for(question).url
         if before != four.clients[3].url:
-            assert three.client(question).url == before
+            assert three.client_for(question).url == before
 
 
 @given(st.permutations(URLS), st.text())
 def test_the_order_of_the_servers_and_the_form_of_a_url_decide_nothing(urls: list[str], question: str) -> None:
     plain = endpoint(*(url.removesuffix("/v1") + "/" for url in urls))
-    assert plain.client(question).url == endpoint(*URLS).client(question).url
+    assert plain.client_for(question).url == endpoint(*URLS).client_for(question).url
 
 
 async def test_each_server_has_its_own_limit() -> None:
@@ -59,12 +59,12 @@ async def test_each_server_has_its_own_limit() -> None:
         model = Model(url=(one.url, two.url), model="fake", mode="chat", max_in_flight=3)
         async with open_endpoints({"m": model}) as endpoints:
             m = endpoints["m"]
-            await asyncio.gather(*(m.client(q).complete(request(q)) for q in QUESTIONS[:40]))
+            await asyncio.gather(*(m.client_for(q).complete(request(q)) for q in QUESTIONS[:40]))
             assert (one.most_in_flight, two.most_in_flight) == (3, 3)
             assert one.calls + two.calls == m.counters.requests == 40
             # The same question goes to the same server again.
             asked = {body["messages"][-1]["content"] for body in one.requests}
-            assert asked == {q for q in QUESTIONS[:40] if m.client(q).url == one.url}
+            assert asked == {q for q in QUESTIONS[:40] if m.client_for(q).url == one.url}
 
 
 async def test_counters_are_summed_over_the_servers_and_priced() -> None:
@@ -124,14 +124,6 @@ async def test_a_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatc
             await endpoints["m"].clients[0].complete(request())
             assert KEY not in repr(endpoints) + repr(model)
         assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
-
-
-def test_an_identity_has_no_address_and_tells_the_modes_apart() -> None:
-    chat = Model(url=("http://a:1", "http://b:2"), model="qwen", mode="chat")
-    plain = Model(url="http://a:1", model="qwen", tokenizer="qwen")
-    assert identity(chat) == identity(chat.model_copy(update={"url": "http://c:3"})) == "qwen (chat)"
-    assert identity(plain) == "qwen"
-    assert identity(Model(embedded="smollm2-135m-instruct")) == "smollm2-135m-instruct@Q8_0"
 
 
 async def test_tokens_that_nobody_counts_are_estimated() -> None:

@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from tests.report.conftest import RECIPE, edit, make_run, record_of
 
 from cotree.base.errors import UsageError
+from cotree.base.run_folder import NodeFolder, RunFolder
 from cotree.report.html import PAPER, write_report
+from cotree.report.summary import summarize_run
+from cotree.report.terminal import summary_lines
 
 HOSTILE = (
     "</p></div></pre></td><script>alert(1)</script><img src=x onerror=alert(1)>\"' {{ 7 * 7 }} ${7} &amp; \\boxed{1}"
@@ -48,11 +54,7 @@ class Page(HTMLParser):
         return [(tag, tuple(name for name, _ in attrs)) for tag, attrs in self.tags]
 
 
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_the_page_is_one_file_that_loads_nothing(run: Path) -> None:
+def test_the_page_is_one_file_that_loads_nothing(run: RunFolder) -> None:
     html = write_report(run).read_text()
     page = Page(html)
     assert {tag for tag, _ in page.tags}.isdisjoint(
@@ -67,7 +69,7 @@ def test_the_page_is_one_file_that_loads_nothing(run: Path) -> None:
     assert "default-src 'none'" in html
 
 
-def test_drawings_refer_only_to_ids_that_are_there_once(run: Path) -> None:
+def test_drawings_refer_only_to_ids_that_are_there_once(run: RunFolder) -> None:
     html = write_report(run).read_text()
     ids = re.findall(r'\bid="([^"]*)"', html)
     assert len(ids) == len(set(ids)) > 0
@@ -78,176 +80,222 @@ def test_drawings_refer_only_to_ids_that_are_there_once(run: Path) -> None:
     assert not re.search(r"font(?:-family)?: '?[A-Z]", drawings)
 
 
-def test_hostile_text_stays_text(run: Path) -> None:
+def hostile_run(path: Path, text: str) -> RunFolder:
+    """A run in which everything that a model, a recipe or a question can say says `text`."""
+    run = make_run(path, hostile=text)
+
+    def change(folder: NodeFolder, **parts: Any) -> None:
+        record = folder.record()
+        assert record is not None
+        folder.write(replace(record, versions={text: text}, machine={"cpu": text}, created=text, **parts))
+
+    for (evaluation, model), record in run.cells().items():
+        result = json.loads(json.dumps(record.result))
+        for row in [*result["rows"], *result["baselines"]]:
+            row["task"] += f"#{text}"
+        for best in result["baselines"]:
+            best["answer"] = text
+        change(run.node(f"evaluations/{evaluation}", model), result=result)
+    trees = run.node("trees/train")
+    counts = json.loads(json.dumps(trees.record().result["counts"]))  # type: ignore[union-attr]
+    counts["by_task"] = {text: counts["by_task"]["letters"], "b": {}}
+    counts["by_model"] = {text: counts["by_model"]["small"], "b": counts["by_model"]["small"]}
+    change(trees, result={"counts": counts})
+    edit(run.node("students/plain_dpo"), parent=text, data=text, differs={"from": text, "keys": {text: [text, text]}})
+    data = run.node("datasets/sft")
+    counts = data.record().result["counts"]  # type: ignore[union-attr]
+    edit(data, counts={**counts, "kind": text, "chains_left_out": {text: 3}})
+    with (run.node("students/dpo").path / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 57, "loss": 0.4, "warning": text}) + "\n")
+    recipe = RECIPE | {"name": text, "description": text}
+    (run.path / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True, width=1000))
+    return run
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
     """Whatever a model, a recipe or a question says, the page has the same tags as with harmless text."""
-
-    def fill(text: str) -> None:
-        summary = json.loads((run / "summary.json").read_text())
-        summary |= {"name": text, "created": text, "machine": {"cpu": text}, "student": text}
-        for row in summary["eval"]:
-            row["task"] = row["task"].split("#")[0] + "#" + text
-        summary["eval"][0]["model"] = text
-        for baseline in summary["baselines"]:
-            baseline["task"] = baseline["task"].split("#")[0] + "#" + text
-            baseline["answer"] = text
-        summary["search"]["by_task"] = {text: next(iter(summary["search"]["by_task"].values()))} | {"b": {}}
-        summary["seconds"] = {text: 1.0}
-        (run / "summary.json").write_text(json.dumps(summary))
-        chain = {"text": text, "verdict": text, "kind": text}
-        (run / "samples.json").write_text(json.dumps([{"title": text, "prompt": text, "chains": [chain]}]))
-        edit(run / "manifest.json", versions={text: text}, git=text)
-        recipe = f"train: {{student: small}}\nmodels:\n  small:\n    embedded: |-\n      {text}\n"
-        (run / "recipe.yaml").write_text(recipe)
-
-    fill("harmless")
-    harmless = Page(write_report(run).read_text())
-    fill(HOSTILE)
-    html = write_report(run).read_text()
+    harmless = Page(write_report(hostile_run(tmp_path / "harmless", "harmless")).read_text())
+    html = write_report(hostile_run(tmp_path / "hostile", HOSTILE)).read_text()
     hostile = Page(html)
     assert hostile.shape() == harmless.shape()
     assert "<script" not in html
     assert "".join(hostile.text).count(HOSTILE) == "".join(harmless.text).count("harmless") > 20
 
 
-def test_text_that_has_no_utf8_is_replaced(run: Path) -> None:
-    (run / "samples.json").write_text('[{"title": "t", "prompt": "half \\ud83d pair", "chains": []}]')
+def test_text_that_has_no_utf8_is_replaced(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    log = run.node("students/dpo").path / "log.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 57, "warning": "half \\ud83d pair"}\n')
     assert "half ? pair" in write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_evaluation_table_shows_the_summarys_numbers(run: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text())
+def test_the_evaluation_table_shows_the_summarys_numbers(run: RunFolder) -> None:
+    summary = summarize_run(run)
     page = Page(write_report(run).read_text())
-    shown = iter([row for row in page.rows if len(row) == 12 and row[0] != "model"])
-    for row in summary["eval"]:
-        model, accuracy, interval, plot, none, loop, cut, finished, answered, tokens, limit, n = next(shown)
-        assert (model, plot, limit, n) == (row["model"], "", str(row["max_tokens"]), str(row["n"]))
+    shown = {}
+    for cells in page.rows:
+        if len(cells) == 12 and cells[0] != "model":
+            shown[cells[0], cells[11].partition("× ")[2] or cells[11]] = cells
+    assert len(shown) == 18
+    for row in summary.eval:
+        if row.seed is not None:
+            continue
+        label = row.model + " (shots)" * (row.evaluation == "shots")
+        _, accuracy, interval, plot, none, loop, cut, finished, answered, tokens, limit, n = shown[label, str(row.n)]
+        assert (plot, limit, n) == ("", str(row.max_tokens), str(row.n))
         low, high = interval.split("–")
         for cell, value in (
-            (accuracy, row["accuracy"]),
-            (low, row["low"]),
-            (high, row["high"]),
-            (none, row["no_answer"]),
-            (loop, row["loop"]),
-            (cut, row["truncated"]),
-            (finished, row["finished_without_answer"]),
-            (answered, row["accuracy_answered"]),
+            (accuracy, row.accuracy),
+            (low, row.low),
+            (high, row.high),
+            (none, row.no_answer),
+            (loop, row.loop),
+            (cut, row.truncated),
+            (finished, row.finished_without_answer),
+            (answered, row.accuracy_answered),
         ):
             assert re.fullmatch(r"\d+\.\d", cell)
-            assert float(cell) == pytest.approx(100 * value, abs=0.0501)
-        assert float(tokens) == pytest.approx(row["mean_tokens"], abs=0.0501)
-    assert next(shown, None) is None
+            assert float(cell) == pytest.approx(100 * (value or 0.0), abs=0.0501)
+        assert float(tokens) == pytest.approx(row.mean_tokens, abs=0.0501)
+    assert shown["seeded", "240"][1:3] == ["52.5", "±2.5"]
     assert ["dpo", "58.8 (0.42%)", "39.0 (0%)"] in page.rows
     assert ["always “2”", "25.0", ""] in page.rows
 
 
-def test_the_other_tables_show_the_summarys_numbers(run: Path) -> None:
+def test_the_other_tables_show_the_summarys_numbers(run: RunFolder) -> None:
     rows = Page(write_report(run).read_text()).rows
     assert ["correct", "873 (35.3%)", "611 (41.0%)", "262 (26.7%)"] in rows
     assert ["questions with a correct and a wrong chain, %", "57.5", "55.4", "60.6"] in rows
     assert ["reflections that led to a correct answer", "98 (13.6%)", "41 (10.2%)", "57 (17.9%)"] in rows
-    assert ["chosen − rejected", "", "−7.2"] in rows
-    assert ["search", "4 min 11 s", "120,345", "884,120", "61,240", "–", "243.7"] in rows
-    assert ["train_sft", "2 min 52 s", "–", "–", "–", "34,730", "202.2"] in rows
-    assert ["total", "12 min 06 s", ""] in rows
+    assert [
+        "pairs",
+        "dpo",
+        "221",
+        "–",
+        "48.7",
+        "55.9",
+        "−7.2",
+        "19.4",
+        "1,547 wrong, 3 contaminated, 2 duplicate",
+    ] in rows
+    assert ["trees/train", "4 min 11 s", "120,345", "884,120", "61,240", "–", "243.7"] in rows
+    assert ["students/sft", "2 min 52 s", "–", "–", "–", "34,730", "202.2"] in rows
+    assert ["plain_dpo", "dpo", "sft", "pairs_long", "35", "274", "34,730", "0.400"] in rows
 
 
-def test_an_interval_is_drawn_where_its_numbers_are(run: Path) -> None:
-    """Positions in the plot are an affine map of the numbers in its label."""
+def test_an_interval_is_drawn_where_its_numbers_are(run: RunFolder) -> None:
+    """Positions in the plot are an affine map of the numbers in its label; of seeds each is a dot."""
     html = write_report(run).read_text()
     drawn = re.findall(
-        r'aria-label="([\d.]+)%, interval ([\d.]+) to ([\d.]+)">'
-        r'.*?<line x1="([\d.]+)" x2="([\d.]+)" y1="14.0".*?cx="([\d.]+)"',
+        r'aria-label="([\d.]+)%, interval ([\d.]+) to ([\d.]+)(?: over 3 seeds)?">'
+        r'.*?<line x1="([\d.]+)" x2="([\d.]+)" y1="14.0".*?cx="([\d.]+)" cy="14.0" r="3.5"',
         html,
         re.DOTALL,
     )
-    assert len(drawn) == 10
+    assert len(drawn) == 18
     for accuracy, low, high, x_low, x_high, x in drawn:
         for value, place in ((accuracy, x), (low, x_low), (high, x_high)):
             assert float(place) == pytest.approx(6 + 1.68 * float(value), abs=0.15)
+    assert len(re.findall(r'r="2" fill', html)) == 6
 
 
-def test_the_same_run_gives_the_same_page(run: Path) -> None:
+def test_the_page_shows_real_trees_with_what_became_of_their_chains(run: RunFolder) -> None:
+    page = Page(write_report(run).read_text())
+    text = " ".join("".join(page.text).split())
+    assert text.count("thoughts ·") == 3
+    assert "bags-12 · arithmetic · 9 thoughts · 2 correct, 1 wrong, 1 no answer" in text, "the one that datasets took"
+    for words in (
+        "answer ✓ The answer is: \\boxed{32} small 1.00 of 1 chosen in pairs: shortest correct of 2, 41 tokens",
+        "rejected in pairs: shares 12 tokens with the chosen one, the only wrong one, 30 tokens",
+        "SFT row in sft: longest correct of 2, 51 tokens, length rank 3",
+        "SFT row in control: drawn, right or wrong",
+        "thinking ∅ 6 6 6 6 6 6 6 (cut by max_tokens)",
+        "reflection Wait! something is wrong... the bags have 6 each. reflector 1.00 of 1",
+    ):
+        assert words in text
+
+
+def test_the_same_run_gives_the_same_page(run: RunFolder) -> None:
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
-    assert sorted(path.name for path in run.glob("report*")) == ["report.html"]
+    assert sorted(path.name for path in run.path.glob("report*")) == ["report.html"]
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text('{"name": "early", "seed": 1, "created": "2026-01-01", "later": 1}')
-    page = Page(write_report(tmp_path).read_text())
+    (tmp_path / "recipe.yaml").write_text("name: early\nseed: 1\n")
+    page = Page(write_report(RunFolder(tmp_path)).read_text())
     text = " ".join("".join(page.text).split())
     assert "Nothing has been evaluated." in text
     assert "No versions are recorded." in text
-    assert {tag for tag, _ in page.tags}.isdisjoint({"table", "svg", "details"})
+    assert {tag for tag, _ in page.tags}.isdisjoint({"table", "svg"})
 
 
-def test_absent_numbers_are_dashes(run: Path) -> None:
-    row = {
-        "model": "base",
-        "task": "t",
-        "n": 4,
-        "accuracy": 0,
-        "low": 0,
-        "high": 0.49,
-        "no_answer": 1,
-        "mean_tokens": 9,
-    }
-    edit(run / "summary.json", eval=[{**row, "max_tokens": 16, "accuracy_answered": None}], baselines=[])
+def test_trees_alone_have_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = Page(write_report(run, summarize_run(run, [("trees/train", ())])).read_text())
+    text = " ".join("".join(page.text).split())
+    assert "Nothing has been evaluated." in text and "3 trees" in text
+    assert ["trees/train", "4 min 11 s", "120,345", "884,120", "61,240", "–", "243.7"] in page.rows
+
+
+def test_a_run_whose_nodes_are_all_unfinished_has_a_page_a_list_and_lines(run: RunFolder) -> None:
+    for folder in [
+        *(run.node(name) for name in run.nodes()),
+        *(run.node(f"evaluations/{name}", model) for name, model in run.cells()),
+    ]:
+        record = folder.record()
+        assert record is not None
+        folder.write(replace(record, done=False, result={}))
+    summary = summarize_run(run)
+    assert not any(node.done for node in summary.nodes)
+    text = " ".join("".join(Page(write_report(run, summary).read_text()).text).split())
+    assert "Nothing has been evaluated." in text and "DPO loss" in text and "3 trees" in text
+    assert [str(line).split()[0] for line in summary_lines(summary)][-1] == "total"
+
+
+def test_absent_numbers_are_dashes(run: RunFolder) -> None:
+    row = {"task": "t", "n": 4, "accuracy": 0, "low": 0, "high": 0.49, "no_answer": 1, "mean_tokens": 9}
+    edit(run.node("evaluations/test", "sft"), rows=[{**row, "max_tokens": 16, "accuracy_answered": None}])
     page = Page(write_report(run).read_text())
-    assert ["base", "0.0", "0.0–49.0", "", "100.0", "–", "–", "–", "–", "9.0", "16", "4"] in page.rows
+    assert ["sft", "0.0", "0.0–49.0", "", "100.0", "–", "–", "–", "–", "9.0", "16", "4"] in page.rows
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("node", "result"),
     [
-        ({"eval": [{"model": "base"}]}, r"summary\.json: eval\.0\.task: Field required"),
-        ({"seed": "7"}, r"summary\.json: seed: Input should be a valid integer"),
-        (
-            {"baselines": [{"task": "t", "answer": "2", "accuracy": 25}]},
-            r"baselines\.0\.accuracy: .* less than or equal",
-        ),
-        ({"seconds": {"search": "4 min"}}, r"seconds\.search: Input should be a valid number"),
+        ("trees/train", {"counts": {"trees": 3}}),
+        ("datasets/sft", {"counts": {"rows": 3}}),
+        ("students/sft", {"train": {"steps": "many", "final": {"loss": "x"}}}),
     ],
 )
-def test_a_wrong_summary_is_an_error_that_names_the_key(run: Path, change: dict[str, Any], message: str) -> None:
-    edit(run / "summary.json", **change)
-    with pytest.raises(UsageError, match=message):
-        write_report(run)
-    assert not (run / "report.html").exists()
-
-
-@pytest.mark.parametrize(
-    "change", [{"search": {"trees": 3}}, {"data": {"sft_rows": 3}}, {"machine": {"memory_gb": "x"}}]
-)
-def test_numbers_of_another_version_are_one_line(run: Path, change: dict[str, Any]) -> None:
-    edit(run / "summary.json", **change)
+def test_numbers_of_another_version_are_one_line(run: RunFolder, node: str, result: dict[str, Any]) -> None:
+    edit(run.node(node), **result)
     with pytest.raises(UsageError, match="its files are not those of this version of cotree"):
         write_report(run)
+    assert not (run.path / "report.html").exists()
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1}', "[1]"])
-def test_a_line_of_a_log_without_its_step_is_one_line(run: Path, line: str) -> None:
-    (run / "checkpoints" / "sft" / "log.jsonl").write_text(line + "\n")
+def test_a_line_of_a_log_without_its_step_is_one_line(run: RunFolder, line: str) -> None:
+    (run.node("students/sft").path / "log.jsonl").write_text(line + "\n")
     with pytest.raises(UsageError, match=r"log\.jsonl: a line has no `step`"):
         write_report(run)
 
 
-@pytest.mark.parametrize("name", ["summary.json", "manifest.json", "samples.json"])
-def test_a_torn_file_is_an_error_that_names_it(run: Path, name: str) -> None:
-    (run / name).write_text((run / name).read_text()[:-3])
-    with pytest.raises(UsageError, match=rf"{name} is damaged"):
-        write_report(run)
-
-
-def test_a_folder_that_is_no_run_is_an_error_with_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"summary\.json does not exist: finish the run first"):
-        write_report(tmp_path)
-
-
-def test_a_warning_of_the_training_stands_in_the_page(run: Path) -> None:
+def test_a_warning_of_the_training_stands_in_the_page(run: RunFolder) -> None:
     assert "Warning at step" not in write_report(run).read_text()
-    log = run / "checkpoints" / "dpo" / "log.jsonl"
+    log = run.node("students/dpo").path / "log.jsonl"
     with log.open("a") as file:
         file.write(json.dumps({"step": 57, "loss": 0.4, "warning": "chosen_falls: <b>raise</b> alpha"}) + "\n")
     page = Page(write_report(run).read_text())
     assert "Warning at step 57 of dpo: chosen_falls: <b>raise</b> alpha" in "".join(page.text)
+
+
+def test_a_node_of_any_name_is_drawn_in_the_graph(run: RunFolder) -> None:
+    record_of(run.node("students/alpha@alpha=1"), "x", ("students/sft",))
+    html = write_report(run).read_text()
+    graph = html[html.index('<svg class="graph"') :]
+    graph = graph[: graph.index("</svg>")]
+    names = re.findall(r'class="name">([^<]*)<', graph)
+    assert {"train", "pairs_long", "seeded × 3 seeds", "alpha@alpha=0.5", "alpha@alpha=1", "shots"} <= set(names)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cotree.base.errors import UsageError
-from cotree.report.plots import MAX_POINTS, training_figures
+from cotree.report.plots import MAX_POINTS, SERIES, Figure
+from cotree.report.plots import training_figures as figures_of
 from cotree.report.summary import LogLine, read_log
 
 
@@ -16,11 +17,18 @@ def line(step: int, **values: float) -> LogLine:
     return {"step": step, **values}
 
 
-def points_of(svg: str) -> list[tuple[float, float]]:
-    """The vertices of the one curve (a clipped path without fill), in drawing units."""
+METHODS = {"sft": "sft", "control": "sft", "dpo": "dpo"}
+
+
+def training_figures(logs: dict[str, list[LogLine]]) -> list[Figure]:
+    return figures_of(logs, METHODS)
+
+
+def points_of(svg: str, which: int | None = None) -> list[tuple[float, float]]:
+    """The vertices of the one curve, or of one of them (a clipped path without fill), in drawing units."""
     paths = re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: var\(--c1\)', svg)
-    assert len(paths) == 1
-    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", paths[0])]
+    assert len(paths) == 1 or which is not None
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", paths[which or 0])]
 
 
 def test_a_curve_is_drawn_through_its_points() -> None:
@@ -34,18 +42,35 @@ def test_a_curve_is_drawn_through_its_points() -> None:
 
 
 def test_only_what_was_logged_is_drawn() -> None:
-    assert training_figures({}) == []
+    assert training_figures({}) == training_figures({"sft": []}) == []
     terms = {"dpo_loss": 0.7, "sft_loss": 0.3, "grad_norm": 2.0}
     dpo = [line(step, loss=1.0, accuracy=0.5, margin=0.1, learning_rate=1e-6, **terms) for step in (1, 2)]
     titles = [figure.title for figure in training_figures({"dpo": dpo})]
     assert titles == [
         "DPO loss",
-        "Terms of the DPO loss",
+        "DPO terms of the loss: preference, and SFT of the chosen (dashed)",
         "DPO margin",
-        "Pairs with margin above 0",
-        "Gradient norm",
-        "Learning rate",
+        "DPO pairs with margin above 0",
+        "DPO gradient norm",
+        "DPO learning rate",
     ]
+
+
+def test_any_number_of_students_has_curves_and_methods_are_not_mixed() -> None:
+    names = [f"student{n}" for n in range(len(SERIES) + 2)]
+    logs = {name: [line(step, loss=1.0 / step) for step in (1, 2)] for name in [*names, "other"]}
+    figures = figures_of(logs, dict.fromkeys(names, "sft") | {"other": "dpo"})
+    assert [(figure.title, [name for name, _ in figure.keys]) for figure in figures] == [
+        ("SFT loss, 1", names[: len(SERIES)]),
+        ("SFT loss, 2", names[len(SERIES) :]),
+        ("DPO loss", ["other"]),
+    ]
+    assert len({color for _, color in figures[0].keys}) == len(SERIES)
+
+
+def test_a_metric_that_only_a_new_method_has_is_drawn_by_its_name() -> None:
+    log = [line(step, loss=1.0, group_reward=0.1 * step) | {"warning": "w"} for step in (1, 2)]
+    assert [figure.title for figure in figures_of({"a": log}, {"a": "grpo"})] == ["GRPO loss", "GRPO group reward"]
 
 
 def test_a_run_of_one_step_has_one_step_on_its_axis() -> None:
@@ -59,14 +84,15 @@ def test_probes_and_rewards_are_drawn() -> None:
     dpo = [line(step, chosen_reward=-0.1 * step, rejected_reward=-0.3 * step) for step in (1, 2, 3)]
     probed = [line(step, probe_tokens=20.0 * step, probe_loop=0.0, probe_no_answer=step / 4) for step in (1, 3)]
     figures = {figure.title: figure for figure in training_figures({"dpo": dpo, "sft": probed})}
-    assert list(figures) == [
-        "Rewards (beta times the log-ratio)",
-        "Probes of sft: mean tokens",
-        "Probes of sft: ratios",
-    ]
-    assert [name for name, _ in figures["Rewards (beta times the log-ratio)"].keys] == ["chosen", "rejected"]
-    assert [name for name, _ in figures["Probes of sft: ratios"].keys] == ["no answer", "loop"]
-    (left, low), (right, high) = points_of(figures["Probes of sft: ratios"].svg)
+    rewards, tokens, ratios = (
+        "DPO rewards (beta times the log-ratio): chosen, and rejected (dashed)",
+        "SFT probes: mean tokens",
+        "SFT probes: no answer, and loops (dashed)",
+    )
+    assert list(figures) == [rewards, tokens, ratios]
+    assert figures[rewards].keys == [("dpo", "var(--c1)")], "both curves of a student have its colour"
+    assert len(re.findall("stroke-dasharray", figures[rewards].svg)) == 1
+    (left, low), (right, high) = points_of(figures[ratios].svg, which=0)
     assert left < right and low > high, "the no-answer ratio rises"
 
 
@@ -76,9 +102,10 @@ def test_the_few_probes_of_a_long_log_are_all_drawn() -> None:
     assert (len(points_of(figure.svg)), figure.note) == (5, "")
 
 
-def test_a_curve_keeps_its_colour_when_the_other_is_absent() -> None:
-    (figure,) = training_figures({"control": [line(step, loss=1.0 / step) for step in (1, 2)]})
-    assert figure.keys == [("control", "var(--c2)")]
+def test_a_student_has_one_colour_in_all_figures() -> None:
+    loss = [line(step, loss=1.0 / step) for step in (1, 2)]
+    figures = training_figures({"sft": loss, "control": [item | {"grad_norm": 1.0} for item in loss]})
+    assert [dict(figure.keys)["control"] for figure in figures] == ["var(--c2)", "var(--c2)"]
 
 
 def test_a_long_log_is_averaged_and_says_so() -> None:

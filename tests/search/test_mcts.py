@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.experiment.recipe import Search
 from cotree.search.mcts import Node, Rollout, TreeSearch
-from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, prefix_of
+from cotree.search.settings import Search
+from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, draw_pattern, draw_prefix
 from cotree.tasks import Verdict
 from cotree.tasks.base import VerdictKind
 
@@ -24,7 +24,7 @@ def leaf(thought: Node, kind: VerdictKind) -> Node:
 
 def write(rollout: Rollout, noise: int) -> None:
     """Feed a rollout to its end; the texts are a pure function of what was asked, so order cannot matter."""
-    while (wanted := rollout.wanted) is not None:
+    while (wanted := rollout.pending) is not None:
         own = random.Random(f"{wanted.seed_key}-{noise}")
         thoughts = []
         for i in range(wanted.n):
@@ -42,11 +42,11 @@ def write(rollout: Rollout, noise: int) -> None:
 
 
 def tell(search: TreeSearch, rollout: Rollout) -> None:
-    """Merge a rollout; its wrong answers are doubted."""
+    """Merge a rollout; its wrong answers earn reflections."""
     search.tell(rollout)
     for node in rollout.written:
         if node.verdict is not None and node.verdict.kind == "wrong":
-            search.reflect(node)
+            search.add_reflection(node)
 
 
 def below(node: Node) -> list[Node]:
@@ -101,11 +101,11 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
     assert told == rollouts or search.root.open_below == 0
     assert [n.id for n in search.nodes] == list(range(len(search.nodes)))
     rewards = [random.Random(f"{seed}-{leaf.id}").random() for leaf in search.leaves]
-    search.revalue(rewards)
-    worth = dict(zip((leaf.id for leaf in search.leaves), rewards, strict=True))
+    search.set_rewards(rewards)
+    rewarded = dict(zip((leaf.id for leaf in search.leaves), rewards, strict=True))
     for node in search.nodes:
-        assert node.visits == sum(n.id in worth for n in below(node)), "another value is no other visit"
-        assert node.value == pytest.approx(sum(worth.get(n.id, 0.0) for n in below(node)))
+        assert node.visits == sum(n.id in rewarded for n in below(node)), "another value is no other visit"
+        assert node.value == pytest.approx(sum(rewarded.get(n.id, 0.0) for n in below(node)))
 
 
 @given(pattern=st.sampled_from(list(PATTERNS)), seed=st.integers(0, 10_000), k=st.integers(1, 6), data=st.data())
@@ -137,7 +137,7 @@ def test_a_tree_with_nothing_to_grow_begins_anew_beside_what_it_has() -> None:
     while search.rollouts_left:
         if search.root.open_below == 0:
             before = shape(search)
-            search.widen()
+            search.expand_root_again()
             assert shape(search) == before
         for rollout in search.ask(2):
             write(rollout, 2)
@@ -166,7 +166,7 @@ def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> 
     search = TreeSearch(PATTERNS["plain"], "s", Search(rollouts=30, max_reflections=1))
     while not search.done:
         for rollout in search.ask(1):
-            while (wanted := rollout.wanted) is not None:
+            while (wanted := rollout.pending) is not None:
                 thoughts = [wanted.thought(i, f"{wanted.seed_key} {i}") for i in range(wanted.n)]
                 rollout.feed([leaf(t, "wrong") if wanted.kind == "answer" else t for t in thoughts])
             tell(search, rollout)
@@ -196,6 +196,47 @@ def test_patterns_reach_an_answer_from_every_type_and_use_every_thought_type() -
 
 def test_prefixes_are_drawn_by_seed_and_the_first_is_the_papers() -> None:
     assert PREFIXES["sub_task"][0] == "Firstly, I need to break down this task."
-    assert {prefix_of("sub_task", str(i)) for i in range(50)} == set(PREFIXES["sub_task"])
-    assert prefix_of("sub_task", "x") == prefix_of("sub_task", "x")
+    assert {draw_prefix("sub_task", str(i)) for i in range(50)} == set(PREFIXES["sub_task"])
+    assert draw_prefix("sub_task", "x") == draw_prefix("sub_task", "x")
     assert draw("a", 1000) == 250  # pinned: a change would silently change every tree
+
+
+def test_a_pattern_is_drawn_by_seed_whatever_the_order_and_a_new_one_takes_only_its_share() -> None:
+    seeds = [str(i) for i in range(300)]
+    two = {seed: draw_pattern(["plain", "hypothesis"], seed) for seed in seeds}
+    assert two == {seed: draw_pattern(["hypothesis", "plain"], seed) for seed in seeds}
+    three = {seed: draw_pattern(["plain", "hypothesis", "own"], seed) for seed in seeds}
+    assert {three[seed] for seed in seeds if three[seed] != two[seed]} == {"own"}
+    for found, patterns in ((two, 2), (three, 3)):
+        for name in set(found.values()):
+            assert list(found.values()).count(name) == pytest.approx(300 / patterns, abs=40)
+
+
+@given(
+    pattern=st.sampled_from(list(PATTERNS)),
+    seed=st.integers(0, 10_000),
+    rollouts=st.integers(1, 12),
+    more=st.integers(1, 12),
+    leaves=st.integers(1, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_tree_is_the_beginning_of_the_tree_of_more_rollouts(
+    pattern: str, seed: int, rollouts: int, more: int, leaves: int
+) -> None:
+    def grow(count: int) -> tuple[TreeSearch, set[str]]:
+        search, keys = new_search(pattern, seed, count), set()
+        while not search.done:
+            batch = search.ask(leaves)
+            for rollout in batch:
+                start = rollout.pending
+                assert start is not None
+                keys.add(start.seed_key)
+                write(rollout, seed)
+            for rollout in batch:
+                tell(search, rollout)
+        return search, keys
+
+    (few, few_keys), (many, many_keys) = grow(rollouts), grow(rollouts + more)
+    assert few_keys <= many_keys, "every request of the smaller budget is one of the larger"
+    kept = {(n.path, n.kind, n.text) for n in many.nodes}
+    assert {(n.path, n.kind, n.text) for n in few.nodes} <= kept

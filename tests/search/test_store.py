@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.search.store import Call, StoredNode, StoredTree, TreeStore
+from cotree.search.journal import Journal
+from cotree.search.store import Cost, StoredNode, StoredTree, TreeStore
 
 
 def node(node_id: int, parent: int | None, text: str = "x") -> StoredNode:
@@ -31,7 +32,8 @@ def test_round_trip(tmp_path: Path) -> None:
         assert list(store.trees("other")) == []
         assert [n.node_id for n in store.tree("t1").chain(2)] == [1, 2]
     with TreeStore(tmp_path / "t.db") as store:
-        assert store.finished("c") == {"t1": 6}
+        assert store.finished("c") == store.finished() == {"t1": Cost(6, 20)}
+        assert store.configs() == ["c"]
 
 
 def test_a_tree_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
@@ -51,26 +53,11 @@ def test_a_tree_that_breaks_half_way_leaves_nothing(tmp_path: Path) -> None:
         assert list(store.trees()) == [tree()]
 
 
-def test_journal(tmp_path: Path) -> None:
+def test_a_changed_question_has_a_tree_beside_the_old_one(tmp_path: Path) -> None:
     with TreeStore(tmp_path / "t.db") as store:
-        assert store.recall(b"k") is None
-        store.journal([Call(b"k", "t1", "m", "text"), Call(b"l", "t1", "m", "beside it")])
-        store.journal([Call(b"k", "t1", "m", "another")])
-        assert store.recall(b"k") == "text"
-    with TreeStore(tmp_path / "t.db") as store:
-        assert store.recall(b"k") == "text"
-        assert store.recall(b"l") == "beside it"
-        assert store.recall(b"m") is None
-
-
-def test_completions_are_journalled_all_or_none(tmp_path: Path) -> None:
-    half = [Call(b"k", "t1", "m", "text"), Call(b"l", "t1", "m", object())]  # type: ignore[arg-type]
-    with TreeStore(tmp_path / "t.db") as store:
-        with pytest.raises(UsageError, match="binding"):
-            store.journal(half)
-        assert store.recall(b"k") is None
-    with TreeStore(tmp_path / "t.db") as store:
-        assert store.recall(b"k") is None
+        store.put(tree())
+        store.put(replace(tree("t2"), gold="9"))
+        assert [(kept.question_id, kept.gold) for kept in store.trees("c")] == [("q1", "2"), ("q1", "9")]
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path: Path) -> None:
@@ -80,12 +67,14 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path: Path) -> None
 
         def fill() -> None:
             for i in range(1000):
-                store.journal([Call(str(i).encode(), "t", "m", "x" * 1000)])
+                store.put(tree(f"more{i}"))
 
         with pytest.raises(CotreeError, match="full; free some space, then re-run the same command to resume"):
             fill()
         store._db.execute("PRAGMA max_page_count = 100000")
-        assert list(store.trees()) == [tree()]
+        kept = list(store.trees())
+        assert kept[-1] == tree()
+        assert all(replace(other, tree_id="t1") == tree() for other in kept), "whole or not at all"
         store.put(tree("t2", "q2"))
 
 
@@ -99,8 +88,10 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a tree store"):
         TreeStore(tmp_path / "other.db")
     assert (tmp_path / "other.db").read_bytes() == before
-    with TreeStore(tmp_path / "t.db"):
-        pass
+    with Journal(tmp_path / "j.db"), pytest.raises(UsageError, match="is not a tree store"):
+        TreeStore(tmp_path / "j.db")
+    with TreeStore(tmp_path / "t.db"), pytest.raises(UsageError, match="is not a journal"):
+        Journal(tmp_path / "t.db")
     with sqlite3.connect(tmp_path / "t.db") as db:
         db.execute("UPDATE meta SET value = '99'")
     with pytest.raises(UsageError, match=r"schema version 99.*; choose another name="):

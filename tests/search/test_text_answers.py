@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.search.test_driver import PlainTemplate, content
-from tests.search.test_growth import ONE, grow, settings
-from tests.support.fake_server import FakeServerThread, count_tokens
+from tests.support.fake_server import FakeServerThread
+from tests.support.search import grow, settings, stored
 
-from cotree.models.client import Client
-from cotree.models.endpoints import Endpoint
-from cotree.search.baselines import best_of_n
-from cotree.search.driver import Grower
-from cotree.search.prompts import chain_text, in_box
-from cotree.search.store import TreeStore
+from cotree.search.prompts import boxed_part, chain_text
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import AnswerForm, Turn, WorkedExample
-from cotree.tasks.extract import answer_text, last_boxed, spoken
+from cotree.tasks.extract import free_text_answer, last_boxed, visible_text
 
 
 class Rhymes(Task):
@@ -73,7 +67,7 @@ class Halves(Rhymes):
 
 @given(st.text(alphabet="{}\\\\x. ", max_size=30))
 def test_a_box_ends_in_search_where_extraction_ends_it(written: str) -> None:
-    kept, closed = in_box(written)
+    kept, closed = boxed_part(written)
     if closed:
         assert last_boxed(f"\\boxed{{{kept}}} more") == kept
     else:
@@ -111,9 +105,9 @@ def test_a_text_answer_keeps_its_lines_and_is_judged_without_its_tag(tmp_path: P
         trees, _ = asyncio.run(grow(server.url, tmp_path / "t.db", settings(rollouts=8), asked))
         answering = [r for r in server.requests if r["prompt"].endswith("The answer is:\n")]
         thinking = [r for r in server.requests if not r["prompt"].endswith("The answer is:\n")]
-        before, calls = content(tmp_path / "t.db"), server.calls
+        before, calls = stored(tmp_path / "t.db"), server.calls
         asyncio.run(grow(server.url, tmp_path / "t.db", settings(rollouts=8), asked))
-        assert (content(tmp_path / "t.db"), server.calls) == (before, calls)
+        assert (stored(tmp_path / "t.db"), server.calls) == (before, calls)
     assert answering and thinking
     assert not any(r.get("stop") for r in answering)
     assert all(r["stop"] for r in thinking)
@@ -125,7 +119,7 @@ def test_a_text_answer_keeps_its_lines_and_is_judged_without_its_tag(tmp_path: P
         assert (node.verdict == "correct") == (len((node.answer or "").splitlines()) == int(tree.gold))
         chain = chain_text(tree.chain(node.node_id))
         assert chain.endswith(f"\n{node.text}")
-        assert spoken(chain) == node.answer
+        assert visible_text(chain) == node.answer
         assert Rhymes().judge(asked[0][1], chain).answer == node.answer
     second = [tree for tree in trees if tree.turn == 1]
     assert len(second) == 4
@@ -148,19 +142,19 @@ def test_a_text_answer_that_is_cut_or_empty_is_no_answer(tmp_path: Path) -> None
     assert {n.finish_reason for n in answers} == {"length", "stop"}
 
 
-def test_best_of_n_does_not_stop_in_a_text_answer(tmp_path: Path) -> None:
-    async def both(url: str) -> int:
-        asked = [(Rhymes(), q) for q in Rhymes().questions()]
-        async with Client("one", url, "one", max_in_flight=64, count_tokens=count_tokens) as client:
-            with TreeStore(tmp_path / "t.db") as store:
-                grower = Grower(store, {"one": Endpoint("one", (client,), PlainTemplate(), "one")}, ONE, settings(), 3)
-                await grower.grow_all(asked)
-                found = await best_of_n(grower, grower.grown(asked))
-        return sum(f.correct for f in found)
-
+def test_sampling_does_not_stop_in_a_text_answer(tmp_path: Path) -> None:
+    asked = [(Rhymes(), q) for q in Rhymes().questions()]
     with FakeServerThread(reply=poem) as server:
-        assert asyncio.run(both(server.url)) > 0
+        asyncio.run(grow(server.url, tmp_path / "t.db", settings(), asked))
+        sampling = settings(method="sampling", tokens_of="t")
+        trees, _ = asyncio.run(grow(server.url, tmp_path / "s.db", sampling, asked, others=tmp_path / "t.db"))
         assert any(not r.get("stop") and not r["prompt"].endswith(":\n") for r in server.requests)
+    assert len(trees) == 8, "later turns are sampled too"
+    assert {"correct", "wrong"} <= {node.verdict for tree in trees for node in tree.nodes}
+    for tree in trees:
+        if tree.turn:
+            replies = [n.text.split("The answer is:\n", 1)[-1] for first in trees for n in first.nodes[1:]]
+            assert tree.messages[1]["content"] in replies, "only the answer goes back"
 
 
 @pytest.mark.parametrize(
@@ -177,4 +171,4 @@ def test_best_of_n_does_not_stop_in_a_text_answer(tmp_path: Path) -> None:
     ],
 )
 def test_the_text_that_is_judged(completion: str, finish: str, answer: str | None) -> None:
-    assert answer_text(completion, finish) == answer
+    assert free_text_answer(completion, finish) == answer

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from cotree.experiment.recipe import TrainDPO, TrainSFT
-from cotree.train.dpo import train_dpo
-from cotree.train.sft import train_sft
-from cotree.train.trainer import StepLog
+from cotree.train import dpo, sft  # noqa: F401 - imported before the process is forked
+from cotree.train.result import StepLog
+from cotree.train.run import train
+from cotree.train.settings import DPO, SFT
 
 
 def train_slowly(
-    rows: Path, student: Path, out: Path, settings: TrainSFT | TrainDPO, pause: float, steps: Connection
+    method: str, rows: Path, student: Path, out: Path, settings: SFT | DPO, pause: float, steps: Connection
 ) -> None:
     """Train; send each step's number when it is done, and then wait for so many seconds."""
     torch.set_num_threads(1)  # as the tests do (`conftest`), else sums round differently
@@ -24,7 +24,4 @@ def train_slowly(
         steps.send(log.step)
         time.sleep(pause)
 
-    if isinstance(settings, TrainSFT):
-        train_sft(rows, student, out, settings, 0, 512, on_step)
-    else:
-        train_dpo(rows, student, out, settings, 0, 512, on_step)
+    train(method, rows, student, out, settings=settings, seed=0, on_step=on_step)

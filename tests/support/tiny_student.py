@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cotree.train.families import FAMILIES, gguf_name, reordered, to_pairs
+from cotree.models.families import FAMILIES, gguf_name, reordered, to_pairs
 
 Post = Callable[[str, dict[str, Any]], dict[str, Any]]
 

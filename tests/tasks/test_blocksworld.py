@@ -21,13 +21,13 @@ from cotree.base.errors import UsageError
 from cotree.search.prompts import search_messages
 from cotree.tasks import Question, task
 from cotree.tasks.blocksworld import Blocksworld, problem_of
-from cotree.tasks.plan_text import extract_plan, one_shot, plan_in_words, problem_in, zero_shot
+from cotree.tasks.plan_text import extract_plan, one_shot, parse_problem, plan_in_words, zero_shot
 from cotree.tasks.strips import (
     Action,
     Problem,
     canonical_form,
-    fault,
     optimal_plan,
+    plan_error,
     random_problem,
     random_state,
 )
@@ -98,9 +98,13 @@ def tower(*blocks: str) -> dict[str, str]:
 
 THREE = Problem(tower("c", "a") | tower("b"), {"a": "b", "b": "c"})
 THREE_PLAN: list[Action] = [
-    ("unstack", "c", "a"), ("put-down", "c"), ("pick-up", "b"), ("stack", "b", "c"),
-    ("pick-up", "a"), ("stack", "a", "b"),
-]  # fmt: skip
+    ("unstack", "c", "a"),
+    ("put-down", "c"),
+    ("pick-up", "b"),
+    ("stack", "b", "c"),
+    ("pick-up", "a"),
+    ("stack", "a", "b"),
+]
 
 
 def test_gold_plans_are_valid_optimal_and_need_each_step() -> None:
@@ -108,10 +112,10 @@ def test_gold_plans_are_valid_optimal_and_need_each_step() -> None:
         problem = Problem.from_atoms(row["init"], row["goal"])
         plan = [tuple(line.split()) for line in row["ground_truth_plan"]]
         assert problem.init_atoms() == sorted(row["init"])
-        assert fault(problem, plan) is None
+        assert plan_error(problem, plan) is None
         assert len(plan) == len(optimal_plan(problem)) == shortest(problem)
         for n in range(len(plan)):
-            assert str(fault(problem, plan[:n])).startswith("goal not reached: ")
+            assert str(plan_error(problem, plan[:n])).startswith("goal not reached: ")
 
 
 def test_prompts_are_planbenchs() -> None:
@@ -119,10 +123,10 @@ def test_prompts_are_planbenchs() -> None:
     one_shots = {question.id: question for question in task("blocksworld_one_shot").questions()}
     for name, row in rows.items():
         assert by_id()[name].messages == ({"role": "user", "content": row["prompt_zero_shot"]},)
-        assert problem_in(row["prompt_zero_shot"]) == problem_of(by_id()[name])
+        assert parse_problem(row["prompt_zero_shot"]) == problem_of(by_id()[name])
         if row["prompt_one_shot"] is not None:
             assert one_shots[name].messages == ({"role": "user", "content": row["prompt_one_shot"]},)
-            assert problem_in(row["prompt_one_shot"]) == problem_of(by_id()[name])
+            assert parse_problem(row["prompt_one_shot"]) == problem_of(by_id()[name])
     assert sum(row["prompt_one_shot"] is not None for row in rows.values()) > 400
     assert by_id()["blocksworld_3-1"].family == "3 blocks"
 
@@ -143,7 +147,7 @@ def test_the_simulator_judges_all_of_planbenchs_own_plans_as_labelled() -> None:
     for row in benchmark_rows("blocksworld_responses.jsonl.gz"):
         lines = (row["extracted_plan"] or "").replace("(", "").replace(")", "").splitlines()
         plan: list[Action] = [tuple(line.split()) for line in lines if line.strip()]
-        valid = bool(plan) and fault(problem_of(by_id()[row["id"]]), plan) is None
+        valid = bool(plan) and plan_error(problem_of(by_id()[row["id"]]), plan) is None
         assert valid == row["correct"], row["id"]
 
 
@@ -185,8 +189,8 @@ def test_a_verdict_takes_no_longer_than_finding_the_words_five_times() -> None:
     ],
 )
 def test_why_a_plan_fails(plan: list[Action], reason: str) -> None:
-    assert fault(THREE, plan) == reason
-    assert fault(THREE, THREE_PLAN) is None
+    assert plan_error(THREE, plan) == reason
+    assert plan_error(THREE, THREE_PLAN) is None
 
 
 # The examples are problems where a bound twice as high misses the shortest plan.
@@ -197,7 +201,7 @@ def test_why_a_plan_fails(plan: list[Action], reason: str) -> None:
 def test_solver_finds_shortest_plans(seed: int, size: int, whole: bool) -> None:
     problem = random_problem(random.Random(seed), "abcde"[:size], whole)
     plan = optimal_plan(problem)
-    assert fault(problem, plan) is None
+    assert plan_error(problem, plan) is None
     assert len(plan) == shortest(problem)
 
 
@@ -253,7 +257,7 @@ def check_generated(data: Path | None, known: list[Problem], limit: int) -> None
         assert set(Counter(q.family for q in asked)) == {f"{n} blocks" for n in range(3, 8)}
         for q in asked:
             problem = problem_of(q)
-            assert problem_in(q.messages[0]["content"]) == problem
+            assert parse_problem(q.messages[0]["content"]) == problem
             # No goal of PlanBench's says what stands on the table, and no problem has more than five blocks.
             assert "" in problem.goal.values() or len(problem.below) > 5
             assert task("blocksworld").judge(q, q.gold).detail == f"optimal, {q.spec['optimal_steps']} steps"
@@ -374,10 +378,27 @@ def test_any_text_gets_a_verdict(text: str) -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["the ", "pick up the red block ", "pick up red (", "1. ", "1", " ", "\n", "stack a on ", "* ", "plan ", "plan",
-     "\t(", "1. stack a b\npick up c\n", "stack a b, and ", "stack a b\n", "[PLAN]", "step 1: stack a b\nplan:\n",
-     "the answer is:\n"],
-)  # fmt: skip
+    [
+        "the ",
+        "pick up the red block ",
+        "pick up red (",
+        "1. ",
+        "1",
+        " ",
+        "\n",
+        "stack a on ",
+        "* ",
+        "plan ",
+        "plan",
+        "\t(",
+        "1. stack a b\npick up c\n",
+        "stack a b, and ",
+        "stack a b\n",
+        "[PLAN]",
+        "step 1: stack a b\nplan:\n",
+        "the answer is:\n",
+    ],
+)
 @pytest.mark.parametrize("first", ["", "1. stack a b\n"])
 def test_long_texts_take_time_in_proportion(first: str, piece: str) -> None:
     def seconds(length: int) -> float:
@@ -432,11 +453,11 @@ def test_one_shot_shows_an_invented_problem_where_the_one_before_is_missing(tmp_
     for split in ("test", "train"):
         (question,) = task("blocksworld_one_shot", own_rows(tmp_path)).questions(split, 1)
         shown, asked_last = question.messages[0]["content"].split("[STATEMENT]")[1:]
-        problem = problem_in(f"[STATEMENT]{shown}")
+        problem = parse_problem(f"[STATEMENT]{shown}")
         plan = extract_plan(shown.partition("My plan")[2])
         assert plan is not None
-        assert fault(problem, plan) is None and len(problem.below) == 6
-        assert problem_in(f"[STATEMENT]{asked_last}") == problem_of(question)
+        assert plan_error(problem, plan) is None and len(problem.below) == 6
+        assert parse_problem(f"[STATEMENT]{asked_last}") == problem_of(question)
 
 
 def test_worked_examples_are_solved_and_asked_like_the_question(tmp_path: Path) -> None:
@@ -445,10 +466,10 @@ def test_worked_examples_are_solved_and_asked_like_the_question(tmp_path: Path) 
     examples = blocksworld.worked_examples(question)
     assert len(examples) == 3
     for shown in examples:
-        assert blocksworld.judge(asked(problem_in(shown.question)), shown.answer).detail.startswith("optimal")
+        assert blocksworld.judge(asked(parse_problem(shown.question)), shown.answer).detail.startswith("optimal")
         assert all(text and "\n" not in text for text in shown.steps.values())
-    itself = asked(problem_in(examples[0].question))
+    itself = asked(parse_problem(examples[0].question))
     assert blocksworld.worked_examples(itself) == examples[1:]
     messages = search_messages(blocksworld, question)
     assert [m["role"] for m in messages] == ["user", "assistant"] * 3 + ["user"]
-    assert blocksworld.judge(asked(problem_in(examples[0].question)), messages[1]["content"]).kind == "correct"
+    assert blocksworld.judge(asked(parse_problem(examples[0].question)), messages[1]["content"]).kind == "correct"

@@ -15,8 +15,8 @@ from tests.support.benchmark_data import benchmark_rows
 
 from cotree.base.errors import UsageError
 from cotree.tasks import Question, task
-from cotree.tasks.ifeval import spec_of
-from cotree.tasks.instructions import Followed, if_scores, instruction_results, strict
+from cotree.tasks.ifeval import instruction_spec
+from cotree.tasks.instructions import InstructionResults, follows_strictly, if_scores, instruction_results
 
 NO_COMMA, QUOTED, TITLE = "punctuation:no_comma", "startend:quotation", "detectable_format:title"
 
@@ -51,9 +51,9 @@ MULTI_LOCAL = {
     "turns": [{"prompt": p, "instruction_id_list": ids, "kwargs": kwargs} for p, ids, kwargs in TURNS],
 }
 MULTI_HUB = {"key": "7:1:fr", "language": "French", "turns": "[]", "responses": ""} | {
-    f"turn_{n}_{part}": told
+    f"turn_{n}_{part}": value
     for n, (prompt, ids, kwargs) in enumerate(TURNS, 1)
-    for part, told in (
+    for part, value in (
         ("prompt", json.dumps({"role": "user", "content": prompt})),
         ("instruction_id_list", json.dumps(ids)),
         ("kwargs", json.dumps([json.dumps(one) for one in kwargs])),
@@ -133,17 +133,20 @@ def test_each_turn_has_its_own_instructions_and_sees_the_replies(tmp_path: Path)
 
 
 def test_scores_are_shares_by_group_and_turn() -> None:
-    def one(group: str, turn: int, strictly: str, loosely: str) -> Followed:
-        def told(marks: str) -> tuple[bool, ...]:
+    def one(group: str, turn: int, strictly: str, loosely: str) -> InstructionResults:
+        def followed(marks: str) -> tuple[bool, ...]:
             return tuple(mark == "+" for mark in marks)
 
-        return Followed(group, turn, ("x",) * len(strictly), told(strictly), told(loosely))
+        return InstructionResults(group, turn, ("x",) * len(strictly), followed(strictly), followed(loosely))
 
     english = [one("IF(En)", 1, "+", "+"), one("IF(En)", 1, "+--", "+++"), one("IF(En)", 2, "--", "+-")]
     scores = if_scores([*english, one("IF(Zh)", 1, "+", "+")])
     assert [(s.group, s.turn, s.prompts) for s in scores] == [
-        ("IF(Zh)", 1, 1), ("IF(En)", 1, 2), ("IF(En)", 2, 1), ("IF(En)", None, 3),
-    ]  # fmt: skip
+        ("IF(Zh)", 1, 1),
+        ("IF(En)", 1, 2),
+        ("IF(En)", 2, 1),
+        ("IF(En)", None, 3),
+    ]
     first, second, mean = scores[1:]
     assert (first.prompt_strict, first.instruction_strict) == (0.5, 0.5)
     assert (first.prompt_loose, first.instruction_loose) == (1.0, 1.0)
@@ -160,7 +163,7 @@ def test_worked_examples_follow_what_they_ask(name: str) -> None:
         (quoted, ["length_constraints:number_words", QUOTED], [{"num_words": 20, "relation": "less than"}, {}]),
     )
     for example, names, arguments in asked:
-        question = Question("x", name, (), "", spec=spec_of(names, arguments, "English"))
+        question = Question("x", name, (), "", spec=instruction_spec(names, arguments, "English"))
         assert task(name).judge(question, example.answer).kind == "correct"
         assert all("\n" not in step for step in example.steps.values())
 
@@ -196,7 +199,7 @@ def test_all_english_and_chinese_conversations_are_judged_offline() -> None:
     english = task("multi_if", data("multi_if_en.jsonl.gz")).questions()
     chinese = task("multi_if", data("multi_if_zh_sample.jsonl")).questions()
     assert {q.family for q in english} == {"English"}
-    seen: list[Followed] = []
+    seen: list[InstructionResults] = []
     for i, first in enumerate(english + chinese):
         question: Question | None = first
         while question is not None:
@@ -249,6 +252,6 @@ def test_verdicts_equal_those_of_lm_eval() -> None:
                 follows = bool(response.strip()) and theirs.check_following(response)
             except LookupError:
                 pytest.skip("lm_eval needs nltk's model punkt_tab, which is not installed")
-            different[name] += strict(name, arguments, response) != follows
+            different[name] += follows_strictly(name, arguments, response) != follows
     # It draws letters by chance too; see above.
     assert (+different).keys() <= {"keywords:letter_frequency"}

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotree.base.errors import UsageError
-from cotree.tasks.instructions import CHECKERS, check_arguments, loose, strict
-from cotree.tasks.instructions.scripts import detect, sentences, words
+from cotree.tasks.instructions import follows_loosely, follows_strictly
+from cotree.tasks.instructions.languages import detect, sentences, words
+from cotree.tasks.instructions.registry import CHECKERS, check_arguments
 
 ENGLISH = "The harbour is quiet at night and the boats lie still in the dark water."
 AT_LEAST, LESS = "at least", "less than"
@@ -137,8 +138,8 @@ def test_a_text_that_follows_and_one_that_does_not(
     name: str, arguments: dict[str, Any], follows: str, fails: str
 ) -> None:
     check_arguments(name, arguments)
-    assert strict(name, arguments, follows)
-    assert not strict(name, arguments, fails)
+    assert follows_strictly(name, arguments, follows)
+    assert not follows_strictly(name, arguments, fails)
 
 
 def test_every_instruction_has_a_case_in_some_language() -> None:
@@ -196,10 +197,10 @@ def test_detection_is_the_same_every_time() -> None:
 
 def test_loose_forgives_a_first_line_a_last_line_and_asterisks() -> None:
     for text in ('Sure:\n"a"', '"a"\nBye', '*"a"*', 'Sure:\n**"a"**\nBye'):
-        assert not strict("startend:quotation", {}, text)
-        assert loose("startend:quotation", {}, text)
-    assert not loose("startend:quotation", {}, "Sure: 'a'")
-    assert not loose("punctuation:no_comma", {}, " \n")
+        assert not follows_strictly("startend:quotation", {}, text)
+        assert follows_loosely("startend:quotation", {}, text)
+    assert not follows_loosely("startend:quotation", {}, "Sure: 'a'")
+    assert not follows_loosely("punctuation:no_comma", {}, " \n")
 
 
 def test_unknown_instructions_and_arguments_are_named() -> None:
@@ -220,7 +221,7 @@ ALPHABETS = "ab \n\n.*#\"'[]<>«»¿?¡!-1()_@/:的。，「」『』《》（�
 @given(st.one_of(st.text(max_size=300), st.text(alphabet=ALPHABETS, max_size=300)))
 def test_no_checker_raises_on_any_text(text: str) -> None:
     for name, arguments, _, _ in CASES:
-        assert loose(name, arguments, text) in (True, False)
+        assert follows_loosely(name, arguments, text) in (True, False)
 
 
 # Each is repeated to the whole length: what a pattern could try again from every place.
@@ -237,5 +238,5 @@ def test_no_text_takes_long(size: int) -> None:
     for text in texts:
         for name, arguments, _, _ in CASES:
             started = time.perf_counter()
-            strict(name, arguments, text)
+            follows_strictly(name, arguments, text)
             assert time.perf_counter() - started < 1 + size / 15_000, (name, text[:4])

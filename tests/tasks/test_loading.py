@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from cotree.base.errors import UsageError
-from cotree.tasks.loading import Source, load_rows, value
+from cotree.tasks.loading import Source, field_value, load_rows
 
 ROWS = [{"id": f"r-{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(5)]
 SOURCE = Source("sums.jsonl", "nobody/sums", "MIT", 5, ("main",), "test")
@@ -93,4 +93,4 @@ def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match=r"cut\.jsonl\.gz"):
         load_rows(SOURCE, tmp_path / "cut.jsonl.gz")
     with pytest.raises(UsageError, match="no field `problem` or `text`; its fields: id, question, answer"):
-        value(ROWS[0], "problem", "text")
+        field_value(ROWS[0], "problem", "text")

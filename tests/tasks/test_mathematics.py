@@ -22,9 +22,9 @@ from tests.support.benchmark_data import benchmark_rows
 from cotree.base.errors import UsageError
 from cotree.tasks import TASKS, Question, task
 from cotree.tasks import math_verdicts as verdicts
-from cotree.tasks.extract import Mode, extract_answer
-from cotree.tasks.math_verdicts import compare
-from cotree.tasks.math_worker import SECONDS
+from cotree.tasks.extract import ExtractionMode, extract_answer
+from cotree.tasks.math_verdicts import check_math_answer
+from cotree.tasks.math_worker import LIMIT_SECONDS
 from cotree.tasks.mathematics import INSTRUCTION, Mathematics
 
 MATHEMATICS = [name for name, kind in TASKS.items() if issubclass(kind, Mathematics)]
@@ -71,9 +71,9 @@ def test_the_library_agrees_with_what_is_decided_without_it(monkeypatch: pytest.
         raise AssertionError((gold, answer))
 
     with ThreadPoolExecutor() as pool:
-        library = list(pool.map(lambda pair: verdicts._ask(*pair), pairs))
-    monkeypatch.setattr(verdicts, "_ask", not_here)
-    assert [verdicts.compare.__wrapped__(*pair)[0] for pair in pairs] == library
+        library = list(pool.map(lambda pair: verdicts._ask_worker(*pair), pairs))
+    monkeypatch.setattr(verdicts, "_ask_worker", not_here)
+    assert [verdicts.check_math_answer.__wrapped__(*pair)[0] for pair in pairs] == library
 
 
 @pytest.mark.parametrize("last", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -86,7 +86,7 @@ def test_changed_digits_are_wrong(last: bool) -> None:
     ]
     assert len(pairs) > 300
     with ThreadPoolExecutor() as pool:
-        accepted = pool.map(lambda pair: compare(*pair[1:])[0], pairs)
+        accepted = pool.map(lambda pair: check_math_answer(*pair[1:])[0], pairs)
     assert {name for (name, *_), right in zip(pairs, accepted, strict=True) if right} == set(ACCEPTED)
 
 
@@ -124,9 +124,9 @@ def test_changed_digits_are_wrong(last: bool) -> None:
 )
 def test_forms_of_an_answer(gold: str, right: list[str], wrong: list[str]) -> None:
     for answer in right:
-        assert compare(gold, answer)[0], answer
+        assert check_math_answer(gold, answer)[0], answer
     for answer in wrong:
-        assert not compare(gold, answer)[0], answer
+        assert not check_math_answer(gold, answer)[0], answer
 
 
 HOSTILE = {
@@ -146,7 +146,7 @@ HOSTILE = {
     "names", [("tower", "nested"), pytest.param(tuple(HOSTILE), marks=pytest.mark.slow)], ids=["two", "all"]
 )
 def test_a_hostile_answer_costs_its_limit_and_no_more(names: tuple[str, ...]) -> None:
-    compare("x", "x+0")
+    check_math_answer("x", "x+0")
 
     def judged(name: str) -> tuple[str, str, float]:
         started = time.perf_counter()
@@ -157,8 +157,8 @@ def test_a_hostile_answer_costs_its_limit_and_no_more(names: tuple[str, ...]) ->
         for kind, detail, seconds in pool.map(judged, names):
             assert (kind, detail) == ("wrong", "not checked: stopped at 3 s or 2 GiB")
             # Two seconds for a busy machine: a stop takes milliseconds, starting the libraries anew would take more.
-            assert seconds < SECONDS + 2
-    assert compare("x^2", "x \\cdot x") == (True, "")
+            assert seconds < LIMIT_SECONDS + 2
+    assert check_math_answer("x^2", "x \\cdot x") == (True, "")
 
 
 def test_a_box_of_garbage_costs_nothing() -> None:
@@ -169,25 +169,25 @@ def test_a_box_of_garbage_costs_nothing() -> None:
 
 
 def test_a_process_that_is_killed_is_replaced_and_says_nothing_about_the_answer() -> None:
-    assert compare("a+b", "b+a") == (True, "")
-    first = verdicts._workers
+    assert check_math_answer("a+b", "b+a") == (True, "")
+    first = verdicts._pool
     assert first is not None
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
-    assert compare("a+b", "b+2a-a") == (True, "")
-    assert verdicts._workers is not first
+    assert check_math_answer("a+b", "b+2a-a") == (True, "")
+    assert verdicts._pool is not first
 
 
 def test_a_comparison_that_loses_its_process_is_asked_again() -> None:
-    assert compare("a+b", "b+a") == (True, "")
-    first = verdicts._workers
+    assert check_math_answer("a+b", "b+a") == (True, "")
+    first = verdicts._pool
     assert first is not None
     pid = first.process.pid
     children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     for child in children:
         os.kill(child, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(compare, "a+b", "b+3a-2a")
+        asked = pool.submit(check_math_answer, "a+b", "b+3a-2a")
         time.sleep(0.3)
         first.close()
         assert asked.result(60) == (True, "")
@@ -208,12 +208,12 @@ threads = [threading.Thread(target=judge) for _ in range(4)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
 print(seen)
 from cotree.tasks import math_verdicts
-first = math_verdicts._workers.process.pid
+first = math_verdicts._pool.process.pid
 if os.fork() == 0:
-    print(task.judge(question, "\\\\boxed{x^2 - 2}").kind, math_verdicts._workers.process.pid != first, flush=True)
+    print(task.judge(question, "\\\\boxed{x^2 - 2}").kind, math_verdicts._pool.process.pid != first, flush=True)
     os._exit(0)
 os.wait()
-print(task.judge(question, "\\\\boxed{-1 + x^2}").kind, math_verdicts._workers.process.pid == first)
+print(task.judge(question, "\\\\boxed{-1 + x^2}").kind, math_verdicts._pool.process.pid == first)
 """
 
 
@@ -235,7 +235,7 @@ async def test_a_slow_verdict_does_not_hold_up_the_loop() -> None:
         await asyncio.sleep(0.02)
         longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
     assert (await slow).kind == "wrong"
-    assert longest < SECONDS / 2
+    assert longest < LIMIT_SECONDS / 2
 
 
 @pytest.mark.parametrize("name", MATHEMATICS)
@@ -305,7 +305,7 @@ LAST_NUMBER_WAS_CUT = {28, 393, 444}  # the grader took 7 of -2+7i, 4 of 3/4, 2 
         ("lenient", BROKEN_GOLD | THINKING_UNCLOSED | LAST_NUMBER_WAS_CUT),
     ],
 )
-def test_real_long_outputs_are_judged_as_labelled(mode: Mode, differing: set[int]) -> None:
+def test_real_long_outputs_are_judged_as_labelled(mode: ExtractionMode, differing: set[int]) -> None:
     rows = benchmark_rows("sky_t1_long_cot.jsonl.gz")
     assert len(rows) == 240 and max(len(row["response"]) for row in rows) > 150_000
     found = set()
@@ -332,7 +332,7 @@ PARTS = st.sampled_from(
 @given(st.one_of(st.text(), st.lists(PARTS, max_size=40).map("".join), st.lists(PARTS, max_size=40).map(" ".join)))
 @settings(max_examples=300, deadline=None)
 def test_no_text_raises(text: str) -> None:
-    modes: tuple[Mode, ...] = ("strict", "lenient")
+    modes: tuple[ExtractionMode, ...] = ("strict", "lenient")
     for mode, finish in product(modes, ("stop", "length")):
         answer = extract_answer(text, finish, mode)
         assert answer is None or (answer and answer in text)

@@ -1,4 +1,4 @@
-"""A user's own tasks: the example of the docs, a class, and what is wrong said in one line."""
+"""A user's own tasks: the example of the docs, a class, and faults of a file in one line each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from cotree.base.errors import UsageError
 from cotree.experiment.recipe import load_recipe
 from cotree.search.prompts import thought_text
-from cotree.search.thoughts import ANSWERS
+from cotree.search.settings import Trees
+from cotree.search.thoughts import ANSWER_FORMATS
 from cotree.tasks import task
 
 ROOT = Path(__file__).parents[2]
@@ -74,12 +75,13 @@ def test_a_class_file_may_hold_dataclasses_and_may_not_end_the_program(folder: P
 
 def test_a_recipe_names_own_tasks(folder: Path) -> None:
     name = str(folder / "halves.yaml")
-    recipe = load_recipe(ROOT / "recipes" / "laptop.yaml", [f'tasks.train={{"{name}": 3}}'])
-    assert recipe.tasks.train == {name: 3}
+    recipe = load_recipe(ROOT / "recipes" / "laptop.yaml", [f'trees.train.questions={{"{name}": 3}}'])
+    settings = recipe.nodes["trees/train"].settings
+    assert isinstance(settings, Trees) and settings.questions == {name: 3}
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("verifier: math", "verifier: maths", r"`verifier`: Input should be 'math', 'number' or 'text'"),
         ("prompt:", "promt:", r"`prompt`: Field required"),
@@ -92,12 +94,12 @@ def test_a_recipe_names_own_tasks(folder: Path) -> None:
         ("    unit: cm", "    unit: cm\n    subtask: typo", r"`examples\.0`: its fields"),
     ],
 )
-def test_faults_are_one_line(folder: Path, old: str, new: str, said: str) -> None:
+def test_faults_are_one_line(folder: Path, old: str, new: str, message: str) -> None:
     path = folder / "halves.yaml"
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(UsageError, match=said) as fault:
+    with pytest.raises(UsageError, match=message) as error:
         task(str(path)).questions()
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_extractors_and_verifiers(folder: Path, extractor: str, verifier: str, r
     if extractor == "text":
         assert own.judge(question, reply, "length").kind == "no_answer"
         # What the search writes: a tag, and no box around what is compared as it is.
-        written = thought_text("answer", ANSWERS[own.answer_form].prefix, "\\frac{2}{2}", own.answer_form)
+        written = thought_text("answer", ANSWER_FORMATS[own.answer_form].prefix, "\\frac{2}{2}", own.answer_form)
         assert own.judge(question, written).kind == "correct"
 
 

@@ -73,25 +73,30 @@ def test_questions_are_the_same_every_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "said"),
+    ("name", "row", "message"),
     [
         ("gsm8k", {"id": "1"}, "row 2: a row has no field `problem` or `question`; its fields: id"),
         ("blocksworld", {"init": ["on a"], "goal": ["on a b"]}, "row 2: not a row of tasksource/planbench .IndexError"),
         ("ifeval", {"prompt": "Sing.", "instruction_id_list": ["a:b"], "kwargs": [3]}, "row 2: not a row of google/"),
     ],
 )
-def test_a_row_that_is_none_of_the_task_is_named(name: str, row: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_a_row_that_is_none_of_the_task_is_named(
+    name: str, row: dict[str, object], message: str, tmp_path: Path
+) -> None:
     good = {
         "gsm8k": {"id": 1, "question": "1 + 1?", "answer": "2"},
         "blocksworld": {
-            "id": 1, "init": ["ontable a", "ontable b"], "goal": ["on a b"], "ground_truth_plan": ["(pick-up a)"],
+            "id": 1,
+            "init": ["ontable a", "ontable b"],
+            "goal": ["on a b"],
+            "ground_truth_plan": ["(pick-up a)"],
         },
         "ifeval": {"key": 1, "prompt": "Sing.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]},
-    }  # fmt: skip
+    }
     (tmp_path / "rows.jsonl").write_text(json.dumps(good[name]))
     assert len(task(name, tmp_path / "rows.jsonl").questions()) == 1
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(good[name])}\n{json.dumps(row)}")
-    with pytest.raises(UsageError, match=f"{name}, {said}"):
+    with pytest.raises(UsageError, match=f"{name}, {message}"):
         task(name, tmp_path / "rows.jsonl").questions()
 
 

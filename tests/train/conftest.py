@@ -1,20 +1,17 @@
-"""Fixtures of the training tests: a tiny student on disk, rows for it, and the engine to serve GGUF files."""
+"""Fixtures of the training tests: a tiny student on disk, and rows for it."""
 
 from __future__ import annotations
 
 import gc
-import json
 import socket
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.support.tiny_student import Post, dpo_row, sft_row, tiny_model, tiny_tokenizer
+from tests.support.tiny_student import dpo_row, sft_row, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 THREADS = torch.get_num_threads()
@@ -34,11 +31,6 @@ def tiny_runs_are_fast() -> Iterator[None]:
 def threads(request: pytest.FixtureRequest) -> None:
     """Tiny models gain nothing from threads, and lose much to them on a busy machine."""
     torch.set_num_threads(THREADS if "real" in request.keywords else 1)
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -62,38 +54,6 @@ def dpo_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "dpo.parquet"
     pq.write_table(pa.Table.from_pylist([dpo_row(index) for index in range(10)]), path)
     return path
-
-
-@pytest.fixture
-def serve(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[Path], Post]]:
-    """Serve GGUF files with llama.cpp on loopback; a call gives a function that posts to the server."""
-    import xllamacpp
-
-    servers = []
-
-    def start(path: Path) -> Post:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.cache_ram_mib, params.n_gpu_layers = 512, 1, 0, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.port, params.verbosity, params.warmup = 0, -1, False
-        server = xllamacpp.Server(params)
-        servers.append(server)
-
-        def post(route: str, body: dict[str, Any]) -> dict[str, Any]:
-            request = urllib.request.Request(
-                server.listening_address + route, json.dumps(body).encode(), {"content-type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=120) as response:
-                answer: dict[str, Any] = json.load(response)
-                return answer
-
-        return post
-
-    yield start
-    servers.clear()
 
 
 @pytest.fixture

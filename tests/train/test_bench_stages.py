@@ -1,15 +1,14 @@
-"""`benchmarks.train_stages` trains both stages of a run twice, to the same loss; packed it computes fewer tokens."""
+"""`benchmarks.train_stages` trains a run's students twice, to the same loss; packed it computes fewer tokens."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 from benchmarks import train_stages
-
-LAPTOP = Path(__file__).parents[2] / "recipes" / "laptop.yaml"
 
 
 def test_both_ways_end_at_the_same_loss(
@@ -21,16 +20,26 @@ def test_both_ways_end_at_the_same_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
-    for stage, rows in (("sft", sft_rows), ("dpo", dpo_rows)):
-        (run / "data" / stage).mkdir(parents=True)
-        shutil.copy(rows, run / "data" / stage / "train.parquet")
-    for name in ("base", "sft"):
-        shutil.copytree(student, run / "checkpoints" / name / "model")
-    shutil.copy(LAPTOP, run / "recipe.yaml")
+    recipe = {
+        "name": "run",
+        "models": {"tiny": {"weights": str(student)}},
+        "datasets": {"chains": {"file": str(sft_rows), "rows": "sft"}, "pairs": {"file": str(dpo_rows), "rows": "dpo"}},
+        "students": {
+            "sft": {"from": "tiny", "method": "sft", "data": "chains"},
+            "dpo": {"from": "sft", "method": "dpo", "data": "pairs"},
+        },
+    }
+    for name, rows in (("chains", sft_rows), ("pairs", dpo_rows)):
+        (run / "datasets" / name).mkdir(parents=True)
+        shutil.copy(rows, run / "datasets" / name / "train.parquet")
+    shutil.copytree(student, run / "students" / "sft" / "model")
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
     monkeypatch.setattr("sys.argv", ["train_stages", str(run)])
     train_stages.main()
-    found = re.findall(r"(\w+), .*?: .* (\d+) tokens computed for (\d+), last loss (\S+)", capsys.readouterr().out)
-    assert [stage for stage, *_ in found] == ["sft", "sft", "dpo", "dpo"]
+    found = re.findall(
+        r"(\w+), fp32, .*?: .* (\d+) tokens computed for (\d+), last loss (\S+)", capsys.readouterr().out
+    )
+    assert [name for name, *_ in found] == ["sft", "sft", "dpo", "dpo"]
     for alone, packed in (found[:2], found[2:]):
         assert int(packed[1]) < int(alone[1]) <= int(alone[2]) == int(packed[2])
         assert float(alone[3]) == pytest.approx(float(packed[3]), abs=2e-5)

@@ -13,18 +13,19 @@ import torch
 from safetensors.torch import load_file
 from tests.support.tiny_student import distance, weights
 
-from cotree.experiment.recipe import TrainDPO
-from cotree.train.dpo import train_dpo
+from cotree.train.run import train
+from cotree.train.settings import DPO
 
-SETTINGS = TrainDPO(batch_size=5, pack_tokens=150, epochs=1.0, learning_rate=1e-3, save_steps=1)
+SETTINGS = DPO(batch_size=5, pack_tokens=150, epochs=1.0, learning_rate=1e-3, save_steps=1)
 CHILD = """
 import sys
 from pathlib import Path
-from cotree.experiment.recipe import TrainDPO
-from cotree.train.dpo import train_dpo
+from cotree.train.settings import DPO
+from cotree.train.run import train
 if __name__ == "__main__":
     rows, student, out, settings = sys.argv[1:]
-    train_dpo(Path(rows), Path(student), Path(out), TrainDPO.model_validate_json(settings), 0, 512)
+    settings = DPO.model_validate_json(settings)
+    train("dpo", Path(rows), Path(student), Path(out), settings=settings, seed=0)
 """
 SHARDED = """
 import sys
@@ -34,13 +35,14 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
-from cotree.experiment.recipe import TrainDPO
+from cotree.train.settings import DPO
 from cotree.train.dpo import PairTrainer
 from cotree.train.model import load_model
-from cotree.train.trainer import encode_file, training_arguments
+from cotree.train.arguments import training_arguments
+from cotree.train.rows import encode_file
 rows, student, out, settings = sys.argv[1:]
-settings = TrainDPO.model_validate_json(settings)
-pairs = encode_file(Path(rows), AutoTokenizer.from_pretrained(student), settings, 512).rows
+settings = DPO.model_validate_json(settings)
+pairs = encode_file(Path(rows), AutoTokenizer.from_pretrained(student), settings).rows
 step = [replace(pair, reference=(-9.0, -11.0)) for pair in pairs]
 arguments = training_arguments(Path(out), settings, 1, 0)
 model = load_model(Path(student))
@@ -90,10 +92,10 @@ def launch(launcher: list[str], dpo_rows: Path, student: Path, out: Path, port: 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_two_processes_are_one(launcher: str, student: Path, dpo_rows: Path, tmp_path: Path, free_port: int) -> None:
-    train_dpo(dpo_rows, student, tmp_path / "alone", SETTINGS, 0, 512)
+    train("dpo", dpo_rows, student, tmp_path / "alone", settings=SETTINGS, seed=0)
     launch(LAUNCHERS[launcher], dpo_rows, student, tmp_path / "two", free_port)
     alone, two = (tmp_path / name for name in ("alone", "two/run"))
-    assert sorted(path.name for path in two.iterdir()) == ["inputs.json", "log.jsonl", "model", "result.json"]
+    assert sorted(path.name for path in two.iterdir()) == ["log.jsonl", "model", "result.json"]
     left, right = weights(alone), weights(two)
     assert distance(left, right) < 1e-5
     assert distance(left, dict(load_file(student / "model.safetensors"))) > 1e-4

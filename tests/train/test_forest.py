@@ -14,11 +14,12 @@ from tests.support.tiny_student import in_float64, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cotree.base.errors import UsageError
-from cotree.models.encode import Chain
+from cotree.models.encode import EncodedChain
+from cotree.models.families import FAMILIES
 from cotree.train.attention import ATTENTION, Backend
-from cotree.train.families import FAMILIES, family_of
 from cotree.train.forest import Forest, Scored, forest_logps, forest_tokens, multiplicities, packs
 from cotree.train.model import load_model
+from cotree.train.student import family_of
 
 BACKENDS: list[Backend] = ["block", "sdpa"]
 
@@ -99,11 +100,11 @@ def test_flex_attention_uses_the_same_mask(models: tuple[Any, Any], chains: list
 
 @given(chains=trees(), cap=st.integers(1, 60), more=trees())
 def test_packs_hold_each_row_once_under_the_cap(chains: list[Scored], more: list[Scored], cap: int) -> None:
-    rows = [Chain(chain.ids[: chain.first], chain.ids[chain.first :]) for chain in [*chains, *more]]
+    rows = [EncodedChain(chain.ids[: chain.first], chain.ids[chain.first :]) for chain in [*chains, *more]]
     dealt = packs(rows, cap)
     assert sorted(id(row) for pack in dealt for row in pack) == sorted(map(id, rows))
     for pack in dealt:
-        tokens = len({tuple(row.chains[0][:end]) for row in pack for end in range(1, row.tokens + 1)})
+        tokens = len({tuple(row.sequences[0][:end]) for row in pack for end in range(1, row.tokens + 1)})
         assert forest_tokens(pack) == tokens
         assert tokens <= cap or len(pack) == 1
     assert len(packs(rows, 10_000)) == 1

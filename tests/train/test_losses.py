@@ -20,7 +20,7 @@ def test_cdpo_is_the_papers_formula_and_its_derivative(
     pair: tuple[float, float, float, float], beta: float, eps: float
 ) -> None:
     policy, reference = (torch.tensor([each], dtype=torch.float64, requires_grad=True) for each in (pair[:2], pair[2:]))
-    loss, margin = dpo_loss(policy, reference, beta, eps)
+    loss, margin = dpo_loss(policy, reference, beta=beta, label_smoothing=eps)
     d = beta * ((pair[0] - pair[1]) - (pair[2] - pair[3]))
     p = 1 / (1 + math.exp(-d))
     q = 1 / (1 + math.exp(d))  # 1 - p, without cancellation
@@ -35,7 +35,7 @@ def test_cdpo_is_the_papers_formula_and_its_derivative(
 def test_gradcheck_in_float64() -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(5, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda *x: dpo_loss(x[0], x[1], 0.3, 0.1)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *x: dpo_loss(x[0], x[1], beta=0.3, label_smoothing=0.1)[0], inputs)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -61,14 +61,14 @@ def test_log_probabilities_refuse_a_second_backward_of_what_the_first_overwrote(
 
 
 def test_the_minimum_of_cdpo_is_where_the_label_noise_says() -> None:
-    """With eps > 0 a pair that is told apart better than log((1 - eps) / eps) pushes back; with eps = 0 none does."""
+    """With eps > 0 a margin over log((1 - eps) / eps) pushes back; with eps = 0 none does."""
     d = torch.linspace(-8, 8, 3201, dtype=torch.float64)
     zero = torch.zeros(len(d), 2)
     policy = torch.stack([d, zero[:, 0]], 1)
     for eps in (0.05, 0.1, 0.3):
-        loss, _ = dpo_loss(policy, zero, 1.0, eps)
+        loss, _ = dpo_loss(policy, zero, beta=1.0, label_smoothing=eps)
         assert d[loss.argmin()].item() == pytest.approx(math.log((1 - eps) / eps), abs=0.005)
-    assert dpo_loss(policy, zero, 1.0, 0.0)[0].argmin() == len(d) - 1
+    assert dpo_loss(policy, zero, beta=1.0, label_smoothing=0.0)[0].argmin() == len(d) - 1
 
 
 @settings(deadline=None)
@@ -87,7 +87,7 @@ def test_masking_the_shared_prefix_cannot_change_the_margin_but_changes_the_sft_
         common = 0 if masked else shared.sum()
         reference_common = 0 if masked else reference[2]
         policy = torch.stack([good.sum(), bad.sum()])[None] + common
-        loss, _ = dpo_loss(policy, reference[None, :2] + reference_common, 0.5, 0.1)
+        loss, _ = dpo_loss(policy, reference[None, :2] + reference_common, beta=0.5, label_smoothing=0.1)
         total = loss.sum() + 0 * shared.sum()
         return loss.item(), list(torch.autograd.grad(total, [shared, good, bad]))
 

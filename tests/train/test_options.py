@@ -1,10 +1,11 @@
-"""What a training stage can be told: adapters, precision, checkpointing, compiling, reporters, and what it says."""
+"""The settings of training: adapters, precision, checkpointing, compiling, reporters; its plan, and out of memory."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.experiment.recipe import LoRA, Probe, TrainDPO, TrainSFT
-from cotree.train.dpo import train_dpo
+from cotree.train.arguments import training_arguments
+from cotree.train.memory import explain_out_of_memory
 from cotree.train.model import load_model
 from cotree.train.plan import plan
-from cotree.train.sft import ChainTrainer, train_sft
+from cotree.train.result import StepLog
+from cotree.train.rows import encode_file
+from cotree.train.run import train
+from cotree.train.settings import DPO, SFT, LoRA, Probe
+from cotree.train.sft import ChainTrainer
 from cotree.train.student import load_student
-from cotree.train.trainer import StepLog, encode_file, room_for, training_arguments
 
-SFT = TrainSFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
-DPO = TrainDPO(batch_size=5, epochs=2.0, learning_rate=1e-2)
+CHAINS = SFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
+PAIRS = DPO(batch_size=5, epochs=2.0, learning_rate=1e-2)
 ADAPTER = LoRA(rank=4, alpha=8)
 
 
@@ -38,7 +42,7 @@ def test_every_margin_is_zero_at_step_0_with_an_adapter(
     """A continued adapter must not make the base the reference: it is merged into what the new one starts from."""
     checkpoint = student
     if start != "new adapter":
-        train_sft(sft_rows, student, tmp_path / "sft", SFT.model_copy(update={"lora": ADAPTER}), 0, 512)
+        train("sft", sft_rows, student, tmp_path / "sft", settings=CHAINS.model_copy(update={"lora": ADAPTER}), seed=0)
         checkpoint = tmp_path / "sft" / "model"
         merged = weights(tmp_path / "sft")
         assert distance(merged, dict(load_file(student / "model.safetensors"))) > 1e-3
@@ -48,10 +52,18 @@ def test_every_margin_is_zero_at_step_0_with_an_adapter(
             found = {name: values.detach() for name, values in load_model(checkpoint).named_parameters()}
             assert distance(found, {name: merged[name] for name in found}) < 1e-6
     logs: list[StepLog] = []
-    train_dpo(dpo_rows, checkpoint, tmp_path / "dpo", DPO.model_copy(update={"lora": ADAPTER}), 0, 512, logs.append)
-    assert abs(logs[0].gauges["margin"]) < 1e-5
-    assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
-    assert abs(logs[-1].gauges["margin"]) > 1e-4
+    train(
+        "dpo",
+        dpo_rows,
+        checkpoint,
+        tmp_path / "dpo",
+        settings=PAIRS.model_copy(update={"lora": ADAPTER}),
+        seed=0,
+        on_step=logs.append,
+    )
+    assert abs(logs[0].metrics["margin"]) < 1e-5
+    assert logs[0].metrics["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert abs(logs[-1].metrics["margin"]) > 1e-4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dpo" / "model")
     assert model.dtype == torch.float32
     adapter = tmp_path / "dpo" / "model" / "adapter"
@@ -62,8 +74,8 @@ def test_every_margin_is_zero_at_step_0_with_an_adapter(
 
 
 def step(student: Path, sft_rows: Path, out: Path, **changes: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows
-    settings = SFT.model_copy(update=changes)
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), CHAINS).rows
+    settings = CHAINS.model_copy(update=changes)
     trainer = ChainTrainer(load_model(student), [chains], training_arguments(out, settings, 1, 0), settings)
     if settings.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()
@@ -82,16 +94,16 @@ def test_checkpointing_changes_no_gradient(student: Path, sft_rows: Path, tmp_pa
 def test_an_adapter_is_trained_on_with_all_its_weights(
     kind: str, student: Path, sft_rows: Path, dpo_rows: Path, tmp_path: Path
 ) -> None:
-    train_sft(sft_rows, student, tmp_path / "adapter", SFT.model_copy(update={"lora": ADAPTER}), 0, 512)
+    train("sft", sft_rows, student, tmp_path / "adapter", settings=CHAINS.model_copy(update={"lora": ADAPTER}), seed=0)
     start = tmp_path / "adapter" / "model" / "adapter"
     AutoTokenizer.from_pretrained(student).save_pretrained(start)
     logs: list[StepLog] = []
     if kind == "sft":
-        train_sft(sft_rows, start, tmp_path / "run", SFT, 0, 512, logs.append)
+        train("sft", sft_rows, start, tmp_path / "run", settings=CHAINS, seed=0, on_step=logs.append)
         assert logs[-1].loss < logs[0].loss
     else:
-        train_dpo(dpo_rows, start, tmp_path / "run", DPO, 0, 512, logs.append)
-        assert logs[0].gauges["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
+        train("dpo", dpo_rows, start, tmp_path / "run", settings=PAIRS, seed=0, on_step=logs.append)
+        assert logs[0].metrics["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
     before = weights(tmp_path / "adapter")
     assert all(not torch.equal(values, before[name]) for name, values in weights(tmp_path / "run").items())
 
@@ -99,12 +111,12 @@ def test_an_adapter_is_trained_on_with_all_its_weights(
 def test_a_bf16_step_is_near_to_fp32(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     logs: list[StepLog] = []
     for precision in ("fp32", "bf16"):
-        settings = TrainSFT(batch_size=11, precision=precision)
-        train_sft(sft_rows, student, tmp_path / precision, settings, 0, 512, logs.append)
+        settings = SFT(batch_size=11, precision=precision)
+        train("sft", sft_rows, student, tmp_path / precision, settings=settings, seed=0, on_step=logs.append)
     plain, low = logs
     assert low.loss != plain.loss
     assert low.loss == pytest.approx(plain.loss, rel=5e-3)
-    assert low.gauges["grad_norm"] == pytest.approx(plain.gauges["grad_norm"], rel=3e-2)
+    assert low.metrics["grad_norm"] == pytest.approx(plain.metrics["grad_norm"], rel=3e-2)
 
 
 @pytest.mark.slow
@@ -118,11 +130,19 @@ def test_a_compiled_run_has_the_losses_and_gradients_of_a_plain_one(
     for name, each in logs.items():
         probe = Probe(every=2, questions=1, max_tokens=8)
         change = {"compile": name == "compiled", "pack_tokens": 150, "probe": probe}
-        train_dpo(dpo_rows, student, tmp_path / name / "run", DPO.model_copy(update=change), 0, 512, each.append)
+        train(
+            "dpo",
+            dpo_rows,
+            student,
+            tmp_path / name / "run",
+            settings=PAIRS.model_copy(update=change),
+            seed=0,
+            on_step=each.append,
+        )
     assert 0 < counters["stats"]["unique_graphs"] < 20, "it must not be compiled for every pack"
     for plain, compiled in zip(*logs.values(), strict=True):
         for name in ("loss", "margin", "chosen_logps", "grad_norm"):
-            left, right = ({"loss": log.loss} | log.gauges for log in (plain, compiled))
+            left, right = ({"loss": log.loss} | log.metrics for log in (plain, compiled))
             assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-5), name
     assert distance(*(weights(tmp_path / name / "run") for name in logs)) < 1e-4
 
@@ -139,7 +159,7 @@ def test_whole_runs_with_checkpointing_and_bf16(
 
     monkeypatch.setattr(LlamaAttention, "forward", counted)
     for name, change in (("plain", {}), ("saved", {"gradient_checkpointing": True}), ("low", {"precision": "bf16"})):
-        train_sft(sft_rows, student, tmp_path / name, SFT.model_copy(update=change), 0, 512)
+        train("sft", sft_rows, student, tmp_path / name, settings=CHAINS.model_copy(update=change), seed=0)
     assert layers["saved"] == 2 * layers["plain"], "layers are computed again for the backward pass"
     plain, saved, low = (weights(tmp_path / name) for name in ("plain", "saved", "low"))
     assert distance(saved, plain) < 1e-3
@@ -149,62 +169,63 @@ def test_whole_runs_with_checkpointing_and_bf16(
 def test_the_plan_is_what_the_run_then_does(sft_rows: Path, dpo_rows: Path, tmp_path: Path) -> None:
     file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
     student = load_student(file, tmp_path / "student")
-    for rows, settings, train in ((sft_rows, SFT, train_sft), (dpo_rows, DPO, train_dpo)):
-        planned = plan(rows, file, settings, 0, 512)
-        done = train(rows, student, tmp_path / settings.__class__.__name__, settings, 0, 512)  # type: ignore[arg-type]
+    for method, rows, settings in (("sft", sft_rows, CHAINS), ("dpo", dpo_rows, PAIRS)):
+        planned = plan(rows, file, settings, 0)
+        assert replace(plan(rows, student, settings, 0), seconds=planned.seconds) == planned, "of the folder too"
+        done = train(method, rows, student, tmp_path / method, settings=settings, seed=0)
         assert (planned.rows, planned.steps, planned.tokens) == (done.rows, done.steps, done.tokens)
         assert planned.packed_tokens == done.packed < done.tokens
         assert planned.token_ratio == done.tokens / done.packed
         assert planned.packs >= planned.steps
         assert planned.peak_bytes > 16 * 50_000
         assert planned.seconds > 0
-    full = plan(dpo_rows, file, DPO, 0, 512)
-    adapter = plan(dpo_rows, file, DPO.model_copy(update={"lora": ADAPTER}), 0, 512)
+    full = plan(dpo_rows, file, PAIRS, 0)
+    adapter = plan(dpo_rows, file, PAIRS.model_copy(update={"lora": ADAPTER}), 0)
     assert adapter.peak_bytes < full.peak_bytes
-    smaller = plan(dpo_rows, file, DPO.model_copy(update={"pack_tokens": 1}), 0, 512)
-    assert smaller.packs == DPO.epochs * smaller.rows
-    assert plan(dpo_rows, file, DPO, 0, 85).too_long == 4
-    with pytest.raises(UsageError, match=r"all 10 rows are over 60 tokens: raise build\.max_tokens"):
-        plan(dpo_rows, file, DPO, 0, 60)
+    smaller = plan(dpo_rows, file, PAIRS.model_copy(update={"pack_tokens": 1}), 0)
+    assert smaller.packs == PAIRS.epochs * smaller.rows
+    assert plan(dpo_rows, file, PAIRS.model_copy(update={"max_tokens": 85}), 0).too_long == 4
+    with pytest.raises(UsageError, match=r"all 10 rows are over 60 tokens: raise max_tokens"):
+        plan(dpo_rows, file, PAIRS.model_copy(update={"max_tokens": 60}), 0)
     noted = {"cotree": json.dumps({"kind": "sft", "template": "another"})}
     pq.write_table(pq.read_table(sft_rows).replace_schema_metadata(noted), tmp_path / "other.parquet")
-    with pytest.raises(UsageError, match="was built for another tokenizer or chat template"):
-        plan(tmp_path / "other.parquet", file, SFT, 0, 512)
+    with pytest.raises(UsageError, match="for another tokenizer or chat template"):
+        plan(tmp_path / "other.parquet", file, CHAINS, 0)
 
 
 class Greedy(ChainTrainer):
     """A trainer that asks for more memory than there is."""
 
-    def share(self, model: torch.nn.Module, rows: Any, step: Any) -> Any:
-        return super().share(model, rows, step)[0] + torch.zeros(2**45).sum(), {}
+    def pack_loss(self, model: torch.nn.Module, rows: Any, step: Any) -> Any:
+        return super().pack_loss(model, rows, step)[0] + torch.zeros(2**45).sum(), {}
 
 
 @pytest.mark.parametrize(
     ("cap", "message"),
     [
         (2048, r"step 1, in a pack of 11 rows and \d+ tokens: lower pack_tokens \(now 2048\), or set gradient_ch"),
-        (1, r"step 1, in a pack of 1 rows and \d+ tokens: lower build.max_tokens, or set gradient_checkpointing"),
+        (1, r"step 1, in a pack of 1 rows and \d+ tokens: lower max_tokens, or set gradient_checkpointing"),
     ],
 )
 def test_out_of_memory_says_which_pack_and_what_to_lower(
     cap: int, message: str, student: Path, sft_rows: Path, tmp_path: Path
 ) -> None:
-    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), SFT, 512).rows
-    settings = SFT.model_copy(update={"pack_tokens": cap})
+    chains = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), CHAINS).rows
+    settings = CHAINS.model_copy(update={"pack_tokens": cap})
     trainer = Greedy(load_model(student), [chains], training_arguments(tmp_path, settings, 1, 0), settings)
     with pytest.raises(CotreeError, match=message):
         trainer.training_step(trainer.model, chains)
-    with pytest.raises(RuntimeError, match="another"), room_for(lambda: "here"):
+    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(lambda: "here"):
         raise RuntimeError("another")
     outside = pytest.raises(CotreeError, match=r"out of memory in a probe: lower probe\.max_tokens")
-    with outside, room_for(lambda: "in a probe: lower probe.max_tokens"):
+    with outside, explain_out_of_memory(lambda: "in a probe: lower probe.max_tokens"):
         torch.zeros(2**45)
 
 
 def test_a_reporter_gets_every_step(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     logs: list[StepLog] = []
-    settings = SFT.model_copy(update={"report_to": ("tensorboard",), "probe": Probe(every=2, max_tokens=4)})
-    train_sft(sft_rows, student, tmp_path / "run", settings, 0, 512, logs.append)
+    settings = CHAINS.model_copy(update={"report_to": ("tensorboard",), "probe": Probe(every=2, max_tokens=4)})
+    train("sft", sft_rows, student, tmp_path / "run", settings=settings, seed=0, on_step=logs.append)
     (file,) = (tmp_path / "run" / "trainer" / "runs").glob("*/events.out.tfevents.*")
     found: dict[str, list[tuple[int, float]]] = {}
     content = file.read_bytes()
@@ -217,14 +238,16 @@ def test_a_reporter_gets_every_step(student: Path, sft_rows: Path, tmp_path: Pat
     assert [step for step, _ in found["train/loss"]] == [log.step for log in logs]
     assert [loss for _, loss in found["train/loss"]] == pytest.approx([log.loss for log in logs])
     for name in ("grad_norm", "tokens", "probe_tokens"):
-        expected = {log.step: log.gauges[name] for log in logs if name in log.gauges}
+        expected = {log.step: log.metrics[name] for log in logs if name in log.metrics}
         assert dict(found[f"train/{name}"]) == pytest.approx(expected)
 
 
 def test_a_reporter_that_is_not_there_is_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="report_to: swanlab is not installed"):
-        train_sft(sft_rows, student, tmp_path, SFT.model_copy(update={"report_to": ("swanlab",)}), 0, 512)
-    assert not (tmp_path / "inputs.json").exists()
+        train(
+            "sft", sft_rows, student, tmp_path, settings=CHAINS.model_copy(update={"report_to": ("swanlab",)}), seed=0
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_deepspeed_config_is_one(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from tests.support.tiny_student import distance, dpo_row, gradients, sft_row, ti
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.experiment.recipe import TrainDPO, TrainSFT
 from cotree.models.encode import encode_dpo, encode_sft
+from cotree.train.arguments import training_arguments
 from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.model import load_model
+from cotree.train.settings import DPO, SFT
 from cotree.train.sft import ChainTrainer
-from cotree.train.trainer import training_arguments
 
 ROWS = 6
 
@@ -76,18 +76,18 @@ def trl_dpo(folders: tuple[Path, Path], tmp_path: Path, **settings: Any) -> tupl
     return theirs(trainer)
 
 
-def our_dpo(folders: tuple[Path, Path], tmp_path: Path, settings: TrainDPO) -> tuple[float, dict[str, Tensor]]:
+def our_dpo(folders: tuple[Path, Path], tmp_path: Path, settings: DPO) -> tuple[float, dict[str, Tensor]]:
     policy, reference = folders
     pairs = encode_dpo(AutoTokenizer.from_pretrained(policy), map(dpo_row, range(ROWS)), 512).rows
     arguments = training_arguments(tmp_path, settings, 1, 0)
-    rows = with_reference(load_model(reference), pairs, settings, arguments)
+    rows = with_reference(load_model(reference), pairs, arguments, settings)
     return gradients(PairTrainer(load_model(policy), [rows], arguments, settings), rows)
 
 
 @pytest.mark.parametrize("mask_prefix", [True, False])
 def test_dpo_is_trls_sigmoid_masked_or_not(mask_prefix: bool, folders: tuple[Path, Path], tmp_path: Path) -> None:
     expected, gradient = trl_dpo(folders, tmp_path, loss_type=["sigmoid"], beta=0.3)
-    settings = TrainDPO(beta=0.3, label_smoothing=0.0, alpha=0.0, mask_prefix=mask_prefix)
+    settings = DPO(beta=0.3, label_smoothing=0.0, alpha=0.0, mask_prefix=mask_prefix)
     loss, found = our_dpo(folders, tmp_path, settings)
     assert loss != pytest.approx(0.6931472, abs=1e-3)  # the policy has moved, so this compares something
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -99,7 +99,7 @@ def test_the_joint_loss_is_trls_where_the_norms_agree_and_differs_where_they_do_
 ) -> None:
     """TRL's `sft` term is a token mean over its micro-batch: ours is one over the step, so one micro-batch agrees."""
     expected, gradient = trl_dpo(folders, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7], beta=0.1)
-    base = TrainDPO(beta=0.1, label_smoothing=0.0, alpha=0.7, sft_scope="full", pack_tokens=1)
+    base = DPO(beta=0.1, label_smoothing=0.0, alpha=0.7, sft_scope="full", pack_tokens=1)
     loss, found = our_dpo(folders, tmp_path, base)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert distance(found, gradient) < 2e-5
@@ -120,7 +120,7 @@ def test_the_variants_are_trls(
     theirs_: dict[str, Any], ours: dict[str, Any], folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     expected, gradient = trl_dpo(folders, tmp_path, **theirs_)
-    settings = TrainDPO(label_smoothing=0.0, alpha=0.0, mask_prefix=False, **ours)
+    settings = DPO(label_smoothing=0.0, alpha=0.0, mask_prefix=False, **ours)
     loss, found = our_dpo(folders, tmp_path, settings)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert distance(found, gradient) < 2e-5
@@ -142,7 +142,7 @@ def test_simpo_is_trls(folders: tuple[Path, Path], tmp_path: Path) -> None:
         processing_class=AutoTokenizer.from_pretrained(folders[0]),
     )
     expected, gradient = theirs(trainer)
-    settings = TrainDPO(
+    settings = DPO(
         loss="simpo", beta=2.0, simpo_gamma=0.7, label_smoothing=0.1, alpha=0.0, mask_prefix=False, batch_size=8
     )
     pairs = encode_dpo(AutoTokenizer.from_pretrained(folders[0]), rows, 512).rows
@@ -170,7 +170,7 @@ def test_sft_is_trls_completion_only_loss(folders: tuple[Path, Path], tmp_path: 
         processing_class=AutoTokenizer.from_pretrained(folders[0]),
     )
     expected, gradient = theirs(trainer)
-    settings = TrainSFT(batch_size=8)
+    settings = SFT(batch_size=8)
     chains = encode_sft(AutoTokenizer.from_pretrained(folders[0]), map(sft_row, range(ROWS)), 512).rows
     arguments = training_arguments(tmp_path, settings, 1, 0)
     loss, found = gradients(ChainTrainer(load_model(folders[0]), [chains], arguments, settings), chains)

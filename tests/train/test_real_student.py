@@ -13,14 +13,14 @@ from tests.support.tiny_student import Post, check_served, distance, gradients, 
 from tests.train.test_step import plain_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.experiment.recipe import TrainDPO
 from cotree.models.encode import encode_dpo
+from cotree.models.export_gguf import export_gguf
+from cotree.train.arguments import training_arguments
 from cotree.train.dpo import PairTrainer
-from cotree.train.export_gguf import export_gguf
 from cotree.train.forest import forest_tokens
 from cotree.train.model import load_model
+from cotree.train.settings import DPO
 from cotree.train.student import load_student
-from cotree.train.trainer import training_arguments
 
 pytestmark = pytest.mark.real
 
@@ -79,7 +79,7 @@ def test_a_packed_step_of_real_pairs_is_the_plain_computation(folder: Path, tmp_
         }
         for number in range(2)
     ]
-    switch = TrainDPO(mask_prefix=False, sft_scope="full")
+    switch = DPO(mask_prefix=False, sft_scope="full")
     pairs = [replace(pair, reference=(-30.0, -35.0)) for pair in encode_dpo(tokenizer, rows, 512).rows]
     assert forest_tokens(pairs) < 0.4 * sum(pair.tokens for pair in pairs)
     plain = in_float64(AutoModelForCausalLM.from_pretrained(folder))

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cotree.experiment.recipe import LoRA, TrainSFT
+from cotree.models.families import FAMILIES
 from cotree.train import recompute
+from cotree.train.arguments import training_arguments
 from cotree.train.attention import ATTENTION
-from cotree.train.families import FAMILIES
 from cotree.train.forest import Forest
 from cotree.train.model import load_model
-from cotree.train.recompute import _give, keep_less
+from cotree.train.recompute import _unpack, recompute_activations
+from cotree.train.settings import SFT, LoRA
 from cotree.train.sft import ChainTrainer
-from cotree.train.trainer import training_arguments
 
 CHAINS = [list(range(3, 63)), list(range(3, 33)) + list(range(70, 95))]
 
@@ -71,7 +71,7 @@ def test_it_computes_the_same_and_keeps_less(family: str, kind: str, tmp_path: P
     tiny_model(family).save_pretrained(tmp_path)
     lora = LoRA(rank=4, alpha=8) if "lora" in kind else None
     plain, less = (load_model(tmp_path, lora) for _ in range(2))
-    keep_less(less)
+    recompute_activations(less)
     (before, expected, all_of_it), (after, found, rest) = (step(model, "bf16" in kind) for model in (plain, less))
     assert torch.equal(before, after)
     assert found.keys() == expected.keys()
@@ -82,15 +82,15 @@ def test_it_computes_the_same_and_keeps_less(family: str, kind: str, tmp_path: P
 def test_what_matrices_read_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    keep_less(model)
+    recompute_activations(model)
     made: Counter[str] = Counter()
 
     def give(kept: Any) -> Tensor:
         make = inspect.getclosurevars(kept).nonlocals.get("make")
         made.update([] if make is None else [make.__qualname__.split(".")[0]])
-        return _give(kept)
+        return _unpack(kept)
 
-    monkeypatch.setattr(recompute, "_give", give)
+    monkeypatch.setattr(recompute, "_unpack", give)
     step(model)
     layers = model.config.num_hidden_layers
     assert made == {"_norm": 5 * layers + 1, "_feed_forward": layers, "_block": layers}  # q, k, v, gate, up; the head
@@ -99,22 +99,22 @@ def test_what_matrices_read_is_made_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_strided_view_another_kind_and_a_changed_tensor_are_kept_as_they_are() -> None:
     values = torch.randn(4, 6, requires_grad=True) * 1
     other = values.detach().view(torch.int32)
-    token = recompute._known.set({})
+    token = recompute._recomputed.set({})
     try:
-        recompute.made_by(lambda: torch.zeros(4, 6), values)
+        recompute.recomputed(values, lambda: torch.zeros(4, 6))
         seen = [values, values.view(3, 8), values.t(), values[:2], other]
-        found = [bool(recompute._keep(each)().any()) for each in seen]
+        found = [bool(recompute._pack(each)().any()) for each in seen]
         values.detach().mul_(2)
-        found.append(bool(recompute._keep(values)().any()))
+        found.append(bool(recompute._pack(values)().any()))
     finally:
-        recompute._known.reset(token)
+        recompute._recomputed.reset(token)
     assert found == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize(("changes", "less"), [({}, True), ({"gradient_checkpointing": True}, False)])
 def test_checkpointed_layers_have_their_own_way(changes: dict[str, bool], less: bool, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    settings = TrainSFT.model_validate(changes)
+    settings = SFT.model_validate(changes)
     trainer = ChainTrainer(load_model(tmp_path), [], training_arguments(tmp_path, settings, 1, 0), settings)
     assert any("forward" in vars(module) for module in trainer.model.modules()) == less
 
@@ -124,7 +124,7 @@ def wrapped(tmp_path: Path) -> Any:
     tiny_model("llama").save_pretrained(tmp_path)
     model = load_model(tmp_path)
     model.set_attn_implementation("sdpa")
-    keep_less(model)
+    recompute_activations(model)
     return model
 
 
@@ -134,7 +134,7 @@ def test_what_no_backward_pass_reads_is_freed(tmp_path: Path) -> None:
     for implementation in ("sdpa", ATTENTION):
         model = load_model(tmp_path)
         model.set_attn_implementation(implementation)
-        keep_less(model)
+        recompute_activations(model)
         layout = {"layout": Forest(CHAINS[:1]).layout} if implementation == ATTENTION else {}
         loss = model(input_ids=torch.tensor([CHAINS[0][:-1]]), use_cache=False, **layout).logits.sum()
         weights = [weakref.ref(each) for each in model.parameters()]

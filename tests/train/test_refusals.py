@@ -17,16 +17,13 @@ from tests.support.tiny_student import dpo_row, sft_row, tiny_config
 from transformers import AutoTokenizer
 
 from cotree.base.errors import UsageError
-from cotree.experiment.recipe import LoRA, TrainDPO, TrainSFT
-from cotree.train.dpo import train_dpo
-from cotree.train.families import family_of
 from cotree.train.model import load_model
-from cotree.train.resume import weights_hash
-from cotree.train.sft import train_sft
-from cotree.train.student import load_student
-from cotree.train.trainer import StepLog
+from cotree.train.result import StepLog
+from cotree.train.run import train
+from cotree.train.settings import DPO, SFT, LoRA
+from cotree.train.student import family_of, load_student, student_sha256
 
-SFT = TrainSFT(batch_size=4, learning_rate=1e-3, save_steps=1)
+CHAINS = SFT(batch_size=4, learning_rate=1e-3, save_steps=1)
 
 
 def without_weights(file: Path) -> None:
@@ -59,12 +56,19 @@ def test_a_model_that_is_not_whole_is_refused(
     with pytest.raises(UsageError, match=fault):
         load_student(copy, tmp_path / "student")
     with pytest.raises(UsageError, match=fault):
-        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
+        train("sft", sft_rows, copy, tmp_path / "run", settings=CHAINS, seed=0)
     assert not (tmp_path / "student").exists() and not (tmp_path / "run" / "model").exists()
 
 
 def test_an_adapter_that_is_not_whole_is_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:
-    train_sft(sft_rows, student, tmp_path / "run", SFT.model_copy(update={"lora": LoRA(rank=2, alpha=4)}), 0, 512)
+    train(
+        "sft",
+        sft_rows,
+        student,
+        tmp_path / "run",
+        settings=CHAINS.model_copy(update={"lora": LoRA(rank=2, alpha=4)}),
+        seed=0,
+    )
     adapter = tmp_path / "run" / "model" / "adapter"
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
@@ -98,8 +102,8 @@ def test_a_row_that_is_none_is_named(change: dict[str, Any], fault: str, student
     rows = [sft_row(0), sft_row(1) | change]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UsageError, match=rf"rows\.jsonl: {fault}.*cotree build --check .* finds all faults"):
-        train_sft(path, student, tmp_path / "run", SFT, 0, 512)
+    with pytest.raises(UsageError, match=rf"rows\.jsonl: {fault}.*`cotree check-data .*` finds all faults"):
+        train("sft", path, student, tmp_path / "run", settings=CHAINS, seed=0)
     assert not (tmp_path / "run").exists()
 
 
@@ -107,13 +111,13 @@ def test_a_conversation_that_the_template_refuses_is_one_line(student: Path, sft
     copy = Path(shutil.copytree(student, tmp_path / "copy"))
     (copy / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
     with pytest.raises(UsageError, match="chat template cannot render a conversation of user: no such role"):
-        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
+        train("sft", sft_rows, copy, tmp_path / "run", settings=CHAINS, seed=0)
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"max_position_embeddings": 16}, r"11 rows are over the student's 16 positions: lower build\.max_tokens"),
+        ({"max_position_embeddings": 16}, r"11 rows are over the student's 16 positions: set max_tokens=16"),
         ({"vocab_size": 40}, r"the rows have token \d+, the student's vocabulary 40: is the tokenizer its own\?"),
     ],
 )
@@ -128,43 +132,35 @@ def test_tokens_and_positions_that_the_student_has_not_are_refused(
         name = "model.embed_tokens.weight"
         save_file(weights | {name: weights[name][:40].clone()}, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=fault):
-        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
+        train("sft", sft_rows, copy, tmp_path / "run", settings=CHAINS, seed=0)
     assert not (tmp_path / "run" / "model").exists()
-
-
-def test_a_run_does_not_go_on_under_another_chat_template(student: Path, sft_rows: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(student, tmp_path / "copy"))
-
-    def stop(log: StepLog) -> None:
-        if log.step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512, stop)
-    template = copy / "chat_template.jinja"
-    template.write_text("{{ '<|im_start|>system\nBe brief.<|im_end|>' }}" + template.read_text())
-    with pytest.raises(UsageError, match="was begun with other template: delete it"):
-        train_sft(sft_rows, copy, tmp_path / "run", SFT, 0, 512)
 
 
 def test_a_student_is_known_by_all_that_its_weights_come_from(student: Path, sft_rows: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(student, tmp_path / "base"))
-    train_sft(sft_rows, base, tmp_path / "run", SFT.model_copy(update={"lora": LoRA(rank=2, alpha=4)}), 0, 512)
+    train(
+        "sft",
+        sft_rows,
+        base,
+        tmp_path / "run",
+        settings=CHAINS.model_copy(update={"lora": LoRA(rank=2, alpha=4)}),
+        seed=0,
+    )
     adapter = tmp_path / "run" / "model" / "adapter"
-    before = weights_hash(adapter)
+    before = student_sha256(adapter)
     weights = load_file(base / "model.safetensors")
     save_file(weights | {"model.norm.weight": torch.ones(64)}, base / "model.safetensors", {"format": "pt"})
-    assert weights_hash(adapter) != before
+    assert student_sha256(adapter) != before
     (base / "model.safetensors").unlink()
     torch.save(weights, base / "pytorch_model.bin")
-    before = weights_hash(base)
+    before = student_sha256(base)
     torch.save(weights | {"model.norm.weight": torch.ones(64)}, base / "pytorch_model.bin")
-    assert weights_hash(base) != before
+    assert student_sha256(base) != before
 
 
-@pytest.mark.parametrize("settings", [TrainDPO(), TrainDPO(sft_norm="pair"), TrainDPO(alpha=0.0)])
+@pytest.mark.parametrize("settings", [DPO(), DPO(sft_norm="pair"), DPO(alpha=0.0)])
 def test_a_chosen_chain_with_which_rejected_begins_has_no_sft_term_of_its_own(
-    settings: TrainDPO, student: Path, tmp_path: Path
+    settings: DPO, student: Path, tmp_path: Path
 ) -> None:
     """Only words that name a special token make such a pair."""
     ending = AutoTokenizer.from_pretrained(student).eos_token
@@ -172,6 +168,6 @@ def test_a_chosen_chain_with_which_rejected_begins_has_no_sft_term_of_its_own(
     row |= {"rejected": [{"role": "assistant", "content": row["chosen"][0]["content"] + ending + " And more."}]}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
     logs: list[StepLog] = []
-    train_dpo(tmp_path / "rows.parquet", student, tmp_path / "run", settings, 0, 512, logs.append)
+    train("dpo", tmp_path / "rows.parquet", student, tmp_path / "run", settings=settings, seed=0, on_step=logs.append)
     assert logs[0].loss == pytest.approx(0.6931472, abs=1e-6)
-    assert logs[0].gauges.get("sft_loss", 0.0) == 0.0
+    assert logs[0].metrics.get("sft_loss", 0.0) == 0.0

@@ -15,13 +15,13 @@ from tests.support.tiny_student import distance, gradients, in_float64, tiny_mod
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cotree.experiment.recipe import TrainDPO, TrainSFT
-from cotree.models.encode import Chain, Pair, prefix_tokens
+from cotree.models.encode import EncodedChain, EncodedPair, prefix_tokens
+from cotree.models.families import FAMILIES
+from cotree.train.arguments import training_arguments
 from cotree.train.dpo import PairTrainer
-from cotree.train.families import FAMILIES
 from cotree.train.model import load_model
+from cotree.train.settings import DPO, SFT
 from cotree.train.sft import ChainTrainer
-from cotree.train.trainer import training_arguments
 
 END = 2
 
@@ -40,7 +40,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @st.composite
-def pair_sets(draw: st.DrawFn) -> list[Pair]:
+def pair_sets(draw: st.DrawFn) -> list[EncodedPair]:
     """Pairs of the leaves of some random trees."""
     pairs = []
     tokens = st.lists(st.integers(3, 99), min_size=1, max_size=7)
@@ -54,12 +54,12 @@ def pair_sets(draw: st.DrawFn) -> list[Pair]:
             leaves.append([*leaves[0][:-1], 3, END])
         for _ in range(draw(st.integers(1, 4))):
             chosen, rejected = draw(st.permutations(leaves))[:2]
-            pairs.append(Pair(prompt, chosen, rejected, prefix_tokens(chosen, rejected)))
+            pairs.append(EncodedPair(prompt, chosen, rejected, prefix_tokens(chosen, rejected)))
     return pairs
 
 
 switches = st.builds(
-    TrainDPO,
+    DPO,
     loss=st.sampled_from(["sigmoid", "length_normalised", "simpo", "ld_dpo"]),
     beta=st.floats(0.05, 1),
     label_smoothing=st.floats(0, 0.4),
@@ -79,7 +79,7 @@ def plain_logps(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def plain_margin(logps: Tensor, pair: Pair, other: list[int], s: TrainDPO) -> Tensor:
+def plain_margin(logps: Tensor, pair: EncodedPair, other: list[int], s: DPO) -> Tensor:
     """The sum or mean of one side, written down from the papers."""
     kept = logps[pair.prefix if s.mask_prefix else 0 :]
     if s.loss in ("length_normalised", "simpo"):
@@ -90,7 +90,7 @@ def plain_margin(logps: Tensor, pair: Pair, other: list[int], s: TrainDPO) -> Te
     return kept.sum()
 
 
-def plain_loss(model: Any, rows: list[Pair], s: TrainDPO) -> Tensor:
+def plain_loss(model: Any, rows: list[EncodedPair], s: DPO) -> Tensor:
     preferences, sums, counts, means = [], [], [], []
     ways = Counter(tuple(row.prompt + row.chosen[: end + 1]) for row in rows for end in range(len(row.chosen)))
     for pair in rows:
@@ -117,8 +117,8 @@ def plain_loss(model: Any, rows: list[Pair], s: TrainDPO) -> Tensor:
 def test_a_step_of_pairs_is_the_plain_computation(
     models: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
-    pairs: list[Pair],
-    switch: TrainDPO,
+    pairs: list[EncodedPair],
+    switch: DPO,
     seed: int,
 ) -> None:
     out = tmp_path_factory.getbasetemp() / "unused"
@@ -142,7 +142,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return norm({name: one[name] - other[name] for name in other})
 
 
-def plain_gradient(model: Any, rows: list[Pair], switch: TrainDPO) -> tuple[float, dict[str, Tensor]]:
+def plain_gradient(model: Any, rows: list[EncodedPair], switch: DPO) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     loss = plain_loss(model, rows, switch)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -156,9 +156,9 @@ def norm(gradient: dict[str, Tensor]) -> float:
 @settings(max_examples=10, deadline=None)
 @given(pairs=pair_sets(), cap=st.integers(1, 120), scope=st.sampled_from(["full", "dedup"]))
 def test_a_step_of_chains_is_the_plain_computation(
-    models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, pairs: list[Pair], cap: int, scope: Any
+    models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, pairs: list[EncodedPair], cap: int, scope: Any
 ) -> None:
-    rows = [Chain(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
+    rows = [EncodedChain(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
     plain = models["plain"]
     plain.zero_grad()
     edges: dict[tuple[int, ...], list[Tensor]] = {}
@@ -168,7 +168,7 @@ def test_a_step_of_chains_is_the_plain_computation(
     scored = [v for values in edges.values() for v in (values if scope == "full" else values[:1])]
     expected = -torch.stack(scored).mean()
     expected.backward()  # type: ignore[no-untyped-call]
-    switch = TrainSFT(pack_tokens=cap, sft_scope=scope)
+    switch = SFT(pack_tokens=cap, sft_scope=scope)
     arguments = training_arguments(tmp_path_factory.getbasetemp() / "unused", switch, 1, 0)
     trainer = ChainTrainer(models["packed"], [rows], arguments, switch)
     loss, found = gradients(trainer, rows)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tests.support.tiny_student import TEMPLATE, distance, tiny_model, tiny_tokenizer, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.base.atomic import whole
+from cotree.base.atomic import atomic_draft
 from cotree.base.errors import CotreeError, UsageError
-from cotree.experiment.recipe import TrainSFT
+from cotree.models.export_gguf import export_gguf
 from cotree.models.tokenizer import load_tokenizer
-from cotree.train.export_gguf import export_gguf
-from cotree.train.sft import train_sft
+from cotree.train.run import train
+from cotree.train.settings import SFT
 from cotree.train.student import load_student
 
 
@@ -52,8 +52,8 @@ def test_a_student_from_gguf_is_trained_and_saved_whichever_reader_it_came_throu
     load_tokenizer(file).save_pretrained(tmp_path / "theirs")
     weights = []
     for folder in (ours, load_student(tmp_path / "theirs", tmp_path / "copied")):
-        settings = TrainSFT(batch_size=11, warmup_ratio=0, learning_rate=1e-2)
-        assert train_sft(sft_rows, folder, tmp_path / f"{folder.name}-run", settings, 0, 512).steps == 1
+        settings = SFT(batch_size=11, warmup_ratio=0, learning_rate=1e-2)
+        assert train("sft", sft_rows, folder, tmp_path / f"{folder.name}-run", settings=settings, seed=0).steps == 1
         trained = AutoModelForCausalLM.from_pretrained(tmp_path / f"{folder.name}-run" / "model")
         assert not hasattr(trained.config, "quantization_config")
         weights.append({name: values.detach() for name, values in trained.named_parameters()})
@@ -144,7 +144,7 @@ def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(student
     shutil.rmtree(folder)
     with (
         pytest.raises(CotreeError, match=r"cannot write .*student: .*No space left on device; free some space"),
-        whole(folder) as draft,
+        atomic_draft(folder) as draft,
     ):
         os.write(os.open("/dev/full", os.O_WRONLY), str(draft).encode())
     assert {path.name for path in tmp_path.iterdir()} == kept

@@ -1,8 +1,8 @@
-"""Files and folders that a kill cannot tear, and that say in one line why they could not be written.
+"""Files and folders that are written whole or not at all, and one-line errors where they cannot be written.
 
-Invariant: what stands at a path was written whole: it was made beside its place and renamed. Those that write the same
-path at once, on whatever machine, do not disturb each other; what a process that was killed on this machine left goes
-with the next write.
+Invariant: what stands at a path is complete: it was made beside its place and renamed. Processes that write the same
+path at once, on whatever machines, do not disturb each other; drafts that a killed process of this machine left behind
+are removed by the next write of that path.
 """
 
 from __future__ import annotations
@@ -20,61 +20,64 @@ from uuid import uuid4
 
 from cotree.base.errors import CotreeError, UsageError
 
-_PLACE = "choose another place"
+_REMEDY = "choose another place"
 
 
 @contextmanager
-def whole(path: Path, place: str = _PLACE) -> Iterator[Path]:
-    """A draft path: the file or folder made there becomes `path` when the block ends, and vanishes when it fails.
+def atomic_draft(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
+    """Yield a temporary path whose file or folder is renamed to `path` when the block ends, and removed if it fails.
 
-    A file (or an empty folder) that is there is replaced. place: how another one is chosen, for the message.
+    Replaces a file (or an empty folder) at `path`.
+
+    Args:
+        remedy: how the user chooses another place, for the error message.
 
     Raises:
         UsageError: a part of the path is a file.
-        CotreeError: writing failed (disk full, no permission), in one line.
+        CotreeError: writing failed (disk full, no permission).
     """
-    here = socket.gethostname().replace(".", "-")
-    draft = path.with_name(f".{path.name}.{here}.{os.getpid()}.{uuid4().hex[:8]}.draft")
+    host = socket.gethostname().replace(".", "-")
+    draft = path.with_name(f".{path.name}.{host}.{os.getpid()}.{uuid4().hex[:8]}.draft")
     try:
-        with writing(path, place):
+        with explain_write_errors(path, remedy):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{glob.escape(path.name)}.{here}.*.draft"):
-                if not _runs(left.name.split(".")[-3]):
-                    _remove(left)
+            for abandoned in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.draft"):
+                if not _is_running(abandoned.name.split(".")[-3]):
+                    remove(abandoned)
             yield draft
             draft.replace(path)
     finally:
-        _remove(draft)
+        remove(draft)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with whole(path) as draft:
+    """Write a UTF-8 text file, whole or not at all."""
+    with atomic_draft(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def writing(path: Path, place: str = _PLACE) -> Iterator[None]:
-    """Turn a failure to write `path` into one line: UsageError or CotreeError, as in `whole`."""
+def explain_write_errors(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn a failure to write `path` in the block into a one-line UsageError or CotreeError, as in `atomic_draft`."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise UsageError(f"cannot write {path}: a part of its path is a file, no folder; {place}") from error
+            raise UsageError(f"cannot write {path}: a part of its path is a file, no folder; {remedy}") from error
         # What safetensors raises has no errno.
         reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = f"free some space, or {place}, and run the same command again"
+        fix = f"free some space, or {remedy}, and run the same command again"
         raise CotreeError(f"cannot write {path}: {reason}; {fix}") from error
 
 
-def _runs(process: str) -> bool:
+def _is_running(process: str) -> bool:
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
@@ -84,7 +87,8 @@ def _runs(process: str) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all its content; nothing where there is none."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,7 +1,7 @@
-"""The errors a user can cause or has to act on.
+"""The errors that a user can cause or has to act on.
 
-Invariant: whatever a user can do wrong ends in one of these two, with one line that names the fault and the fix. The
-command line turns them into exit codes; anything else that escapes is a bug of cotree and shows its traceback.
+Each has a message of one line that names the fault and the fix, and the command line turns it into its exit code. Any
+other exception that escapes is a bug of cotree and shows its traceback.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ class UsageError(CotreeError):
 
 
 @contextmanager
-def spoken_for() -> Iterator[None]:
-    """Work that runs side by side fails side by side: of a group of errors the first user error speaks for all."""
+def first_cotree_error() -> Iterator[None]:
+    """Replace an ExceptionGroup, which concurrent tasks raise together, by the first CotreeError in it.
+
+    A group without one is raised as it is.
+    """
     try:
         yield
     except ExceptionGroup as group:

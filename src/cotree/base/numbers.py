@@ -1,43 +1,37 @@
-"""How numbers look in tables, pages and the terminal.
-
-Invariant: files hold fractions, people read percents; a number that is absent reads as a dash, never as 0.
-"""
+"""Numbers as tables, pages and the terminal show them: percents for fractions, a dash for a number that is absent."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
-
-from cotree.report.summary import EvalRow
 
 ABSENT = "–"
 
 
 def percent(fraction: float | None) -> str:
-    """0.7417 -> "74.2", without the sign: the column's head has it."""
+    """0.7417 -> "74.2", without the sign, which stands in the column's head."""
     return ABSENT if fraction is None else f"{100 * fraction:.1f}"
 
 
-def interval(row: EvalRow) -> str:
-    """The 95% interval in percent: "68.3–79.3"."""
-    return f"{percent(row.low)}–{percent(row.high)}"
+def interval(low: float, high: float) -> str:
+    """An interval of fractions in percent: "68.3–79.3"."""
+    return f"{percent(low)}–{percent(high)}"
 
 
 def paper_form(accuracy: float, no_answer: float) -> str:
-    """A cell of the paper's tables, "87.4 (0.23%)": accuracy, and the ratio of no-answer outputs in parentheses."""
+    """A cell of the paper's tables, "87.4 (0.23%)": accuracy, and the share of outputs without an answer."""
     ratio = f"{100 * no_answer:.2f}".rstrip("0").rstrip(".")
     return f"{percent(accuracy)} ({ratio}%)"
 
 
-def group_name(score: Mapping[str, Any]) -> str:
-    """Whose instructions were followed: "multi_if IF(En), turn 2"; without a turn it is the mean of all."""
-    return f"{score['task']} {score['group']}" + (f", turn {score['turn']}" if score["turn"] else "")
+def group_name(task: str, group: str, turn: int) -> str:
+    """Which instructions a score is about: "multi_if IF(En), turn 2"; without the turn for turn 0, the mean of all."""
+    return f"{task} {group}" + (f", turn {turn}" if turn else "")
 
 
 def number(value: float | None) -> str:
-    """A count or a mean: "1,234" and "61.4"."""
+    """A count or a mean: "1,234", "61.4"."""
     if value is None:
         return ABSENT
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
@@ -49,7 +43,7 @@ def signed(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """ "8.4 s", "4 min 10 s", "2 h 05 min"."""
+    """Seconds in words: "8.4 s", "4 min 10 s", "2 h 05 min"."""
     if seconds is None:
         return ABSENT
     if seconds < 59.95:
@@ -61,13 +55,8 @@ def duration(seconds: float | None) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
-    """The course of some numbers between their least and their greatest, in at most `width` characters: "▁▄▆█"."""
+    """A plot of a series in one line of at most `width` characters, scaled from its least to its greatest: "▁▄▆█"."""
     each = math.ceil(len(values) / width)
     means = [fmean(values[at : at + each]) for at in range(0, len(values), each)]
     low, span = min(means), max(means) - min(means)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span) if span else 0] for mean in means)
-
-
-def listed(names: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

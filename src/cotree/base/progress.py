@@ -1,7 +1,6 @@
-"""Show how far a stage is: a live bar on a terminal, a plain line every few seconds without one.
+"""Print lines and progress: a live bar on a terminal, a plain line every few seconds elsewhere, nothing with `quiet`.
 
-Invariant: nothing is printed with `quiet`, and what is printed is never needed to understand the result; no word of a
-model or a data set drives the terminal. What is said is also kept in the run's `log.jsonl`, with the time.
+Invariant: no text of a model or a data set can drive the terminal. Lines are also kept in the run's `log.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,27 +9,31 @@ import contextlib
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-Update = Callable[[int, int, str], None]  # done, wanted, a remark of a few lines
-_PLAIN_SECONDS = 15.0
+from cotree.base.numbers import duration
+
+Update = Callable[[int, int, str], None]  # done, total, a remark of a few lines
+_PLAIN_SECONDS = 15.0  # between two plain lines while something moves
+_SILENT_SECONDS = 60.0  # until a line says that work still goes on
 # Control characters but line feed and tab, marks that turn the direction of writing, halves of characters.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def harmless(text: str) -> str:
-    """A text as a terminal may show it."""
+def terminal_safe(text: str) -> str:
+    """The text with every character replaced that could control a terminal."""
     return _UNSAFE.sub("\ufffd", text)
 
 
 class Output:
-    """Where a run's words go. `say` prints a line; `progress` shows a counter while a block runs.
+    """Prints a command's lines and the progress of its work.
 
-    log: a file that keeps what is said, a JSON line each. on_update: called whenever a counter moves.
+    log: a file that keeps every line, as a JSON object with the time. on_update: called whenever a counter moves.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -38,11 +41,11 @@ class Output:
         self.log: Path | None = None
         self.on_update: Callable[[], None] = lambda: None
 
-    def say(self, line: object = "") -> None:
-        """A line, or a rich table."""
+    def print(self, line: object = "") -> None:
+        """Print a text or a rich table; texts go to the log too."""
         if isinstance(line, str):
-            line = harmless(line)
-            self._keep(line)
+            line = terminal_safe(line)
+            self._log_line(line)
         if self.quiet:
             return
         from rich.console import Console
@@ -51,7 +54,7 @@ class Output:
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:
-        """A counter; the yielded function sets what is done, how much there is, and a remark of a few lines."""
+        """Show a counter while the block runs; the yielded function sets done, total and a remark of a few lines."""
         if self.quiet:
             yield lambda done, total, remark: self.on_update()
         elif sys.stdout.isatty():
@@ -66,35 +69,51 @@ class Output:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.text import Text
 
-        title_of = TextColumn("  {task.description}", markup=False)
-        bar = Progress(title_of, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
+        title_column = TextColumn("  {task.description}", markup=False)
+        bar = Progress(title_column, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
         shown = bar.add_task(title, total=None)
         with Live(bar, transient=True) as live:
 
             def update(done: int, total: int, remark: str) -> None:
                 bar.update(shown, completed=done, total=total)
-                live.update(Group(bar, Padding(Text(harmless(remark)), (0, 0, 0, 4))))
+                live.update(Group(bar, Padding(Text(terminal_safe(remark)), (0, 0, 0, 4))))
                 self.on_update()
 
             yield update
 
     def _lines(self, title: str) -> Iterator[Update]:
-        last = time.monotonic()
+        started = printed = time.monotonic()
+        line, ended = f"  {title}", threading.Event()
+
+        def show(line: str) -> None:
+            nonlocal printed
+            printed = time.monotonic()
+            self._log_line(line)
+            print(line, flush=True)
 
         def update(done: int, total: int, remark: str) -> None:
-            nonlocal last
+            nonlocal line
+            words = ", ".join(" ".join(part.split()) for part in remark.splitlines())
+            line = terminal_safe(f"  {title} {done}/{total}  {words}")
             self.on_update()
-            if time.monotonic() - last >= _PLAIN_SECONDS:
-                last = time.monotonic()
-                words = ", ".join(" ".join(part.split()) for part in remark.splitlines())
-                line = harmless(f"  {title} {done}/{total}  {words}")
-                self._keep(line)
-                print(line, flush=True)
+            if time.monotonic() - printed >= _PLAIN_SECONDS:
+                show(line)
 
-        yield update
+        def watch() -> None:
+            while not ended.wait(_SILENT_SECONDS / 4):
+                if time.monotonic() - printed >= _SILENT_SECONDS:
+                    show(f"{line.rstrip()}  (working for {duration(time.monotonic() - started)})")
 
-    def _keep(self, line: str) -> None:
-        """Append to the log; a log that cannot be written stops nothing."""
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield update
+        finally:
+            ended.set()
+            watching.join()
+
+    def _log_line(self, line: str) -> None:
+        """Append to the log; one that cannot be written stops nothing."""
         if self.log is not None:
             entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "line": line.strip()}
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
-"""Rows in and out of files: Parquet, JSON lines and JSON arrays.
+"""Read and write rows: Parquet, JSON lines and JSON arrays.
 
-Invariant: rows stream, so a file of any size needs the memory of a batch.
+Parquet and JSON lines are streamed, so a file of any size needs the memory of a batch.
 """
 
 from __future__ import annotations
@@ -12,31 +12,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cotree.base.atomic import whole
+from cotree.base.atomic import atomic_draft
 from cotree.base.errors import UsageError
 
 Row = dict[str, Any]
-BATCH = 1_024
+ROWS_PER_BATCH = 1_024
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet, JSON-lines (also .gz) or JSON-array file, one at a time.
+    """Yield the rows of a Parquet, JSON-lines (also .gz) or JSON-array file, one at a time.
 
     Raises:
-        UsageError: there is no such file, or it is damaged; the line is named.
+        UsageError: there is no such file, or it is damaged; the message names the line.
     """
     if not path.is_file():
         raise UsageError(f"no file at {path}")
     if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(BATCH):
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError
-            raise UsageError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+        yield from _parquet_rows(path)
         return
     number = 1
     try:
@@ -59,8 +51,20 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: line {number}: no JSON row ({error}); {forms}") from None
 
 
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_PER_BATCH):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:  # damaged pages are an OSError
+        raise UsageError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What cotree noted in a Parquet file; empty for files of others."""
+    """The notes that cotree left in a Parquet file's schema; empty for files that it did not write."""
     if path.suffix != ".parquet":
         return {}
     import pyarrow.parquet as pq
@@ -70,6 +74,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSON lines, whole or not at all; returns how many."""
-    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+    """Write rows as JSON lines, the file whole or not at all; returns how many rows it has."""
+    with atomic_draft(path) as draft, draft.open("w", encoding="utf-8") as file:
         return sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))

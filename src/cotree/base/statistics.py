@@ -1,7 +1,6 @@
-"""The statistics of an evaluation, as pure functions of counts and shares.
+"""The statistics of an evaluation: intervals, pass@k, detectable differences, the constant-answer baseline.
 
-Invariant: shares are fractions in [0, 1], an interval is of 95% and never without a width, and what is not defined
-raises ValueError.
+Pure functions. Shares are fractions in [0, 1], intervals are of 95%, and what is not defined raises ValueError.
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist
 
-FEWEST_TREES = 4
+MIN_TREES = 4
 Z = NormalDist().inv_cdf(0.975)
 Z_POWER = NormalDist().inv_cdf(0.8)
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a proportion (Wilson 1927), without continuity correction.
 
-    The successes of questions that were sampled several times are the sum of their shares.
+    Args:
+        successes: of `n` questions; of questions that were sampled several times, the sum of their shares.
 
     Unlike p +- z·se it stays inside [0, 1] and has a width at 0 and at n successes. With z the normal quantile:
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
@@ -37,19 +37,22 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean over questions that were sampled several times each.
+    """The 95% interval of a mean accuracy over questions that were sampled several times each.
 
-    The bootstrap's over whole questions, because samples of one question resemble each other; where that is narrower
-    than Wilson's interval of as many single answers, the latter: a bootstrap of nothing but zeros is [0, 0] and proves
+    The bootstrap interval over whole questions, because samples of one question resemble each other, widened where it
+    is narrower than Wilson's interval for as many single answers: a bootstrap of nothing but zeros is [0, 0] and proves
     nothing.
+
+    Args:
+        shares: each question's share of correct samples.
     """
     low, high = bootstrap_interval(shares)
-    least, most = wilson(min(sum(shares), len(shares)), len(shares))
+    least, most = wilson_interval(min(sum(shares), len(shares)), len(shares))
     return min(low, least), max(high, most)
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of a mean, by percentiles of the means of `draws` seeded samples with replacement."""
+    """The 95% percentile-bootstrap interval of a mean: from the means of `draws` seeded samples with replacement."""
     import numpy as np
 
     rng, found = np.random.default_rng(seed), np.array(values)
@@ -71,18 +74,21 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def tree_test_at_k(trees: Sequence[Sequence[bool]], k: int) -> float:
-    """Test@k of search on one question: the share of its trees with a correct one among their first k chains.
+    """Test@k of search on one question: the share of its trees that have a correct one among their first k chains.
 
-    A tree is whether each of its chains is correct, in the order in which they ended. It is one draw, so the mean is
-    over whole trees, each grown with a seed of its own; one of fewer than k chains counts with those.
+    The chains of one tree are not independent, so a tree is one draw: the mean is over whole trees, each grown with a
+    seed of its own. A tree with fewer than k chains counts with those that it has.
+
+    Args:
+        trees: of each tree, whether its chains are correct, in the order in which they ended.
     """
-    if len(trees) < FEWEST_TREES or k < 1:
-        raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {FEWEST_TREES} trees")
+    if len(trees) < MIN_TREES or k < 1:
+        raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {MIN_TREES} trees")
     return sum(any(tree[:k]) for tree in trees) / len(trees)
 
 
 def minimum_detectable_difference(n: int, accuracy: float, *, z_power: float = Z_POWER) -> float | None:
-    """The smallest difference that comparing two rows of n questions finds with probability 0.8.
+    """The smallest difference in accuracy that a comparison of two rows of n questions finds with probability 0.8.
 
     The two-sided two-proportion z-test (Fleiss; the formula of R's `power.prop.test`), solved for d = q - p with
     p = `accuracy` and m = (p + q) / 2:
@@ -113,9 +119,9 @@ def minimum_detectable_difference(n: int, accuracy: float, *, z_power: float = Z
 
 
 def constant_baseline(golds: Sequence[str]) -> tuple[str, float]:
-    """The best constant answer and its accuracy: what a model gets that ignores the question.
+    """The best constant answer and its accuracy: what a model scores that ignores the question.
 
-    Ties go to the answer that sorts first, so the same golds give the same answer in any order.
+    Ties go to the answer that sorts first, so the order of `golds` does not matter.
     """
     answer, count = min(Counter(golds).items(), key=lambda item: (-item[1], item[0]))
     return answer, count / len(golds)

@@ -1,329 +1,181 @@
-"""Build the datasets of a run: gates, selection, rows in TRL's types as Parquet, and their card.
+"""Build one dataset: candidate rows of trees or of a file, what concerns all of them, Parquet in TRL's types, the card.
 
-Invariant: the same store and settings give the same bytes; what was left out is counted, with the reason; memory does
-not grow with the number of trees. Trees are read once, one at a time; their candidate rows wait in a temporary SQLite
-file until what concerns all of them (duplicates, rows a question, balance) is decided.
+Invariant: the same inputs and settings give the same bytes; what was left out is counted, with the reason; memory does
+not grow with the number of trees or rows.
 """
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from itertools import takewhile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.base.rows import Row
+from cotree.base.rows import Row, read_rows
 from cotree.data.card import write_card
-from cotree.data.chains import PLAIN, Chain, Reading, chains_of, mean_value
-from cotree.data.gates import passes
-from cotree.data.kinds import COLUMNS, write_parquet
-from cotree.data.select import Pair, draw_chains, select_dpo, select_sft, select_step_pairs
-from cotree.experiment.recipe import Build, Gates
-from cotree.models.encode import special_words, template_hash
-from cotree.search.prompts import chain_text
+from cotree.data.counts import ColumnStatistics, DatasetCounts
+from cotree.data.file_rows import file_rows
+from cotree.data.gates import Messages, RowJudge, Rules, TextJudge, question_keys
+from cotree.data.kinds import COLUMNS, completion_tokens, write_parquet
+from cotree.data.select import tree_rows
+from cotree.data.settings import Dataset
+from cotree.data.spill import Spill
+from cotree.models.encode import template_hash
+from cotree.models.tokenizer import load_tokenizer
+from cotree.models.weights import locate
 from cotree.search.store import StoredTree
+from cotree.search.thoughts import PATTERNS, Pattern
+from cotree.tasks import Question, Task
+from cotree.tasks import task as find_task
+from cotree.tasks.decontamination import contaminated as contaminated_questions
+from cotree.tasks.diagnosis import diagnose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Built:
-    """What a build wrote: counts and means for the summary, and a few pairs to be read by people."""
-
-    counts: dict[str, Any]
-    samples: list[dict[str, Any]]
+_GOLDS = ("gold", "answer", "final_answer", "ground_truth")
 
 
-def built_lines(counts: Mapping[str, Any]) -> list[str]:
-    """What a build wrote and what it left out, for the terminal."""
-    named = (("sft_rows", "SFT chains"), ("dpo_pairs", "DPO pairs"), ("control_rows", "control chains"),
-             ("step_pairs", "step pairs"), ("stepwise_rows", "process-reward rows"))  # fmt: skip
-    written = []
-    for key, name in named:
-        tasks = ", ".join(f"{task} {n}" for task, n in counts.get(f"{key}_by_task", {}).items())
-        if counts[key]:
-            written.append(f"{counts[key]} {name}" + (f" ({tasks})" if tasks else ""))
-    removed = ", ".join(f"{name} {n}" for name, n in counts["removed"].items())
-    return [", ".join(written), f"left out: {removed or 'nothing'}"]
-
-
-@dataclass
-class Seen:
-    """The distributions of a dataset's columns, counted while its rows are written; memory grows with no row."""
-
-    rows: int = 0
-    numbers: dict[str, Counter[float]] = field(default_factory=dict)
-    tasks: Counter[str] = field(default_factory=Counter)
-    first: dict[str, Row] = field(default_factory=dict)
-
-    def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Pass rows on; shares are counted in hundredths."""
-        for row in rows:
-            self.rows += 1
-            self.tasks[row["task"]] += 1
-            self.first.setdefault(row["task"], row)
-            for name, value in row.items():
-                if isinstance(value, int | float) and not name.endswith(("_id", "_leaf")):
-                    kept = value if isinstance(value, int) else round(value, 2)
-                    self.numbers.setdefault(name, Counter())[kept] += 1
-            yield row
-
-    def mean(self, name: str) -> float:
-        """The mean of a column; 0 without rows."""
-        return sum(value * n for value, n in self.numbers.get(name, {}).items()) / max(self.rows, 1)
-
-
-def build_sft(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
-    """Only the SFT dataset, into `folder/sft`; as `build`. The folder's card is that of the last build into it."""
-    return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("sft",))
-
-
-def build_dpo(trees: Iterable[StoredTree], tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Build,
-              *, seed: int = 0, reading: Reading = PLAIN) -> Built:  # fmt: skip
-    """Only the DPO dataset, into `folder/dpo`; as `build`. The folder's card is that of the last build into it."""
-    return build(trees, tokenizer, settings, folder, seed=seed, reading=reading, kinds=("dpo",))
-
-
-def build(
-    trees: Iterable[StoredTree],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Build,
+def build_dataset(
+    settings: Dataset,
     folder: Path,
     *,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    control: bool = False,
-    reading: Reading = PLAIN,
-    kinds: Collection[str] = ("sft", "dpo", "step_pairs", "stepwise"),
+    trees: Iterable[StoredTree] = (),
+    rows: Iterable[Row] | None = None,
     contaminated: Collection[tuple[str, str]] = (),
+    held_out: Sequence[Question] = (),
+    patterns: Mapping[str, Pattern] = PATTERNS,
+    judge: TextJudge | None = None,
+    size_of: Path | None = None,
+    questions_of: Path | None = None,
     about: Mapping[str, Any] | None = None,
-) -> Built:
-    """Select rows from trees and write `folder/KIND/train.parquet` and the datasets' card.
+) -> DatasetCounts:
+    """Write `folder/train.parquet`, its card (`README.md`) and `figures/`; returns what was written and left out.
 
-    control: also rows for a control student, as many as SFT has.
-    contaminated: (task, question id) of questions that repeat an evaluation question; their trees give nothing.
-    about: what the card says of the run (`name`, `recipe`, `models`).
+    Args:
+        trees: where the chains come from. rows: those of a file instead.
+        contaminated: (task, question id) of the trees' questions that repeat an evaluation question.
+        held_out: evaluation questions; rows of a file that repeat one are left out.
+        patterns: by which the trees were grown. judge: verifies chains whose reflections were cut.
+        size_of, questions_of: the `train.parquet` of the datasets that the settings name.
+        about: what the card says of the run: `name`, `recipe` (YAML), `models` ({name: source and licence}).
 
     Raises:
-        UsageError: reflections are to be cut, and there is no `reading` with a judge to judge those chains again.
-        CotreeError: no tree gave a correct chain, or none gave both a correct and a wrong one; nothing was written.
+        UsageError: something that the settings need was not passed, or no row of the file can be used.
+        CotreeError: no chain became a row, with the reasons; nothing was written.
     """
-    if settings.reflections == "cut" and reading.judge is None:
-        raise UsageError("`reflections: cut` needs a judge of what was cut: pass reading=Reading(judge=...)")
-    removed: Counter[str] = Counter()
-    chains = 0
-    special = special_words(tokenizer)
-    with _Spill(settings.gates, seed) as spill:
-        for tree in trees:
-            found, no_answer = chains_of(tree, tokenizer, settings, reading)
-            removed["no_answer"] += no_answer
-            judged = sum(node.verdict is not None for node in tree.nodes)
-            removed["repeated_in_tree"] += judged - no_answer - len(found)
-            if (tree.task, tree.question_id) in contaminated:
-                removed["contaminated"] += len(found)
-                continue
-            prompt = "\n\n".join(message["content"] for message in tree.messages)
-            usable = [chain for chain in found if passes(chain, prompt, settings, special, removed)]
-            chains += len(usable)
-            for kind, rank, row in _rows(tree, prompt, usable, settings, seed, control):
-                if kind in kinds or kind == "control":
-                    removed["duplicate"] += not spill.add(kind, rank, row)
-        for kind in kinds:
-            removed["rows_per_question"] += spill.cap_questions(kind)
-            removed["balance"] += spill.balance(kind)
-        sizes = {kind: spill.count(kind) for kind in kinds}
-        if "sft" in kinds and not sizes["sft"]:
-            raise CotreeError("no tree has a correct chain, so there is nothing to train on; raise search.rollouts")
-        if "dpo" in kinds and not sizes["dpo"]:
-            raise CotreeError("no tree has both a correct and a wrong chain, so no pairs; raise search.rollouts")
-        noted = {"template": template_hash(tokenizer), "seed": seed, "build": settings.model_dump(mode="json")}
-        if control:
-            sizes["control"] = sizes["sft"]
-        seen = {kind: Seen() for kind in COLUMNS}
-        for kind, limit in sizes.items():
-            path = folder / kind / "train.parquet"
-            if limit:
-                write_parquet(path, kind, seen[kind].watch(spill.rows(kind, limit)), noted)
-            else:
-                path.unlink(missing_ok=True)  # of a build before this one
-    counts = _counts(chains, removed, seen)
-    written = {kind: found for kind, found in seen.items() if found.rows}
-    write_card(folder, written, counts, settings, about or {})
-    return Built(counts, [_sample(name, row) for name, row in sorted(seen["dpo"].first.items())])
+    passed = {"judge": judge, "size_of": size_of, "questions_of": questions_of}
+    needed = {"judge": settings.reflections == "cut", **settings.model_dump(include={"size_of", "questions_of"})}
+    if missing := [argument for argument in passed if needed[argument] and passed[argument] is None]:
+        raise UsageError(f"the settings of dataset {name} need {'= and '.join(missing)}=: pass it to build_dataset")
+    wanted = None if questions_of is None else _questions_in(questions_of)
+    rules = Rules(settings, tokenizer, seed, patterns, judge=judge, wanted=wanted, size_of=size_of)
+    if settings.gates.contamination:  # the questions of trees were compared before
+        rules = replace(rules, contaminated=contaminated, held_out=() if rows is None else held_out)
+    candidates = tree_rows(trees, rules) if rows is None else file_rows(rows, rules, name)
+    statistics = write_candidates(folder / "train.parquet", candidates, rules)
+    write_card(folder, name, rules, statistics=statistics, about=about or {})
+    return rules.counts
 
 
-def _counts(chains: int, removed: Counter[str], seen: Mapping[str, Seen]) -> dict[str, Any]:
-    sft, dpo = seen["sft"], seen["dpo"]
-    return {
-        "chains": chains,
-        "removed": {name: n for name, n in sorted(removed.items()) if n},
-        "sft_rows": sft.rows,
-        "control_rows": seen["control"].rows,
-        "dpo_pairs": dpo.rows,
-        "step_pairs": seen["step_pairs"].rows,
-        "stepwise_rows": seen["stepwise"].rows,
-        "mean_sft_tokens": sft.mean("length_tokens"),
-        "mean_chosen_tokens": dpo.mean("chosen_tokens"),
-        "mean_rejected_tokens": dpo.mean("rejected_tokens"),
-        "mean_prefix_tokens": dpo.mean("prefix_tokens"),
-        "sft_rows_by_task": dict(sorted(sft.tasks.items())),
-        "dpo_pairs_by_task": dict(sorted(dpo.tasks.items())),
-    }
+def write_candidates(path: Path, candidates: Iterable[tuple[int, Row]], rules: Rules) -> ColumnStatistics:
+    """Write candidate rows (rank in their tree, row) as Parquet but for those that all of them together leave out.
+
+    Raises:
+        CotreeError: no row is left (UsageError: of a file); nothing was written.
+    """
+    settings, counts, statistics = rules.settings, rules.counts, ColumnStatistics()
+    with Spill(settings.gates, rules.seed) as spill:
+        for number, (rank, row) in enumerate(candidates):
+            counts.leave_out("duplicate", rows=not spill.add(number, rank, row))
+        asked = (Question(str(number), "file", tuple(row["prompt"]), "") for number, row in spill.rows())
+        repeated = contaminated_questions(list(asked), rules.held_out) if rules.held_out else {}
+        counts.leave_out("contaminated", rows=spill.drop(map(int, repeated)))
+        counts.leave_out("rows_per_question", rows=spill.keep(settings.gates.rows_per_question, of_each="question"))
+        counts.leave_out("balance", rows=spill.balance())
+        counts.leave_out("size_of", rows=_cut_to_size(spill, settings, rules.size_of))
+        if next(spill.rows(), None) is None:
+            raise (CotreeError if counts.trees else UsageError)(f"{path}: {counts.why_empty()}")
+        # Where a file is on this machine is nobody's business.
+        shown = settings.model_dump(mode="json", exclude={"file"})
+        template = template_hash(rules.tokenizer)
+        notes = {"kind": settings.rows, "settings": shown, "seed": rules.seed, "template": template}
+        rows = statistics.watch(row for _, row in spill.rows())
+        write_parquet(path, COLUMNS[settings.rows], rows, notes)
+    counts.add_written(statistics)
+    return statistics
 
 
-def _rows(
-    tree: StoredTree, prompt: str, chains: list[Chain], settings: Build, seed: int, control: bool
-) -> Iterator[tuple[str, int, Row]]:
-    """A tree's candidate rows: kind, order within the tree, row. `length_rank` is 1 for the tree's shortest chain."""
-    verdicts = [node.verdict for node in tree.nodes if node.verdict is not None]
-    common = {
-        "tree_id": tree.tree_id,
-        "task": tree.task,
-        "question_id": tree.question_id,
-        "pass_rate": verdicts.count("correct") / max(len(verdicts), 1),
-    }
-    answered = [chain for chain in chains if chain.verdict != "no_answer"]
-    ordered = sorted(answered, key=lambda chain: len(chain.tokens))
-    ranks = {chain.leaf_id: rank for rank, chain in enumerate(ordered, 1)}
-
-    def sft(chain: Chain) -> Row:
-        return {
-            "prompt": tree.messages,
-            "completion": _assistant(chain),
-            "leaf_id": chain.leaf_id,
-            "length_tokens": len(chain.tokens),
-            "length_rank": ranks[chain.leaf_id],
-            "pattern": chain.pattern,
-            "reward": chain.reward,
-            "value": chain.value,
-            **common,
-        }
-
-    def dpo(pair: Pair) -> Row:
-        return {
-            "prompt": tree.messages,
-            "chosen": _assistant(pair.chosen),
-            "rejected": _assistant(pair.rejected),
-            "chosen_leaf": pair.chosen.leaf_id,
-            "rejected_leaf": pair.rejected.leaf_id,
-            "prefix_tokens": pair.prefix_tokens,
-            "chosen_tokens": len(pair.chosen.tokens),
-            "rejected_tokens": len(pair.rejected.tokens),
-            "rejected_finished": pair.rejected.verdict != "no_answer",
-            **common,
-        }
-
-    for chain in select_sft(chains, settings.sft, seed):
-        yield "sft", 0, sft(chain)
-    for pair in select_dpo(chains, settings.dpo, seed):
-        yield "dpo", 0, dpo(pair)
-    if control:
-        # No tree gives more SFT rows than this, so more are never asked for.
-        for rank, chain in enumerate(draw_chains(answered, settings.sft.chains_per_tree, seed)):
-            yield "control", rank, sft(chain)
-    if settings.step_pairs is not None:
-        for pair in select_step_pairs(tree, chains, settings.step_pairs, seed):
-            yield "step_pairs", 0, {**dpo(pair), **_step(tree, pair)}
-    if settings.stepwise is not None:
-        for chain in draw_chains(answered, settings.stepwise.chains_per_tree, seed):
-            nodes = [tree.nodes[node_id] for node_id in chain.nodes]
-            yield "stepwise", 0, {
-                "prompt": prompt,
-                "completions": [node.text.strip() for node in nodes],
-                "labels": [mean_value(node) > settings.stepwise.label_above for node in nodes],
-                "values": [mean_value(node) for node in nodes],
-                "visits": [node.visits for node in nodes],
-                "leaf_id": chain.leaf_id,
-                **common,
-            }  # fmt: skip
+def _questions_in(path: Path) -> set[str]:
+    """The keys of the questions of a dataset file."""
+    keys = (question_keys(str(row.get("task")), str(row.get("question_id")), row["prompt"]) for row in read_rows(path))
+    return set().union(*keys)
 
 
-def _assistant(chain: Chain) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": chain.text}]
+def _cut_to_size(spill: Spill, settings: Dataset, other: Path | None) -> int:
+    """Drop what is over the rows or completion tokens of another dataset, drawn by seed; returns how many rows."""
+    if other is None:
+        return 0
+    tokens = [completion_tokens(row) for row in read_rows(other)]
+    if settings.size_in == "rows":
+        return spill.keep(len(tokens))
+    if None in tokens:
+        raise UsageError(f"{other} does not count the tokens of its rows; use `size_in: rows`")
+    return spill.keep_tokens(sum(filter(None, tokens)))
 
 
-def _step(tree: StoredTree, pair: Pair) -> Row:
-    """The sibling thoughts, what was judged of them, and the words before them that the student sees."""
-    assert pair.better is not None
-    assert pair.worse is not None
-    parting = pair.better.node_id
-    shared = takewhile(lambda node_id: node_id != parting, pair.chosen.nodes)
-    before = [tree.nodes[node_id] for node_id in shared]
-    row: Row = {"step_type": pair.better.type, "prefix": chain_text(before)}
-    for side, node in (("chosen", pair.better), ("rejected", pair.worse)):
-        row |= {f"{side}_step": node.text, f"{side}_value": mean_value(node), f"{side}_visits": node.visits}
-    return row
+def import_file(
+    source: Path, student: str, out: Path, *, task: str | None, held_out: Sequence[str], max_tokens: int
+) -> list[str]:
+    """As `import_rows`, by the names of student (a packaged name, `.gguf`, folder or hub id) and tasks; returns lines
+    that say what was written and what was left out."""
+    folder_or_hub = Path(student).is_dir() or ("/" in student and not student.endswith(".gguf"))
+    tokenizer = load_tokenizer(student if folder_or_hub else locate(student))
+    settings = Dataset(file=str(source), rows="sft", max_tokens=max_tokens)
+    questions = [question for name in held_out for question in find_task(name).questions()]
+    judge = None if task is None else find_task(task)
+    first, *others = import_rows(settings, tokenizer, out, task=judge, held_out=questions).lines()
+    return [f"{out}: {first}", *others]
 
 
-def _sample(title: str, row: Row) -> dict[str, Any]:
-    sides = (("chosen", "correct"), ("rejected", "wrong"))
-    chains = [{"text": row[kind][0]["content"], "verdict": verdict, "kind": kind} for kind, verdict in sides]
-    return {"title": title, "prompt": row["prompt"][-1]["content"], "chains": chains}
+def import_rows(
+    settings: Dataset, tokenizer: PreTrainedTokenizerBase, out: Path, *, task: Task | None, held_out: Sequence[Question]
+) -> DatasetCounts:
+    """Read `settings.file`, gate its rows, and write SFT rows to `out` (Parquet).
+
+    task: judges each row whose gold is in the row, or whose question is the task's.
+    held_out: evaluation questions; rows that repeat one are left out.
+
+    Raises:
+        UsageError: no row passed; `out` stays as it was.
+    """
+    source = Path(str(settings.file))
+    rules = Rules(settings, tokenizer, row_judge=row_judge(task), held_out=held_out)
+    rows = file_rows(read_rows(source), rules, task.name if task else source.stem)
+    statistics = write_candidates(out, rows, rules)
+    if task is not None:
+        rules.counts.verified = int(statistics.total("reward"))
+    return rules.counts
 
 
-class _Spill:
-    """Candidate rows in a temporary SQLite file (in SQLITE_TMPDIR, TMPDIR or /var/tmp) that goes when it is closed."""
+def row_judge(task: Task | None) -> RowJudge:
+    """Judges a row's text by its task, and finds texts that loop or break off without an answer."""
+    known = {} if task is None else {_words(q.messages): q for q in task.questions()}
 
-    def __init__(self, gates: Gates, seed: int) -> None:
-        self._gates = gates
-        self._key = str(seed).encode()
-        self._db = sqlite3.connect("", isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=OFF")
-        self._db.execute("CREATE TABLE rows (kind TEXT, rank INTEGER, question TEXT, part TEXT, digest BLOB, row TEXT)")
-        self._db.execute("CREATE UNIQUE INDEX once ON rows (kind, digest)")
+    def judge(raw: Row, prompt: Messages, text: str) -> str | None:
+        verdict, question = None, known.get(_words(prompt))
+        gold = next((raw[name] for name in _GOLDS if raw.get(name) not in (None, "")), None)
+        if task is not None and (question is not None or gold is not None):
+            verdict = task.judge(question or Question("", task.name, tuple(prompt), str(gold)), text).kind
+        found = diagnose(text, answered=None if verdict is None else verdict != "no_answer")
+        return "no_answer" if found.no_answer and verdict != "wrong" else verdict
 
-    def __enter__(self) -> _Spill:
-        self._db.execute("BEGIN")
-        return self
+    return judge
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._db.close()
-        if isinstance(error, sqlite3.Error):
-            raise CotreeError(f"cannot keep the build's rows ({error}); free some space or set SQLITE_TMPDIR") from None
 
-    def add(self, kind: str, rank: int, row: Row) -> bool:
-        """Keep a row; False where one with the same messages is kept already."""
-        group = {"task": row["task"], "difficulty": min(int(row["pass_rate"] * 3), 2)}
-        part = "/".join(str(group[name]) for name in self._gates.balance)
-        words = json.dumps([row["prompt"], *(row.get(c) for c in ("completion", "chosen", "rejected", "completions"))])
-        unique = words if self._gates.duplicates and kind != "control" else f"{row['tree_id']}/{rank}/{words}"
-        digest = blake2b(unique.encode(), key=self._key, digest_size=16).digest()
-        question = f"{row['task']}/{row['question_id']}"
-        values = (kind, rank, question, part, digest, json.dumps(row))
-        return self._db.execute("INSERT OR IGNORE INTO rows VALUES (?,?,?,?,?,?)", values).rowcount == 1
-
-    def cap_questions(self, kind: str) -> int:
-        """Drop what a question has too many of, drawn by seed; returns how many."""
-        limit = self._gates.rows_per_question
-        return 0 if limit is None else self._keep(kind, limit, by_question=True)
-
-    def balance(self, kind: str) -> int:
-        """Drop what a group has too many of, drawn by seed; returns how many."""
-        smallest = "SELECT min(n) FROM (SELECT count(*) AS n FROM rows WHERE kind = ? GROUP BY part)"
-        (least,) = self._db.execute(smallest, (kind,)).fetchone()
-        return self._keep(kind, int(least * self._gates.at_most), False) if self._gates.balance and least else 0
-
-    def _keep(self, kind: str, limit: int, by_question: bool) -> int:
-        # The digest is as good as a lot: it depends on the row and the seed alone.
-        return self._db.execute(
-            "DELETE FROM rows WHERE rowid IN (SELECT rowid FROM (SELECT rowid, row_number() OVER "
-            "(PARTITION BY iif(?, question, part) ORDER BY digest) AS place FROM rows WHERE kind = ?) WHERE place > ?)",
-            (by_question, kind, limit),
-        ).rowcount
-
-    def count(self, kind: str) -> int:
-        """How many rows of a kind are kept."""
-        return int(self._db.execute("SELECT count(*) FROM rows WHERE kind = ?", (kind,)).fetchone()[0])
-
-    def rows(self, kind: str, limit: int) -> Iterator[Row]:
-        """The first `limit` rows, the trees in their order; of a control, one of each tree in turn."""
-        kept = "SELECT row FROM rows WHERE kind = ? ORDER BY rank, rowid LIMIT ?"
-        for (row,) in self._db.execute(kept, (kind, limit)):
-            yield json.loads(row)
+def _words(messages: Sequence[dict[str, str]]) -> str:
+    return " ".join(messages[-1]["content"].split())

@@ -1,35 +1,32 @@
-"""Chains (root to judged answer) out of stored trees, as the student is to read them.
+"""Chains (paths from the root to a judged answer) out of stored trees, as the student is to read them.
 
 Invariants: a chain's verdict is the task's, also after its reflections were cut; its text comes once in a tree; its
-tokens are what the trainer sees. Nothing is cut to fit.
+tokens are what the trainer sees; nothing is cut to fit; each judged leaf is a chain or counted as left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from cotree.experiment.recipe import Build, TextForm
+from cotree.data.gates import Rules
+from cotree.data.settings import TextForm
 from cotree.models.encode import encode_chains, unfinished_turn
 from cotree.search.prompts import chain_text
 from cotree.search.store import StoredNode, StoredTree
-from cotree.search.thoughts import PATTERNS, Pattern
-from cotree.tasks.base import Verdict
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Judge = Callable[[StoredTree, str], Verdict]
+from cotree.search.thoughts import Pattern
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain as the student is trained on it; `tokens` are the completion's ids, end of turn included.
+    """A chain as the student is trained on it.
 
-    verdict: "no_answer" is a path that max_tokens cut off; its turn has no end.
-    value: the mean of v/n over its thoughts. nodes: their ids, those that the student does not see left out.
+    Attributes:
+        verdict: `correct`, `wrong`, or `no_answer` for a path that max_tokens cut off, whose turn has no end.
+        tokens: the completion's ids, end of turn included. prompt_tokens: how many come before them.
+        value: the mean of v/n over its thoughts.
+        nodes: the ids of its thoughts, those that the student does not see left out.
     """
 
     tree_id: str
@@ -37,73 +34,56 @@ class Chain:
     text: str
     verdict: str
     reward: float
-    pattern: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
+    tokens: tuple[int, ...] = ()
+    prompt_tokens: int = 0
     value: float = 0.0
     nodes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a build's settings cannot say of its trees: thoughts that the student does not see, own patterns, and who
-    judges chains whose reflections were cut."""
+def read_chains(tree: StoredTree, rules: Rules) -> list[Chain]:
+    """All chains that end in a judged answer, once each by text, in leaf order; the others are counted.
 
-    left_out: Collection[str] = frozenset()
-    patterns: Mapping[str, Pattern] = field(default_factory=lambda: PATTERNS)
-    judge: Judge | None = None
-
-
-PLAIN = Reading()
-
-
-def chains_of(
-    tree: StoredTree, tokenizer: PreTrainedTokenizerBase, settings: Build, reading: Reading
-) -> tuple[list[Chain], int]:
-    """All chains that end in a judged answer, once each by text, in leaf order; and how many ended without an answer
-    and were left out. With `dpo.unanswered` a path that max_tokens cut off is a chain too.
-
-    A chain whose reflections were cut is judged again: its answer may no longer follow.
+    With `unanswered` a path that max_tokens cut off is a chain too.
     """
-    cuts = settings.reflections == "cut"
-    found: dict[str, tuple[StoredNode, list[StoredNode], str, float]] = {}
-    no_answer = 0
+    found: dict[str, Chain] = {}
     for leaf in tree.nodes:
-        if leaf.verdict is None:
-            continue
-        unfinished = leaf.verdict == "no_answer" and leaf.type != "answer" and leaf.finish_reason == "length"
-        if leaf.verdict == "no_answer" and not (settings.dpo.unanswered and unfinished):
-            no_answer += 1
-            continue
-        whole = tree.chain(leaf.node_id)
-        kept = cut_reflections(whole, reading.patterns[tree.pattern]) if cuts else whole
-        thoughts = [node for node in kept if node.type not in reading.left_out]
-        text = form(thoughts, settings.text, unfinished=unfinished)
-        verdict, reward = leaf.verdict, float(leaf.reward or 0.0)
-        if len(kept) < len(whole) and reading.judge is not None and not unfinished:
-            judged = reading.judge(tree, text)
-            verdict, reward = judged.kind, judged.reward
-        if verdict == "no_answer" and not unfinished:
-            no_answer += 1
-        else:
-            found.setdefault(text, (leaf, thoughts, verdict, reward))
-    encoded = encode_chains(tokenizer, [(tree.messages, [{"role": "assistant", "content": text}]) for text in found])
-    chains = [
-        Chain(
-            tree_id=tree.tree_id,
-            leaf_id=leaf.node_id,
-            text=text,
-            verdict=verdict,
-            reward=reward,
-            pattern=tree.pattern,
-            tokens=tuple(unfinished_turn(ids).completion if verdict == "no_answer" else ids.completion),
-            prompt_tokens=len(ids.prompt),
-            value=fmean(mean_value(node) for node in thoughts),
-            nodes=tuple(node.node_id for node in thoughts),
-        )
-        for (text, (leaf, thoughts, verdict, reward)), ids in zip(found.items(), encoded, strict=True)
-    ]
-    return chains, no_answer
+        if leaf.verdict is not None:
+            chain = _without_tokens(tree, leaf, leaf.verdict, rules)
+            if isinstance(chain, str):
+                rules.counts.leave_out(chain, chains=1)
+            elif found.setdefault(chain.text, chain) is not chain:
+                rules.counts.leave_out("repeated_in_tree", chains=1)
+    chats = [(tree.messages, [{"role": "assistant", "content": text}]) for text in found]
+    chains = []
+    for chain, ids in zip(found.values(), encode_chains(rules.tokenizer, chats), strict=True):
+        seen = unfinished_turn(ids) if chain.verdict == "no_answer" else ids
+        chains.append(replace(chain, tokens=tuple(seen.completion), prompt_tokens=len(ids.prompt)))
+    return chains
+
+
+def _without_tokens(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Rules) -> Chain | str:
+    """The chain to a judged leaf, its tokens not yet known, or the reason why it is left out."""
+    settings, reward, whole = rules.settings, leaf.reward or 0.0, tree.chain(leaf.node_id)
+    is_cut_off = verdict == "no_answer" and leaf.type != "answer" and leaf.finish_reason == "length"
+    if is_cut_off and not settings.unanswered:
+        return "thought_cut"
+    if verdict not in ("correct", "wrong") and not is_cut_off:
+        return "no_answer" if verdict == "no_answer" else "undecided"
+    kept = whole
+    if settings.reflections == "cut" and any(node.type == "reflection" for node in whole):
+        kept = cut_reflections(whole, rules.patterns[tree.pattern])
+    thoughts = [node for node in kept if node.type not in settings.leave_out]
+    if not thoughts:  # all that was written before the cut is left out
+        return "thought_cut"
+    text = assistant_text(thoughts, settings.text, unfinished=is_cut_off)
+    if len(kept) < len(whole) and not is_cut_off:
+        assert rules.judge is not None
+        judged = rules.judge(tree, text)
+        verdict, reward = judged.kind, judged.reward
+        if verdict not in ("correct", "wrong"):
+            return verdict
+    value, nodes = fmean(map(mean_value, thoughts)), tuple(node.node_id for node in thoughts)
+    return Chain(tree.tree_id, leaf.node_id, text, verdict, reward=reward, value=value, nodes=nodes)
 
 
 def mean_value(node: StoredNode) -> float:
@@ -111,14 +91,15 @@ def mean_value(node: StoredNode) -> float:
     return node.value / node.visits if node.visits else 0.0
 
 
-def form(thoughts: Sequence[StoredNode], text: TextForm, *, unfinished: bool = False) -> str:
-    """The assistant's words. `tags`: each thought between its type's tags; `think`: all before the answer inside
-    `<think>`; `plain`: a thought a line. An unfinished path was cut before it could close its last tag."""
-    if text == "plain":
+def assistant_text(thoughts: Sequence[StoredNode], form: TextForm, *, unfinished: bool = False) -> str:
+    """The thoughts as the assistant's message. `tags`: each thought between its type's tags; `think`: all before the
+    answer inside `<think>`; `plain`: a thought a line. An unfinished path was cut before it could close its last tag.
+    """
+    if form == "plain":
         return chain_text(thoughts)
-    if text == "think" and unfinished:
+    if form == "think" and unfinished:
         return f"<think>\n{chain_text(thoughts)}"
-    if text == "think":
+    if form == "think":
         return f"<think>\n{chain_text(thoughts[:-1])}\n</think>\n\n{chain_text(thoughts[-1:])}"
     blocks: list[list[StoredNode]] = []
     for thought in thoughts:
@@ -127,9 +108,9 @@ def form(thoughts: Sequence[StoredNode], text: TextForm, *, unfinished: bool = F
             blocks[-1].append(thought)
         else:
             blocks.append([thought])
-    names = [str(block[0].type).replace("_", "-") for block in blocks]
-    words = "\n".join(f"<{n}>{chain_text(b).strip()}</{n}>" for n, b in zip(names, blocks, strict=True))
-    return words.removesuffix(f"</{names[-1]}>") if unfinished else words
+    tags = [str(block[0].type).replace("_", "-") for block in blocks]
+    text = "\n".join(f"<{tag}>{chain_text(block).strip()}</{tag}>" for tag, block in zip(tags, blocks, strict=True))
+    return text.removesuffix(f"</{tags[-1]}>") if unfinished else text
 
 
 def cut_reflections(thoughts: Sequence[StoredNode], pattern: Pattern) -> list[StoredNode]:

@@ -8,76 +8,92 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
-from cotree.base.atomic import write_text
+from cotree.base.atomic import write_json, write_text
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.rows import Row, read_rows, write_jsonl
-from cotree.data.kinds import check_file, write_columns
+from cotree.data.kinds import check_file, write_parquet
+from cotree.models.wire import one_line
 from cotree.search.store import StoredTree, TreeStore
 
 
 def export_to(source: Path, to: str, out: str) -> list[str]:
-    """Export a build's folder (or one file) to a form by its name; returns what was written, a line each.
+    """Export a run, a folder of datasets, one dataset or one file to a form by its name; returns a line for each file.
 
     llamafactory: JSON lines and `dataset_info.json`, to be named in its `dataset_dir` and `dataset`. axolotl: JSON
-    lines and a `KIND.yml` with the `datasets:` part of its config. trees: of a `trees.db`. hub: `out` is OWNER/NAME.
+    lines and a `NAME.yml` with the `datasets:` part of its config. trees: of a `trees.db`, its folder, or a run with
+    one. hub: of one dataset; `out` is OWNER/NAME.
 
     Raises:
         UsageError: nothing to export, or a row is faulty.
         CotreeError: it cannot be written or pushed.
     """
     if to == "trees":
-        return [f"{out}: {export_trees(source, Path(out))} trees"]
+        return [f"{out}: {export_trees(_tree_store(source), Path(out))} trees"]
     if to == "hub":
         return [push(source, out)]
-    if to not in _FORMS:
-        raise UsageError(f"unknown form `{to}`; known: {', '.join(_FORMS)}, trees, hub")
-    if source.suffix == ".db":
-        raise UsageError(
-            f"{source} holds trees; export it with --to trees, or the datasets that `cotree build` made of it"
-        )
-    files = sorted(source.glob("*/train.parquet")) if source.is_dir() else [source]
-    if not files:
-        raise UsageError(f"no datasets in {source}; expected KIND/train.parquet below it")
-    information: dict[str, Any] = {}
-    folder, written = Path(out), list[Path]()
-    for file in files:
+    trainers = yaml.safe_load((files("cotree.data") / "trainers.yaml").read_text("utf-8"))
+    if to not in ("jsonl", *trainers):
+        raise UsageError(f"unknown form `{to}`; known: jsonl, {', '.join(trainers)}, trees, hub")
+    information, written, left_out = dict[str, Any](), list[Path](), list[str]()
+    for name, file in _dataset_files(source).items():
         kind, _ = check_file(file)
-        name = file.resolve().parent.name if file.name == "train.parquet" else file.stem.split(".")[0]
-        if kind == "stepwise" and to != "jsonl":
-            continue  # neither trains process rewards
-        written.append(folder / f"{name}.jsonl")
-        if written[-1].resolve() == file.resolve():
+        if to != "jsonl" and kind not in trainers[to]:
+            left_out.append(f"{file} is left out: {to} trains no process rewards; export it --to jsonl")
+            continue
+        path = Path(out) / f"{name}.jsonl"
+        if path.resolve() == file.resolve():
             raise UsageError(f"the export would replace {file} itself; name another folder with -o")
-        write_jsonl(written[-1], map(_FORMS[to], read_rows(file)))
+        write_jsonl(path, read_rows(file) if to == "jsonl" else map(_messages, read_rows(file)))
+        written.append(path)
         if to == "llamafactory":
-            information[f"cotree_{name}"] = {"file_name": f"{name}.jsonl", **_information(kind)}
+            information[f"cotree_{name}"] = {"file_name": path.name, **trainers[to][kind]}
         if to == "axolotl":
-            written.append(folder / f"{name}.yml")
-            write_text(written[-1], yaml.safe_dump(_axolotl(name, kind), sort_keys=False))
+            config = trainers[to][kind]
+            config["datasets"] = [{"path": path.name, **dataset} for dataset in config["datasets"]]
+            written.append(path.with_suffix(".yml"))
+            write_text(written[-1], yaml.safe_dump(config, sort_keys=False))
+    if not written:
+        raise UsageError("; ".join(left_out))
     if information:
-        written.append(folder / "dataset_info.json")
-        write_text(written[-1], json.dumps(_known(written[-1]) | information, indent=2, ensure_ascii=False) + "\n")
-    return [str(path) for path in written]
+        written.append(path := Path(out) / "dataset_info.json")
+        try:  # LLaMA-Factory's own folder has one with many datasets
+            known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        except ValueError:
+            known = None
+        if not isinstance(known, dict):
+            raise UsageError(f"{path} is no JSON object, so nothing can be added to it; mend it or name another folder")
+        write_json(path, known | information)
+    return [*map(str, written), *left_out]
 
 
-def _known(path: Path) -> dict[str, Any]:
-    """The datasets that a `dataset_info.json` names already: LLaMA-Factory's own folder has one with many."""
-    if not path.is_file():
-        return {}
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        known = None
-    if not isinstance(known, dict):
-        raise UsageError(f"{path} is no JSON object, so nothing can be added to it; mend it or name another folder")
-    return known
+def _dataset_files(source: Path) -> dict[str, Path]:
+    """The dataset files of a run, a folder of datasets, one dataset, or a single file, by the names of the datasets."""
+    if source.suffix == ".db":
+        raise UsageError(f"{source} holds trees; export it with --to trees, or a dataset that was made of it")
+    if not source.is_dir():
+        return {source.resolve().parent.name if source.name == "train.parquet" else source.stem.split(".")[0]: source}
+    for pattern in ("train.parquet", "datasets/*/train.parquet", "*/train.parquet"):
+        if found := sorted(source.glob(pattern)):
+            return {file.resolve().parent.name: file for file in found}
+    raise UsageError(f"no datasets in {source}; give a run, a folder of datasets, or one with a train.parquet")
+
+
+def _tree_store(source: Path) -> Path:
+    """The `trees.db` at a path: a file, the folder of a trees node, or a run with one trees node."""
+    if not source.is_dir():
+        return source
+    found = [path for pattern in ("trees.db", "trees/*/trees.db") for path in sorted(source.glob(pattern))]
+    if len(found) != 1:
+        several = f"has {len(found)} stores of trees: name one of {', '.join(map(str, found))}"
+        raise UsageError(f"{source} {several if found else 'has no trees.db'}")
+    return found[0]
 
 
 def _messages(row: Row) -> Row:
@@ -86,28 +102,10 @@ def _messages(row: Row) -> Row:
         return {"messages": [*row["prompt"], *row["completion"]]}
     if row.get("rejected_finished") is False:
         raise UsageError(
-            "a rejected side was cut off by max_tokens, and another trainer would end its turn; build with "
-            "build.dpo.unanswered=false, or export --to jsonl"
+            "a rejected side was cut off by max_tokens, and another trainer would end its turn; make the dataset with "
+            "`unanswered: false`, or export it --to jsonl"
         )
     return {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
-
-
-_FORMS: Mapping[str, Callable[[Row], Row]] = {"jsonl": dict, "llamafactory": _messages, "axolotl": _messages}
-
-
-def _information(kind: str) -> dict[str, Any]:
-    columns = {"messages": "messages"} | ({"chosen": "chosen", "rejected": "rejected"} if kind == "dpo" else {})
-    tags = {f"{part}_tag": part for part in ("role", "content")}
-    tags |= {f"{role}_tag": role for role in ("user", "assistant", "system")}
-    return {"formatting": "sharegpt", **({"ranking": True} if kind == "dpo" else {}), "columns": columns, "tags": tags}
-
-
-def _axolotl(name: str, kind: str) -> dict[str, Any]:
-    dataset: dict[str, Any] = {"path": f"{name}.jsonl", "ds_type": "json", "field_messages": "messages"}
-    if kind == "dpo":
-        fields = {"field_chosen": "chosen", "field_rejected": "rejected"}
-        return {"rl": "dpo", "datasets": [{**dataset, "type": "chat_template.default", "split": "train", **fields}]}
-    return {"datasets": [{**dataset, "type": "chat_template", "roles_to_train": ["assistant"]}]}
 
 
 def export_trees(store: Path, out: Path) -> int:
@@ -115,26 +113,27 @@ def export_trees(store: Path, out: Path) -> int:
     if not store.is_file():
         raise UsageError(f"no store at {store}")
     with TreeStore(store) as trees:
-        return write_columns(out, get_type_hints(StoredTree), map(asdict, trees.trees()), {})
+        return write_parquet(out, get_type_hints(StoredTree), map(asdict, trees.trees()), {})
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a build's folder, card included, to a private dataset of the hub; the token is the environment's.
+    """Upload a dataset's folder, card included, to a private dataset of the hub; the token is the environment's.
 
     Raises:
-        UsageError: the folder has no card, so it is no build; or the name is no OWNER/NAME.
+        UsageError: the folder is none of a dataset, or the name is no OWNER/NAME.
         CotreeError: the hub cannot be reached, or refuses.
     """
-    if not (folder / "README.md").is_file():
-        raise UsageError(f"{folder} has no README.md; push the folder that `cotree build` wrote")
+    if not (folder / "README.md").is_file() or not (folder / "train.parquet").is_file():
+        raise UsageError(f"{folder} has no README.md with a train.parquet; push the folder of one dataset of a run")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UsageError(f"`{repository}` is no dataset of the hub; write it as -o OWNER/NAME")
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    where: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}
+    pushed = ["README.md", "train.parquet", "figures/*"]  # not node.json, which is about the run
     try:
-        api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder))
+        HfApi().create_repo(**where, private=True, exist_ok=True)
+        return str(HfApi().upload_folder(**where, folder_path=folder, allow_patterns=pushed))
     except Exception as error:  # noqa: BLE001 - the hub client raises dozens of unrelated types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(str(error))[:200] or type(error).__name__
         raise CotreeError(f"cannot push to {repository}: {reason}; is the hub reached, and HF_TOKEN set?") from None

@@ -1,45 +1,101 @@
-"""Quality gates on chains: what must not become a row, and why.
-
-Invariant: a gate removes whole chains, before any selection, and each one it removes is counted under its name.
-"""
+"""What decides which texts and questions may become rows of a dataset, before any selection, and why others may not."""
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cotree.data.chains import Chain
-from cotree.experiment.recipe import Build
+from cotree.base.rows import Row
+from cotree.data.counts import DatasetCounts
+from cotree.data.settings import Dataset
+from cotree.models.encode import special_words
+from cotree.search.store import StoredTree
+from cotree.search.thoughts import PATTERNS, Pattern
+from cotree.tasks.base import Question, Verdict
 from cotree.tasks.diagnosis import LONG_TEXT, diagnose
 
+if TYPE_CHECKING:
+    import re
+
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+# Judges a text as the answer to the question that a tree was grown for.
+TextJudge = Callable[[StoredTree, str], Verdict]
+# The verdict on the text of a file's row (the row, its prompt, its text), None where no gold answer is known.
+RowJudge = Callable[[Row, Messages, str], str | None]
 # Letters of formulas belong to no language.
 _FORMULAS = ("GREEK", "MATHEMATICAL", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "DOUBLE-STRUCK", "SCRIPT")
 _MAX_FOREIGN = 0.2
 
 
-def passes(chain: Chain, prompt: str, settings: Build, special: re.Pattern[str], removed: Counter[str]) -> bool:
-    """Whether a judged chain may be selected; the first gate that says no is counted in `removed`.
+@dataclass(frozen=True)
+class Rules:
+    """What decides the rows of one dataset, and the counts of what it left out.
 
-    special: finds the names of the student's special tokens, which in a text would open turns that nobody took.
+    Attributes:
+        tokenizer: the student's. seed: what all draws fall by. patterns: by which the trees were grown.
+        judge: needed for `reflections: cut`, whose chains are judged again: their answer may no longer follow.
+        row_judge: leaves out a file's texts that it finds wrong or without an answer; writes the reward of the others.
+        contaminated: (task, question id) of the trees' questions that repeat an evaluation question.
+        wanted: the only questions that may give rows (`questions_of`), by `question_keys`; None: all.
+        held_out: evaluation questions that no row of a file may repeat.
+        size_of: the file of another dataset, whose size is the limit.
     """
-    gates = settings.gates
-    # A short text with an answer is no loop by any rule; one without an answer is there to be rejected.
-    may_loop = gates.loops and len(chain.text) > LONG_TEXT and chain.verdict != "no_answer"
-    if chain.prompt_tokens + len(chain.tokens) > settings.max_tokens:
-        failed = "too_long"
-    elif special.search(chain.text) or special.search(prompt):
-        failed = "special_tokens"
-    elif may_loop and diagnose(chain.text, answered=True).loop:
-        failed = "loop"
-    elif gates.language and foreign_share(chain.text, prompt) > _MAX_FOREIGN:
-        failed = "language"
-    else:
-        return True
-    removed[failed] += 1
-    return False
+
+    settings: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    seed: int = 0
+    patterns: Mapping[str, Pattern] = field(default_factory=lambda: PATTERNS)
+    judge: TextJudge | None = None
+    row_judge: RowJudge | None = None
+    contaminated: Collection[tuple[str, str]] = ()
+    wanted: Collection[str] | None = None
+    held_out: Sequence[Question] = ()
+    size_of: Path | None = None
+
+    @cached_property
+    def counts(self) -> DatasetCounts:
+        """What became of the chains and rows so far."""
+        return DatasetCounts(self.settings.rows)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return special_words(self.tokenizer)
+
+    def wants(self, task: str, question_id: str, messages: Sequence[dict[str, str]]) -> bool:
+        """Whether a question may give rows as far as `questions_of` says."""
+        return self.wanted is None or not question_keys(task, question_id, messages).isdisjoint(self.wanted)
+
+    def failed_gate(self, text: str, messages: Sequence[dict[str, str]], *, answered: bool = True) -> str | None:
+        """The first gate that a completion of these messages fails (`special_tokens`, `loop` or `language`), or None.
+
+        answered: a text without an answer is there to be rejected, so it may be a loop.
+        """
+        gates, prompt = self.settings.gates, joined(messages)
+        # They would open turns that nobody took.
+        if self._special.search(text) or self._special.search(prompt):
+            return "special_tokens"
+        # A short text with an answer is no loop by any rule.
+        if gates.loops and answered and len(text) > LONG_TEXT and diagnose(text, answered=True).loop:
+            return "loop"
+        return "language" if gates.language and foreign_share(text, prompt) > _MAX_FOREIGN else None
+
+
+def question_keys(task: str, question_id: str, prompt: str | Sequence[dict[str, str]]) -> set[str]:
+    """The two names that a question is known by: its task's id, and its words, for rows that have no such id."""
+    words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return {f"id {task}/{question_id}", f"words {' '.join(words.split())}"}
+
+
+def joined(messages: Sequence[dict[str, str]]) -> str:
+    """The texts of all messages, with an empty line between them."""
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def foreign_share(text: str, prompt: str) -> float:

@@ -1,7 +1,7 @@
-"""What columns a kind of row has: for Parquet, and for a check that names each fault.
+"""The columns of each kind of row: to write them as Parquet, and to check a file and name each fault.
 
 Invariant: the same rows give the same bytes; a Parquet file carries the hash of the chat template whose tokens were
-counted, and a trainer can refuse another.
+counted, so that a trainer can refuse another.
 """
 
 from __future__ import annotations
@@ -13,103 +13,123 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, ValidationInfo, create_model
 
-from cotree.base.atomic import whole
+from cotree.base.atomic import atomic_draft
 from cotree.base.errors import UsageError
-from cotree.base.rows import BATCH, Row, read_metadata, read_rows
+from cotree.base.rows import ROWS_PER_BATCH, Row, read_metadata, read_rows
 from cotree.models.encode import template_hash
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from pydantic_core import ErrorDetails
     from transformers import PreTrainedTokenizerBase
 
 _FAULTS_SHOWN = 20
 # No half of a surrogate pair either, which JSON can hold and no tokenizer reads.
-Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class Message(BaseModel):
+class Message(BaseModel, strict=True):
     """One message of a conversation, as every trainer takes it."""
 
-    model_config = ConfigDict(strict=True)
     role: Literal["system", "user", "assistant", "tool"]
-    content: Words
+    content: Text
 
 
-def _asks(messages: list[Message]) -> list[Message]:
+def _waits_for_reply(messages: list[Message]) -> list[Message]:
     if messages[-1].role == "assistant":
         raise ValueError("must not end with the assistant's message")
     return messages
 
 
-def _answers(messages: list[Message]) -> list[Message]:
+def _is_one_reply(messages: list[Message], row: ValidationInfo) -> list[Message]:
     if [message.role for message in messages] != ["assistant"]:
         raise ValueError("must be exactly one assistant message")
+    if row.field_name == "rejected" and messages == row.data.get("chosen"):
+        raise ValueError("is the same as chosen")
     return messages
 
 
-_Prompt = Annotated[list[Message], Field(min_length=1), AfterValidator(_asks)]
-_Reply = Annotated[list[Message], AfterValidator(_answers)]
-_COMMON = {"tree_id": str, "task": str, "question_id": str, "pass_rate": float}
-_SFT = {
-    "prompt": _Prompt, "completion": _Reply, "leaf_id": Count, "length_tokens": Count, "length_rank": Count,
-    "pattern": str, "reward": float, "value": float, **_COMMON,
-}  # fmt: skip
-_DPO = {
-    "prompt": _Prompt, "chosen": _Reply, "rejected": _Reply, "chosen_leaf": Count, "rejected_leaf": Count,
-    "prefix_tokens": Count, "chosen_tokens": Count, "rejected_tokens": Count, "rejected_finished": bool, **_COMMON,
-}  # fmt: skip
-# TRL's types: conversational prompt-completion and preference, and stepwise supervision; the other columns go along.
-COLUMNS: Mapping[str, Mapping[str, Any]] = {
-    "sft": _SFT,
-    "control": _SFT,
-    "dpo": _DPO,
-    "step_pairs": {
-        **_DPO, "step_type": str, "prefix": str, "chosen_step": str, "rejected_step": str, "chosen_value": float,
-        "rejected_value": float, "chosen_visits": Count, "rejected_visits": Count,
-    },
-    "stepwise": {
-        "prompt": Words, "completions": Annotated[list[str], Field(min_length=1)], "labels": list[bool],
-        "values": list[float], "visits": list[Count], "leaf_id": Count, **_COMMON,
-    },
-}  # fmt: skip
-# What a file must have to be of a type, whoever wrote it; of the other columns it may have any.
-_NEEDED = {
-    "sft": ("prompt", "completion"),
-    "dpo": ("prompt", "chosen", "rejected"),
-    "stepwise": ("prompt", "completions", "labels"),
+def _is_in_both_sides(tokens: int, row: ValidationInfo) -> int:
+    sizes = [row.data[side] for side in ("chosen_tokens", "rejected_tokens") if row.data.get(side) is not None]
+    if sizes and tokens > min(sizes):
+        raise ValueError(f"{tokens} are more than the shorter side has ({min(sizes)})")
+    return tokens
+
+
+def _has_one_a_step(values: list[Any], row: ValidationInfo) -> list[Any]:
+    steps = len(row.data.get("completions", values))
+    if len(values) != steps:
+        raise ValueError(f"has {len(values)} entries for {steps} completions")
+    return values
+
+
+_Prompt = Annotated[list[Message], Field(min_length=1), AfterValidator(_waits_for_reply)]
+_Reply = Annotated[list[Message], AfterValidator(_is_one_reply)]
+_Steps = Annotated[list[str], Field(min_length=1)]
+_OneAStep = AfterValidator(_has_one_a_step)
+_Types = dict[str, Any]  # by the names of columns
+# TRL's types: conversational prompt-completion and preference, and stepwise supervision. A file must have these columns
+# to be of a kind, whoever wrote it.
+_TRL: Mapping[str, _Types] = {
+    "sft": {"prompt": _Prompt, "completion": _Reply},
+    "dpo": {"prompt": _Prompt, "chosen": _Reply, "rejected": _Reply},
+    "stepwise": {"prompt": Text, "completions": _Steps, "labels": Annotated[list[bool], _OneAStep]},
 }
+# What goes along with them; a file that is not ours may have any of these columns or none.
+_COMMON: _Types = {"tree_id": str, "task": str, "question_id": str, "pass_rate": float}
+_CHAIN: _Types = {"leaf_id": Count, "length_tokens": Count, "length_rank": Count, "pattern": str, "reward": float}
+_PAIR: _Types = {
+    **dict.fromkeys(("chosen_leaf", "rejected_leaf", "chosen_tokens", "rejected_tokens"), Count),
+    "prefix_tokens": Annotated[int, Field(ge=0), AfterValidator(_is_in_both_sides)],
+    "rejected_finished": bool,
+}
+_SIBLINGS: _Types = {
+    **dict.fromkeys(("step_type", "prefix", "chosen_step", "rejected_step"), str),
+    **dict.fromkeys(("chosen_value", "rejected_value"), float),
+    **dict.fromkeys(("chosen_visits", "rejected_visits"), Count),
+}
+_STEPS: _Types = {"values": Annotated[list[float], _OneAStep], "visits": Annotated[list[Count], _OneAStep]}
+COLUMNS: Mapping[str, _Types] = {
+    "sft": {**_TRL["sft"], **_CHAIN, "value": float, **_COMMON},
+    "dpo": {**_TRL["dpo"], **_PAIR, **_COMMON},
+    "step_pairs": {**_TRL["dpo"], **_PAIR, **_COMMON, **_SIBLINGS},
+    "stepwise": {**_TRL["stepwise"], **_STEPS, "leaf_id": Count, **_COMMON},
+}
+NEEDED = {kind: tuple(columns) for kind, columns in _TRL.items()}
 
 
 def _check_of(kind: str) -> type[BaseModel]:
     columns = COLUMNS["step_pairs" if kind == "dpo" else kind]  # a step pair is a pair with more columns
-    fields: dict[str, Any] = {
-        name: (of, ...) if name in _NEEDED[kind] else (of | None, None) for name, of in columns.items()
-    }
-    return create_model(kind, __config__=ConfigDict(strict=True), **fields)
+    optional = {name: (of | None, None) for name, of in columns.items()}
+    fields: _Types = {**optional, **{name: (of, ...) for name, of in _TRL[kind].items()}}
+    return create_model(kind, __cls_kwargs__={"strict": True}, **fields)
 
 
-_CHECKS = {kind: _check_of(kind) for kind in _NEEDED}
+_CHECKS = {kind: _check_of(kind) for kind in NEEDED}
 
 
-def write_parquet(path: Path, kind: str, rows: Iterable[Row], metadata: Mapping[str, Any]) -> int:
-    """Write rows of a kind, whole or not at all; returns how many."""
-    noted = {"cotree": json.dumps({**metadata, "kind": kind}, sort_keys=True)}
-    return write_columns(path, COLUMNS[kind], rows, noted)
+def completion_tokens(row: Row) -> int | None:
+    """The tokens of a row's completion, of a pair those of both sides; None for rows that do not count them."""
+    columns = ("chosen_tokens", "rejected_tokens") if "chosen" in row else ("length_tokens",)
+    sizes = [row.get(column) for column in columns]
+    return None if None in sizes else sum(filter(None, sizes))
 
 
-def write_columns(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], noted: Mapping[str, str]) -> int:
-    """Write rows of these columns (name -> type) as Parquet, whole or not at all; returns how many."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def write_parquet(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], notes: Mapping[str, Any]) -> int:
+    """Write rows of these columns (name -> type), whole or not at all; returns how many.
 
+    notes: what `read_metadata` finds in the file.
+    """
+    noted = {"cotree": json.dumps(notes, sort_keys=True)}
     schema = pa.schema([(name, _arrow(of)) for name, of in columns.items()], metadata=noted)
     left, written = iter(rows), 0
-    with whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+    with atomic_draft(path) as partial, pq.ParquetWriter(partial, schema) as writer:
         # Row groups of a fixed size, so that they never depend on how rows were made.
-        while batch := list(islice(left, BATCH)):
+        while batch := list(islice(left, ROWS_PER_BATCH)):
             writer.write_table(pa.Table.from_pylist(batch, schema))
             written += len(batch)
     return written
@@ -117,18 +137,14 @@ def write_columns(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], n
 
 def _arrow(of: Any) -> pa.DataType:
     """The Arrow type of a column's type; of a class, a struct of its fields."""
-    import pyarrow as pa
-
-    plain = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-    origin, arguments = get_origin(of), get_args(of)
-    if of in plain:
-        return plain[of]
-    if origin is list:
-        return pa.list_(_arrow(arguments[0]))
+    plain = {str: pa.string(), Literal: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    origin, arguments = get_origin(of) or of, get_args(of)
+    if origin in plain:
+        return plain[origin]
     if origin in (Annotated, UnionType):  # constrained, or None
         return _arrow(arguments[0])
-    if origin is Literal:
-        return pa.string()
+    if origin is list:
+        return pa.list_(_arrow(arguments[0]))
     fields = get_type_hints(Message if origin is dict else of)
     return pa.struct([(name, _arrow(of)) for name, of in fields.items()])
 
@@ -142,14 +158,14 @@ def check_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     noted = read_metadata(path).get("template")
     if noted is not None and noted != template_hash(tokenizer):
         raise UsageError(
-            f"{path} was built for another tokenizer or chat template ({noted}, this student's is "
-            f"{template_hash(tokenizer)}); build it again for this student"
+            f"{path} was made for another tokenizer or chat template ({noted}, this student's is "
+            f"{template_hash(tokenizer)}); make it again with this student's `tokenizer`"
         )
 
 
 def kind_of(row: Row) -> str | None:
     """sft, dpo or stepwise by the columns that a row has; None for anything else."""
-    return next((kind for kind, needed in _NEEDED.items() if all(name in row for name in needed)), None)
+    return next((kind for kind, needed in NEEDED.items() if all(name in row for name in needed)), None)
 
 
 def check_file(path: Path) -> tuple[str, int]:
@@ -158,14 +174,14 @@ def check_file(path: Path) -> tuple[str, int]:
     Raises:
         UsageError: names row and column of the first faults, and how many there are.
     """
-    kind, count, faults = None, 0, list[str]()
+    kind, count, faults = "", 0, list[str]()
     for count, row in enumerate(read_rows(path), 1):
-        kind = kind or kind_of(row)
-        if kind is None:
-            types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in _NEEDED.items())
+        kind = kind or kind_of(row) or ""
+        if not kind:
+            types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in NEEDED.items())
             raise UsageError(f"{path}: row 0 has the columns of no type that is trained on ({types})")
         faults += [f"row {count - 1}, {fault}" for fault in faults_of(row, kind)]
-    if kind is None:
+    if not count:
         raise UsageError(f"{path} has no rows")
     if faults:
         more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
@@ -175,24 +191,22 @@ def check_file(path: Path) -> tuple[str, int]:
 
 def faults_of(row: Row, kind: str) -> list[str]:
     """What keeps a row from being of a kind (sft, dpo or stepwise), with the column's name."""
+    return [
+        f"column {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}, "
+        f"not {str(fault['input'])[:60]!a}"
+        for fault in _faults(row, kind)
+    ]
+
+
+def own_columns(row: Row, kind: str) -> Row:
+    """Of any row, the columns that our rows of a kind (sft or dpo) may have beside the needed ones, where they fit."""
+    names = COLUMNS[kind].keys() - NEEDED[kind] - {str(fault["loc"][0]) for fault in _faults(row, kind)}
+    return {name: value for name, value in row.items() if name in names and value is not None}
+
+
+def _faults(row: Row, kind: str) -> list[ErrorDetails]:
     try:
         _CHECKS[kind].model_validate(row)
     except ValidationError as error:
-        return [
-            f"column {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}, "
-            f"not {str(fault['input'])[:60]!a}"
-            for fault in error.errors(include_url=False)
-        ]
-    if kind == "stepwise":
-        steps = len(row["completions"])
-        return [
-            f"column {name}: has {len(row[name])} entries for {steps} completions"
-            for name in ("labels", "values", "visits")
-            if row.get(name) is not None and len(row[name]) != steps
-        ]
-    if kind == "dpo" and row["chosen"] == row["rejected"]:
-        return ["column rejected: is the same as chosen"]
-    sizes = [row[name] for name in ("chosen_tokens", "rejected_tokens") if row.get(name) is not None]
-    if sizes and (row.get("prefix_tokens") or 0) > min(sizes):
-        return [f"column prefix_tokens: {row['prefix_tokens']} are more than the shorter side has ({min(sizes)})"]
+        return error.errors(include_url=False)
     return []

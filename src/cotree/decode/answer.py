@@ -1,7 +1,7 @@
 """Decode with search from the command line or a script: which models, which settings, one question answered.
 
-Invariant: whatever can be wrong with models, settings and question is found before a token is spent, by the checks that
-a recipe gets.
+Whatever can be wrong with models, settings and question is found before a token is spent, by the checks that a recipe
+gets.
 """
 
 from __future__ import annotations
@@ -11,26 +11,63 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cotree.base.errors import UsageError, spoken_for
+from pydantic import model_validator
+
+from cotree.base.errors import CotreeError, UsageError, first_cotree_error
 from cotree.base.progress import Output
-from cotree.decode.strategies import Decoded, Open, settled
+from cotree.base.settings import apply_override, parse_section, require_known
+from cotree.decode.strategies import Decoded, OpenTask, choose_value
 from cotree.decode.strategies import decode as search
-from cotree.experiment.recipe import SearchRecipe
 from cotree.models.endpoints import open_endpoints
-from cotree.search.calls import Calls, Progress
-from cotree.search.reward import load_function
+from cotree.models.naming import is_url, model_of
+from cotree.models.settings import Model
+from cotree.search.completer import Completer
+from cotree.search.reward import load_reward_function
+from cotree.search.settings import Role, Search
 from cotree.tasks import task as task_of
+from cotree.tasks.base import Asked
 
 # Without a budget.
 _ROLLOUTS = 16
 
 
+class Decoding(Search):
+    """The search settings of a recipe's `trees` node, with the models that it asks and their roles."""
+
+    models: dict[str, Model]
+    roles: dict[str, Role]
+
+    @model_validator(mode="after")
+    def _models_known(self) -> Decoding:
+        self.check_roles(self.roles)
+        require_known("unknown model", self.writers, list(self.models))
+        process = None if self.reward is None else self.reward.process
+        for name in self.writers:
+            if (self.models[name].mode == "pooling") != (name == process):
+                raise ValueError("`reward.process` names a model with `mode: pooling`, and nothing else may be one")
+        return self
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The models that are asked: those of a role, and the one that gives the reward."""
+        names = [writer.model for role in self.roles.values() for writer in role]
+        names += [] if self.reward is None else filter(None, (self.reward.judge, self.reward.process))
+        return tuple(dict.fromkeys(names))
+
+    def used(self, *also: str) -> dict[str, Model]:
+        """The models that are asked, and others."""
+        return {name: self.models[name] for name in (*self.writers, *also)}
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Where models are and how they are asked: of a server its name for the model (`served`), the tokenizer that
-    renders its prompts (without one the server renders them) and the environment variable that holds its key.
+    """The models that decode, and how they are asked.
 
-    words: URLs, embedded names or GGUF files. overrides: `a.b=c`, of a recipe's models, roles and search.
+    words: of the models: URLs, packaged names, GGUF files, ... (`models.naming.model_of`); the first is the thinker.
+    overrides: `a.b=c`, settings of the search (`temperature=0.6`, `reward.judge=NAME`), of its roles
+        (`roles.reflector=NAME`) and of more models (`models.NAME.url=...`).
+    served, tokenizer, api_key_env: of servers, as `model`, `tokenizer` and `api_key_env` of a recipe's model; without a
+        tokenizer the server renders the prompts.
     budget_tokens, rollouts: what a search may spend; 16 rollouts if neither is given.
     """
 
@@ -44,31 +81,40 @@ class Backend:
     seed: int = 0
 
     def names(self) -> list[str]:
-        """What the models are called."""
-        return [self.served if word.startswith(("http://", "https://")) else word for word in self.words]
+        """What the models are called: a server's by their name there, others by their words."""
+        return [self.served if is_url(word) else word for word in self.words]
 
-    def recipe(self) -> SearchRecipe:
-        """The models and settings as a part of a recipe, which checks them."""
-        models: dict[str, Any] = {}
-        for name, word in zip(self.names(), self.words, strict=True):
-            mode = "chat" if self.tokenizer is None else "completions"
-            server = {"url": word, "model": self.served, "mode": mode, "tokenizer": self.tokenizer}
-            models[name] = {"embedded": word} if name == word else server | {"api_key_env": self.api_key_env}
-        if len(models) < len(self.words):
-            raise UsageError("two models have one name; serve each from a process of its own, or name them by --served")
-        search: dict[str, Any] = {"stop": {"tokens": self.budget_tokens}}
-        if self.rollouts is not None or self.budget_tokens is None:
-            search["rollouts"] = self.rollouts or _ROLLOUTS
-        raw = {
-            "seed": self.seed,
-            "models": models,
+    def settings(self) -> Decoding:
+        """The checked settings.
+
+        Raises:
+            UsageError: a model or a setting is wrong.
+        """
+        raw: dict[str, Any] = {
+            "models": dict(zip(self.names(), map(self._model, self.words), strict=True)),
             "roles": {"thinker": self.names()[0]},
-            "search": {"patterns": ["plain"], "max_thought_tokens": 256, **search},
+            "patterns": ["plain"],
+            "max_thought_tokens": 256,
+            "stop": {"tokens": self.budget_tokens},
         }
-        recipe = SearchRecipe.parse(raw, "decoding", self.overrides)
-        if recipe.search.reward is not None and recipe.search.reward.function is not None:
-            load_function(recipe.search.reward.function)
-        return recipe
+        if len(raw["models"]) < len(self.words):
+            raise UsageError("two models have one name; serve each from a process of its own, or name them by --served")
+        if self.rollouts is not None or self.budget_tokens is None:
+            raw["rollouts"] = self.rollouts or _ROLLOUTS
+        for override in self.overrides:
+            apply_override(raw, override, "temperature=0.6")
+        decoding = parse_section(Decoding, raw, "")
+        if decoding.reward is not None and decoding.reward.function is not None:
+            load_reward_function(decoding.reward.function)
+        return decoding
+
+    def _model(self, word: str) -> dict[str, Any]:
+        """A model's settings."""
+        of_server: dict[str, Any] = {}
+        if is_url(word):
+            chat = self.tokenizer is None
+            of_server = {"tokenizer": self.tokenizer, "chat": chat, "api_key_env": self.api_key_env}
+        return model_of(word, served=self.served, **of_server).model_dump(exclude_defaults=True)
 
 
 def decode(
@@ -80,67 +126,78 @@ def decode(
     boxed: bool = False,
     strategy: str = "mcts",
     value: str | None = None,
-    budget_tokens: int | None = None,
-    rollouts: int | None = None,
-    seed: int = 0,
-    overrides: Sequence[str] = (),
-    served: str = "default",
-    tokenizer: str | None = None,
-    api_key_env: str | None = None,
     output: Output | None = None,
+    **options: Any,
 ) -> Decoded:
-    """Answer one question by search that knows no gold answer, and say the answer, its chain, the votes and the tokens.
+    """Answer one question by search that knows no gold answer; prints the answer, its chain, the votes and the tokens.
 
     Args:
         question: its words; or none, and `task` with the `question_id` of one of its questions.
-        model: a server's URL, a `.gguf` or an embedded name.
-        boxed: the answer is short and stands in a box, so that answers can vote; else it is free text. A task knows.
+        model: a server's URL, a packaged name, a `.gguf` file, `REPO_ID:FILE.gguf` or a transformers folder.
+        boxed: the answer is short and stands in a box, so that answers can vote; else it is free text. Not for a
+            question of a task, whose form of answer is known.
         strategy: `mcts`, `vote`, `best_of_n` or `beam`. value: `vote`, `likelihood` or `verifier` (docs/decoding.md).
-        budget_tokens: about how many tokens to generate. rollouts: at most so many chains (16 without a budget).
-        overrides: `a.b=c`, of a recipe's models, roles and search.
-        served, tokenizer, api_key_env: of a server, as `model`, `tokenizer` and `api_key_env` of a recipe's model.
+        options: as in `Backend`:
+
+            budget_tokens: about how many tokens to generate. rollouts: at most so many chains (16 without a budget).
+            seed (0): another seed is another search.
+            overrides: `a.b=c`, of the search's settings, `roles` and `models`.
+            served, tokenizer, api_key_env: of a server, as `model`, `tokenizer` and `api_key_env` of a recipe's model.
 
     Raises:
         UsageError: found before any work.
-        CotreeError: a model failed.
+        CotreeError: a model failed, or no chain has an answer.
     """
-    backend = Backend((model,), overrides, served, tokenizer, api_key_env, budget_tokens, rollouts, seed)
-    recipe, output = backend.recipe(), output or Output()
-    kind = Open(boxed=boxed) if task is None else task_of(task)
-    value = settled(kind, strategy, value, recipe.search)
-    if isinstance(kind, Open):
-        if not question or question_id is not None:
-            raise UsageError("give a question in quotes, or --task with --id")
-        asked = kind.ask([{"role": "user", "content": question}])
-    else:
-        if question is not None or question_id is None or boxed:
-            raise UsageError("--task takes --id of one of its questions, and knows itself how it is answered")
-        named = [item for item in kind.questions() if item.id == question_id]
-        if not named:
-            raise UsageError(f"task `{kind.name}` has no question `{question_id}`")
-        asked = named[0]
+    backend, output = Backend((model,), **options), output or Output()
+    settings = backend.settings()
+    kind, asked = _asked(question, task, question_id, boxed=boxed)
+    value = choose_value(kind, strategy, value, settings)
 
     async def answer() -> Decoded:
-        async with open_endpoints(recipe.used_models(), widest=recipe.search.widest) as endpoints:
-            calls = Calls(None, endpoints, Progress())
-            with output.progress("tokens") as update:
+        async with open_endpoints(settings.used(), widest=settings.widest) as endpoints:
+            return await search(
+                kind,
+                asked,
+                Completer(endpoints),
+                settings,
+                roles=settings.roles,
+                strategy=strategy,
+                value=value,
+                seed=backend.seed,
+                on_round=lambda best: update(
+                    best.spent.completion_tokens, backend.budget_tokens or 0, f"best so far: {best.answer}"
+                ),
+            )
 
-                def show(best: Decoded) -> None:
-                    update(best.spent.completion_tokens, budget_tokens or 0, f"best so far: {best.answer}")
-
-                return await search(
-                    kind, asked, calls, recipe.roles, recipe.search,
-                    strategy=strategy, value=value, seed=seed, on_round=show,
-                )  # fmt: skip
-
-    with spoken_for():
+    with first_cotree_error(), output.progress("tokens") as update:
         best = asyncio.run(answer())
-    output.say(f"answer: {best.answer if best.answer is not None else '(no chain has one)'}\n\n{best.text}\n")
-    if best.votes:
-        output.say("votes: " + ", ".join(f"{count:.3g} for “{answer}”" for answer, count in best.votes.items()))
     spent = best.spent
-    output.say(
+    output.print(f"answer: {best.answer if best.answer is not None else '(no chain has one)'}\n\n{best.text}\n")
+    if best.votes:
+        output.print("votes: " + ", ".join(f"{count:.3g} for “{answer}”" for answer, count in best.votes.items()))
+    output.print(
         f"{best.chains} chains; {spent.completion_tokens} tokens generated, {spent.prompt_tokens} read "
         f"({spent.cached_tokens} cached) in {spent.requests} calls; stopped by: {best.stopped}"
     )
+    if best.answer is None:
+        why = ": max_tokens cut them off" if best.cut_off else ""
+        raise CotreeError(
+            f"none of the {best.chains} chains that were written has an answer{why}; raise --budget-tokens or "
+            "--rollouts, or max_thought_tokens=..."
+        )
     return best
+
+
+def _asked(words: str | None, task: str | None, question_id: str | None, *, boxed: bool) -> Asked:
+    if task is None:
+        if not words or question_id is not None:
+            raise UsageError("give a question in quotes, or --task with --id")
+        open_task = OpenTask(boxed=boxed)
+        return open_task, open_task.question_of([{"role": "user", "content": words}])
+    if words is not None or question_id is None or boxed:
+        raise UsageError("--task takes --id of one of its questions, and knows itself how it is answered")
+    known = task_of(task)
+    named = [question for question in known.questions() if question.id == question_id]
+    if not named:
+        raise UsageError(f"task `{known.name}` has no question `{question_id}`")
+    return known, named[0]

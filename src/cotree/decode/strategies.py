@@ -1,7 +1,7 @@
-"""Answer a question when nobody knows the answer: the search stage's engine, and its rivals at equal tokens.
+"""Answer a question whose answer nobody knows: by the tree search, or by whole chains and beams at equal tokens.
 
-Invariant: nothing here sees gold. The question that is worked on is a copy without gold, spec and later turns, so an
-answer's value is made of what the model (or a verifier model) says alone. The same seed and completions give the same
+Invariant: nothing here sees a gold answer. The question that is worked on is a copy without gold, spec and later turns,
+so an answer is valued by what the model (or a verifier model) writes alone. The same seed and completions give the same
 answer whatever the latency.
 """
 
@@ -16,24 +16,24 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cotree.base.errors import UsageError
-from cotree.experiment.recipe import Role, Search
 from cotree.models.client import Counters
-from cotree.search.baselines import affordable, whole_chains
-from cotree.search.calls import Calls
+from cotree.search.completer import Completer
 from cotree.search.growth import Growth
-from cotree.search.mcts import Node, Slot, distinct
+from cotree.search.mcts import Node, Slot, distinct_thoughts
 from cotree.search.prompts import chain_text
-from cotree.search.reward import merit, reward_of
-from cotree.tasks import Question, Split, Task, Verdict, WorkedExample
-from cotree.tasks.agreement import groups
-from cotree.tasks.base import Message
-from cotree.tasks.math_verdicts import compare
+from cotree.search.reward import chain_reward, chain_score
+from cotree.search.sampling import affordable, sample_chains
+from cotree.search.settings import Role, Search
+from cotree.search.thoughts import question_name
+from cotree.tasks.agreement import group_answers
+from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample
+from cotree.tasks.math_verdicts import check_math_answer
 
 STRATEGIES = ("mcts", "vote", "best_of_n", "beam")
 
 
-class Open(Task):
-    """A question of nobody's task, answered in a box (such answers can vote) or as free text. It cannot be verified."""
+class OpenTask(Task):
+    """Questions that belong to no task, answered in a box (such answers can vote) or as free text; nothing verifies."""
 
     name = "open"
     description = "any question, answered in a box or as free text"
@@ -44,13 +44,13 @@ class Open(Task):
         self.answer_form = "boxed" if boxed else "text"
         self.comparable = boxed
 
-    def ask(self, messages: Sequence[Message]) -> Question:
-        """The question of a conversation, named by what it says."""
-        said = json.dumps(messages, ensure_ascii=True)
-        return Question(hashlib.sha256(said.encode()).hexdigest()[:16], self.name, tuple(messages), "")
+    def question_of(self, messages: Sequence[Message]) -> Question:
+        """The question that a conversation asks; its id is a hash of the conversation."""
+        content = json.dumps(messages, ensure_ascii=True)
+        return Question(hashlib.sha256(content.encode()).hexdigest()[:16], self.name, tuple(messages), "")
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """None: they come from whoever asks."""
+        """None: they come from users."""
         return []
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
@@ -61,81 +61,83 @@ class Open(Task):
         """The same words, or by math-verify the same number or formula."""
         if left.casefold().split() == right.casefold().split():
             return True
-        return any(c.isdigit() for c in left + right) and compare(right, left)[0]
+        return any(c.isdigit() for c in left + right) and check_math_answer(right, left)[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The best answer so far. `answer` is what was extracted, None as long as no chain has one; `said` is the text that
-    holds it and `reasoning` the thoughts before.
+    """The best answer so far.
 
-    votes: what each answer (in its first wording) has: a vote a leaf, or the sum of the leaves' values. found: what
-    each chain that came to an end answers, in that order. stopped: rollouts, tokens or deadline; "" as long as it goes
-    on.
+    answer: what was extracted; None as long as no chain has one.
+    answer_text, answer_tokens: the last thought of its chain, which holds the answer, and how many tokens that has;
+        `reasoning` is the thoughts before. cut_off: it has no answer because max_tokens came first.
+    votes: how many each answer (in its first wording) has: one a leaf, or the sum of the leaves' values.
+    answers: what each chain that came to an end answers, in that order.
+    stopped: rollouts, tokens or deadline; "" as long as it goes on.
     """
 
     answer: str | None
     reasoning: str
-    said: str
-    said_tokens: int
-    cut: bool
+    answer_text: str
+    answer_tokens: int
+    cut_off: bool
     votes: dict[str, float]
-    found: tuple[str | None, ...]
+    answers: tuple[str | None, ...]
     spent: Counters
     stopped: str = ""
 
     @property
     def chains(self) -> int:
         """How many came to an end."""
-        return len(self.found)
+        return len(self.answers)
 
     @property
     def text(self) -> str:
         """The whole chain."""
-        return f"{self.reasoning}\n{self.said}" if self.reasoning else self.said
+        return f"{self.reasoning}\n{self.answer_text}" if self.reasoning else self.answer_text
 
 
-class WithoutGold:
-    """Values answers without gold, and doubts those that disagree with what wins the vote.
+class GoldFreeScorer:
+    """Scores answers without knowing the right one; a reflection should follow those that disagree with the majority.
 
     `vote`: the share of the answered leaves that say the same, counted anew over the whole tree after each round.
     `likelihood`: the geometric mean of the probabilities of the chain's tokens. `verifier`: the settings' `reward`.
     """
 
     def __init__(self, value: str) -> None:
-        self.value, self.logprobs = value, value == "likelihood"
+        self.value, self.needs_logprobs = value, value == "likelihood"
 
-    async def worth(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
-        """No verdict but that there is no answer."""
+    async def score_answer(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
+        """A verdict only where there is no answer; the value of the chain."""
         if growth.task.extract(answer.text, answer.finish_reason, "strict") is None:
             return Verdict("no_answer", 0.0), 0.0
-        return None, await self.score(growth, answer)
+        return None, await self.chain_value(growth, answer)
 
-    async def score(self, growth: Growth, node: Node) -> float:
-        """The value of a chain, also of one that is not at its end; 0 until the votes are counted."""
+    async def chain_value(self, growth: Growth, node: Node) -> float:
+        """The value of the chain down to a node, be that its end or not; 0 until votes are counted."""
         chain = node.chain()
         if self.value == "verifier":
-            return await reward_of(growth, chain, None)
+            return await chain_reward(growth, chain, None)
         mean = sum(step.logprob * step.tokens for step in chain) / max(sum(step.tokens for step in chain), 1)
         return math.exp(mean) if self.value == "likelihood" else 0.0
 
-    async def doubts(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
-        """Count the votes; the answers that do not say what most say."""
+    async def answers_to_reflect_on(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
+        """Count the votes of the whole tree; the answers that disagree with the one that has most."""
         if not growth.task.comparable:
             return []
         leaves = growth.search.leaves
-        _, found = await _said(growth, leaves)
-        votes = self.votes(leaves, found)
+        _, group_of = await _answers(growth, leaves)
+        votes = self.votes(leaves, group_of)
         if self.value == "vote":
-            cast = sum(votes.values())
-            growth.search.revalue([0.0 if group is None else votes[group] / cast for group in found])
+            total = sum(votes.values())
+            growth.search.set_rewards([0.0 if group is None else votes[group] / total for group in group_of])
         winner = max(votes, key=votes.__getitem__, default=None)
-        return [leaf for leaf, group in zip(leaves, found, strict=True) if group not in (None, winner)]
+        return [leaf for leaf, group in zip(leaves, group_of, strict=True) if group not in (None, winner)]
 
-    def votes(self, leaves: Sequence[Node], found: Sequence[int | None]) -> dict[int, float]:
-        """What each group of answers has, in the order in which they appeared: the first wins a tie."""
+    def votes(self, leaves: Sequence[Node], group_of: Sequence[int | None]) -> dict[int, float]:
+        """The votes of each group of equal answers, in the order in which they appeared: the first wins a tie."""
         votes: dict[int, float] = {}
-        for leaf, group in zip(leaves, found, strict=True):
+        for leaf, group in zip(leaves, group_of, strict=True):
             if group is not None:
                 votes[group] = votes.get(group, 0.0) + (1.0 if self.value == "vote" else leaf.reward or 0.0)
         return votes
@@ -144,10 +146,10 @@ class WithoutGold:
 async def decode(
     task: Task,
     question: Question,
-    calls: Calls,
-    roles: Mapping[str, Role],
+    completer: Completer,
     settings: Search,
     *,
+    roles: Mapping[str, Role],
     strategy: str = "mcts",
     value: str | None = None,
     seed: int = 0,
@@ -161,25 +163,26 @@ async def decode(
             `stop` needs verdicts and does not count.
         strategy: `mcts`; `vote` (self-consistency) and `best_of_n` over independent whole chains; `beam` over thoughts,
             `leaves_per_round` wide.
-        value: vote, likelihood or verifier; `settled` says what by default.
-        on_round: told the best answer so far after each round.
+        value: vote, likelihood or verifier; by default as `choose_value` says.
+        on_round: called with the best answer so far after each round.
 
     Raises:
         UsageError: the strategy and the task do not go with the value.
     """
-    value = settled(task, strategy, value, settings)
+    value = choose_value(task, strategy, value, settings)
     budget = settings.stop.tokens
     if budget is not None and "rollouts" not in settings.model_fields_set:
         settings = settings.model_copy(update={"rollouts": budget})
     blind = replace(question, gold="", spec={}, later=())
-    name = f"{question.task}/{question.id}/{question.turn}/{seed}"
-    judge = WithoutGold(value)
-    tree_id = hashlib.sha256(name.encode()).hexdigest()[:16]
-    growth = Growth(task, blind, tree_id, calls, roles, settings, seed, judge)
-    rounds = {"mcts": _trees, "vote": _chains, "best_of_n": _chains, "beam": _beams}[strategy](growth, judge)
-    stopped, started = "rollouts", time.monotonic()
+    scorer, name = GoldFreeScorer(value), f"{seed}/{question_name(question)}"
+    growth = Growth(task, blind, completer, settings, roles=roles, seed=name, scorer=scorer)
+    if strategy == "beam":
+        rounds = _search_beams(growth, scorer)
+    else:
+        rounds = _grow_tree(growth) if strategy == "mcts" else _sample(growth)
+    started = time.monotonic()
     async for leaves in rounds:
-        best = await _best(growth, judge, leaves, by_vote=strategy in ("mcts", "vote"))
+        best = await _best(growth, scorer, leaves, by_vote=strategy in ("mcts", "vote"))
         on_round(best)
         if settings.stop.seconds is not None and time.monotonic() - started >= settings.stop.seconds:
             stopped = "deadline"
@@ -189,8 +192,8 @@ async def decode(
     return replace(best, stopped=stopped)
 
 
-def settled(task: Task, strategy: str, value: str | None, settings: Search) -> str:
-    """The value that is meant: as given, or a verifier where there is one, a vote where there can be one, likelihood.
+def choose_value(task: Task, strategy: str, value: str | None, settings: Search) -> str:
+    """What answers are valued by: `value` if it is given, else a verifier, votes or likelihood, the first that can be.
 
     Raises:
         UsageError: strategy, value and task do not go together; the message says what does.
@@ -200,47 +203,41 @@ def settled(task: Task, strategy: str, value: str | None, settings: Search) -> s
     if strategy == "vote" and not task.comparable:
         raise UsageError(f"answers of {task.name} are free texts, which cannot vote: use mcts, best_of_n or beam")
     votes = task.comparable and strategy in ("mcts", "vote")
-    able = ["verifier"] if settings.reward is not None else ["vote", "likelihood"] if votes else ["likelihood"]
-    if value not in (None, *able):
+    possible = ["verifier"] if settings.reward is not None else ["vote", "likelihood"] if votes else ["likelihood"]
+    if value not in (None, *possible):
         raise UsageError(
-            f"{strategy} values answers of {task.name} by {' or '.join(able)} here, not by {value}: free texts cannot "
-            "vote, best_of_n or beam chooses one chain by its own value, and a verifier needs search.reward"
+            f"{strategy} values answers of {task.name} by {' or '.join(possible)} here, not by {value}: free texts "
+            "cannot vote, best_of_n or beam chooses one chain by its own value, and a verifier needs a `reward`"
         )
-    return value or able[0]
+    return value or possible[0]
 
 
-async def _trees(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]]:
-    """The leaves of one tree after each round. Where nothing is left to grow it is widened at its root."""
+async def _grow_tree(growth: Growth) -> AsyncIterator[list[Node]]:
+    """The leaves of one tree after each round. Where nothing is left to grow the root is expanded again."""
     search, budget, rounds = growth.search, growth.settings.stop.tokens, 0
     while search.rollouts_left and (
         budget is None or rounds == 0 or affordable(budget, growth.spent.completion_tokens, rounds) > 0
     ):
         if search.root.open_below == 0:
-            search.widen()
-        await growth.round()
+            search.expand_root_again()
+        await growth.grow_round()
         rounds += 1
         yield search.leaves
 
 
-async def _chains(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]]:
-    """Independent whole chains, each a leaf below the root."""
+async def _sample(growth: Growth) -> AsyncIterator[list[Node]]:
+    """The ends of independent whole chains after each request."""
     leaves: list[Node] = []
-    async for written in whole_chains(growth, growth.settings.stop.tokens, growth.settings.rollouts):
-        for text, choice in written:
-            leaf = Node(
-                growth.search.root, "answer", text, f"{growth.search.seed}/{len(leaves)}", 1, tokens=choice.tokens,
-                finish_reason=choice.finish_reason, logprob=choice.logprob or 0.0,
-            )  # fmt: skip
-            leaf.verdict, leaf.reward = await judge.worth(growth, leaf)
-            leaves.append(leaf)
+    async for sampled in sample_chains(growth, budget=growth.settings.stop.tokens, most=growth.settings.rollouts):
+        leaves += sampled
         yield leaves
 
 
-async def _beams(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]]:
-    """Beam searches over thoughts, one after another, for as long as the budget pays for one more.
+async def _search_beams(growth: Growth, scorer: GoldFreeScorer) -> AsyncIterator[list[Node]]:
+    """The ends of beam searches over thoughts, after each; one follows another while the budget pays for one more.
 
-    Every kept chain goes on by the first type of its pattern's row, in at least `width` samples; of what came the
-    `width` chains of the highest value so far are kept.
+    Every kept chain goes on by the first type of its pattern's row, in at least `width` samples; of the new chains the
+    `width` of the highest value so far are kept.
     """
     leaves: list[Node] = []
     width, budget, beams = growth.settings.leaves_per_round, growth.settings.stop.tokens, 0
@@ -248,49 +245,49 @@ async def _beams(growth: Growth, judge: WithoutGold) -> AsyncIterator[list[Node]
         kept = [Node(None, None, "", f"beam{beams}/", 0)]
         while kept:
             async with asyncio.TaskGroup() as group:
-                asked = [group.create_task(_followed(growth, node, width)) for node in kept]
+                asked = [group.create_task(_write_next(growth, node, width)) for node in kept]
             new = [child for one in asked for child in one.result()]
             leaves += [child for child in new if child.reward is not None]
-            scored = [(await judge.score(growth, child), child) for child in new if child.reward is None]
-            kept = [child for _, child in sorted(scored, key=lambda pair: -pair[0])[:width]]
+            valued = [(await scorer.chain_value(growth, child), child) for child in new if child.reward is None]
+            kept = [child for _, child in sorted(valued, key=lambda pair: -pair[0])[:width]]
         beams += 1
         yield leaves
 
 
-async def _followed(growth: Growth, node: Node, width: int) -> list[Node]:
-    """What the model writes after a chain."""
-    first = growth.search.row(node)[0]
+async def _write_next(growth: Growth, node: Node, width: int) -> list[Node]:
+    """The thoughts that the model writes after a chain, at least `width` if they are no answers."""
+    first = growth.search.child_slots(node)[0]
     n = first.n if first.kind == "answer" else max(first.n, width)
-    wanted = growth.search.want(node, Slot(first.kind, n, first.index))
-    return distinct(await growth.write(wanted))
+    request = growth.search.thought_request(node, Slot(first.kind, n, first.index))
+    return distinct_thoughts(await growth.write_thoughts(request))
 
 
-async def _said(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None], list[int | None]]:
-    """Each leaf's answer, and which of them say the same."""
+async def _answers(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None], list[int | None]]:
+    """Each leaf's answer, and the number of the group of equal answers that it is in."""
     task = growth.task
     answers = [task.extract(leaf.text, "stop", "strict") if leaf.verdict is None else None for leaf in leaves]
     if not task.comparable:
         return answers, [None] * len(leaves)
-    return answers, await asyncio.to_thread(groups, task, growth.question, answers)
+    return answers, await asyncio.to_thread(group_answers, task, growth.question, answers)
 
 
-async def _best(growth: Growth, judge: WithoutGold, leaves: Sequence[Node], *, by_vote: bool) -> Decoded:
-    """The chain of the highest value among those that say what wins the vote, or among all."""
-    answers, found = await _said(growth, leaves)
-    votes = judge.votes(leaves, found)
+async def _best(growth: Growth, scorer: GoldFreeScorer, leaves: Sequence[Node], *, by_vote: bool) -> Decoded:
+    """The chain of the highest value among those that give the answer with most votes, or among all."""
+    answers, group_of = await _answers(growth, leaves)
+    votes = scorer.votes(leaves, group_of)
     winner = max(votes, key=votes.__getitem__) if votes and by_vote else None
-    able = [i for i, answer in enumerate(answers) if answer is not None and winner in (None, found[i])]
-    best = max(able, key=lambda i: merit(leaves[i].chain()), default=0)
+    candidates = [i for i, answer in enumerate(answers) if answer is not None and winner in (None, group_of[i])]
+    best = max(candidates, key=lambda i: chain_score(leaves[i].chain()), default=0)
     # A beam of which the model wrote nothing has no leaf.
     chain = leaves[best].chain() if leaves else [growth.search.root]
-    firsts = {group: str(answers[found.index(group)]) for group in votes}
+    wordings = {group: str(answers[group_of.index(group)]) for group in votes}
     return Decoded(
-        answer=answers[best] if able else None,
+        answer=answers[best] if candidates else None,
         reasoning=chain_text(chain[:-1]),
-        said=chain[-1].text,
-        said_tokens=chain[-1].tokens,
-        cut=not able and chain[-1].finish_reason == "length",
-        votes={firsts[group]: count for group, count in sorted(votes.items(), key=lambda vote: -vote[1])},
-        found=tuple(answers),
+        answer_text=chain[-1].text,
+        answer_tokens=chain[-1].tokens,
+        cut_off=not candidates and chain[-1].finish_reason == "length",
+        votes={wordings[group]: count for group, count in sorted(votes.items(), key=lambda vote: -vote[1])},
+        answers=tuple(answers),
         spent=replace(growth.spent),
     )

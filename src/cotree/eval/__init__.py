@@ -1,1 +1,1 @@
-"""Accuracy with no-answer ratio: samplers and metrics."""
+"""Asking models questions; accuracy with the no-answer ratio, intervals, paired comparisons, results files."""

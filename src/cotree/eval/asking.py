@@ -1,267 +1,255 @@
-"""Ask a model every question and judge what it says, many at once, through whatever serves it.
+"""Ask a model every question and judge its replies, many at once, through whatever serves it.
 
-Invariants: every model gets the same plain prompt and max_tokens; a sample is written as soon as it is judged, so an
-interrupted evaluation goes on where it stopped and its numbers are those of an uninterrupted one. How a question is
-answered is a `Sampler`'s business; plain sampling is one.
+Every model gets the same plain prompt and max_tokens. A sample is in the journal as soon as it is judged, so an
+interrupted evaluation goes on where it stopped, and its numbers are those of an uninterrupted one. What is there is
+asked again only if its question's words changed; if only the verdict may have changed, it is judged again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cotree.base.errors import UsageError
-from cotree.eval.journal import EvalSample, append_line, read_samples
-from cotree.experiment.recipe import Model
-from cotree.models.client import Choice, Client, Request
-from cotree.models.embedded import serve
-from cotree.models.endpoints import Endpoint, open_endpoints
+from cotree.base.progress import Update
+from cotree.eval.journal import EvalSample, SampleKey, append_line, content_hash, read_all_lines
+from cotree.eval.samplers import Sampler, conversation
+from cotree.eval.settings import Asking
+from cotree.models.chat import render
+from cotree.models.endpoints import Endpoint
+from cotree.models.gguf_format import GGUF
 from cotree.models.tokenizer import token_counter
-from cotree.search.prompts import example_messages
-from cotree.tasks import Message, Question, Task
-from cotree.tasks.extract import spoken
+from cotree.tasks import task as task_of
+from cotree.tasks.base import VERDICT_VERSION, Asked, Question, Split, Task
+from cotree.tasks.extract import visible_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Asked = tuple[Task, Question]
-Key = tuple[str, str, int, int]  # task, id, turn, sample
-
-# Narrow slots keep the KV cache small: 768 tokens are wide enough for most prompts, and where some are longer, fewer
-# slots share `_ROOM` tokens.
-_SLOTS, _ROOM_FOR_PROMPT, _ROOM = 16, 768, 32_768
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How every question is asked: `samples` completions of up to `max_tokens` tokens, greedy at temperature 0.
-
-    together: at most so many samples come from one call of the sampler. examples: the search's worked examples stand
-    before the question.
-    """
-
-    max_tokens: int
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    together: int = _SLOTS
-    examples: bool = False
-
-    def conversation(self, task: Task, question: Question) -> list[Message]:
-        """What the model is asked, before its chat template."""
-        shown = example_messages(task.worked_examples(question), task.answer_form) if self.examples else []
-        return [*shown, *question.messages]
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a sampler says to a question, a choice a sample; a choice's tokens are all that was generated for it.
-
-    decoding: the search that chose it, for readers; "" for plain sampling. tree: of a tree the answers of all its
-    chains, in the order in which they ended.
-    """
-
-    choices: Sequence[Choice]
-    prompt_tokens: int
-    decoding: str = ""
-    tree: Sequence[str | None] | None = None
-
-
-# Answers a question: the samples of these numbers, in their order.
-Sampler = Callable[[Task, Question, range], Awaitable[Reply]]
-# A way of answering.
-Strategy = Callable[[Endpoint, Sampling], Sampler]
-
-
-def plain(endpoint: Endpoint, how: Sampling) -> Sampler:
-    """The samples of a question are independent completions of its prompt."""
-    # A base model has no token that ends a turn: it would ask itself the next question.
-    base = endpoint.tokenizer is not None and not endpoint.tokenizer.chat_template
-    stop = ("\nQuestion:",) if base else ()
-
-    async def sample(task: Task, question: Question, numbers: range) -> Reply:
-        prompt = endpoint.begin(how.conversation(task, question))
-        seed = how.seed + numbers.start
-        request = Request(
-            prompt.text, len(numbers), how.max_tokens, how.temperature, how.top_p, seed, stop, prompt.messages
-        )
-        completion = await endpoint.client(question.id).complete(request)
-        return Reply(completion.choices, completion.prompt_tokens)
-
-    return sample
+Opening = AbstractAsyncContextManager[Endpoint]
+SamplerOf = Callable[[Endpoint], Sampler]
 
 
 def ask(
-    model: AbstractAsyncContextManager[Endpoint],
+    model: Opening,
     questions: Sequence[Asked],
     journal: Path,
-    how: Sampling,
+    asking: Asking,
     *,
-    strategy: Strategy = plain,
-    on_sample: Callable[[int, int, str], None] | None = None,
-) -> list[EvalSample]:
-    """Ask and judge; `journal` (JSON lines) is both output and memory.
+    sampler_of: SamplerOf,
+    on_sample: Update = lambda done, wanted, remark: None,
+) -> tuple[list[EvalSample], int]:
+    """All samples, question by question and turn by turn, and how many tokens this call generated.
 
-    In a conversation the model reads its own replies, their thinking left out; every turn is a sample.
+    In a conversation the model reads its own replies, without their thinking; every turn is a sample.
 
     Args:
         model: opened only if something is left to ask.
-        on_sample: called with (done, wanted, remark) after each.
-
-    Returns:
-        All samples, question by question, turn by turn.
+        journal: JSON lines, read and appended to.
+        on_sample: called after each with how many samples are there, how many are wanted, and a remark.
     """
-    wanted = [
-        (question.task, question.id, question.turn, number)
-        for _, first in questions
-        for question in turns_of(first)
-        for number in range(how.samples)
-    ]
-    done = {_key(sample): sample for sample in read_samples(journal)}
-    counts, started = Counter[str](), time.monotonic()
-
-    def keep(sample: EvalSample) -> None:
-        append_line(journal, asdict(sample))
-        done[_key(sample)] = sample
-        counts.update([sample.kind, "samples"], tokens=sample.tokens)
-        if on_sample is not None:
-            speed = counts["tokens"] / max(time.monotonic() - started, 1e-9)
-            shares = (counts[kind] / counts["samples"] for kind in ("correct", "no_answer"))
-            told = "{:.0%} correct, {:.0%} no answer; {:.0f} tokens/s".format(*shares, speed)
-            on_sample(len(done), len(wanted), told)
-
-    if any(key not in done for key in wanted):
-        asyncio.run(_ask(model, questions, how, strategy, done, keep))
-    return [done[key] for key in wanted]
+    turns = [turn for _, question in questions for turn in turns_of(question)]
+    wanted = [_key(turn, number) for turn in turns for number in range(asking.samples)]
+    answers = _Answers(journal, asking, len(wanted), on_sample)
+    asyncio.run(answers.collect(model, questions, sampler_of))
+    return [answers.current[key] for key in wanted], answers.new_tokens
 
 
-async def _ask(
-    model: AbstractAsyncContextManager[Endpoint],
-    questions: Sequence[Asked],
-    how: Sampling,
-    strategy: Strategy,
-    done: Mapping[Key, EvalSample],
-    keep: Callable[[EvalSample], None],
-) -> None:
-    """Get what is not `done` yet; `keep` adds it."""
+class _Answers:
+    """The samples of an evaluation: those that its journal has, and those that are added to it.
 
-    async def converse(task: Task, question: Question, numbers: range) -> None:
-        left = [number for number in numbers if (question.task, question.id, question.turn, number) not in done]
+    current: those that count now, by key. new_tokens: generated for those that were added.
+    """
+
+    def __init__(self, journal: Path, asking: Asking, wanted: int, on_sample: Update) -> None:
+        self.current: dict[SampleKey, EvalSample] = {}
+        self.new_tokens = 0
+        self._journal, self._asking, self._wanted, self._on_sample = journal, asking, wanted, on_sample
+        lines = read_all_lines(journal)
+        self._last_lines = {sample.key: sample for sample in lines}
+        self._by_prompt = {(sample.key, sample.prompt_hash): sample for sample in lines}
+        self._added, self._started = Counter[str](), time.monotonic()
+
+    async def collect(self, model: Opening, questions: Sequence[Asked], sampler_of: SamplerOf) -> None:
+        """Take what the journal has, then open the model and ask for what is left."""
+        everything = range(self._asking.samples)
+        async with asyncio.TaskGroup() as group:
+            kept = [group.create_task(self._converse(*asked, everything)) for asked in questions]
+        left = [asked for asked, is_complete in zip(questions, kept, strict=True) if not is_complete.result()]
+        if not left:
+            return
+        async with model as endpoint, asyncio.TaskGroup() as group:
+            sampler = sampler_of(endpoint)
+            # Family after family, as the search: a slot then has most of the next prompt warm, examples above all.
+            for task, question in sorted(left, key=lambda asked: (asked[1].task, asked[1].family)):
+                for first in range(0, self._asking.samples, sampler.samples_per_call):
+                    numbers = everything[first : first + sampler.samples_per_call]
+                    group.create_task(self._converse(task, question, numbers, sampler))
+
+    async def _converse(self, task: Task, question: Question, numbers: range, sampler: Sampler | None = None) -> bool:
+        """Get these samples of a question and of its later turns; without a sampler only kept ones, and whether all
+        are there."""
+        prompt_hash = content_hash(conversation(task, question, self._asking))
+        left = [number for number in numbers if not await self._recall(task, question, number, prompt_hash)]
         if left:
-            reply = await sampler(task, question, numbers)
+            if sampler is None:
+                return False
+            sampled = await sampler.sample(task, question, numbers)
             for number in left:
-                keep(await _judged(task, question, how, reply, number - numbers.start, number))
-        async with asyncio.TaskGroup() as replies:
-            for number in numbers:
-                said = done[question.task, question.id, question.turn, number].response
-                following = question.follow_up(spoken(said))
-                if following is not None:  # each conversation goes its own way
-                    replies.create_task(converse(task, following, range(number, number + 1)))
+                choice = sampled.choices[number - numbers.start]
+                sample = EvalSample(
+                    task=question.task,
+                    id=question.id,
+                    turn=question.turn,
+                    sample=number,
+                    response=choice.text,
+                    finish_reason=choice.finish_reason,
+                    tokens=choice.tokens,
+                    prompt_tokens=sampled.prompt_tokens if number == numbers.start else 0,
+                    prompt_hash=prompt_hash,
+                    decoding=sampled.decoding,
+                    tree_answers=sampled.tree_answers,
+                    **self._asking.sampling(),
+                )
+                await self._add(task, question, sample)
+        # From here each sample's conversation goes its own way.
+        async with asyncio.TaskGroup() as group:
+            later = [
+                group.create_task(self._converse(task, turn, range(number, number + 1), sampler))
+                for number in numbers
+                if (turn := question.follow_up(visible_text(self.current[_key(question, number)].response)))
+            ]
+        return all(is_complete.result() for is_complete in later)
 
-    async with model as endpoint, asyncio.TaskGroup() as group:
-        sampler = strategy(endpoint, how)
-        # Family after family, as the search: a slot then has most of the next prompt warm, the worked examples above
-        # all.
-        for task, question in sorted(questions, key=lambda asked: (asked[1].task, asked[1].family)):
-            for first in range(0, how.samples, how.together):
-                numbers = range(first, min(first + how.together, how.samples))
-                group.create_task(converse(task, question, numbers))
+    async def _recall(self, task: Task, question: Question, number: int, prompt_hash: str) -> bool:
+        """Take a sample from the journal, judged by today's code; whether it has one that answers this very prompt."""
+        key = _key(question, number)
+        if key in self.current:
+            return True
+        sample = self._by_prompt.get((key, prompt_hash))
+        if sample is None:
+            return False
+        if (sample.verdict_version, sample.reference_hash) != (VERDICT_VERSION, _reference_hash(task, question)):
+            sample = await _judge(task, question, sample)
+        if sample is not self._last_lines[key]:
+            append_line(self._journal, asdict(sample))
+        self.current[key] = sample
+        return True
+
+    async def _add(self, task: Task, question: Question, sample: EvalSample) -> None:
+        """Judge and journal a new sample."""
+        sample = await _judge(task, question, sample)
+        append_line(self._journal, asdict(sample))
+        self.current[sample.key] = sample
+        self.new_tokens += sample.tokens
+        self._added.update([sample.verdict, "samples"])
+        correct, no_answer = (self._added[verdict] / self._added["samples"] for verdict in ("correct", "no_answer"))
+        speed = self.new_tokens / max(time.monotonic() - self._started, 1e-9)
+        remark = f"{correct:.0%} correct, {no_answer:.0%} no answer; {speed:.0f} tokens/s"
+        self._on_sample(len(self.current), self._wanted, remark)
 
 
-async def _judged(task: Task, question: Question, how: Sampling, reply: Reply, index: int, number: int) -> EvalSample:
-    choice, tree = reply.choices[index], None
-    verdict = await task.judge_async(question, choice.text, choice.finish_reason)
+def _key(question: Question, number: int) -> SampleKey:
+    return question.task, question.id, question.turn, number
+
+
+async def _judge(task: Task, question: Question, sample: EvalSample) -> EvalSample:
+    """The sample with the verdicts of today's code on today's reference answer."""
+    verdict = await task.judge_async(question, sample.response, sample.finish_reason)
     lenient = verdict
     # A free text has one extraction, and where the strict one finds an answer the lenient one finds the same.
-    if verdict.kind == "no_answer" and task.answer_form != "text":
-        lenient = await asyncio.to_thread(task.judge, question, choice.text, choice.finish_reason, "lenient")
-    if reply.tree is not None:
-        tree = [
+    if lenient.kind == "no_answer" and task.answer_form != "text":
+        lenient = await asyncio.to_thread(task.judge, question, sample.response, sample.finish_reason, "lenient")
+    tree_correct = None
+    if sample.tree_answers is not None:
+        tree_correct = [
             answer is not None and (await asyncio.to_thread(task.verify, answer, question)).kind == "correct"
-            for answer in reply.tree
+            for answer in sample.tree_answers
         ]
-    said = json.dumps(how.conversation(task, question), ensure_ascii=False)
-    return EvalSample(
-        task.name, question.id, choice.text, choice.finish_reason, choice.tokens,
-        reply.prompt_tokens if index == 0 else 0, verdict.kind, verdict.answer, question.gold, question.turn,
-        number, lenient.kind, verdict.detail, question.family, hashlib.sha256(said.encode()).hexdigest(),
-        how.max_tokens, how.temperature, how.top_p, reply.decoding, tree,
-    )  # fmt: skip
+    return replace(
+        sample,
+        verdict=verdict.kind,
+        lenient_verdict=lenient.kind,
+        answer=verdict.answer,
+        detail=verdict.detail,
+        gold=question.gold,
+        family=question.family,
+        tree_correct=tree_correct,
+        verdict_version=VERDICT_VERSION,
+        reference_hash=_reference_hash(task, question),
+    )
 
 
-def _key(sample: EvalSample) -> Key:
-    return sample.task, sample.id, sample.turn, sample.sample
+def _reference_hash(task: Task, question: Question) -> str:
+    """A hash of what a verdict depends on beside the reply and cotree's own code."""
+    return content_hash([question.gold, question.family, sorted(question.spec.items()), task.verifier_version])[:16]
 
 
-@asynccontextmanager
-async def embedded(
-    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], how: Sampling, widest: int = 1
-) -> AsyncIterator[Endpoint]:
-    """A GGUF in this process, wide enough for the longest question, and for `widest` samples of one request."""
-    longest = max(tokens_needed(tokenizer, *asked, how) for asked in questions)
-    context = max(_ROOM_FOR_PROMPT + how.max_tokens, longest)
-    slots, together = max(1, min(_SLOTS, _ROOM // context)), max(min(how.samples, how.together), widest)
-    # The samples of a request share its prompt, if they share their memory.
-    with serve(gguf, slots=max(slots, together), context=context, shared=together > 1) as url:
-        client = Client(
-            "student", url, "default", max_in_flight=max(1, slots // together),
-            count_tokens=token_counter(tokenizer), timeout=600.0,
-        )  # fmt: skip
-        async with client:
-            yield Endpoint("student", (client,), tokenizer, str(gguf))
+def load_questions(
+    counts: Iterable[tuple[str, int | None]], split: Split, *, data: str | Path | None = None, family: str | None = None
+) -> list[Asked]:
+    """The first so many questions of each task (None: all of them), with their tasks; only those of a family if one is
+    named.
 
-
-@asynccontextmanager
-async def opened_server(model: Model) -> AsyncIterator[Endpoint]:
-    """A server, asked whether it is ready."""
-    async with open_endpoints({"model": model}) as endpoints:
-        yield endpoints["model"]
-
-
-def check_distinct(questions: Sequence[Asked], split: str) -> None:
-    """That a question is known by its task and id, as it is in every file; else UsageError."""
-    seen: set[tuple[str, str]] = set()
-    for _, question in questions:
-        if (question.task, question.id) in seen:
-            what = f"two {split} questions of task `{question.task}` are called `{question.id}`"
+    Raises:
+        UsageError: names every task that has fewer; or two questions of one task and id, by which files name them.
+    """
+    asked: list[Asked] = []
+    problems = []
+    for name, count in counts:
+        try:
+            known = task_of(name, data)
+            there = known.questions(split, count if family is None else None)
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        chosen = [question for question in there if family in (None, question.family)][:count]
+        if len(chosen) < (count or 1):
+            families = ", ".join(sorted({question.family for question in there}))
+            problems.append(f"{known.name} has {len(chosen)} questions of family `{family}`; its families: {families}")
+        asked += [(known, question) for question in chosen]
+    if problems:
+        raise UsageError("; ".join(problems))
+    for (task, id_), count in Counter((question.task, question.id) for _, question in asked).items():
+        if count > 1:
+            what = f"two {split} questions of task `{task}` are called `{id_}`"
             raise UsageError(f"{what}; give each an id of its own, and each task a name of its own")
-        seen.add((question.task, question.id))
+    return asked
 
 
 def check_lengths(
-    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], how: Sampling, name: str
-) -> None:
-    """That every question and its reply fit into a GGUF's context; else UsageError names the question."""
-    from cotree.models.gguf_file import GGUF
+    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], asking: Asking, *, name: str
+) -> int:
+    """The most tokens that a question and its replies may need, after a check that a GGUF's context has room for them.
 
+    Raises:
+        UsageError: it has not; the longest question is named, and the model by its `name`.
+    """
     file = GGUF(gguf)
-    takes = file.get(f"{file['general.architecture']}.context_length")
-    for task, question in questions:
-        needed = tokens_needed(tokenizer, task, question, how)
-        if takes is not None and needed > takes:
-            raise UsageError(
-                f"question `{question.id}` of task `{question.task}` may need {needed} tokens, `{name}`"
-                f" takes {takes}; lower eval.max_tokens (--max-tokens), or evaluate on other tasks"
-            )
+    context = file.get(f"{file['general.architecture']}.context_length")
+    needed = [tokens_needed(tokenizer, *asked, asking) for asked in questions]
+    longest = max(needed)
+    if context is not None and longest > context:
+        question = questions[needed.index(longest)][1]
+        raise UsageError(
+            f"question `{question.id}` of task `{question.task}` may need {longest} tokens, `{name}`"
+            f" takes {context}; lower `max_tokens` (--max-tokens), or evaluate on other tasks"
+        )
+    return longest
 
 
-def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, how: Sampling) -> int:
-    """The most tokens that a question's last turn can take, prompt and reply, when every reply is `max_tokens` long."""
-    from cotree.models.chat import render
-
+def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, asking: Asking) -> int:
+    """The most tokens that a question's last turn can take, prompt and reply, if every reply is `max_tokens` long."""
     *earlier, last = turns_of(question)
+    prompt = render(tokenizer, conversation(task, last, asking))
     # The server may add a token of beginning.
-    prompt = render(tokenizer, how.conversation(task, last))
-    return token_counter(tokenizer)(prompt) + (len(earlier) + 1) * how.max_tokens + 1
+    return token_counter(tokenizer)(prompt) + (len(earlier) + 1) * asking.max_tokens + 1
 
 
 def turns_of(question: Question) -> Iterator[Question]:

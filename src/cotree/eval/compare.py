@@ -1,8 +1,8 @@
-"""Two models on the same questions: who gained, who lost, and whether chance would do as much.
+"""Two models on the same questions: which questions changed, and whether chance would do as much.
 
-Invariant: what is compared was asked alike (the same questions in the same words, as many samples, one temperature,
-top_p and max_tokens); anything else is refused. Ways of decoding may differ: they are named. Tests and intervals are
-paired by question.
+What is compared was asked alike (the same questions in the same words, as many samples, one temperature, top_p and
+max_tokens); anything else is refused. Ways of decoding may differ: they are named. Tests and intervals are paired by
+question.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from statistics import fmean
 
 from cotree.base.errors import UsageError
 from cotree.base.statistics import Z_POWER, Z, bootstrap_interval
-from cotree.eval.journal import JOURNAL, SAMPLES_ARE, EvalSample, by_part, read_samples
+from cotree.eval.journal import HAVE_JOURNALS, JOURNAL, EvalSample, by_task_turn, read_samples
+from cotree.eval.results import questions_asked
+from cotree.eval.settings import SAMPLING
 
 _DRAWS = 10_000
-Answered = Mapping[str, Sequence[EvalSample]]  # by a question's id
+SamplesOf = Mapping[str, Sequence[EvalSample]]  # of each question, by its id
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """The second model minus the first on one row of the table; fractions.
 
+    row: the task (and turn), and both ways of decoding where they differ. n: questions.
     low, high: 95% interval of `difference`. p_value: of `test`, two-sided. changed: both scores of every question on
     which they differ. detectable: the least difference that would be found with probability 0.8, given how much the
     questions changed.
     """
 
-    part: str
+    row: str
     n: int
     first: float
     second: float
-    difference: float
     low: float
     high: float
     test: str
@@ -42,90 +44,104 @@ class Difference:
     changed: Mapping[str, tuple[float, float]]
     detectable: float
 
+    @property
+    def difference(self) -> float:
+        """The second model's accuracy minus the first's."""
+        return self.second - self.first
+
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """The difference in words, then the ids of the questions that were gained and lost."""
         gained, lost = list[str](), list[str]()
         for id_, (before, after) in self.changed.items():
-            moved = id_ if abs(after - before) == 1 else f"{id_} ({before:.2f} -> {after:.2f})"
-            (gained if after > before else lost).append(moved)
+            shown = id_ if abs(after - before) == 1 else f"{id_} ({before:.2f} -> {after:.2f})"
+            (gained if after > before else lost).append(shown)
         least = f"{100 * self.detectable:.1f} points or more" if self.detectable <= 1 else "no difference"
         return [
-            f"{self.part}: {100 * self.first:.1f}% -> {100 * self.second:.1f}% of {self.n} questions, "
+            f"{self.row}: {100 * self.first:.1f}% -> {100 * self.second:.1f}% of {self.n} questions, "
             f"{100 * self.difference:+.1f} points (95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f}), "
             f"p = {self.p_value:.3g} ({self.test}); {least} can be expected to show",
             *(f"  {word} {len(ids)}: {', '.join(ids)}" for word, ids in (("gained", gained), ("lost", lost)) if ids),
         ]
 
 
-def compare(first: Path, second: Path) -> list[Difference]:
-    """Compare two evaluations (folders of `cotree eval`, or `eval/samples_*.jsonl` of runs), row by row.
+def compare_evaluations(first: Path, second: Path) -> list[Difference]:
+    """Compare two evaluations row by row: folders of `cotree eval`, or of one model in an evaluation of a run.
 
     Raises:
-        UsageError: they did not ask the same questions in the same way.
+        UsageError: one is no such folder, or they did not ask the same questions in the same way.
     """
-    left, right = _read(first), _read(second)
-    return [
-        compare_answers(part, left.get(part, {}), right.get(part, {}), (str(first), str(second)))
-        for part in dict.fromkeys([*left, *right])
-    ]
+    left, right = _samples(first), _samples(second)
+    names = (str(first), str(second))
+    return [compare_row(row, left.get(row, {}), right.get(row, {}), names) for row in dict.fromkeys([*left, *right])]
 
 
-def _read(path: Path) -> Mapping[str, Answered]:
+def _samples(path: Path) -> Mapping[str, SamplesOf]:
+    """The samples of an evaluation's questions by row; its journal may have more, of earlier questions."""
     journal = path / JOURNAL if path.is_dir() else path
     samples = read_samples(journal)
     if not samples:
-        raise UsageError(f"no samples at {journal}; {SAMPLES_ARE}")
-    return by_part(samples)
+        inner = sorted(path.glob(f"**/{JOURNAL}"))
+        fix = f"name one model's folder in it, e.g. {inner[0].parent}" if inner else HAVE_JOURNALS
+        raise UsageError(f"no samples at {journal}; {fix}")
+    asked = questions_asked(journal.parent)
+    return by_task_turn(sample for sample in samples if asked is None or (sample.task, sample.id) in asked)
 
 
-def compare_answers(part: str, first: Answered, second: Answered, names: Sequence[str]) -> Difference:
-    """Compare two models' samples of one row of the table; `names` are for errors."""
+def compare_row(row: str, first: SamplesOf, second: SamplesOf, names: Sequence[str]) -> Difference:
+    """Compare two models' samples of one row of the table; `names` are theirs, for errors.
+
+    Raises:
+        UsageError: the questions differ, or how they were asked.
+    """
     if only := sorted(first.keys() ^ second.keys()):
         has, lacks = names if only[0] in first else reversed(names)
         fix = "evaluate both on the same questions"
-        raise UsageError(f"{lacks} lacks question `{only[0]}` of {part} that {has} has ({len(only)} differ); {fix}")
+        raise UsageError(f"{lacks} lacks question `{only[0]}` of {row} that {has} has ({len(only)} differ); {fix}")
     for id_, found in first.items():
         theirs = _settings(second[id_])
-        for what, ours in _settings(found).items():
-            if ours != theirs[what]:
-                said = f"{part}, question `{id_}`: {names[0]} has {what} {ours}, {names[1]} has {theirs[what]}"
-                raise UsageError(f"{said}; evaluate both alike")
+        for key, ours in _settings(found).items():
+            if ours != theirs[key]:
+                what = f"{row}, question `{id_}`: {names[0]} has {key} {ours}, {names[1]} has {theirs[key]}"
+                raise UsageError(f"{what}; evaluate both alike")
     decoded = [next(iter(side.values()))[0].decoding or "plain" for side in (first, second)]
-    if decoded[0] != decoded[1]:
-        part = f"{part}, {decoded[0]} -> {decoded[1]}"
-    pairs = {id_: (_score(found), _score(second[id_])) for id_, found in first.items()}
-    changes = [after - before for before, after in pairs.values()]
+    before, after = ([fmean(s.verdict == "correct" for s in side[id_]) for id_ in first] for side in (first, second))
+    changes = [new - old for old, new in zip(before, after, strict=True)]
     low, high = paired_interval(changes)
     if all(len(found) == 1 for found in first.values()):
-        test, p_value = "exact McNemar", mcnemar(changes.count(1), changes.count(-1))
+        test, p_value = "exact McNemar", mcnemar_p_value(changes.count(1), changes.count(-1))
     else:
-        test, p_value = "sign-flip permutation", sign_flip(changes)
+        test, p_value = "sign-flip permutation", sign_flip_p_value(changes)
         least, most = bootstrap_interval(changes)
         low, high = min(low, least), max(high, most)
-    before, after = (fmean(side) for side in zip(*pairs.values(), strict=True))
-    changed = {id_: pair for id_, pair in pairs.items() if pair[0] != pair[1]}
     detectable = (high - low) / 2 * (1 + Z_POWER / Z)
-    detectable = max(detectable, 6 / len(pairs))  # fewer changes are never significant, be they all one way
-    return Difference(part, len(pairs), before, after, after - before, low, high, test, p_value, changed, detectable)
-
-
-def _score(samples: Sequence[EvalSample]) -> float:
-    return fmean(sample.kind == "correct" for sample in samples)
+    return Difference(
+        row=row if decoded[0] == decoded[1] else f"{row}, {decoded[0]} -> {decoded[1]}",
+        n=len(first),
+        first=fmean(before),
+        second=fmean(after),
+        low=low,
+        high=high,
+        test=test,
+        p_value=p_value,
+        changed={id_: (old, new) for id_, old, new in zip(first, before, after, strict=True) if old != new},
+        detectable=max(detectable, 6 / len(first)),  # fewer changes are never significant, be they all one way
+    )
 
 
 def _settings(samples: Sequence[EvalSample]) -> dict[str, object]:
-    """How a question was asked; later turns hold the models' own replies."""
-    found = {name: getattr(samples[0], name) for name in ("max_tokens", "temperature", "top_p")}
-    return {"samples": len(samples), **found, "prompt": "" if samples[0].turn else samples[0].prompt_hash[:12]}
+    """How a question was asked; later turns hold the models' own replies, so their prompts differ."""
+    first = samples[0]
+    asked = {name: getattr(first, name) for name in SAMPLING}
+    return {"samples": len(samples), **asked, "prompt": "" if first.turn else first.prompt_hash[:12]}
 
 
-def mcnemar(gained: int, lost: int) -> float:
+def mcnemar_p_value(gained: int, lost: int) -> float:
     """The two-sided exact McNemar test: the chance that a fair coin splits gains and losses at least as unevenly."""
     n = gained + lost
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / (1 << n))
 
 
-def sign_flip(changes: Sequence[float], *, draws: int = _DRAWS, seed: int = 0) -> float:
+def sign_flip_p_value(changes: Sequence[float], *, draws: int = _DRAWS, seed: int = 0) -> float:
     """The two-sided permutation test of a mean change: each question's change could as well have the other sign.
 
     The share of all choices of signs whose sum is at least as far from 0; of `draws` random ones (seeded), the observed

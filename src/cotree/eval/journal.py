@@ -1,33 +1,41 @@
-"""What a model said, a line a sample: the memory of an evaluation, and what every number is computed from.
+"""The journal of an evaluation, a line a sample: its memory, and what every number is computed from.
 
-Invariant: a line is whole or not there, so whatever was asked before a kill is asked once.
+A line is written whole or not at all, so what was asked before a kill is asked once. Lines are only ever appended; of
+several about one sample (judged again by newer code, or asked again because its question was changed) the last counts.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cotree.base.errors import CotreeError, UsageError
+from cotree.base.atomic import explain_write_errors
+from cotree.base.errors import UsageError
 from cotree.tasks.base import VerdictKind
 
 JOURNAL = "journal.jsonl"  # in the folder of an evaluation
-SAMPLES_ARE = "give a folder of `cotree eval`, or a run's eval/samples_NAME.jsonl"
+HAVE_JOURNALS = "give a folder of `cotree eval`, or a run's evaluations/NODE/MODEL"
+SampleKey = tuple[str, str, int, int]  # task, question id, turn, number of the sample
 
 
 @dataclass(frozen=True, slots=True)
 class EvalSample:
-    """What a model said to one question, and the verdict.
+    """A model's reply to one question, and the verdict on it.
 
-    kind, lenient: the verdicts under strict and lenient extraction. prompt_tokens: of its request, told with the
-    request's first sample. prompt_hash: of the conversation before any chat template, so it is the same for all models.
-    decoding: the search that chose it, "" for plain sampling. tree: of a tree, whether each of its chains is correct,
-    in the order in which they ended.
+    prompt_tokens: of its request, counted with the request's first sample; 0 with the others.
+    verdict, lenient_verdict: under strict and lenient extraction. answer: what strict extraction found.
+    prompt_hash: sha256 of the conversation before any chat template, so it is the same for all models.
+    decoding: the search that chose the reply, "" for plain sampling.
+    tree_answers, tree_correct: of a tree the answer of each of its chains, in the order in which they ended, and
+        whether it is correct.
+    verdict_version, reference_hash: the version of the code that judged, and the hash of the reference answer (and what
+        else of the question a verdict depends on) that it judged by.
     """
 
     task: str
@@ -36,12 +44,12 @@ class EvalSample:
     finish_reason: str
     tokens: int
     prompt_tokens: int
-    kind: VerdictKind
-    answer: str | None
-    gold: str
+    verdict: VerdictKind = "no_answer"
+    answer: str | None = None
+    gold: str = ""
     turn: int = 0
     sample: int = 0
-    lenient: VerdictKind | None = None
+    lenient_verdict: VerdictKind | None = None
     detail: str = ""
     family: str = ""
     prompt_hash: str = ""
@@ -49,17 +57,34 @@ class EvalSample:
     temperature: float = 0.0
     top_p: float = 1.0
     decoding: str = ""
-    tree: list[bool] | None = None
+    tree_answers: Sequence[str | None] | None = None
+    tree_correct: Sequence[bool] | None = None
+    verdict_version: int = 0
+    reference_hash: str = ""
 
     @property
-    def part(self) -> str:
-        """The row of the table that it counts in: its task, and each later turn of a conversation apart, so that a
+    def key(self) -> SampleKey:
+        """What names a sample in its evaluation."""
+        return self.task, self.id, self.turn, self.sample
+
+    @property
+    def task_turn(self) -> str:
+        """The row of the table in which it counts: its task, and apart each later turn of a conversation, so that a
         row has the same number of samples for every question."""
         return f"{self.task}, turn {self.turn + 1}" if self.turn else self.task
 
 
 def read_samples(path: Path) -> list[EvalSample]:
-    """The samples of a journal.
+    """The samples of a journal, each once, as its last line has it; none where there is no file.
+
+    Raises:
+        UsageError: it is another file.
+    """
+    return list({sample.key: sample for sample in read_all_lines(path)}.values())
+
+
+def read_all_lines(path: Path) -> list[EvalSample]:
+    """All lines of a journal in their order, also those that a later line replaces.
 
     Raises:
         UsageError: it is another file.
@@ -67,18 +92,17 @@ def read_samples(path: Path) -> list[EvalSample]:
     try:
         return [EvalSample(**line) for line in read_lines(path)]
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{path} holds no samples of an evaluation ({error}); {SAMPLES_ARE}") from None
+        raise UsageError(f"{path} holds no samples of an evaluation ({error}); {HAVE_JOURNALS}") from None
 
 
 def read_lines(path: Path) -> list[Any]:
-    """What JSON lines hold, nothing where there is no file; a last line that a kill cut in half is none.
+    """The values of a file of JSON lines, none where there is no file; a last line that a kill cut in half is left out.
 
     Raises:
         ValueError: another line is no JSON; its number is named.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], 1):
         try:
             found.append(json.loads(line))
         except ValueError as error:
@@ -86,31 +110,35 @@ def read_lines(path: Path) -> list[Any]:
     return found
 
 
-def by_part(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[EvalSample]]]:
-    """The samples of each row of the table, by question."""
+def by_task_turn(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[EvalSample]]]:
+    """The samples of each row of the table (`EvalSample.task_turn`), by question id."""
     found: dict[str, dict[str, list[EvalSample]]] = {}
     for sample in samples:
-        found.setdefault(sample.part, {}).setdefault(sample.id, []).append(sample)
+        found.setdefault(sample.task_turn, {}).setdefault(sample.id, []).append(sample)
     return found
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line, whole or not at all."""
-    try:
+    """Append one JSON line, whole or not at all; half a line that a kill left at the end is removed.
+
+    Raises:
+        CotreeError: it cannot be written (disk full, no permission).
+    """
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            before = os.fstat(descriptor).st_size
-            if before and os.pread(descriptor, 1, before - 1) != b"\n":  # a kill cut the last line in half
-                before = path.read_bytes().rfind(b"\n") + 1
-                os.ftruncate(descriptor, before)
-            line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
-            # A nearly full disk takes a part and says so only by the count.
-            if os.write(descriptor, line) < len(line):
-                os.ftruncate(descriptor, before)
+        with path.open("a+b", buffering=0) as file:
+            end = file.tell()
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                end = path.read_bytes().rfind(b"\n") + 1
+                file.truncate(end)
+            # A nearly full disk takes a part of the bytes and shows it only by their count.
+            if file.write(line) < len(line):
+                file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        fix = "free some space, then re-run the same command to resume"
-        raise CotreeError(f"cannot write {path}: {error.strerror}; {fix}") from None
+
+
+def content_hash(content: Any) -> str:
+    """The sha256 of a text, or of plain data as JSON, in hex."""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

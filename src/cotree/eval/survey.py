@@ -1,37 +1,46 @@
-"""`cotree diagnose`: formalistic thinking in a file of long chains, by source and language, worst first.
+"""`cotree diagnose`: how many texts of a file, an evaluation or a run show formalistic thinking, and the worst of them.
 
-Invariant: every row is read once and counted under one source and one language.
+Every row is read once and counted under one source and one language.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import read_rows
 from cotree.data.gates import main_script
-from cotree.eval.journal import JOURNAL
+from cotree.eval.journal import JOURNAL, read_samples
 from cotree.models.wire import one_line
 from cotree.tasks.diagnosis import diagnose
 from cotree.tasks.loading import HUB_ID
 
 _FLAGS = ("loop", "over_reflection", "instruction_failure", "no_answer")
-_TEXTS = ("completion", "response", "text", "output", "chosen", "solution")
+# Columns, in the order in which they are looked for.
+_TEXTS = ("completion", "response", "text", "output", "chosen", "solution", "messages", "conversations")
 _IDS = ("id", "question_id", "tree_id")
 _SOURCES = ("source", "task", "model", "benchmark")
 
 
-def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
-    """Lines of a report over a Parquet or JSON-lines file, a data set on the hub, an evaluation or a whole run; of
-    lm-eval's sample files every response counts once.
+# The name of the file that a row stands in, its number there, and the row.
+Placed = tuple[str, int, Mapping[str, Any]]
 
-    field: the column that holds the text (a string, or messages whose last is read); by default the first that a row
-        has of completion, response, text, output, chosen, solution, messages, conversations.
+
+def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
+    """Diagnose every text and give a report line by line: a table by source and language, then the worst texts.
+
+    Args:
+        where: a Parquet or JSON-lines file, a data set on the hub, an evaluation, or a whole run; of lm-eval's sample
+            files every response counts once.
+        field: the column of the text (a string, or messages whose last is read); by default the first that a row has of
+            completion, response, text, output, chosen, solution, messages, conversations.
+        shown: how many of the worst texts.
 
     Raises:
         UsageError: there is nothing of that name, or a row has no text.
@@ -44,59 +53,63 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
         source = next((str(row[name]) for name in _SOURCES if isinstance(row.get(name), str)), file)
         if Path(where).is_dir():  # several models or data sets
             source = f"{file}: {source}"
-        group = counts[source, str(row.get("language") or main_script(text))]
-        group.update(["rows"], characters=len(text))
         flags = [flag for flag in _FLAGS if getattr(found, flag)]
-        group.update(flags)
-        id_ = next((row[name] for name in _IDS if row.get(name) is not None), None)
-        named = f"{file}, row {number}" + (f", {one_line(str(id_))}" if id_ is not None else "")
-        badness = (len(flags), found.evidence["duplicate_4grams"], -index)
-        heapq.heappush(worst, (*badness, named, ", ".join(flags), text))
-        if len(worst) > shown:
-            heapq.heappop(worst)
+        language = str(row.get("language") or main_script(text))
+        counts[source, language].update(["rows", *flags], characters=len(text))
+        id_ = next((f", {one_line(str(row[name]))}" for name in _IDS if row.get(name) is not None), "")
+        place = f"{file}, row {number}{id_}"
+        bad = (len(flags), found.evidence.duplicate_4grams, -index, place, ", ".join(flags), text)
+        worst = sorted([*worst, bad], reverse=True)[:shown]
     yield f"{'source':30} {'language':8} {'rows':>6} {'characters':>10} " + " ".join(f"{flag:>19}" for flag in _FLAGS)
     for (source, language), n in sorted(counts.items()):
         shares = " ".join(f"{n[flag]:>10} ({n[flag] / n['rows']:6.1%})" for flag in _FLAGS)
-        said = f"{one_line(source)[:30]:30} {one_line(language):8}"
-        yield f"{said} {n['rows']:>6} {n['characters'] / n['rows']:>10.0f} {shares}"
-    for *_, named, flagged, text in sorted(worst, reverse=True):
+        group_name = f"{one_line(source)[:30]:30} {one_line(language):8}"
+        yield f"{group_name} {n['rows']:>6} {n['characters'] / n['rows']:>10.0f} {shares}"
+    for *_, name, flagged, text in worst:
         if flagged:
-            yield f"\n{named}: {flagged}; {len(text)} characters, ends: ...{text[-160:]!r}"
+            yield f"\n{name}: {flagged}; {len(text)} characters, ends: ...{text[-160:]!r}"
 
 
-def _rows(where: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Rows, each with the name of what it stands in and its number there."""
+def _rows(where: str | Path) -> Iterator[Placed]:
     path = Path(where)
     if path.is_dir():
-        files = sorted([*path.glob(JOURNAL), *path.glob("eval/samples_*.jsonl"), *path.glob("data/*/train.parquet")])
+        patterns = (JOURNAL, f"evaluations/*/*/{JOURNAL}", "datasets/*/train.parquet")
+        files = [file for pattern in patterns for file in sorted(path.glob(pattern))]
         if not files:
             raise UsageError(f"{path} is neither a run nor an evaluation; name a file in it")
         for file in files:
-            name = f"data/{file.parent.name}" if file.suffix == ".parquet" else file.stem.removeprefix("samples_")
-            yield from _numbered(name, read_rows(file))
+            node = unquote(file.parent.relative_to(path).as_posix()).removeprefix("evaluations/")
+            yield from _rows_of(file, node if file.parent != path else file.stem)
     elif not path.exists() and HUB_ID.fullmatch(str(where)) and not path.suffix:
-        from datasets import load_dataset
-
-        try:
-            splits = load_dataset(str(where), streaming=True)
-            for split, rows in splits.items():
-                yield from _numbered(f"{where}/{split}", rows)
-        except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UsageError(f"cannot load {where} from the hub: {reason}") from None
+        yield from _hub_rows(str(where))
     else:
-        yield from _numbered(path.stem, read_rows(path))
+        yield from _rows_of(path, path.stem)
 
 
-def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """lm-eval has all samples of a question in one row, and that row once for each filter."""
-    first = None
+def _rows_of(file: Path, name: str) -> Iterator[Placed]:
+    yield from _responses(name, map(asdict, read_samples(file)) if file.name == JOURNAL else read_rows(file))
+
+
+def _hub_rows(id_: str) -> Iterator[Placed]:
+    from datasets import load_dataset
+
+    try:
+        for split, rows in load_dataset(id_, streaming=True).items():
+            yield from _responses(f"{id_}/{split}", rows)
+    except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"cannot load {id_} from the hub: {reason}") from None
+
+
+def _responses(name: str, rows: Iterable[Any]) -> Iterator[Placed]:
+    """The rows as they are, but those of lm-eval, which has all samples of a question in one, once for each filter."""
+    first_filter = None
     for number, row in enumerate(rows):
         if not isinstance(row.get("resps"), list):
             yield name, number, row
             continue
-        first = row.get("filter") if first is None else first
-        if row.get("filter") != first:
+        first_filter = first_filter or row.get("filter")
+        if row.get("filter") != first_filter:
             continue
         own, doc = row.get("cotree") or {}, row.get("doc") or {}
         texts = [text for found in row["resps"] for text in (found if isinstance(found, list) else [found])]
@@ -106,8 +119,8 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, int, dict[s
             yield name, number, {"response": text, "finish_reason": reason, "verdict": verdict, **about}
 
 
-def _text(row: dict[str, Any], field: str | None, where: str) -> str:
-    names = (field,) if field is not None else (*_TEXTS, "messages", "conversations")
+def _text(row: Mapping[str, Any], field: str | None, where: str) -> str:
+    names = (field,) if field is not None else _TEXTS
     value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content", value[-1].get("value"))
@@ -116,7 +129,7 @@ def _text(row: dict[str, Any], field: str | None, where: str) -> str:
     return value
 
 
-def _answered(row: dict[str, Any]) -> bool | None:
-    """What a judge said, in evaluation samples."""
-    verdict = row.get("verdict") or row.get("kind")
+def _answered(row: Mapping[str, Any]) -> bool | None:
+    """Whether a verifier found an answer; None where none looked."""
+    verdict = row.get("verdict")
     return verdict != "no_answer" if verdict in ("correct", "wrong", "no_answer") else None

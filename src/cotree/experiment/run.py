@@ -1,312 +1,272 @@
-"""The spine: questions -> trees -> rows -> trained students -> table -> report, each stage resumable.
+"""Run an experiment: every node that is not up to date, each after those that it reads.
 
-Invariant: a stage that has finished is never repeated, one that was interrupted goes on from what it left, and what a
-stage needs from an earlier one is in the run folder, so every stage can be run by itself.
+Whether a node is up to date is decided by its fingerprint and nothing else. Content that other settings made is kept in
+the run's `older/` and found again when the settings go back; finished trees are never grown again in silence.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import shutil
+import sqlite3
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cotree.base.atomic import write_json
-from cotree.base.errors import UsageError, spoken_for
-from cotree.base.numbers import duration
-from cotree.base.progress import Output, Update
-from cotree.data.build import built_lines
-from cotree.experiment.check import preflight, questions
-from cotree.experiment.datasets import build_run, student_source
-from cotree.experiment.plan import dry_run
-from cotree.experiment.recipe import STAGES, Recipe
-from cotree.experiment.reuse import reusable, start_from
-from cotree.experiment.run_folder import RunFolder, find_run, open_run
-from cotree.models.endpoints import check_servers, open_endpoints
-
-if TYPE_CHECKING:
-    from cotree.search.calls import Progress
-    from cotree.train.trainer import StepLog
+from cotree.base.atomic import atomic_draft, explain_write_errors, remove, write_text
+from cotree.base.errors import UsageError, first_cotree_error
+from cotree.base.progress import Output
+from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
+from cotree.experiment.fingerprints import Fingerprints
+from cotree.experiment.hub import pinned
+from cotree.experiment.preflight import preflight
+from cotree.experiment.recipe import Node, Recipe, load_recipe, recipe_yaml
+from cotree.experiment.state import State, equal_content, states_of
+from cotree.experiment.work import Worker
+from cotree.models.endpoints import check_servers
+from cotree.models.settings import Model
+from cotree.report.html import write_report
+from cotree.report.summary import summarize_run, write_summary
+from cotree.report.terminal import summary_lines
 
 
 def run(
     recipe: Recipe,
     runs_dir: Path = Path("runs"),
     *,
-    only: str | None = None,
-    dry: bool = False,
-    start: Path | None = None,
+    only: Sequence[str] = (),
+    source: Path | None = None,
+    regrow: bool = False,
     output: Output | None = None,
-) -> Path:
-    """Run all stages of a recipe, or one; calling it again resumes.
+) -> RunFolder:
+    """Bring the nodes of a recipe up to date; calling it again resumes.
 
     Args:
-        recipe: what to run.
-        runs_dir: where its folder is.
-        only: one stage.
-        dry: only say what the stages would cost.
-        start: another run, whose finished stages a new one takes over as far as their settings are equal.
-        output: where progress is said.
-
-    Returns:
-        The run folder.
+        runs_dir: where the run's folder is made (a recipe that was read from a run folder stays in that).
+        only: ids of nodes ("students/dpo"), entries, or kinds ("trees"); what they read is included.
+        source: another run, whose content of equal fingerprints is taken over.
+        regrow: allow that finished trees are grown again because their settings changed.
+        output: where progress is shown.
 
     Raises:
-        UsageError: found before any work: a model, a server, a task or a library is missing, or the folder belongs to
-            another recipe.
+        UsageError: found before any work: something is missing, the folder is not a run's or is in use, or finished
+            trees would be grown again.
         CotreeError: work failed after it had started; the same call resumes it.
     """
     output = output or Output()
-    if only is not None and only not in STAGES:
-        raise UsageError(f"unknown stage `{only}`; stages are {', '.join(STAGES)}")
-    wanted = STAGES if only is None else (only,)
-    before = find_run(runs_dir, recipe)
-    if dry:
-        for line in dry_run(before, wanted):
-            output.say(line)
-        return before.path
-    taken = [] if start is None or (before.path / "recipe.yaml").exists() else reusable(start, recipe)
-    done = {stage for stage in STAGES if stage in taken or before.done(stage)}
-    missing = [stage for stage in STAGES[: STAGES.index(wanted[0])] if stage not in done]
-    if missing:
-        raise UsageError(f"stage `{wanted[0]}` needs `{missing[0]}` first; run without --only, or that stage")
-    ahead = set(wanted) - done
-    for _, _, look in preflight(recipe, ahead):
+    folder = run_folder(recipe, runs_dir)
+    recipe = pinned(recipe, folder)
+    fingerprints = Fingerprints(recipe)
+    wanted = recipe.with_needed(only) if only else list(recipe.nodes)
+    states = states_of(folder, fingerprints, wanted)
+    for state in states:
+        if state.fingerprint is None:
+            raise UsageError(f"{state.name}: {state.why[0].removeprefix('unresolved: ')}")
+    taken = equal_content(folder, source, states)
+    ahead = [state for state in states if state.state != "done" and state.name not in taken]
+    _refuse_regrowing(ahead, regrow, output)
+    for _, _, look in preflight(recipe, fingerprints, [state.node for state in ahead]):
         look()
-    if "search" in ahead:
-        asyncio.run(check_servers(recipe.used_models()))
-    if start is not None and taken:
-        start_from(start, before.path, recipe, taken)
-        output.say(f"from {start}: {', '.join(taken)}")
-    with open_run(runs_dir, recipe) as folder:
+    asyncio.run(check_servers(_servers(recipe, ahead)))
+    with _unchanged(source, folder) if taken else nullcontext():
+        pass  # before anything is written
+    with locked(folder.path):
+        write_text(folder.path / "recipe.yaml", recipe_yaml(recipe))
         output.log = folder.path / "log.jsonl"
-        output.on_update = lambda: folder.beat()
-        if all(folder.done(stage) for stage in wanted):
-            output.say(f"{folder.path}: all done ({', '.join(wanted)})")
-        for stage in wanted:
-            if folder.done(stage):
-                continue
-            started = time.monotonic()
-            with spoken_for(), folder.stage(stage) as result:
-                _STAGE[stage](folder, result, output)
-            output.say(f"  {stage} done in {time.monotonic() - started:.0f} s")
-        if only == "build":
-            if "build" in done:  # else its counts have just been said
-                _say_build(folder.result("build")["counts"], output)
-        else:
-            _say_results(folder, output)
-        return folder.path
+        _mark_outdated(folder, states_of(folder, fingerprints, recipe.nodes))
+        if taken:
+            _take(taken, folder, source, states=states, output=output)
+        _work(recipe, folder, fingerprints, states=states, output=output)
+        summary = summarize_run(folder, recipe_nodes(recipe))
+        write_summary(folder, summary)
+        report = write_report(folder, summary)
+        for line in summary_lines(summary):
+            output.print(line)
+        output.print(f"report: {report}")
+    return folder
 
 
-def _search(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.search.baselines import compare
-    from cotree.search.driver import Grower
-    from cotree.search.store import TreeStore
-    from cotree.search.summary import summarize
+def report_again(path: Path) -> Path:
+    """Write summary and report of a run from its files; returns the page's path.
 
-    recipe = run.recipe
-    asked = questions(recipe, "train")
-    output.say(f"search: growing {len(asked)} trees, up to {recipe.search.rollouts} rollouts each")
-
-    async def grow(store: TreeStore) -> tuple[str, list[dict[str, Any]]]:
-        async with open_endpoints(recipe.used_models(), widest=recipe.search.widest) as endpoints:
-            grower = Grower(store, endpoints, recipe.roles, recipe.search, recipe.seed)
-            with output.progress("trees") as update:
-                await grower.grow_all(asked, partial(_show_search, update))
-            if not recipe.search.baselines:
-                return grower.config, []
-            with output.progress("best-of-n") as update:
-                compared = await compare(grower, asked, update)
-            return grower.config, compared
-
-    with TreeStore(run.trees) as store:
-        config, compared = asyncio.run(grow(store))
-        result.update(summarize(store.trees(config)), config=config, compared=compared)
+    Raises:
+        UsageError: the folder is no run, or its files cannot be read.
+    """
+    folder = find_run(path)
+    summary = summarize_run(folder, recipe_nodes(load_recipe(path)))
+    write_summary(folder, summary)
+    return write_report(folder, summary)
 
 
-def _show_search(update: Update, progress: Progress) -> None:
-    names = {"correct": "correct", "wrong": "wrong", "no_answer": "cut or without answer"}
-    verdicts = ", ".join(f"{n} {names[kind]}" for kind, n in progress.verdicts.items())
-    seconds = max(progress.seconds, 1e-9)
-    speed = f"{progress.thoughts / seconds:.1f} thoughts/s, {progress.tokens / seconds:.0f} tokens/s"
-    cost = f", cost {progress.cost:.2f}" if progress.cost else ""
-    left = progress.trees_wanted - progress.trees
-    until = duration(seconds / max(progress.trees - progress.trees_before, 1) * left)
-    update(progress.trees, progress.trees_wanted, f"{verdicts}; {speed}{cost}; about {until} left")
+def recipe_nodes(recipe: Recipe) -> list[tuple[str, tuple[str, ...]]]:
+    """The nodes of a recipe in order, each with the ids of what it reads; of evaluations the models too, as written."""
+
+    def reads(node: Node) -> tuple[str, ...]:
+        if node.kind != "evaluations":
+            return node.reads
+        asked = [f"{'models' if name in recipe.models else 'students'}/{name}" for name in node.evaluation.models]
+        return (*asked, *(read for read in node.reads if read not in asked))
+
+    return [(node.id, reads(node)) for node in recipe.nodes.values()]
 
 
-def _build(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    output.say("build: choosing chains and pairs by relative length")
-    built = build_run(run.recipe, run.trees, run.result("search")["config"], run.data)
-    result.update(counts=built.counts)
-    write_json(run.path / "samples.json", built.samples)
-    _say_build(built.counts, output)
+def run_folder(recipe: Recipe, runs_dir: Path) -> RunFolder:
+    """The folder of a recipe's run: the one that it was read from, or `runs_dir/NAME`; it may not be there yet.
+
+    Raises:
+        UsageError: there is something else, or a run of an older cotree.
+    """
+    if recipe.home is not None:
+        return find_run(recipe.home)
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise UsageError(f"--runs-dir {runs_dir} is a file; name a folder, or one to be made")
+    path = runs_dir / recipe.name
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; choose another name= or move it away")
+    if path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
+        if not (path / "recipe.yaml").is_file() and not (path / "manifest.json").is_file():
+            raise UsageError(f"{path} exists and is no run folder; choose another name= or move it away")
+        return find_run(path)
+    return RunFolder(path)
 
 
-def _say_build(counts: dict[str, Any], output: Output) -> None:
-    for line in built_lines(counts):
-        output.say(f"  {line}")
-
-
-def _train_sft(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.train.sft import train_sft
-    from cotree.train.student import load_student
-
-    recipe = run.recipe
-    students = ("sft", "control") if recipe.eval.control else ("sft",)
-    output.say(f"train_sft: training {' and '.join(students)} on chains")
-    base = load_student(student_source(recipe), run.checkpoint("base") / "model")
-    trained = 0
-    for name in students:
-        with output.progress(f"{name} steps") as update:
-            trained += train_sft(
-                run.data / name / "train.parquet",
-                base,
-                run.checkpoint(name),
-                recipe.train.sft,
-                seed=recipe.seed,
-                max_tokens=recipe.build.max_tokens,
-                on_step=_show_steps(name, update, output),
-            ).tokens
-    result["tokens"] = {"trained": trained}
-
-
-def _show_steps(name: str, update: Update, output: Output) -> Callable[[StepLog], None]:
-    """Plots the loss and the gauges that there are, a line each, after every step; says warnings."""
-    from cotree.base.numbers import sparkline
-
-    seen: dict[str, list[float]] = {}
-
-    def show(log: StepLog) -> None:
-        for gauge, value in (log.gauges | {"loss": log.loss}).items():
-            seen.setdefault(gauge, []).append(value)
-        lines = [f"{gauge:<15} {seen[gauge][-1]:>8.3g}  {sparkline(seen[gauge])}" for gauge in _GAUGES if gauge in seen]
-        update(log.step, log.total_steps, "\n".join(lines))
-        for warning in log.warnings:
-            output.say(f"  warning at {name} step {log.step}: {warning}")
-
-    return show
-
-
-_GAUGES = (
-    "loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "chosen_reward",
-    "probe_tokens", "probe_loop", "probe_no_answer",
-)  # fmt: skip
-
-
-def _train_dpo(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.train.dpo import train_dpo
-
-    recipe = run.recipe
-    output.say("train_dpo: training dpo on pairs, from the sft checkpoint")
-    with output.progress("dpo steps") as update:
-        trained = train_dpo(
-            run.data / "dpo" / "train.parquet",
-            run.checkpoint("sft") / "model",
-            run.checkpoint("dpo"),
-            recipe.train.dpo,
-            seed=recipe.seed,
-            max_tokens=recipe.build.max_tokens,
-            on_step=_show_steps("dpo", update, output),
-        )
-    result["tokens"] = {"trained": trained.tokens}
-
-
-def _eval(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.eval.asking import Sampling, ask, embedded
-    from cotree.eval.outcome import constant_baselines, instruction_scores, outcomes
-    from cotree.models.tokenizer import load_tokenizer
-    from cotree.report.summary import MODELS
-    from cotree.train.export_gguf import export_gguf
-
-    settings, source = run.recipe.eval, student_source(run.recipe)
-    tokenizer, asked = load_tokenizer(source), questions(run.recipe, settings.split)
-    output.say(f"eval: asking {len(asked)} {settings.split} questions of every model, greedily")
-    left_out = {"base+examples": not settings.examples, "control": not settings.control}
-    rows: list[dict[str, Any]] = []
-    followed: list[dict[str, Any]] = []
-    prompt = completion = 0
-    for name in MODELS:
-        if left_out.get(name):
+def _work(
+    recipe: Recipe, folder: RunFolder, fingerprints: Fingerprints, *, states: Sequence[State], output: Output
+) -> None:
+    worker = Worker(recipe, folder, fingerprints, output)
+    for state in states:
+        node = folder.node(state.node.id, state.model)
+        assert state.fingerprint is not None
+        wanted = state.fingerprint
+        if node.complete(wanted.of):
             continue
-        checkpoint, _, examples = name.partition("+")
-        gguf = run.path / "student" / f"{checkpoint}-{settings.gguf}.gguf"
-        if not gguf.is_file():
-            export_gguf(run.checkpoint(checkpoint) / "model", source, gguf, settings.gguf)
-        how = Sampling(settings.max_tokens, examples=bool(examples))
-        with output.progress(name) as update:
-            model = embedded(gguf, tokenizer, asked, how)
-            samples = ask(model, asked, run.path / "eval" / f"samples_{name}.jsonl", how, on_sample=update)
-        if name not in run.manifest.get("answered", ()):  # in the run that this one began with, at no cost here
-            prompt += sum(sample.prompt_tokens for sample in samples)
-            completion += sum(sample.tokens for sample in samples)
-        rows += [{"model": name, **row} for row in outcomes(asked, samples)]
-        followed += [{"model": name, **score} for score in instruction_scores(asked, samples)]
-    # The student beside its GGUF as a transformers folder; the weights themselves stay where they were trained.
-    folder = run.path / "student" / "transformers"
-    if not folder.is_symlink():
-        folder.symlink_to(Path("..") / run.checkpoint("dpo").relative_to(run.path) / "model")
-    write_json(run.path / "eval" / "results.json", {"eval": rows, "instructions": followed})
-    result.update(eval=rows, instructions=followed, baselines=constant_baselines(asked))
-    result.update(tokens={"prompt": prompt, "completion": completion})
+        begun = any(
+            there is not None and there.base == wanted.base for there in (node.record(), node.kept(wanted.base))
+        )
+        record = node.begin(NodeRecord(wanted.of, wanted.base, parts=wanted.parts, reads=state.node.reads))
+        if record.done:
+            output.print(f"{state.name}: kept from before")
+            continue
+        output.print(f"{state.name}: {'going on' if begun else 'begins'}")
+        started = time.monotonic()
+        with first_cotree_error(), node.working(record) as work:
+            output.on_update = work.beat
+            worker.work(state.node, state.model, work)
+        output.on_update = lambda: None
+        output.print(f"  {state.name} done in {time.monotonic() - started:.0f} s")
 
 
-def _report(run: RunFolder, result: dict[str, Any], output: Output) -> None:
-    from cotree.report.html import write_report
-
-    output.say("report: writing report.html")
-    started = time.monotonic()
-    summary = _summary(run)
-    write_json(run.path / "summary.json", summary)
-    write_report(run.path)
-    summary["seconds"]["report"] = round(time.monotonic() - started, 1)
-    write_json(run.path / "summary.json", summary)
-    result["report"] = "report.html"
+def _mark_outdated(folder: RunFolder, states: Sequence[State]) -> None:
+    """Note of all content in the run whether it is of the recipe's settings, so that no table mixes the two."""
+    wanted = {(state.node.id, state.model): state.fingerprint for state in states}
+    there: dict[tuple[str, str | None], NodeRecord] = {(name, None): record for name, record in folder.nodes().items()}
+    there |= {(f"evaluations/{name}", model): record for (name, model), record in folder.cells().items()}
+    for (name, model), record in there.items():
+        fingerprint = wanted.get((name, model))
+        of_another = fingerprint is not None and fingerprint.base != record.base
+        folder.node(name, model).mark(outdated=of_another or (name, model) not in wanted)
 
 
-def _summary(run: RunFolder) -> dict[str, Any]:
-    """Every number of the printed tables, as far as the stages have come."""
-    stages = run.manifest["stages"]
-    search, evaluated = run.result("search"), run.result("eval")
-    return {
-        "name": run.recipe.name,
-        "seed": run.recipe.seed,
-        "created": run.manifest["created"],
-        "student": run.recipe.models[run.recipe.train.student].embedded,
-        "split": run.recipe.eval.split,
-        "machine": run.manifest["machine"],
-        **{part: evaluated.get(part, []) for part in ("eval", "baselines", "instructions")},
-        "search": {**search.get("counts", {}), "compared": search.get("compared", [])},
-        "data": run.result("build").get("counts", {}),
-        # Of this run's own stages: those taken over cost it nothing.
-        "seconds": {name: each["seconds"] for name, each in stages.items() if each["done"] and "from" not in each},
-        "tokens": {name: stage["result"]["tokens"] for name, stage in stages.items() if "tokens" in stage["result"]},
-    }
+def _refuse_regrowing(ahead: Sequence[State], regrow: bool, output: Output) -> None:
+    """Trees are paid work: growing finished ones again is said first, and needs `--regrow`."""
+    for state in ahead:
+        if not state.regrow:
+            continue
+        what = (
+            f"{state.name}: {state.regrow} finished trees would be grown again (changed: {', '.join(state.why)}); "
+            "requests that are the same are replayed from the journal, the others are made"
+        )
+        if not regrow:
+            raise UsageError(f"{what}; add --regrow, or put the values back (the trees are kept either way)")
+        output.print(what)
 
 
-def _say_results(run: RunFolder, output: Output) -> None:
-    from cotree.report.summary import Summary, read_summary
-    from cotree.report.table import eval_table, summary_lines
-
-    finished = run.done("report")
-    summary = read_summary(run.path) if finished else Summary.model_validate(_summary(run))
-    if summary.eval:
-        output.say(eval_table(summary))
-    for line in summary_lines(summary):
-        output.say(line)
-    if finished:
-        output.say(f"report: {run.path / 'report.html'}")
-    else:
-        output.say(f"{run.path}; go on with the same command without --only")
+def _servers(recipe: Recipe, ahead: Sequence[State]) -> dict[str, Model]:
+    asked: dict[str, Model] = {}
+    for state in ahead:
+        names = state.node.trees.writers if state.node.kind == "trees" else (state.model,) if state.model else ()
+        asked |= {name: recipe.models[name] for name in names if name in recipe.models}
+    return asked
 
 
-_STAGE = {
-    "search": _search,
-    "build": _build,
-    "train_sft": _train_sft,
-    "train_dpo": _train_dpo,
-    "eval": _eval,
-    "report": _report,
-}
+def _take(
+    taken: dict[str, NodeFolder], folder: RunFolder, source: Path | None, *, states: Sequence[State], output: Output
+) -> None:
+    """Bring content of equal fingerprints over: files are linked where the file system can, stores are copied."""
+    draft = folder.path / ".taken"  # copied there first, so that a kill leaves no part of something in a node's folder
+    with _unchanged(source, folder):
+        for state in states:
+            if state.name not in taken:
+                continue
+            node, content = folder.node(state.node.id, state.model), taken[state.name]
+            record = content.record()
+            assert record is not None
+            with explain_write_errors(node.path, "set --runs-dir"):
+                remove(draft)
+                _copy(content.path, draft)
+                node.begin(replace(record, done=False))
+                # What shows that the content is whole comes last.
+                for entry in sorted(draft.iterdir(), key=lambda entry: entry.name in record.files):
+                    remove(node.path / entry.name)
+                    entry.rename(node.path / entry.name)
+            here = content.path.is_relative_to(folder.path)
+            node.write(replace(record, outdated=False, origin=record.origin if here or source is None else source.name))
+            output.print(f"{state.name}: taken from {content.path}")
+        remove(draft)
+        if source is not None and (source / "journal.db").is_file() and not (folder.path / "journal.db").exists():
+            _copy(source / "journal.db", folder.path / "journal.db")
+
+
+def _unchanged(source: Path | None, folder: RunFolder) -> AbstractContextManager[None]:
+    """While the block runs, nothing works in the other run that content is taken from, if it is another."""
+    if source is None or source.resolve() == folder.path.resolve():
+        return nullcontext()
+    return locked(source, fcntl.LOCK_SH)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder, without its node.json."""
+    if source.is_dir():
+        target.mkdir(parents=True)
+        for entry in source.iterdir():
+            if entry.name != "node.json" and not entry.name.endswith(("-wal", "-shm")):
+                _copy(entry, target / entry.name)
+    elif source.suffix == ".db":  # its last changes may still be in a file beside it
+        with (
+            atomic_draft(target) as draft,
+            closing(sqlite3.connect(source)) as old,
+            closing(sqlite3.connect(draft)) as new,
+        ):
+            old.backup(new)
+    elif source.suffix == ".jsonl" or not _linked(source, target):  # what is appended to must be a file of its own
+        shutil.copy2(source, target)
+
+
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Have a run folder for oneself, or share it with others that change nothing (`fcntl.LOCK_SH`).
+
+    Raises:
+        UsageError: another process works in it.
+        CotreeError: it cannot be made.
+    """
+    with explain_write_errors(path, "set --runs-dir"):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, mode | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another cotree works in {path}; wait for it, or choose another name=") from None
+        yield

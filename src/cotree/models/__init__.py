@@ -1,1 +1,1 @@
-"""Where text comes from: the endpoint client, chat templates, the embedded engine."""
+"""Models: clients of model servers, llama.cpp in this process, weights, chat templates and token ids."""

@@ -1,8 +1,4 @@
-"""Conversations as models take them: text through the chat template, or messages that the server renders.
-
-Invariant: a `Prompt` stands where the assistant's turn begins; its text and whatever the assistant has said so far is
-exactly what the model reads and continues.
-"""
+"""Conversations as prompts: rendered by a model's chat template here, or as messages that its server renders."""
 
 from __future__ import annotations
 
@@ -18,7 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Where a conversation stands before the assistant writes.
+    """A conversation up to where the assistant's turn begins.
+
+    Invariant: its text and what the assistant has written so far is exactly what the model reads and continues.
 
     text: the rendered template, "" where the server renders it.
     messages: (role, content) pairs for the server to render, () where `text` is rendered.
@@ -29,10 +27,10 @@ class Prompt:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as text, ending where the assistant's turn begins.
+    """Render a conversation as text that ends where the assistant's turn begins.
 
-    A token of beginning that the server will add by itself is left out: two of them are another prompt. A base model,
-    whose tokenizer has no chat template, reads the conversation as a text of plain turns:
+    A begin-of-sequence token that the server will add by itself is left out: two of them would be another prompt. A
+    base model, whose tokenizer has no chat template, reads plain turns:
 
         Question: What is 1 + 2?
         Answer:
@@ -40,8 +38,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
 
         Question: What is 3 + 4?
         Answer:
-
-    An answer begins in a line of its own, as every thought does.
 
     Raises:
         UsageError: the chat template refuses the conversation.
@@ -61,6 +57,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, s
 
 
 def _plain_turns(messages: Sequence[Mapping[str, str]]) -> str:
-    """Questions and answers, a blank line after each answer; what others say stands as it is."""
+    """Questions and answers; an answer begins on a line of its own, as every thought does."""
     turns = ((message["role"], message["content"].strip()) for message in messages)
-    return "".join(f"Question: {said}\nAnswer:\n" if role == "user" else f"{said}\n\n" for role, said in turns)
+    return "".join(f"Question: {text}\nAnswer:\n" if role == "user" else f"{text}\n\n" for role, text in turns)

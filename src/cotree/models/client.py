@@ -1,9 +1,8 @@
-"""The client of one model server: `/v1/completions`, `/v1/chat/completions` for requests with messages, `/pooling` for
-scores.
+"""The HTTP client of one OpenAI-compatible model server, with retries and token counters.
 
 Invariant: `complete` returns n whole choices or raises; a failed, cut or malformed reply is never half used. Every
-token that a server reports is counted, those of discarded replies too, and every attempt whose tokens are unknown is
-counted as that. The API key is sent and nothing else: no message, repr or exception holds it.
+token that a server reports is counted, those of discarded replies too, and so is every attempt whose tokens are
+unknown. The API key is in the requests and nowhere else: no message, repr or exception holds it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import aiohttp
 from yarl import URL
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.experiment.recipe import Mode
+from cotree.models.settings import Mode
 from cotree.models.wire import Choice, Completion, Counters, Request, error_message, model_names, one_line, read_reply
 
 __all__ = ["Choice", "Client", "Completion", "Counters", "Request"]
@@ -33,27 +32,27 @@ _LONGEST_BACKOFF = 15.0
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """An attempt that brought nothing: a value, so that no exception of aiohttp (they hold the headers) travels on.
+    """A failed attempt: a value, because the exceptions of aiohttp hold the headers and must not travel on.
 
-    `wait`: the least seconds before another attempt, None if another attempt cannot help.
+    reason: for the error message. wait: the least seconds before another attempt, None if another cannot help.
     """
 
-    what: str
+    reason: str
     wait: float | None = 0.0
 
 
 class Client:
-    """One endpoint and its counters. An async context manager: `async with Client(...) as client`.
+    """One model at one server; an async context manager: `async with Client(...) as client`.
 
     name, url, model: the recipe's name, the server's base URL (with or without `/v1`), the model's name at the server.
-    max_in_flight: requests under way at once; a request that waits to be repeated keeps its place, so a failing server
-        is asked less.
-    count_tokens: length of a text in the model's tokens; stands in where the server does not report it.
-    timeout, seconds_per_token: an attempt gets `timeout + seconds_per_token * max_tokens * n` seconds.
+    max_in_flight: requests at once; a request that waits to be repeated keeps its place, so that a failing server is
+        asked less.
+    count_tokens: length of a text in the model's tokens, where the server does not report it.
+    timeout, seconds_per_token: an attempt may take `timeout + seconds_per_token * max_tokens * n` seconds.
     attempts, patience: no new attempt after this many, or this many seconds after the first failure.
     backoff: seconds; the k-th repetition waits uniform(0, min(15, backoff * 2**(k-1))), or what `Retry-After` asks.
 
-    `counters` is what has been asked so far, and what it took.
+    `counters` has the requests and tokens so far.
     """
 
     def __init__(
@@ -105,9 +104,10 @@ class Client:
         return f"model `{self.name}` ({self.model}) at {self.url}"
 
     async def complete(self, request: Request) -> Completion:
-        """Generate `request.n` samples. Cancelling closes the connection and frees the slot.
+        """Generate `request.n` samples, with retries. Cancelling closes the connection and frees the slot.
 
-        Raises CotreeError when the server refuses the request (4xx other than 429) or the retry budget is spent.
+        Raises:
+            CotreeError: the server refuses the request (4xx other than 429), or no attempt is left.
         """
         limit = self._timeout + self._seconds_per_token * request.max_tokens * request.n
         limits = aiohttp.ClientTimeout(total=limit, sock_connect=_CONNECT_SECONDS)
@@ -127,15 +127,19 @@ class Client:
                 await asyncio.sleep(wait)
                 self.counters.retries += 1
         tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-        raise CotreeError(f"{self}: {result.what} ({tried}); fix that, then re-run the same command to resume")
+        raise CotreeError(f"{self}: {result.reason} ({tried}); fix that, then re-run the same command to resume")
 
     async def ready(self, mode: Mode = "completions") -> None:
-        """Ask the server whether it is there and serves the model, before work starts.
+        """Check before work starts that the server is there and serves the model.
 
-        mode: how the model will be asked.
+        Costs no tokens unless the server does not list the model: some (llama.cpp, Ollama) answer to other names too,
+        so one token is asked for.
 
-        Raises UsageError with one line that names the model, the URL and the fix. Costs no tokens unless the server
-        does not list the model: some (llama.cpp, Ollama) answer to other names too, so one token is asked for.
+        Args:
+            mode: how the model will be asked.
+
+        Raises:
+            UsageError: names the model, the URL and the fix.
         """
         limits = aiohttp.ClientTimeout(total=2 * _CONNECT_SECONDS, sock_connect=_CONNECT_SECONDS)
         status, content = 0, b""
@@ -153,14 +157,26 @@ class Client:
             raise UsageError(f"{self}: {problem}; {fix}, then run the same command again")
         served = model_names(content)
         if served and self.model not in served:
-            prompt, messages = ("Hi", ()) if mode == "completions" else ("", (("user", "Hi"),))
-            probe = Request(prompt, 1, 1, 1.0, 1.0, 0, (), messages, scores=mode == "pooling")
-            result = await self._attempt(probe, limits)
+            rendered = mode == "completions"
+            request = Request(
+                prompt="Hi" if rendered else "",
+                n=1,
+                max_tokens=1,
+                temperature=1.0,
+                top_p=1.0,
+                seed=0,
+                stop=(),
+                messages=() if rendered else (("user", "Hi"),),
+                scores=mode == "pooling",
+            )
+            result = await self._attempt(request, limits)
             if isinstance(result, _Failure):
-                raise UsageError(f"{self}: {result.what}; the server lists {', '.join(served[:8])}: set `model` to one")
+                raise UsageError(
+                    f"{self}: {result.reason}; the server lists {', '.join(served[:8])}: set `model` to one"
+                )
 
     async def _attempt(self, request: Request, limits: aiohttp.ClientTimeout) -> Completion | _Failure:
-        """Send once. Only being cancelled raises."""
+        """Send the request once; raises only when cancelled."""
         self.counters.requests += 1
         started = time.perf_counter()
         url = self._pooling if request.scores else self._chat if request.messages else self._completions
@@ -173,39 +189,39 @@ class Client:
             wait = None if isinstance(error, aiohttp.ClientSSLError) else 0.0
             return _Failure(_connection_failure(error, limits.total), wait)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._abandon(request)
+            self._count_abandoned(request)
             return _Failure(_connection_failure(error, limits.total))
         except asyncio.CancelledError:
-            self._abandon(request)
+            self._count_abandoned(request)
             raise
         if reply.status == 200:
             return self._read(content, request, time.perf_counter() - started)
-        what = self._refusal(reply.status, content)
+        reason = self._refusal(reply.status, content)
         if reply.status != 429 and reply.status < 500:
-            return _Failure(what, wait=None)
+            return _Failure(reason, wait=None)
         wait = _retry_after(reply.headers.get("Retry-After"))
-        return _Failure(f"{what}, asks to wait {wait:g} s" if wait else what, wait)
+        return _Failure(f"{reason}, asks to wait {wait:g} s" if wait else reason, wait)
 
     def _read(self, content: bytes, request: Request, seconds: float) -> Completion | _Failure:
-        """Count a reply's tokens and take its choices."""
+        """Count the tokens of a reply with HTTP 200, and return its choices if they are whole."""
         reply = read_reply(content, request, self._count_tokens)
         if reply.completion is None:
-            self._abandon(request)
+            self._count_abandoned(request)
             return _Failure(reply.problem)
         self.counters.add(reply.completion)
         if reply.problem:
-            return _Failure(reply.problem, wait=None if reply.lasting else 0.0)
+            return _Failure(reply.problem, wait=None if reply.permanent else 0.0)
         return replace(reply.completion, seconds=seconds)
 
-    def _abandon(self, request: Request) -> None:
-        """Count an attempt that the server may have worked on and whose tokens nobody will report."""
+    def _count_abandoned(self, request: Request) -> None:
+        """Count an attempt that the server may have worked on, but whose tokens it will not report."""
         tokens = self._count_tokens(request.prompt_text())
         self.counters.abandoned += 1
         self.counters.abandoned_tokens += tokens
         self.counters.prompt_tokens += tokens
 
     def _refusal(self, status: int, content: bytes) -> str:
-        """An error reply in one line: the status and the first 300 characters of the server's message."""
+        """An error reply in one line: the status, the first 300 characters of the server's message, the fix."""
         text = error_message(content)
         if self._api_key:  # servers like to quote it
             text = text.replace(self._api_key, "***")
@@ -214,13 +230,13 @@ class Client:
 
 
 def _base_url(name: str, url: str) -> URL:
-    """The server's root. A URL with a password or a query is refused: recipes are copied into run folders."""
+    """The server's root URL; one with a password or a query is refused, because recipes are copied into run folders."""
     try:
         base = URL(url.strip())
     except ValueError:
         base = URL()
-    more = base.query_string or base.fragment or base.user or base.password
-    if base.scheme not in ("http", "https") or not base.host or more:
+    secrets = base.query_string or base.fragment or base.user or base.password
+    if base.scheme not in ("http", "https") or not base.host or secrets:
         raise UsageError(
             f"model `{name}`: `url` must look like http://HOST:PORT or https://HOST/v1, without a key in it "
             "(keys come from the environment variable that `api_key_env` names)"

@@ -1,8 +1,7 @@
-"""The models of a recipe as open clients: embedded ones served in this process, others reached over HTTP.
+"""The models of a recipe as open endpoints: weights served by llama.cpp in this process, others reached over HTTP.
 
-Invariant: whoever asks for a completion sees only an `Endpoint`. A question stays with one server of a model, so that
-its prompts stay warm there. The identity of a model (what decides its text) is part of every journal key, its address
-is not.
+Whoever asks for a completion sees only an `Endpoint`. A question stays with one server of a model, so that its prompts
+stay in that server's cache.
 """
 
 from __future__ import annotations
@@ -16,23 +15,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cotree.base.errors import UsageError
-from cotree.experiment.recipe import Model, Price
 from cotree.models.chat import Prompt, render
 from cotree.models.client import ATTEMPTS, Client, Counters
-from cotree.models.embedded import at_type, locate, serve
+from cotree.models.identity import identity_text
+from cotree.models.llama_cpp import serve
+from cotree.models.settings import Model, Price
+from cotree.models.weights import gguf_file, tokenizer_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# llama.cpp under load can take minutes for a batch; a call that is slow must not be made twice.
-_SERVER_TIMEOUT, _EMBEDDED_TIMEOUT = 60.0, 600.0
+# Seconds. llama.cpp under load can take minutes for a batch, and a call that is only slow must not be made twice.
+_SERVER_TIMEOUT, _LLAMA_CPP_TIMEOUT = 60.0, 600.0
 # About right for English; stands in only where a server reports no usage and no tokenizer is given.
 _BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An open model: a client for each of its servers, and what renders its prompts (None: the servers do)."""
+    """An open model.
+
+    name: in the recipe. clients: one for each of its servers. tokenizer: renders its prompts, None where the servers
+    do. identity: `identity_text` of the model, a part of the key of every journalled completion.
+    """
 
     name: str
     clients: tuple[Client, ...]
@@ -40,33 +45,25 @@ class Endpoint:
     identity: str
     price: Price | None = None
 
-    def begin(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
-        """The prompt of a conversation, standing where the assistant begins."""
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
+        """A conversation up to where the assistant begins to write."""
         if self.tokenizer is None:
             return Prompt("", tuple((message["role"], message["content"]) for message in messages))
         return Prompt(render(self.tokenizer, messages))
 
-    def client(self, question: str) -> Client:
-        """The server that a question stays with: the highest hash wins, so another server takes only its own share."""
+    def client_for(self, question: str) -> Client:
+        """The server that a question stays with (rendezvous hashing: another server takes over only its own share)."""
         return max(self.clients, key=lambda client: hashlib.sha256(f"{client.url}\n{question}".encode()).digest())
 
     @property
     def counters(self) -> Counters:
-        """What all servers of the model were asked so far."""
+        """The requests and tokens of all servers of the model so far."""
         return sum((client.counters for client in self.clients), Counters())
 
     @property
     def cost(self) -> float | None:
-        """What that cost so far, in the price's currency; None without a price."""
+        """What these tokens cost, in the price's currency; None without a price."""
         return None if self.price is None else self.counters.cost(self.price)
-
-
-def identity(model: Model) -> str:
-    """What decides a model's text, without its address: two servers of one model are one model."""
-    if model.embedded:
-        return f"{model.embedded}@{model.gguf}"
-    # In the other modes the server's template decides what the model reads, so it is another writer.
-    return model.model if model.mode == "completions" else f"{model.model} ({model.mode})"
 
 
 @asynccontextmanager
@@ -76,7 +73,7 @@ async def open_endpoints(
     """Start or reach every model; all are ready when this yields.
 
     Args:
-        widest: the most samples that one request will ask for; an embedded engine needs a slot for each.
+        widest: the most samples that one request will ask for; llama.cpp needs a slot for each.
         attempts: how often a request is sent before it fails.
 
     Raises:
@@ -86,35 +83,42 @@ async def open_endpoints(
         endpoints: dict[str, Endpoint] = {}
         for name, model in models.items():
             tokenizer = _tokenizer(model)
-            if model.embedded is None:
-                clients = await _reach(stack, name, model, tokenizer, attempts)
+            if model.weights is None:
+                clients = await _reach_servers(stack, name, model, tokenizer=tokenizer, attempts=attempts)
             else:
-                path = at_type(locate(model.embedded), model.gguf)
-                url = stack.enter_context(serve(path, slots=max(model.max_in_flight, widest), shared=True))
-                client = _client(name, url, model, tokenizer, _EMBEDDED_TIMEOUT, attempts)
+                slots = max(model.max_in_flight, widest)
+                url = stack.enter_context(serve(gguf_file(model, model.gguf), slots=slots, shared=True))
+                client = _client(name, url, model, tokenizer=tokenizer, timeout=_LLAMA_CPP_TIMEOUT, attempts=attempts)
                 clients = [await stack.enter_async_context(client)]
-            rendering = tokenizer if model.mode == "completions" else None
-            endpoints[name] = Endpoint(name, tuple(clients), rendering, identity(model), model.price)
+            endpoints[name] = Endpoint(
+                name=name,
+                clients=tuple(clients),
+                tokenizer=tokenizer if model.mode == "completions" else None,
+                identity=identity_text(model),
+                price=model.price,
+            )
         yield endpoints
 
 
 async def check_servers(models: Mapping[str, Model]) -> None:
-    """Ask every server of a recipe whether it is there, and read every model's tokenizer; no model is loaded.
+    """Ask every server whether it is ready, and read every model's tokenizer; no weights are loaded.
 
     Raises:
-        UsageError: one is not (all that are not are named), or its tokenizer or its API key.
+        UsageError: servers that are not ready (all are named), or a tokenizer or an API key that is not there.
     """
     async with AsyncExitStack() as stack:
         for name, model in models.items():
-            await _reach(stack, name, model, None, ATTEMPTS)
+            await _reach_servers(stack, name, model, tokenizer=None, attempts=ATTEMPTS)
             _tokenizer(model)
 
 
-async def _reach(
-    stack: AsyncExitStack, name: str, model: Model, tokenizer: PreTrainedTokenizerBase | None, attempts: int
+async def _reach_servers(
+    stack: AsyncExitStack, name: str, model: Model, *, tokenizer: PreTrainedTokenizerBase | None, attempts: int
 ) -> list[Client]:
-    """Clients of all servers of a model, asked at once; one line names every one that is not ready."""
-    clients = [_client(name, url, model, tokenizer, _SERVER_TIMEOUT, attempts) for url in model.urls]
+    """Clients of all servers of a model, which are asked at once whether they are ready."""
+    clients = [
+        _client(name, url, model, tokenizer=tokenizer, timeout=_SERVER_TIMEOUT, attempts=attempts) for url in model.urls
+    ]
     for client in clients:
         await stack.enter_async_context(client)
     results = await asyncio.gather(*(client.ready(model.mode) for client in clients), return_exceptions=True)
@@ -131,24 +135,29 @@ async def _reach(
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
     from cotree.models.tokenizer import load_tokenizer
 
-    source = model.tokenizer if model.embedded is None else locate(model.embedded)
+    source = tokenizer_source(model)
     return None if source is None else load_tokenizer(source, chats=False)
 
 
 def _client(
-    name: str, url: str, model: Model, tokenizer: PreTrainedTokenizerBase | None, timeout: float, attempts: int
+    name: str, url: str, model: Model, *, tokenizer: PreTrainedTokenizerBase | None, timeout: float, attempts: int
 ) -> Client:
     from cotree.models.tokenizer import token_counter
 
-    key = None if model.api_key_env is None else os.environ.get(model.api_key_env)
-    if model.api_key_env is not None and not key:
+    api_key = None if model.api_key_env is None else os.environ.get(model.api_key_env)
+    if model.api_key_env is not None and not api_key:
         raise UsageError(f"model `{name}`: the environment variable {model.api_key_env} is not set; export its API key")
     return Client(
-        name, url, model.model, max_in_flight=model.max_in_flight,
-        count_tokens=_guessed_tokens if tokenizer is None else token_counter(tokenizer), api_key=key, timeout=timeout,
+        name,
+        url,
+        model.model,
+        max_in_flight=model.max_in_flight,
+        count_tokens=_estimated_tokens if tokenizer is None else token_counter(tokenizer),
+        api_key=api_key,
+        timeout=timeout,
         attempts=attempts,
-    )  # fmt: skip
+    )
 
 
-def _guessed_tokens(text: str) -> int:
+def _estimated_tokens(text: str) -> int:
     return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)

@@ -2,9 +2,9 @@
 
 Two kinds are read: byte-level BPE (SmolLM2, Qwen, Llama 3) and SentencePiece's scored pieces (Gemma).
 
-Invariant: it cuts text exactly as llama.cpp does with the same file, because what the student is trained on and what
-it is served with must be the same tokens. (transformers' own reader does not know how `smollm` splits digits and
-spaces: it differs wherever a digit follows two spaces or two newlines.) Imports no torch of its own.
+Invariant: it tokenises exactly as llama.cpp does with the same file, because a student must be trained on the tokens
+that it is served with. (transformers' own GGUF reader does not know how `smollm` splits digits and spaces: it differs
+wherever a digit follows two spaces or two newlines.) Imports no torch of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import UsageError
-from cotree.models.gguf_file import GGUF
+from cotree.models.gguf_format import GGUF
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How each vocabulary splits text before merging, by the name that llama.cpp gives it; None is GPT-2's own expression.
+# How each vocabulary splits text before merging, by llama.cpp's name for it; None is GPT-2's own expression.
 _SPLITS: dict[str, list[str | None]] = {
     "gpt-2": [None],
     "smollm": [r"\p{N}", None],
@@ -34,10 +34,10 @@ _SPLITS: dict[str, list[str | None]] = {
 
 
 def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, from a `.gguf` file, a transformers folder or a hub id.
+    """Load a model's tokenizer from a `.gguf` file, a transformers folder or a hub id.
 
     Args:
-        chats: it must have a chat template, as a student's must; a model that only writes thoughts may be a base model.
+        chats: whether it must have a chat template, as a student's must; a base model can write thoughts without one.
 
     Raises:
         UsageError: there is none, it lacks a chat template, or the GGUF's vocabulary is of an unsupported kind.
@@ -46,7 +46,7 @@ def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedToken
 
     if str(source).endswith(".gguf"):
         path = Path(source).absolute()
-        tokenizer = _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
+        tokenizer = _cached_tokenizer(path, path.stat().st_mtime_ns if path.is_file() else 0)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source))
@@ -58,8 +58,7 @@ def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedToken
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    """The number of a text's tokens. Asked for every sample of a search, so it goes past transformers' own call, which
-    takes three times as long."""
+    """A function that counts a text's tokens, three times as fast as transformers' own call: searches call it often."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
@@ -67,8 +66,8 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
 
 
 @lru_cache(maxsize=4)
-def _read_once(path: Path, changed: int) -> PreTrainedTokenizerBase:
-    """Gemma's 262,144 pieces take seconds to read, and a run asks for them again and again; nobody changes them."""
+def _cached_tokenizer(path: Path, modified: int) -> PreTrainedTokenizerBase:
+    """Cached because Gemma's 262,144 pieces take seconds to read; tokenizers are never changed after loading."""
     return gguf_tokenizer(GGUF(path))
 
 
@@ -83,7 +82,7 @@ def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
 
     model, pre = file["tokenizer.ggml.model"], file.get("tokenizer.ggml.pre", "gpt-2")
     tokens: list[str] = file["tokenizer.ggml.tokens"]
-    # Without a space of its own before a text, that is; with one, no text could be cut at its beginning.
+    # With a space prefix a text has other tokens at its start than in the middle, so no text could be continued.
     if model == "llama" and not file.get("tokenizer.ggml.add_space_prefix", True):
         tokenizer = _scored_pieces(file, tokens)
     elif model == "gpt2" and pre in _SPLITS:
@@ -91,7 +90,7 @@ def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
     else:
         raise UsageError(
             f"{file.path} has a {model}/{pre} vocabulary, cotree reads gpt2 with {', '.join(_SPLITS)}, and llama "
-            "without a space prefix: give the model's transformers folder or hub id as student instead"
+            "without a space prefix: give the model's transformers folder instead"
         )
     kinds = list(zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k == _CONTROL])
@@ -114,7 +113,7 @@ def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
 
 
 def _byte_level(file: GGUF, tokens: list[str], pre: str) -> Tokenizer:
-    """GPT-2's kind: text is split by expressions, then bytes are merged in the order of the file's merges."""
+    """GPT-2's kind: text is split by regular expressions, then bytes are merged in the order of the file's merges."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     merges = [tuple(merge.split(" ", 1)) for merge in file["tokenizer.ggml.merges"]]
@@ -134,10 +133,10 @@ def _byte_level(file: GGUF, tokens: list[str], pre: str) -> Tokenizer:
 
 
 def _scored_pieces(file: GGUF, tokens: list[str]) -> Tokenizer:
-    """SentencePiece's kind: of all neighbours that make a piece together, those of the best score are merged first.
+    """SentencePiece's kind: of all neighbours that form a piece together, those of the best score are merged first.
 
-    As BPE: every way to cut a piece in two is a merge, ranked by the piece's score. A space is written as U+2581, and a
-    character without a piece as its bytes.
+    Expressed as BPE: every way to cut a piece in two is a merge, ranked by the piece's score. A space is written as
+    U+2581, and a character without a piece as its bytes.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 

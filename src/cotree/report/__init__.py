@@ -1,1 +1,1 @@
-"""The evaluation table for the terminal and Markdown, and one self-contained HTML page for a run."""
+"""Summary, tables of evaluations, trees in the terminal, and one self-contained HTML page for a run."""

@@ -1,127 +1,320 @@
-"""What the report reads from a run folder, checked.
+"""`summary.json`: every number of a run that a table or the report shows, collected from the node.json of its nodes.
 
-Invariant: files hold fractions in [0, 1] and raw counts; the rows about which something is claimed are checked, and a
-wrong value is an error that names file and key; what is absent stays absent (None) and is shown as such, never as 0.
+Fractions are in [0, 1], tokens and rows are counts; what is absent stays absent (None), and is shown as a dash. The
+rows of evaluations are checked, and a wrong value is an error that names the file and the key.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cotree.base.atomic import write_json
 from cotree.base.errors import UsageError
+from cotree.base.numbers import group_name
+from cotree.base.run_folder import KINDS, NodeRecord, RunFolder
 from cotree.eval.journal import read_lines
-from cotree.experiment.run_folder import read_json
 
-# From this share of one answer on, a row is called constant.
-CONSTANT = 0.9
-# `step`, and whatever was logged of it (`train.trainer`).
+# One optimizer step of a training's log: `step`, and whatever its method measured.
 LogLine = dict[str, Any]
-MODELS = ("base", "base+examples", "control", "sft", "dpo")
+# A node's id ("students/dpo") and the ids of the nodes that it reads.
+NodeReads = tuple[str, Sequence[str]]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Part(BaseModel):
-    """A part of a run's files. Types are strict ("0.5" is no number); unknown keys belong to others and are ignored."""
+    """A part of summary.json. Types are strict ("0.5" is no number); further keys are kept as they are."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
 
-class EvalRow(Part):
-    """One model on one task: `accuracy` with its interval and the no-answer ratio, as fractions of all n samples."""
+class Cell(Part):
+    """What an evaluation asked of whom. model: a model, or a student's node ("sft@seed=1").
 
+    student: the same without its seed ("sft"), so rows that differ in the seed alone have it in common.
+    """
+
+    evaluation: str
     model: str
+    student: str
+    seed: int | None = None
+    fingerprint: str = ""
     task: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it may be called by: the student, the model, and the recipe's entry of both."""
+        return self.student, self.model, self.student.partition("@")[0]
+
+    @property
+    def about(self) -> str:
+        """What its numbers are about: the task, or the part of it that they are of."""
+        return self.task
+
+
+class EvalRow(Cell):
+    """One model on one task: `accuracy` with its 95% interval and the no-answer ratio, as fractions of all samples.
+
+    The other numbers are those of `eval.outcome`; `cut_off` is `truncated`.
+    """
+
     n: int = Field(ge=1)
-    accuracy: float = Field(ge=0, le=1)
-    low: float = Field(ge=0, le=1)
-    high: float = Field(ge=0, le=1)
-    no_answer: float = Field(ge=0, le=1)
+    accuracy: Fraction
+    low: Fraction
+    high: Fraction
+    no_answer: Fraction
     loop: float | None = None
     truncated: float | None = None
+    cut_off: float | None = None
     finished_without_answer: float | None = None
     accuracy_answered: float | None = None
+    lenient: float | None = None
     mean_tokens: float
     max_tokens: int
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    decoding: str = ""
     commonest: str | None = None
     commonest_share: float | None = None
 
+
+class InstructionRow(Cell):
+    """Shares of prompts and of single instructions that one model followed, in one of the paper's IF groups.
+
+    turn: from 1; None for the mean of the group's turns. average: of the four shares.
+    """
+
+    group: str
+    turn: int | None = None
+    prompt_strict: float
+    prompt_loose: float
+    instruction_strict: float
+    instruction_loose: float
+    average: float
+    no_answer: float
+
     @property
-    def constant(self) -> str:
-        """What is to be said of a row that gives nearly one answer to everything; "" otherwise."""
-        if self.commonest_share is None or self.commonest_share < CONSTANT or self.n * (1 - self.no_answer) < 10:
-            return ""
-        share = "everything" if self.commonest_share == 1 else f"{100 * self.commonest_share:.0f}% of all"
-        return f"{self.model} answers “{self.commonest}” to {share} that it answers"
+    def about(self) -> str:
+        """What its numbers are about: "multi_if IF(En), turn 2"."""
+        return group_name(self.task, self.group, self.turn or 0)
 
 
 class Baseline(Part):
     """The best constant answer of a task: what a model gets that ignores the question."""
 
+    evaluation: str
     task: str
     answer: str
-    accuracy: float = Field(ge=0, le=1)
+    accuracy: Fraction
+
+
+class NodeState(Part):
+    """A node of the experiment: whether it is finished, and the seconds of work on it."""
+
+    name: str
+    reads: list[str] = []
+    done: bool = False
+    seconds: float = 0.0
 
 
 class Summary(Part):
-    """`summary.json`: every number that a run prints. Sections of stages that have not run are empty.
+    """`summary.json`; sections of kinds of nodes that there are none of are empty.
 
-    instructions: rows of `outcome.instruction_scores`, each with its model. search: the counts of `search.summary`, and
-    `compared`, rows of `search.baselines`. data: the counts of `data.build`. tokens: by stage those of its prompts
-    (`prompt` evaluated, `cached` not), `completion` (generated) and `trained`.
+    evaluations: how each evaluation asks (`eval.settings.Asking`, and its questions and split).
+    search: the counts of each trees node. compared: trees nodes at equal tokens (`search.summary.MethodResult`).
+    data: the counts of each dataset, and whether its chains are `unverified`.
+    train: of each student what it was trained from, on what and how, and the result.
+    tokens: by node those of its prompts (`prompt` evaluated, `cached` not), `completion` (generated) and `trained`.
     """
 
     name: str
-    seed: int
-    created: str
-    student: str | None = None
-    split: Literal["test", "dev"] | None = None
+    seed: int = 0
+    created: str = ""
     machine: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    nodes: list[NodeState] = []
+    evaluations: dict[str, dict[str, Any]] = {}
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
-    instructions: list[dict[str, Any]] = []
-    search: dict[str, Any] = {}
-    data: dict[str, Any] = {}
+    instructions: list[InstructionRow] = []
+    search: dict[str, dict[str, Any]] = {}
+    compared: list[dict[str, Any]] = []
+    data: dict[str, dict[str, Any]] = {}
+    train: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
     tokens: dict[str, dict[str, int]] = {}
 
-    @property
-    def questions(self) -> str:
-        """What the evaluated questions were, in words."""
-        return {"test": "held-out questions", "dev": "dev questions (for tuning)", None: "questions"}[self.split]
+    def names(self, kind: str) -> list[str]:
+        """Of the nodes of a kind, without the kind."""
+        return [node.name.partition("/")[2] for node in self.nodes if node.name.startswith(f"{kind}/")]
 
-    def tasks(self) -> list[str]:
-        """The evaluated tasks, in the order of the file."""
-        return list(dict.fromkeys(row.task for row in self.eval))
-
-    def rows(self, task: str) -> list[EvalRow]:
-        """A task's rows: the known models from base to final student, then any others in the order of the file."""
-        order = {model: place for place, model in enumerate(MODELS)}
-        return sorted((row for row in self.eval if row.task == task), key=lambda row: order.get(row.model, len(order)))
-
-    def baseline(self, task: str) -> Baseline | None:
-        """The task's constant-answer baseline, where there is one."""
-        return next((baseline for baseline in self.baselines if baseline.task == task), None)
+    def tokens_per_second(self, node: str) -> float | None:
+        """Generated tokens (trained ones where nothing is generated) over all the seconds of work on a node."""
+        tokens, seconds = self.tokens.get(node, {}), self.seconds.get(node)
+        made = tokens.get("completion") or tokens.get("trained")
+        return made / seconds if made and seconds else None
 
 
-def read_summary(run: Path) -> Summary:
-    """`run/summary.json`. Raises UsageError when it is missing or does not fit."""
-    path = run / "summary.json"
-    content = read_json(path)
-    if content is None:
-        raise UsageError(f"{path} does not exist: finish the run first, or name another run folder")
+def summarize_run(run: RunFolder, nodes: Sequence[NodeReads] | None = None) -> Summary:
+    """The numbers of a run, from its node.json files; content of other settings than the recipe's is left out.
+
+    Args:
+        nodes: the experiment's nodes in order with what they read, the models of evaluations included ("models/small");
+            by default those that the folder's recipe names and that have content.
+
+    Raises:
+        UsageError: a file is damaged, or its numbers are not those of this version.
+    """
+    recipe = read_recipe(run)
+    records = {name: record for name, record in run.nodes().items() if not record.outdated}
+    cells = {name: record for name, record in run.cells().items() if not record.outdated}
+    summary = _checked({"name": recipe["name"], "seed": recipe["seed"]}, run.path / "recipe.yaml")
+    used: list[NodeRecord] = []
+    for name, reads in _nodes_with_content(records, cells, recipe) if nodes is None else nodes:
+        kind, _, short = name.partition("/")
+        contents = {short: records.get(name)}
+        if kind == "evaluations":
+            models = [read.partition("/")[2] for read in reads if read.startswith(("models/", "students/"))]
+            contents = {model: cells.get((short, model)) for model in models}
+        own = {part: record for part, record in contents.items() if record is not None}
+        for part, record in own.items():
+            if kind == "evaluations":
+                _add_cell(summary, short, evaluated(short, part, record, run.node(name, part).path / "node.json"))
+            else:
+                _add_node(summary, kind, short, record)
+        state = NodeState(
+            name=name,
+            reads=[read for read in reads if not read.startswith("models/")],
+            done=bool(own) and len(own) == len(contents) and all(record.done for record in own.values()),
+            seconds=round(sum(record.seconds for record in own.values()), 1),
+        )
+        summary.nodes.append(state)
+        if own:
+            summary.seconds[name] = state.seconds
+        tokens: Counter[str] = Counter()
+        for record in own.values():
+            tokens.update(record.result.get("tokens") or record.result.get("counts", {}).get("tokens") or {})
+        if tokens:
+            summary.tokens[name] = dict(tokens)
+        used += own.values()
+    last = used[-1] if used else NodeRecord("", "")
+    created = min((record.created for record in used if record.created), default="")
+    about = {"created": created, "machine": dict(last.machine), "versions": dict(last.versions)}
+    return summary.model_copy(update=about)
+
+
+def evaluated(evaluation: str, model: str, record: NodeRecord, file: Path) -> Summary:
+    """A summary of one cell alone, from what its evaluation left (`eval.metrics.Evaluated` as plain data).
+
+    Args:
+        evaluation: its node; "" for an evaluation of its own (`cotree eval`).
+        file: where the numbers are from, for errors.
+
+    Raises:
+        UsageError: names the file and the key of a wrong value.
+    """
+    student, seed = split_seed(model) if evaluation else (model, None)
+    named = {"evaluation": evaluation, "model": model, "student": student, "seed": seed}
+    cell, result = {**named, "fingerprint": record.fingerprint}, record.result
+    content = {
+        "name": "",
+        "evaluations": {evaluation: result.get("asking") or {}},
+        "eval": [{**row, "cut_off": row.get("truncated"), **cell} for row in result.get("rows", ())],
+        "instructions": [{**row, **cell} for row in result.get("instructions", ())],
+        "baselines": [{**row, "evaluation": evaluation} for row in result.get("baselines", ())],
+    }
+    return _checked(content, file)
+
+
+def _add_cell(summary: Summary, evaluation: str, cell: Summary) -> None:
+    summary.eval.extend(cell.eval)
+    summary.instructions.extend(cell.instructions)
+    summary.baselines.extend(best for best in cell.baselines if best not in summary.baselines)
+    summary.evaluations.setdefault(evaluation, {}).update(cell.evaluations[evaluation])
+
+
+def _add_node(summary: Summary, kind: str, name: str, record: NodeRecord) -> None:
+    result = record.result
+    if kind == "students" and "train" in result:
+        summary.train[name] = {key: result.get(key) for key in ("parent", "method", "data", "differs")} | result[
+            "train"
+        ]
+    elif kind == "datasets" and "counts" in result:
+        summary.data[name] = {**result["counts"], "unverified": record.parts.get("verified") is False}
+    elif "counts" in result:
+        summary.search[name] = result["counts"]
+        summary.compared.extend({"trees": name, **row} for row in result.get("compared", ()))
+
+
+def _checked(content: Mapping[str, Any], where: Path) -> Summary:
     try:
         return Summary.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UsageError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def read_recipe(run: RunFolder) -> dict[str, Any]:
+    """The recipe of a run as it is written there: its name, its seed, and a section for each kind of entry.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        raw = yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))
+        sections = {key: dict(raw.get(key) or {}) for key in ("models", *KINDS)}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read {run.path / 'recipe.yaml'}: {' '.join(str(error).split())}") from None
+    return {"name": str(raw.get("name") or run.path.name), "seed": raw.get("seed") or 0, **sections}
+
+
+def _nodes_with_content(
+    records: Mapping[str, NodeRecord], cells: Mapping[tuple[str, str], NodeRecord], recipe: Mapping[str, Any]
+) -> list[NodeReads]:
+    """The nodes that have content and whose entry is in the recipe, in the order in which it is written."""
+    reads: dict[str, Sequence[str]] = {name: record.reads for name, record in records.items()}
+    for (evaluation, _), record in cells.items():  # records do not name models
+        models = [f"models/{model}" for model in recipe["models"] if (evaluation, model) in cells]
+        reads[f"evaluations/{evaluation}"] = [*models, *record.reads]
+    places = [f"{kind}/{entry}" for kind in KINDS for entry in recipe[kind]]
+    there = [name for name in reads if name.partition("@")[0] in places]
+    there.sort(key=lambda name: (places.index(name.partition("@")[0]), natural(name)))
+    return [(name, reads[name]) for name in there]
+
+
+def natural(name: str) -> list[tuple[float, str]]:
+    """A sort key by which "q-9" comes before "q-10"."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(float(part), "") if part[:1].isdigit() else (0.0, part) for part in parts if part]
+
+
+def split_seed(name: str) -> tuple[str, int | None]:
+    """A student's name without its seed, and the seed: "alpha@alpha=0.5,seed=1" -> ("alpha@alpha=0.5", 1)."""
+    found = re.fullmatch(r"(.+)[@,]seed=(-?\d+)", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def write_summary(run: RunFolder, summary: Summary) -> Path:
+    """Write `summary.json` into the run folder; returns its path."""
+    path = run.path / "summary.json"
+    write_json(path, summary.model_dump())
+    return path
 
 
 def read_log(path: Path) -> list[LogLine]:
     """A trainer's `log.jsonl`, one line a step, empty when there is none.
 
     A resumed training repeats the steps since its last checkpoint: the later line counts.
+
+    Raises:
+        UsageError: a line is no JSON, or has no `step`.
     """
     try:
         by_step = {line["step"]: line for line in read_lines(path)}

@@ -1,163 +1,361 @@
-"""The evaluation table of a run and the lines under it, for the terminal (`eval/tables.py` has the other forms).
+"""The table of evaluations: of one run, or of several runs and evaluations side by side.
 
-Invariants: every number shown is in summary.json; nothing is computed here but percents, differences and rates. A
-method of search is called ahead only where its 95% interval lies wholly above the other's.
+A row is a model or a student (over its seeds) on one task. Accuracies of one seed have their 95% interval; of several
+seeds the table has mean and standard deviation. What the numbers rest on stands in notes below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from cotree.base.numbers import duration, group_name, interval, number, percent, signed
-from cotree.base.statistics import wilson
-from cotree.report.summary import MODELS, Summary
+from cotree.base.errors import UsageError
+from cotree.base.numbers import interval, number, paper_form, percent
+from cotree.base.run_folder import NodeFolder, NodeRecord, find_run, read_json
+from cotree.base.settings import nearest
+from cotree.base.statistics import minimum_detectable_difference
+from cotree.report.grid import Grid, Row, write_grids
+from cotree.report.summary import Baseline, EvalRow, InstructionRow, Summary, evaluated, split_seed, summarize_run
+from cotree.report.templates import lines, listed, sentence
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
-_SHARES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
-_HEAD = ("accuracy\n%", "95%\ninterval", "no\nanswer\n%", "cut\noff\n%", "if\nanswered\n%", "tokens", "n")
+# A run's name and its summary.
+NamedSummary = tuple[str, Summary]
+_NUMBERS = ("accuracy", "no_answer", "loop", "cut_off", "finished_without_answer", "accuracy_answered", "lenient")
+_HEAD = ("model", "accuracy\n%", "95%\ninterval", "no\nanswer\n%", "cut\noff\n%", "if\nanswered\n%", "tokens", "n")
+_SHARES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "average")
+_INSTRUCTIONS_HEAD = ("model", "prompts\nstrict", "prompts\nloose", "single\nstrict", "single\nloose", "mean\nof these")
+# The columns of the paper's tables; a task that it does not have keeps its own name.
+PAPER_COLUMNS = {"gsm8k": "GSM8K", "math500": "MATH", "aime24": "AIME", "aime25": "AIME", "blocksworld": "Plan."}
+_PAPER_ORDER = (*dict.fromkeys(PAPER_COLUMNS.values()), "IF(Zh)", "IF(En)", "IF(Other)")
+_PAPER_TITLE = "In the paper's form: accuracy in %, in parentheses the ratio of outputs without an answer"
 
 
-def eval_table(summary: Summary | Mapping[str, Any]) -> Table:
-    """The evaluation as a rich table of 80 columns: models under their task, constant-answer baselines as rows."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+@dataclass(frozen=True)
+class TableRow:
+    """What one model or student has on one task of one evaluation: its accuracy, or the instructions that it followed.
 
-    summary = Summary.model_validate(summary)
-    table = Table(
-        box=box.SIMPLE_HEAD, caption=_note(summary), caption_justify="left", show_edge=False, padding=(0, 1, 0, 0)
+    label: its name in the table. run: the run or evaluation that it is of. rows: `EvalRow` or `InstructionRow`, one for
+    each of its seeds. relatives: what it was trained from, and the student that it is like.
+    """
+
+    label: str
+    run: str
+    rows: tuple[Any, ...]
+    relatives: frozenset[str] = frozenset()
+
+    @property
+    def first(self) -> Any:
+        """Its first seed's row: what all of them have in common."""
+        return self.rows[0]
+
+    def mean(self, key: str) -> float | None:
+        """The mean over seeds of a number; None where no seed has it."""
+        found = [value for row in self.rows if (value := getattr(row, key)) is not None]
+        return fmean(found) if found else None
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over its seeds."""
+        return fmean(row.accuracy for row in self.rows)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation of the accuracy over seeds; None of a single one."""
+        return stdev(row.accuracy for row in self.rows) if len(self.rows) > 1 else None
+
+    @property
+    def low(self) -> float:
+        """The low end of the 95% interval; of several seeds the lowest, so that a claim holds for each of them."""
+        return min(map(float, (row.low for row in self.rows)))
+
+    @property
+    def high(self) -> float:
+        """The high end of the 95% interval; of several seeds the highest."""
+        return max(map(float, (row.high for row in self.rows)))
+
+    @property
+    def constants(self) -> list[str]:
+        """What to say of seeds that give nearly one answer to everything."""
+        return [f"{self.label} {words}" for row in self.rows if (words := sentence("constant", row))]
+
+    def cells(self) -> Row:
+        """Its cells in the table of accuracies."""
+        spread = interval(self.low, self.high) if self.deviation is None else f"±{percent(self.deviation)}"
+        ratios = (percent(self.mean(key)) for key in ("no_answer", "truncated", "accuracy_answered"))
+        seeds = f"{len(self.rows)} × " if len(self.rows) > 1 else ""
+        tokens = number(float(self.mean("mean_tokens") or 0.0))
+        return (self.label, percent(self.accuracy), spread, *ratios, tokens, f"{seeds}{number(self.first.n)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The row's numbers; those of one seed whole, of several seeds their means."""
+        same = self.first.model_dump(include={"evaluation", "student", "task", "n", "samples", "max_tokens"})
+        low, high = (self.low, self.high) if self.deviation is None else (None, None)
+        named = {"model": self.label, "run": self.run, **same}
+        named |= {"seeds": [row.seed for row in self.rows if row.seed is not None], "deviation": self.deviation}
+        return named | {key: self.mean(key) for key in (*_NUMBERS, "mean_tokens")} | {"low": low, "high": high}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Evaluations as a table. rows: task after task, in the order of the experiment.
+
+    followed: those of instructions. notes: what a reader must know.
+    """
+
+    rows: tuple[TableRow, ...]
+    followed: tuple[TableRow, ...]
+    baselines: tuple[Baseline, ...]
+    notes: tuple[str, ...]
+
+    def tasks(self) -> dict[str, list[TableRow]]:
+        """The rows by task, in order."""
+        found: dict[str, list[TableRow]] = {}
+        for row in self.rows:
+            found.setdefault(row.first.task, []).append(row)
+        return found
+
+    def limits(self) -> list[str]:
+        """The least difference that each task's questions can show, of tasks with several rows."""
+        return [f"{task}: {resolution(rows)}" for task, rows in self.tasks().items() if len(rows) > 1]
+
+    def claims(self) -> dict[str, list[str]]:
+        """What the numbers of each task allow to be said, in a few sentences."""
+        constants = {task: [best for best in self.baselines if best.task == task] for task in self.tasks()}
+        return {
+            task: lines("claims", rows, related(rows), constants[task], resolution(rows))
+            for task, rows in self.tasks().items()
+        }
+
+    def accuracies(self) -> Grid:
+        """Models under their task, with the best constant answer as its last row."""
+        sections = {task: [row.cells() for row in rows] for task, rows in self.tasks().items()}
+        for best in self.baselines:
+            if best.task in sections:
+                sections[best.task].append((f"always “{best.answer}”", percent(best.accuracy)))
+        return Grid(_HEAD, sections, named="task")
+
+    def instructions(self) -> Grid:
+        """Shares of instructions that were followed, strictly and loosely, under the paper's groups."""
+        sections: dict[str, list[Row]] = {}
+        for row in self.followed:
+            shares = (percent(row.mean(key)) for key in _SHARES)
+            sections.setdefault(row.first.about, []).append((row.label, *shares))
+        return Grid(_INSTRUCTIONS_HEAD, sections, title="Instructions followed, %", named="group")
+
+    def paper(self) -> Grid:
+        """Accuracy in percent, with the ratio of outputs without an answer in parentheses: the form of the paper.
+
+        Tasks of one column are pooled, each weighed by its questions. Of instructions it has the mean of the four
+        shares, over all turns where there are several.
+        """
+        followed = {row.first.task for row in self.followed}
+        groups = Counter(group for _, group in {(row.first.task, row.first.group) for row in self.followed})
+        pooled: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+        for row in self.rows:
+            if row.first.task.partition(", turn ")[0] not in followed:
+                cell = (row.first.n, row.accuracy, row.mean("no_answer") or 0.0)
+                pooled.setdefault((row.label, PAPER_COLUMNS.get(row.first.task, row.first.task)), []).append(cell)
+        for score in self.followed:  # of a group with several turns their mean comes last
+            group = score.first.group
+            column = group if groups[group] == 1 else f"{score.first.task} {group}"
+            pooled[score.label, column] = [(1, score.mean("average") or 0.0, score.mean("no_answer") or 0.0)]
+        cells = {key: _pooled(shares) for key, shares in pooled.items()}
+        columns = list(dict.fromkeys(column for _, column in cells))
+        columns.sort(key=lambda column: (*_PAPER_ORDER, column.split()[-1]).index(column.split()[-1]))
+        labels = dict.fromkeys(label for label, _ in cells)
+        rows = [(label, *(cells.get((label, column), "–") for column in columns)) for label in labels]
+        return Grid(("model", *columns), {"": rows}, title=_PAPER_TITLE)
+
+    def grids(self) -> list[Grid]:
+        """What was measured; without the paper's form of it."""
+        return [self.accuracies(), self.instructions()] if self.followed else [self.accuracies()]
+
+    def render(self, form: str = "terminal") -> RenderableType:
+        """The table with all notes as text: `markdown`, `latex` or `html`; `terminal` is something that rich prints.
+
+        Raises:
+            UsageError: no such form.
+        """
+        details = [sentence("behind_row", row.label, each) for row in self.rows for each in row.rows]
+        return write_grids([*self.grids(), self.paper()], [*self.notes, *self.limits(), *details], form)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers as plain data; shares are fractions."""
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "instructions": [
+                {"model": row.label, **row.first.model_dump(include={"evaluation", "task", "group", "turn"})}
+                | {key: row.mean(key) for key in (*_SHARES, "no_answer")}
+                for row in self.followed
+            ],
+            "baselines": [baseline.model_dump() for baseline in self.baselines],
+            "notes": [*self.notes, *self.limits()],
+        }
+
+
+def table_of(paths: Sequence[str]) -> Table:
+    """The table of runs and of evaluations side by side; what two of them have in common comes once.
+
+    Args:
+        paths: run folders, `RUN:STUDENT` for one student or model of a run (of a swept or seeded entry all its nodes),
+            and folders of `cotree eval`.
+
+    Raises:
+        UsageError: there is no such folder, evaluation or student.
+    """
+    if not paths:
+        raise UsageError("name a run folder, RUN:STUDENT, or a folder of `cotree eval`")
+    found = [_read(path) for path in paths]
+    called = {folder: folder.resolve().name for folder, _ in found}
+    names = Counter(called.values())
+    unique = {folder: name if names[name] == 1 else str(folder) for folder, name in called.items()}
+    return make_table([(unique[folder], summary) for folder, summary in found])
+
+
+def _read(path: str) -> tuple[Path, Summary]:
+    """The folder that a word names, and the evaluations that are meant: of a run, or one of its own."""
+    folder, student = Path(path), ""
+    if not folder.exists() and ":" in path:
+        parent, _, student = path.rpartition(":")
+        folder = Path(parent)
+    if not folder.is_dir():
+        raise UsageError(f"no folder at {folder}; give a run folder, RUN:STUDENT, or a folder of `cotree eval`")
+    results = sorted(folder.glob("results_*.json"))
+    if results:
+        own = (read_json(results[-1]) or {}).get("cotree")
+        if not isinstance(own, dict):
+            raise UsageError(f"{results[-1]} is of another program; give a folder of `cotree eval`, or a run folder")
+        record = NodeFolder(folder, folder / "older").record() or NodeRecord("", "")
+        summary = evaluated("", str(own.get("model")), replace(record, result=own), results[-1])
+    else:
+        summary = summarize_run(find_run(folder))
+    if not summary.eval:
+        raise UsageError(f"nothing has been evaluated in {folder} yet; finish an evaluation of it first")
+    return folder, _only(summary, student, folder) if student else summary
+
+
+def _only(summary: Summary, student: str, folder: Path) -> Summary:
+    """The rows of one student or model."""
+    sections = ("eval", "instructions")
+    meant = {key: [row for row in getattr(summary, key) if student in row.names] for key in sections}
+    if not meant["eval"]:
+        known = dict.fromkeys(name for row in summary.eval for name in row.names)
+        raise UsageError(f"{folder} has no evaluated student or model `{student}`; {nearest(student, known)}")
+    return summary.model_copy(update=meant)
+
+
+def make_table(summaries: Sequence[NamedSummary]) -> Table:
+    """The table of summaries, each with the name of its run, in their order."""
+    found = table_rows(summaries)
+    rows = tuple(row for row in found if isinstance(row.first, EvalRow))
+    baselines = {(best.task, best.answer, best.accuracy): best for _, s in summaries for best in s.baselines}
+
+    def of_each_run(notes_of: Callable[[Summary], list[str]]) -> list[str]:
+        named = len(dict(summaries)) > 1
+        return [f"{run}: {note}" if named else note for run, summary in summaries for note in notes_of(summary)]
+
+    notes = of_each_run(_asked_notes)
+    notes.append("cut off: no answer, not in a loop, because max_tokens came first")
+    if any(row.deviation is not None for row in rows):
+        notes.append("±: standard deviation over seeds; the other numbers of such a row are their means")
+    notes += [f"on {row.first.task} {line}" for row in rows for line in row.constants]
+    return Table(
+        rows=rows,
+        followed=tuple(row for row in found if isinstance(row.first, InstructionRow)),
+        baselines=tuple(baselines.values()),
+        notes=tuple(dict.fromkeys([*notes, *of_each_run(_difference_notes)])),
     )
-    table.add_column("model", min_width=max(map(len, MODELS)), vertical="bottom")
-    for head in _HEAD:
-        table.add_column(head, justify="right", no_wrap=True)
-    for task in summary.tasks():
-        # Text, so that brackets in a name are no markup.
-        table.add_row(Text(task, style="bold"))
-        for row in summary.rows(task):
-            ratios = map(percent, (row.no_answer, row.truncated, row.accuracy_answered))
-            sizes = (number(float(row.mean_tokens)), number(row.n))
-            table.add_row(Text(row.model), percent(row.accuracy), interval(row), *ratios, *sizes)
-        if baseline := summary.baseline(task):
-            table.add_row(Text(f"always “{baseline.answer}”"), percent(baseline.accuracy))
-        table.add_section()
-    return table
 
 
-def _note(summary: Summary) -> str:
-    limits = ", ".join(map(str, sorted({row.max_tokens for row in summary.eval})))
-    constant = "".join(f"; on {row.task} {row.constant}" for row in summary.eval if row.constant)
-    return (
-        f"{summary.questions}, greedy, max_tokens {limits}; "
-        f"cut off: no answer, not in a loop, because max_tokens came first{constant}"
-    )
+def _asked_notes(summary: Summary) -> list[str]:
+    """How each evaluation asked: "test: held-out questions, greedy, max_tokens 128"; equal ones in one line."""
+    by_words: dict[str, dict[str, None]] = {}
+    for row in summary.eval:
+        words = sentence("asked", row, summary.evaluations.get(row.evaluation, {}))
+        by_words.setdefault(words, {})[row.evaluation] = None
+    if len(by_words) == 1 and len({row.evaluation for row in summary.eval}) == 1:
+        return list(by_words)
+    return [f"{listed(list(names))}: {words}" if any(names) else words for words, names in by_words.items()]
 
 
-def summary_lines(summary: Summary | Mapping[str, Any]) -> list[str]:
-    """What search, data and each stage came to, one line each; parts that have not run are left out."""
-    summary = Summary.model_validate(summary)
-    search, data = summary.search, summary.data
-    lines = []
-    if "trees" in search:
-        lines += [
-            f"search: {number(search['trees'])} trees, {number(search['thoughts'])} thoughts, "
-            f"{number(search['answers'])} answers "
-            f"({number(search['correct'])} correct, {number(search['wrong'])} wrong, "
-            f"{number(search['no_answer'])} no answer), {number(search['cut'])} thoughts cut",
-            f"        {percent(search['questions_with_correct'])}% of questions have a correct chain, "
-            f"{percent(search['questions_with_both'])}% both kinds; "
-            f"{number(search['reflections'])} reflections, {number(search['repaired'])} repaired",
-        ]
-        told = [*model_lines(search["by_model"]), *comparison_lines(search["compared"])]
-        lines += [f"        {line}" for line in told]
-        ended = ", ".join(f"{number(count)} {reason}" for reason, count in search["stopped"].items())
-        lines.append(f"        trees ended: {ended} ({number(search['rollouts'])} rollouts)")
-    if data:
-        lines += [
-            f"data:   {number(data['sft_rows'])} SFT rows ({number(data['mean_sft_tokens'])} tokens), "
-            f"{number(data['control_rows'])} control rows, {number(data['dpo_pairs'])} DPO pairs",
-            f"        chosen {number(data['mean_chosen_tokens'])} tokens, "
-            f"rejected {number(data['mean_rejected_tokens'])}, "
-            f"difference {signed(length_gap(data))}, shared prefix {number(data['mean_prefix_tokens'])}",
-        ]
-    if summary.instructions:
-        lines.append("instructions followed, %: prompts strict / loose, single ones strict / loose, mean of these")
-        for row in summary.instructions:
-            strict_loose = "{} / {}, {} / {}".format(*(percent(row[share]) for share in _SHARES))
-            lines.append(f"  {row['model']:<13} {group_name(row)}: {strict_loose}, {percent(row['average'])}")
-    width = max((len(stage) for stage in summary.seconds), default=0)
-    lines += [
-        f"{stage:<{width}}  {duration(seconds):>12}  {_work(summary, stage)}".rstrip()
-        for stage, seconds in summary.seconds.items()
-    ]
-    if len(summary.seconds) > 1:
-        lines.append(f"{'total':<{width}}  {duration(sum(summary.seconds.values())):>12}")
-    return lines
+def _difference_notes(summary: Summary) -> list[str]:
+    """In what students differ from the one that they are like, if in few settings; and who was trained on unverified
+    chains."""
+    notes = []
+    for model in dict.fromkeys(row.model for row in summary.eval):
+        trained = summary.train.get(model, {})
+        like = str((trained.get("differs") or {}).get("from")).partition("/")[2]
+        data = summary.data.get(str(trained.get("data")), {})
+        notes += lines("differences", [split_seed(name)[0] for name in (model, like)], trained, data)
+    return notes
 
 
-def length_gap(data: Mapping[str, Any]) -> float:
-    """Mean tokens of chosen minus rejected: DPO also learns length, so the gap belongs beside the data."""
-    return float(data["mean_chosen_tokens"] - data["mean_rejected_tokens"])
+def _pooled(shares: Sequence[tuple[int, float, float]]) -> str:
+    """A cell of the paper's form. shares: of each task its questions, accuracy and no-answer ratio."""
+    n = sum(questions for questions, _, _ in shares)
+    accuracy = sum(questions * accuracy for questions, accuracy, _ in shares) / n
+    return paper_form(accuracy, sum(questions * no_answer for questions, _, no_answer in shares) / n)
 
 
-def tokens_per_second(summary: Summary, stage: str) -> float | None:
-    """Generated tokens (trained ones where nothing is generated) over the stage's whole wall time."""
-    tokens, seconds = summary.tokens.get(stage, {}), summary.seconds.get(stage)
-    made = tokens.get("completion") or tokens.get("trained")
-    return made / seconds if made and seconds else None
+def table_rows(summaries: Sequence[NamedSummary]) -> list[TableRow]:
+    """The rows of summaries, of accuracies and of instructions: task after task, a student's rows of several
+    evaluations one below the other; cells that an earlier summary has are left out."""
+    groups: dict[tuple[int, str, str], list[Any]] = {}
+    shown: set[str] = set()
+    for place, (_, summary) in enumerate(summaries):
+        labels = _labels(summary)
+        for row in (*summary.eval, *summary.instructions):
+            if row.fingerprint not in shown:
+                groups.setdefault((place, labels[row.evaluation, row.student], row.about), []).append(row)
+        shown |= {row.fingerprint for row in summary.eval if row.fingerprint}
+    runs_of = Counter(label for _, label in {(summaries[place][0], label) for place, label, _ in groups})
+    rows = []
+    for (place, label, _), members in groups.items():
+        run, summary = summaries[place]
+        trained = summary.train.get(members[0].model, {})
+        like = (trained.get("differs") or {}).get("from", "").partition("/")[2]
+        name = f"{run}: {label}" if runs_of[label] > 1 else label  # several runs have this label
+        rows.append(TableRow(name, run, tuple(members), frozenset({trained.get("parent"), like}) - {None, ""}))
+    students = list(dict.fromkeys((row.run, row.first.student) for row in rows))
+    tasks = list(dict.fromkeys(row.first.task for row in rows))
+    rows.sort(key=lambda row: (tasks.index(row.first.task), students.index((row.run, row.first.student))))
+    return rows
 
 
-def _work(summary: Summary, stage: str) -> str:
-    tokens, rate = summary.tokens.get(stage, {}), tokens_per_second(summary, stage)
-    if rate is None:
-        return ""
-    if "completion" not in tokens:
-        return f"{number(tokens['trained'])} tokens trained ({rate:,.0f}/s)"
-    cached = f" + {number(tokens['cached'])} cached" if tokens.get("cached") else ""
-    return f"{number(tokens['prompt'])} prompt{cached}, {number(tokens['completion'])} generated tokens ({rate:,.0f}/s)"
+def _labels(summary: Summary) -> dict[tuple[str, str], str]:
+    """What the rows of one run are called, by evaluation and student: by the student's name, with the evaluation's in
+    parentheses where an earlier evaluation asks one of its tasks too."""
+    first_to_ask: dict[str, str] = {}
+    again: set[str] = set()
+    for row in summary.eval:
+        if first_to_ask.setdefault(row.task, row.evaluation) != row.evaluation:
+            again.add(row.evaluation)
+    return {
+        (row.evaluation, row.student): row.student + (f" ({row.evaluation})" if row.evaluation in again else "")
+        for row in summary.eval
+    }
 
 
-def model_lines(by_model: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Who wrote what, where more than one model wrote."""
-    lines = []
-    for name, own in by_model.items() if len(by_model) > 1 else ():
-        repaired = f"{number(own['repaired'])} of its {number(own['reflections'])} reflections"
-        if own["reflections"]:
-            rate = own["repaired"] / own["reflections"]
-            repaired += f": {share([rate, *wilson(own['repaired'], own['reflections'])])}"
-        told = f"{name} wrote {number(own['thoughts'])} thoughts ({number(own['tokens'])} tokens)"
-        lines.append(f"{told}; a correct answer followed {repaired}")
-    return lines
+def related(rows: Sequence[TableRow]) -> list[tuple[TableRow, TableRow]]:
+    """Pairs of rows of one task whose difference the experiment is about: a row and its relatives in the same
+    evaluation; a row without one, and the first row."""
+    pairs = []
+    for row in rows:
+        same = [other for other in rows if (other.run, other.first.evaluation) == (row.run, row.first.evaluation)]
+        known = [other for other in same if row.relatives & {other.first.student, *(each.model for each in other.rows)}]
+        pairs += [(row, other) for other in known or rows[:1] if other is not row]
+    return pairs
 
 
-def comparison_lines(compared: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The search beside best-of-n at equal generated tokens: what each found, and who is ahead where one is."""
-    lines = [
-        f"{row['method']:<9}  correct chain {share(row['correct'])}  both kinds {share(row['both'])}  "
-        f"vote {share(row['vote'])}  pairs a question {row['pairs_per_question']:.2f}  tokens a pair "
-        f"{number(row['tokens_per_pair'] and round(row['tokens_per_pair']))}  ({number(row['tokens'])} generated, "
-        f"{number(row['uncached_prompt_tokens'])} prompt tokens)"
-        for row in compared
-    ]
-    return [*lines, f"at equal tokens: {verdict(compared)}"] if lines else []
-
-
-def verdict(compared: Sequence[Mapping[str, Any]]) -> str:
-    """Where one method is ahead of the other with intervals that do not overlap; that none is, otherwise."""
-    mcts, other = compared
-    ahead = []
-    for name, key in (
-        ("questions with a correct chain", "correct"), ("questions with both kinds", "both"), ("majority vote", "vote"),
-    ):  # fmt: skip
-        for row, behind in ((mcts, other), (other, mcts)):
-            if row[key][1] > behind[key][2]:
-                ahead.append(f"{row['method']} is ahead in {name}")
-    return "; ".join(ahead) if ahead else "no interval tells the two apart"
-
-
-def share(values: Sequence[float]) -> str:
-    """A share with its interval, in percent."""
-    share, low, high = values
-    return f"{percent(share)}% ({percent(low)}–{percent(high)})"
+def resolution(rows: Sequence[TableRow]) -> str:
+    """The least difference between rows of one task that can be expected to show, at the accuracy nearest to 1/2."""
+    n: int = min(row.first.n for row in rows)
+    nearest_to_half = min((row.accuracy for row in rows), key=lambda share: abs(share - 0.5))
+    return sentence("resolution", n, minimum_detectable_difference(n, nearest_to_half))

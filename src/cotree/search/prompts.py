@@ -1,4 +1,4 @@
-"""What a model is asked during search: worked examples, the question, the chain so far, a prefix.
+"""The prompts of a search (worked examples, the question, the chain so far, a prefix), and the texts that come back.
 
 Invariant: the prompt of a child begins with the prompt of its parent, so a server's prefix cache stays warm, and the
 model continues the very words that it (or another model) wrote. The worked examples are for search only: the student
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from cotree.search.mcts import Node
 from cotree.search.store import StoredNode
-from cotree.search.thoughts import ANSWERS, PREFIXES
+from cotree.search.thoughts import ANSWER_FORMATS, PREFIXES
 from cotree.tasks.base import AnswerForm, Message, Question, Task, WorkedExample
 
 # One thought is one line and does not answer before its turn.
@@ -27,7 +27,7 @@ def search_messages(task: Task, question: Question) -> list[Message]:
 
 
 def chain_text(thoughts: Iterable[Node | StoredNode]) -> str:
-    """A chain as the assistant's words: a thought a line; a mini-step that broke off is continued in its line."""
+    """The text of a chain, a thought a line; a mini-step that ended inside a line is continued in that line."""
     text, is_open = "", False
     for thought in thoughts:
         goes_on = not text or text.endswith("\n") or (is_open and not thought.prefix)
@@ -37,8 +37,8 @@ def chain_text(thoughts: Iterable[Node | StoredNode]) -> str:
 
 
 def continuation(node: Node, prefix: str) -> str:
-    """The assistant's words up to a thought that follows `node` and begins with `prefix`."""
-    return chain_text([*node.chain(), Node(node, None, prefix, "", 0, prefix)])
+    """The text of the chain down to `node` and then `prefix`: what the next thought continues."""
+    return chain_text([*node.chain(), Node(node, None, prefix, "", depth=0, prefix=prefix)])
 
 
 def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> list[Message]:
@@ -50,14 +50,14 @@ def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> lis
     messages: list[Message] = []
     for example in examples:
         sub_task = f"{PREFIXES['sub_task'][0]} {example.steps['sub_task']}"
-        answer = f"{ANSWERS[form].prefix}{example.answer}{ANSWERS[form].close}"
+        answer = f"{ANSWER_FORMATS[form].prefix}{example.answer}{ANSWER_FORMATS[form].close}"
         messages.append({"role": "user", "content": example.question})
         messages.append({"role": "assistant", "content": "\n".join([sub_task, example.steps["thinking"], answer])})
     return messages
 
 
-def in_box(written: str) -> tuple[str, bool]:
-    """What of a text stands in a box that it begins in, and whether the box is closed: at the first brace too many."""
+def boxed_part(written: str) -> tuple[str, bool]:
+    """The content of a box in which the text begins, and whether a brace closes it; all of the text if none does."""
     depth = 1
     for brace in _BRACES.finditer(written):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
@@ -69,15 +69,15 @@ def in_box(written: str) -> tuple[str, bool]:
 def thought_text(
     kind: str, prefix: str, written: str, form: AnswerForm, *, in_line: bool = False, is_open: bool = False
 ) -> str:
-    """A thought as it stands in the chain: prefix and text in one line, a boxed answer closed, a free one as it is.
+    """The text of a thought from its prefix and what the model wrote; "" where it wrote nothing.
 
-    Where the model wrote nothing there is no thought, whatever the prefix says: "" (a check that checks nothing is the
-    formalistic thinking that the data should be free of).
-    in_line: it continues an open line, so its first space counts; is_open: its own line goes on, so its last one does.
+    A thought is one line; a boxed answer gets its closing brace, a free one stays as it is. A prefix alone is no
+    thought: a check that checks nothing is the formalistic thinking that the data should be free of.
+    in_line: it continues an open line, so its first space counts. is_open: its own line goes on, so its last one does.
     """
     if kind == "answer":
-        kept = in_box(written)[0] if form == "boxed" else written
-        return f"{prefix}{kept.strip()}{ANSWERS[form].close}"
+        kept = boxed_part(written)[0] if form == "boxed" else written
+        return f"{prefix}{kept.strip()}{ANSWER_FORMATS[form].close}"
     if not written.strip():
         # The end of an open line is a step of its own, though it has no words.
         return "\n" if in_line else ""

@@ -1,7 +1,7 @@
-"""What a judged leaf is worth to the search: the task's rule, a Python function, or a model that judges or scores it.
+"""The reward of a chain where the recipe names another source than the task's verifier: a Python function, a model that
+is asked for its opinion, or a process reward model that scores each step.
 
-Invariant: a reward is a number in [0, 1] and never changes a verdict; a thought without an answer is worth 0 and nobody
-is asked about it.
+Invariant: a reward is in [0, 1] and never changes a verdict.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.experiment.recipe import Writer
 from cotree.models.client import Request
 from cotree.search.mcts import Node
 from cotree.search.prompts import chain_text
+from cotree.search.settings import Writer
 from cotree.search.store import StoredNode
 from cotree.search.thoughts import draw
 from cotree.tasks import Question, Verdict
@@ -32,8 +32,8 @@ RewardFunction = Callable[[Question, str, Verdict | None], float]
 
 
 @cache
-def load_function(name: str) -> RewardFunction:
-    """The function that `module:name` or `path/to/file.py:name` names, loaded once.
+def load_reward_function(name: str) -> RewardFunction:
+    """The function that `module:name` or `path/to/file.py:name` names; imported once.
 
     Raises:
         UsageError: no such module, file or function; the message says which.
@@ -45,31 +45,34 @@ def load_function(name: str) -> RewardFunction:
         else:
             found = getattr(importlib.import_module(where), function, None)
     except Exception as error:  # noqa: BLE001 - the user's module may raise anything
-        raise UsageError(f"search.reward.function: cannot load {where}: {type(error).__name__}: {error}") from None
+        raise UsageError(f"reward.function: cannot load {where}: {type(error).__name__}: {error}") from None
     if not callable(found):
-        raise UsageError(f"search.reward.function: {where} has no function `{function}`")
+        raise UsageError(f"reward.function: {where} has no function `{function}`")
     return found  # type: ignore[no-any-return]
 
 
-async def reward_of(growth: Growth, chain: Sequence[Node], verdict: Verdict | None) -> float:
-    """What the settings' `reward` says that a chain is worth so far."""
+async def chain_reward(growth: Growth, chain: Sequence[Node], verdict: Verdict | None) -> float:
+    """The reward in [0, 1] that the settings' `reward` gives a chain, also one that is not at its end."""
     settings, question, text = growth.settings.reward, growth.question, chain_text(chain)
     assert settings is not None
     if settings.function is not None:
-        return _call(load_function(settings.function), question, text, verdict)
+        return _call(load_reward_function(settings.function), question, text, verdict)
     if settings.process is not None:
-        messages = steps_messages(question, [thought.text for thought in chain], settings.separator)
-        scored = await growth.complete(settings.process, Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True))
-        return combined(json.loads(scored.choices[0].text), len(chain), settings.combine)
+        messages = step_score_messages(question, [thought.text for thought in chain], settings.separator)
+        request = Request(
+            prompt="", n=1, max_tokens=1, temperature=0.0, top_p=1.0, seed=0, stop=(), messages=messages, scores=True
+        )
+        scored = await growth.complete(settings.process, request)
+        return combine_step_scores(json.loads(scored.choices[0].text), len(chain), settings.combine)
     assert settings.judge is not None
     asked = "\n\n".join(message["content"] for message in question.messages if message["role"] == "user")
     content = f"Question:\n{asked}\n\nAnswer:\n{text}\n\nIs the final answer right? Reply with yes or no."
-    judged = await growth.ask(
+    judged = await growth.continue_text(
         Writer(model=settings.judge),
         "The final answer is right:",
         n=settings.samples,
         max_tokens=4,
-        seed=draw(f"judge:{growth.tree_id}/{text}", 2**31),
+        seed=draw(f"judge:{growth.seed}/{text}", 2**31),
         stop=("\n",),
         messages=[{"role": "user", "content": content}],
     )
@@ -77,39 +80,40 @@ async def reward_of(growth: Growth, chain: Sequence[Node], verdict: Verdict | No
 
 
 def _call(function: RewardFunction, question: Question, text: str, verdict: Verdict | None) -> float:
-    """The user's function, held to its contract."""
+    """Call the user's reward function; an exception or a number outside [0, 1] is a CotreeError."""
     try:
         reward = float(function(question, text, verdict))
     except Exception as error:
         what = f"{type(error).__name__}: {error} (question {question.id})"
-        raise CotreeError(f"search.reward.function: {what}") from error
+        raise CotreeError(f"reward.function: {what}") from error
     if not 0.0 <= reward <= 1.0:
-        raise CotreeError(f"search.reward.function: {reward} for question {question.id}; a reward is in [0, 1]")
+        raise CotreeError(f"reward.function: {reward} for question {question.id}; a reward is in [0, 1]")
     return reward
 
 
-def steps_messages(question: Question, thoughts: Sequence[str], separator: str) -> tuple[tuple[str, str], ...]:
-    """What a process reward model reads: the question, and the chain with `separator` after each thought."""
+def step_score_messages(question: Question, thoughts: Sequence[str], separator: str) -> tuple[tuple[str, str], ...]:
+    """The conversation that a process reward model scores: the question, and the chain with `separator` after each
+    thought."""
     asked = tuple((message["role"], message["content"]) for message in question.messages)
     # A thought that holds the separator itself is one step all the same.
     steps = [thought.replace(separator, " ") for thought in thoughts]
     return (*asked, ("assistant", "".join(f"{step}{separator}" for step in steps)))
 
 
-def combined(scores: Sequence[float], steps: int, how: Literal["least", "product", "last"]) -> float:
-    """One reward of the scores of a chain's steps.
+def combine_step_scores(scores: Sequence[float], steps: int, combine: Literal["least", "product", "last"]) -> float:
+    """One reward in [0, 1] from the scores of a chain's steps.
 
     Raises:
         CotreeError: there is not one score a step.
     """
     if len(scores) != steps:
         raise CotreeError(
-            f"search.reward.process: {len(scores)} scores came for {steps} thoughts; set `separator` to the model's "
+            f"reward.process: {len(scores)} scores came for {steps} thoughts; set `separator` to the model's "
             "step token, and serve it with a pooler that returns that token's score"
         )
-    return {"least": min(scores), "product": math.prod(scores), "last": scores[-1]}[how]
+    return {"least": min(scores), "product": math.prod(scores), "last": scores[-1]}[combine]
 
 
-def merit(chain: Sequence[Node | StoredNode]) -> tuple[float, float]:
-    """By what the chains of a tree are compared: the reward at the end, then the mean v/n on the way."""
+def chain_score(chain: Sequence[Node | StoredNode]) -> tuple[float, float]:
+    """The score by which chains of one tree are ranked: the reward of the last thought, then the mean v/n over all."""
     return chain[-1].reward or 0.0, sum(node.value / node.visits for node in chain if node.visits) / len(chain)

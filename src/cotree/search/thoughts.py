@@ -1,18 +1,18 @@
-"""Thought types, the words they start with, and the patterns that say which type may follow which.
+"""Thought types, the prefixes that they begin with, and the patterns that say which type may follow which.
 
-Invariant: a prefix or a pattern is drawn by seed alone, and every pattern leads from the root to an `answer`.
-Prefixes: the first of each type is the paper's (thought node table); the others are ours, for variety in the data.
+Whatever is drawn (a prefix, a pattern, a request's seed) is drawn by a seed alone. Of a type's prefixes the first is
+the paper's (its thought node table); the others are ours, for variety in the data.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cotree.tasks.base import AnswerForm
+from cotree.base.settings import nearest
+from cotree.tasks.base import AnswerForm, Question
 from cotree.tasks.extract import ANSWER_TAG
 
 ThoughtType = Literal["thinking", "sub_task", "reflection", "hypothesis", "double_check", "reclarify", "answer"]
@@ -50,27 +50,27 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """How an answer is written: what it begins with, what stops its writer, what is then put after it."""
+class AnswerFormat:
+    """How an answer is written: its first words, the stop strings of its request, and what closes it afterwards."""
 
     prefix: str
     stops: tuple[str, ...]
     close: str
 
 
-ANSWERS: Mapping[AnswerForm, Answer] = {
-    # LaTeX has braces of its own: which one ends the box is seen when the line has come (`prompts.in_box`).
-    "boxed": Answer(PREFIXES["answer"][0], ("\n",), "}"),
-    "number": Answer(PREFIXES["answer"][0], ("}", "\n"), "}"),
-    "text": Answer(f"{ANSWER_TAG}\n", (), ""),
+ANSWER_FORMATS: Mapping[AnswerForm, AnswerFormat] = {
+    # LaTeX has braces of its own: which one ends the box is seen when the line has come (`prompts.boxed_part`).
+    "boxed": AnswerFormat(PREFIXES["answer"][0], ("\n",), "}"),
+    "number": AnswerFormat(PREFIXES["answer"][0], ("}", "\n"), "}"),
+    "text": AnswerFormat(f"{ANSWER_TAG}\n", (), ""),
 }
 
-# A row is read as {next type: how many}; the types are checked once, when the recipe loads.
-Row = Mapping[str, int]
-Pattern = Mapping[str, Row]
+# {next type: number of children}, in the order in which the children are written.
+NextTypes = Mapping[str, int]
+Pattern = Mapping[str, NextTypes]
 
-# A row's order is the order in which a node's children are written, and a node's chain ends with `answer`. After a
-# reflection thinking starts afresh. The paper names the first two patterns and says that there are four.
+# A chain ends with `answer`; after a reflection thinking starts afresh. The paper names the first two patterns and says
+# that there are four.
 PATTERNS: Mapping[str, Pattern] = {
     "plain": {
         "root": {"sub_task": 2},
@@ -104,22 +104,20 @@ PATTERNS: Mapping[str, Pattern] = {
 
 
 def draw(seed: str, options: int) -> int:
-    """A number in [0, options) that is a pure function of `seed`, the same on every machine."""
+    """An integer in [0, options), uniform over seeds: a pure function of `seed`, the same on every machine."""
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) % options
 
 
-def check_pattern(name: str, pattern: Pattern) -> None:
-    """That a pattern leads from the root to an answer whatever happens on the way.
+def check_pattern(name: str, pattern: Pattern, known: Sequence[str] = THOUGHT_TYPES) -> None:
+    """Check that a pattern leads from the root to an answer on every path.
 
     Raises:
         ValueError: an unknown type, one without a way to `answer`, a row that nothing leads to; each with the fix.
     """
     where = f"pattern `{name}`"
     named = {following for row in pattern.values() for following in row}
-    for kind in sorted(named.difference(THOUGHT_TYPES)):
-        near = difflib.get_close_matches(kind, THOUGHT_TYPES, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"types are {', '.join(THOUGHT_TYPES)}"
-        raise ValueError(f"{where}: unknown type `{kind}`; {hint}")
+    for kind in sorted(named.difference(known)):
+        raise ValueError(f"{where}: unknown type `{kind}`; {nearest(kind, known)}")
     if "answer" in pattern:
         raise ValueError(f"{where}: nothing comes after an answer; delete its row `answer`")
     ending = {"answer"}
@@ -135,7 +133,18 @@ def check_pattern(name: str, pattern: Pattern) -> None:
         raise ValueError(f"{where}: nothing leads to `{kind}`; name it in another row, or delete its own")
 
 
-def prefix_of(kind: str, seed: str, prefixes: Mapping[str, Sequence[str]] = PREFIXES) -> str:
-    """The prefix of one thought."""
+def draw_prefix(kind: str, seed: str, prefixes: Mapping[str, Sequence[str]] = PREFIXES) -> str:
+    """One of a thought type's prefixes, drawn by seed."""
     variants = prefixes[kind]
     return variants[draw(f"prefix:{seed}", len(variants))]
+
+
+def draw_pattern(names: Iterable[str], seed: str) -> str:
+    """One of the patterns' names, drawn by seed: the name with the highest hash, so that their order plays no part and
+    a pattern that is added takes only its own share of the trees."""
+    return max(names, key=lambda name: hashlib.sha256(f"pattern:{seed}/{name}".encode()).digest())
+
+
+def question_name(question: Question) -> str:
+    """What names a question in seeds and in the journal: task, id and turn; not its text, which is in every prompt."""
+    return f"{question.task}/{question.id}/{question.turn}"

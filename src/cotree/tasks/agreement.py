@@ -1,7 +1,7 @@
-"""Which answers to one question say the same: what a vote counts.
+"""Which answers to one question mean the same, so that samples can vote.
 
-Invariant: the gold is never looked at, so whoever decodes without it may vote; `1/2` and `0.5` are one answer where the
-task's verifier says so.
+Invariant: the gold answer is never read, so decoding may use this. `1/2` and `0.5` are one answer where the task's
+verifier says that they are equal.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from cotree.tasks.base import Question, Task
 
 
-def groups(task: Task, question: Question, answers: Sequence[str | None]) -> list[int | None]:
-    """The number of each answer's group, in the order in which the groups appear; None where there is no answer.
+def group_answers(task: Task, question: Question, answers: Sequence[str | None]) -> list[int | None]:
+    """Group answers by meaning: a group number for each, from 0 in order of appearance; None where there is no answer.
 
-    An answer joins the first group whose first member says the same. May wait for the math workers: an event loop calls
-    this in a thread.
+    An answer joins the first group whose first member means the same. May wait for the math workers, so call it in a
+    thread from an event loop.
 
     Raises:
         ValueError: the task's answers cannot be compared.

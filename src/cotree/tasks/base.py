@@ -1,7 +1,7 @@
 """What a task is: questions with a prompt, an answer extractor and a verifier.
 
-Invariant: a verdict has one of three kinds that are never folded into each other, and whether there was an answer is
-decided by extraction alone, before the verifier looks.
+Invariant: a verdict is one of three kinds that are never merged, and extraction alone decides whether a completion has
+an answer, before the verifier sees it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cotree.base.errors import UsageError
-from cotree.tasks.extract import Mode, answer_text, extract_answer
+from cotree.tasks.extract import ExtractionMode, extract_answer, free_text_answer
 from cotree.tasks.loading import Source
-from cotree.tasks.numbers import same_number
+from cotree.tasks.plain_numbers import same_number
+
+# Raise it when a change of extraction or of a verifier changes a verdict: kept completions are then judged again.
+VERDICT_VERSION = 1
 
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]
@@ -27,7 +30,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A later turn of a conversation: what the user says, and what is right to answer."""
+    """A later turn of a conversation: the user's text, the reference answer, and what else the verifier needs."""
 
     text: str
     gold: str
@@ -36,10 +39,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One item of a task. `id` is the source's own id; `messages` is the plain prompt that also evaluates.
+    """One item of a task.
 
-    `gold` is the reference answer as people read it; `spec` is what else a verifier needs (instructions, a planning
-    problem). A conversation has its later turns in `later`; `turn` counts those that are already part of `messages`.
+    id: the source's own id. messages: the plain chat prompt, as evaluation sends it. gold: the reference answer as
+    people read it. family: a subject, size or language to group results by. later: the turns of a conversation that
+    are still to come; turn: how many are already part of `messages`, the present one not counted. spec: what else the
+    verifier needs, such as instructions or a planning problem.
     """
 
     id: str
@@ -52,33 +57,38 @@ class Question:
     spec: Mapping[str, Any] = field(default_factory=dict)
 
     def follow_up(self, reply: str) -> Question | None:
-        """The next turn's question, after the assistant said `reply` (its thinking left out); None after the last."""
+        """The next turn's question after the assistant's `reply` (without its thinking); None after the last turn."""
         if not self.later:
             return None
-        asked = ({"role": "assistant", "content": reply}, {"role": "user", "content": self.later[0].text})
+        following, *later = self.later
+        messages = (*self.messages, {"role": "assistant", "content": reply}, *user_prompt(following.text))
         return replace(
-            self,
-            messages=(*self.messages, *asked),
-            gold=self.later[0].gold,
-            later=self.later[1:],
-            turn=self.turn + 1,
-            spec=self.later[0].spec,
+            self, messages=messages, gold=following.gold, later=tuple(later), turn=self.turn + 1, spec=following.spec
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The verifier's result: `correct` means reward 1; `answer` is what was extracted, None when there was none."""
+    """The verifier's result.
+
+    kind: `correct`, `wrong` or `no_answer`. reward: in [0, 1]; 1 exactly for `correct`. answer: what was extracted,
+    None when there was none. detail: why, for people; may be empty.
+    """
 
     kind: VerdictKind
     reward: float
     answer: str | None = None
     detail: str = ""
 
+    @classmethod
+    def of(cls, correct: bool, answer: str, detail: str = "") -> Verdict:
+        """The verdict on an answer that is simply right (reward 1) or wrong (reward 0)."""
+        return cls("correct" if correct else "wrong", float(correct), answer, detail)
+
 
 @dataclass(frozen=True, slots=True)
 class WorkedExample:
-    """A solved question, as a user would ask it, with its steps by thought type."""
+    """A solved question for a search prompt: the question as a user asks it, thought type -> text, the answer."""
 
     question: str
     steps: Mapping[str, str]
@@ -86,24 +96,28 @@ class WorkedExample:
 
 
 class Task(ABC):
-    """A family of questions. A generated task draws its splits from disjoint parameters; a benchmark has a `source`.
+    """A family of questions that can be judged. Subclass it for a task of your own (`docs/tasks.md` has an example).
 
-    data: where a benchmark's rows are (see `loading.load_rows`). `prompt_version` changes whenever a prompt does.
-    `generated`: its training questions come from templates, so only a whole one repeats an evaluation question.
-    `answer_form`: an answer is written in a box on one line (`number`: has no brace of its own, so the first one ends
-    it), or as free text of several lines up to the end of the turn, of which all that follows the answer tag is judged.
-    `comparable`: two answers can say the same, so that they can vote; two essays cannot.
+    name, description: for tables. prompt_version: changes whenever a prompt does.
+    verifier_version: changes whenever a verdict may; of the shipped tasks VERDICT_VERSION does.
+    source: a benchmark's published rows; None for a generated task, whose splits use disjoint parameters.
+    generated: its training questions come from templates, so only a whole one repeats an evaluation question.
+    answer_form: `boxed`: an answer on one line in a box; `number`: the same, but it has no brace of its own, so the
+        first brace ends it; `text`: free text of several lines up to the end of the turn.
+    comparable: two answers can mean the same, so samples can vote; essays cannot.
     """
 
     name: str
     description: str
     prompt_version: str
+    verifier_version: str = ""
     source: Source | None = None
     generated: bool = True
     answer_form: AnswerForm = "boxed"
     comparable: bool = True
 
     def __init__(self, data: str | Path | None = None) -> None:
+        """data: where a benchmark's rows are (`loading.load_rows`); UsageError for a generated task, which has none."""
         if data is not None and self.source is None:
             raise UsageError(f"{self.name} is generated and takes no data; leave out data={data}")
         self.data = data
@@ -112,6 +126,47 @@ class Task(ABC):
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The first `limit` questions of a split (all by default), always the same in the same order."""
 
+    @abstractmethod
+    def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
+        """Solved questions for this question's search prompt, itself never among them. Evaluation shows none."""
+
+    def extract(self, completion: str, finish_reason: str, mode: ExtractionMode) -> str | None:
+        """The final answer in a completion, as written; None when there is none."""
+        if self.answer_form == "text":
+            return free_text_answer(completion, finish_reason)
+        return extract_answer(completion, finish_reason, mode)
+
+    def verify(self, answer: str, question: Question) -> Verdict:
+        """The verdict on an extracted answer, `correct` or `wrong`; by default it must be the gold number."""
+        return Verdict.of(same_number(answer, question.gold), answer)
+
+    def same_answer(self, left: str, right: str, question: Question) -> bool:
+        """Whether two extracted answers mean the same. Never looks at the question's gold."""
+        return left == right or self.verify(left, replace(question, gold=right)).kind == "correct"
+
+    def judge(
+        self, question: Question, completion: str, finish_reason: str = "stop", mode: ExtractionMode = "strict"
+    ) -> Verdict:
+        """Extract the answer of a completion, then verify it.
+
+        finish_reason: as servers give it; a completion cut by `length` has an answer only if it closed one.
+        mode: `lenient` also takes the last number of a text that states no answer.
+        """
+        answer = self.extract(completion, finish_reason, mode)
+        if answer is None:
+            return Verdict("no_answer", 0.0, None, "cut by length" if finish_reason == "length" else "no closed answer")
+        return self.verify(answer, question)
+
+    async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
+        """`judge` in a thread: some verdicts wait for another process, which must not block the event loop."""
+        return await asyncio.to_thread(self.judge, question, completion, finish_reason)
+
+    def content_of(self, question: Question) -> dict[str, Any]:
+        """All that decides what is asked for a question and how replies are judged, as plain data."""
+        examples = [asdict(example) for example in self.worked_examples(question)]
+        versions = {"prompt": self.prompt_version, "verifier": self.verifier_version}
+        return {**versions, "examples": examples, **asdict(question)}
+
     def _first(self, questions: list[Question], split: Split | None, limit: int | None) -> list[Question]:
         """The first `limit` of a split's questions; UsageError where there are fewer."""
         if limit is not None and limit > len(questions):
@@ -119,43 +174,27 @@ class Task(ABC):
             raise UsageError(f"{self.name} has {n} question{'s' * (n != 1)} {there}, not {limit}; lower the number")
         return questions[:limit]
 
-    @abstractmethod
-    def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """Worked examples for the search prompt of this question; never used by plain evaluation."""
 
-    def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
-        """The final answer in a completion as written, None when there is none."""
-        if self.answer_form == "text":
-            return answer_text(completion, finish_reason)
-        return extract_answer(completion, finish_reason, mode)
-
-    def verify(self, answer: str, question: Question) -> Verdict:
-        """The verdict on an extracted answer: `correct` or `wrong`."""
-        correct = same_number(answer, question.gold)
-        return Verdict("correct" if correct else "wrong", float(correct), answer)
-
-    def same_answer(self, left: str, right: str, question: Question) -> bool:
-        """Whether two extracted answers say the same. Never looks at the question's gold."""
-        return left == right or self.verify(left, replace(question, gold=right)).kind == "correct"
-
-    def judge(self, question: Question, completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> Verdict:
-        """Extract, then verify. A completion cut by length has an answer only if it closed one."""
-        answer = self.extract(completion, finish_reason, mode)
-        if answer is None:
-            return Verdict("no_answer", 0.0, None, "cut by length" if finish_reason == "length" else "no closed answer")
-        return self.verify(answer, question)
-
-    async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
-        """`judge` that does not hold up the event loop: some verdicts wait for a process, others take milliseconds."""
-        return await asyncio.to_thread(self.judge, question, completion, finish_reason)
+# A question with the task that asks and judges it.
+Asked = tuple[Task, Question]
 
 
-def tenth(key: str) -> int:
-    """A number from 0 to 9 that a question's id or parameters decide, the same on every machine."""
+def user_prompt(text: str) -> tuple[Message, ...]:
+    """A conversation that begins with one message of the user."""
+    return ({"role": "user", "content": text},)
+
+
+def without_question(examples: Iterable[WorkedExample], question: Question) -> list[WorkedExample]:
+    """The examples without the question itself, whose answer they would give away."""
+    return [example for example in examples if example.question != question.messages[-1]["content"]]
+
+
+def hash_digit(key: str) -> int:
+    """A digit from 0 to 9, made from a question's id or parameters; the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % 10
 
 
 def split_of(key: str) -> Split:
-    """Which split a question belongs to: 70% train, 10% dev, 20% test, fixed by the hash of its key alone."""
-    part = tenth(key)
-    return "train" if part < 7 else "dev" if part == 7 else "test"
+    """The split of a question: 70% train, 10% dev, 20% test, by the hash of its key alone."""
+    digit = hash_digit(key)
+    return "train" if digit < 7 else "dev" if digit == 7 else "test"

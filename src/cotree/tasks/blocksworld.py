@@ -1,28 +1,29 @@
 """`blocksworld` and `blocksworld_one_shot`: PlanBench's plan generation, and new problems of the same kind to train on.
 
-Invariant: a verdict is the simulator's, so any plan that works is correct; and no training problem equals one of the
-benchmark's, nor a dev problem one for training, under any renaming of blocks.
+Invariant: no training problem equals one of the benchmark, nor a dev problem one for training, under any renaming of
+blocks. A plan is judged by running it in a simulator, so any plan that works is correct.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from cotree.tasks.base import Question, Split, Verdict, WorkedExample, split_of
+from cotree.base.rows import Row
+from cotree.tasks.base import Question, Split, Verdict, WorkedExample, split_of, user_prompt, without_question
 from cotree.tasks.benchmark import Benchmark
-from cotree.tasks.extract import Mode
-from cotree.tasks.loading import Row, Source, load_rows, value
-from cotree.tasks.plan_text import extract_plan, facts_in_words, one_shot, plan_in_words, problem_in, zero_shot
-from cotree.tasks.strips import Action, Form, Problem, canonical_form, fault, optimal_plan, random_problem
+from cotree.tasks.extract import ExtractionMode
+from cotree.tasks.loading import Source, field_value, load_rows
+from cotree.tasks.plan_text import extract_plan, facts_in_words, one_shot, parse_problem, plan_in_words, zero_shot
+from cotree.tasks.strips import Action, CanonicalForm, Problem, canonical_form, optimal_plan, plan_error, random_problem
 
 _DOMAINS = ("blocksworld", "blocksworld_3")
 _BLOCKS, _SIZES, _DRAWS = "abcdefg", (3, 4, 5, 6, 7), 1000
-# PlanBench's problems have no more blocks, so those of six are none of its own.
-_LARGEST = 5
-_EXAMPLES = (
+# PlanBench's problems have at most this many blocks, so those of six are none of its own.
+_MAX_BENCHMARK_SIZE = 5
+_EXAMPLE_PROBLEMS = (
     Problem({"a": "", "b": "", "c": "b", "d": "", "e": "d", "f": ""}, {"f": "a"}),
     Problem({"a": "", "b": "a", "c": "", "d": "c", "e": "", "f": ""}, {"c": "e"}),
     Problem({"a": "", "b": "", "c": "a", "d": "", "e": "b", "f": ""}, {"a": "b", "d": "a"}),
@@ -30,17 +31,17 @@ _EXAMPLES = (
 
 
 def problem_of(question: Question) -> Problem:
-    """The problem that a question asks."""
+    """The planning problem of a question of these tasks."""
     problem: Problem = question.spec["problem"]
     return problem
 
 
-def _pddl(plan: Sequence[Action]) -> str:
+def _write_pddl(plan: Sequence[Action]) -> str:
     return "\n".join(f"({' '.join(action)})" for action in plan)
 
 
-def _steps(lines: Sequence[str]) -> list[Action]:
-    return [tuple(line.strip("()").split()) for line in lines]
+def _parse_pddl(text: str) -> list[Action]:
+    return [tuple(line.strip("()").split()) for line in text.splitlines()]
 
 
 class Blocksworld(Benchmark):
@@ -70,76 +71,74 @@ class Blocksworld(Benchmark):
     generated = True
 
     def question(self, row: Row) -> Question:
-        """A row of the local file (`init`, `goal`) or of the hub (`query`)."""
+        """The question of a row of the local file (`init`, `goal`) or of the hub (`query`)."""
         if "init" in row:
-            problem = Problem.from_atoms(row["init"], value(row, "goal"))
+            problem = Problem.from_atoms(row["init"], field_value(row, "goal"))
         else:
-            problem = problem_in(value(row, "query"))
-        # The hub numbers the problems of three blocks anew.
+            problem = parse_problem(field_value(row, "query"))
+        # The hub numbers the problems of three blocks from 1 again.
         group = "blocksworld_3" if len(problem.below) == 3 else "blocksworld"
-        name = f"{group}-{row['instance_id']}" if "instance_id" in row else str(value(row, "id"))
-        gold = value(row, "ground_truth_plan")
-        return self._ask(name, problem, _steps(gold.splitlines() if isinstance(gold, str) else gold))
+        id_ = f"{group}-{row['instance_id']}" if "instance_id" in row else str(field_value(row, "id"))
+        gold = field_value(row, "ground_truth_plan")
+        return self._question(id_, problem, _parse_pddl(gold if isinstance(gold, str) else "\n".join(gold)))
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The benchmark's rows (split `test` or none), or generated problems that the benchmark does not have."""
-        asked = self._asked(self.source)
+        questions = self._read_questions(self.source)
         if split in ("train", "dev"):
-            known = {canonical_form(problem_of(q)) for q in asked}
-            asked = list(islice(self._new(split == "dev", known), limit))
-        return self._first(asked, split, limit)
+            known = {canonical_form(problem_of(question)) for question in questions}
+            questions = list(islice(self._generate(split, known), limit))
+        return self._first(questions, split, limit)
 
     def _rows(self, source: Source) -> list[Row]:
         return [row for row in load_rows(source, self.data) if row.get("domain", "blocksworld") in _DOMAINS]
 
-    def _new(self, dev: bool, known: set[Form]) -> Iterator[Question]:
-        """Generated problems, one of each size in turn; a problem's form decides its split."""
+    def _generate(self, split: Split, known: Collection[CanonicalForm]) -> Iterator[Question]:
+        """New problems of a split, one of each size in turn, none of the `known` ones; the form decides the split."""
         seen = set()
         for i in range(_DRAWS):
             for size in _SIZES:
                 rng = random.Random(f"blocksworld-{size}-{i}")
-                problem = random_problem(rng, rng.sample(_BLOCKS, size), whole=size <= _LARGEST)
-                on = {block: under for block, under in problem.goal.items() if under}
-                form, text = canonical_form(Problem(problem.below, on)), zero_shot(problem)
-                if form not in known and text not in seen and (split_of(str(form)) == "dev") == dev:
+                problem = random_problem(rng, rng.sample(_BLOCKS, size), whole=size <= _MAX_BENCHMARK_SIZE)
+                stacked = {block: under for block, under in problem.goal.items() if under}
+                form, text = canonical_form(Problem(problem.below, stacked)), zero_shot(problem)
+                if form not in known and text not in seen and (split_of(str(form)) == "dev") == (split == "dev"):
                     seen.add(text)
-                    yield self._ask(f"generated-{size}-{i}", problem)
+                    yield self._question(f"generated-{size}-{i}", problem)
 
-    def _ask(self, name: str, problem: Problem, gold: Sequence[Action] = ()) -> Question:
-        best = optimal_plan(problem)
-        spec = {"problem": problem, "optimal_steps": len(best)}
-        message = {"role": "user", "content": zero_shot(problem)}
-        return Question(name, self.name, (message,), _pddl(gold or best), f"{len(problem.below)} blocks", spec=spec)
+    def _question(self, id_: str, problem: Problem, gold: Sequence[Action] = ()) -> Question:
+        """The question of a problem; its gold is a shortest plan, if none is given."""
+        shortest = optimal_plan(problem)
+        spec = {"problem": problem, "optimal_steps": len(shortest)}
+        prompt, family = user_prompt(zero_shot(problem)), f"{len(problem.below)} blocks"
+        return Question(id_, self.name, prompt, _write_pddl(gold or shortest), family=family, spec=spec)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """Three problems of six blocks; one that is the question itself is left out."""
-        return [e for e in map(_worked, _EXAMPLES) if e.question != question.messages[-1]["content"]]
+        """Three problems of six blocks with their shortest plans."""
+        return without_question(map(_worked_example, _EXAMPLE_PROBLEMS), question)
 
-    def extract(self, completion: str, finish_reason: str, mode: Mode) -> str | None:
-        """The plan as PDDL lines."""
+    def extract(self, completion: str, finish_reason: str, mode: ExtractionMode) -> str | None:
+        """The plan as PDDL lines, in either mode."""
         plan = extract_plan(completion, finish_reason)
-        return None if plan is None else _pddl(plan)
+        return None if plan is None else _write_pddl(plan)
 
     def verify(self, answer: str, question: Question) -> Verdict:
-        """Run a plan of PDDL lines."""
-        plan = _steps(answer.splitlines())
-        reason = fault(problem_of(question), plan)
-        if reason is not None:
-            return Verdict("wrong", 0.0, answer, reason)
-        best = question.spec["optimal_steps"]
-        told = f"optimal, {best} steps" if len(plan) == best else f"{len(plan)} steps, {best} would do"
-        return Verdict("correct", 1.0, answer, told)
+        """Run a plan of PDDL lines in the simulator. `detail`: why it fails, or how its length compares."""
+        plan, shortest = _parse_pddl(answer), question.spec["optimal_steps"]
+        error = plan_error(problem_of(question), plan)
+        length = f"optimal, {shortest} steps" if len(plan) == shortest else f"{len(plan)} steps, {shortest} would do"
+        return Verdict.of(error is None, answer, error or length)
 
     def same_answer(self, left: str, right: str, question: Question) -> bool:
-        """Two plans are one when their actions are."""
+        """Whether two plans have the same actions; a vote counts plans, not outcomes."""
         return left == right
 
 
 class BlocksworldOneShot(Blocksworld):
     """The questions and the rule of `blocksworld`, by PlanBench's one-shot prompt, version 1.
 
-    The problem of the number before shows its plan. For base models, and to compare with PlanBench's one-shot results.
-    Where that problem is not in the data (it never is for generated ones), one of six blocks takes its place.
+    The problem with the number before is shown with its plan; where it is not in the data (as for generated ones), one
+    of six blocks takes its place. For base models, and to compare with PlanBench's one-shot results.
     """
 
     name = "blocksworld_one_shot"
@@ -148,25 +147,25 @@ class BlocksworldOneShot(Blocksworld):
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """As `blocksworld`."""
-        solved = {question.id: question for question in super().questions()}
-        asked = []
+        benchmark = {question.id: question for question in super().questions()}
+        questions = []
         for question in super().questions(split, limit):
             group, _, number = question.id.rpartition("-")
-            before = solved.get(f"{group}-{int(number) - 1}") if number.isdecimal() else None
-            example = problem_of(before) if before else _EXAMPLES[0]
-            plan = _steps(before.gold.splitlines()) if before else optimal_plan(example)
-            message = {"role": "user", "content": one_shot(problem_of(question), example, plan)}
-            asked.append(replace(question, messages=(message,)))
-        return asked
+            before = benchmark.get(f"{group}-{int(number) - 1}") if number.isdecimal() else None
+            example = problem_of(before) if before else _EXAMPLE_PROBLEMS[0]
+            plan = _parse_pddl(before.gold) if before else optimal_plan(example)
+            prompt = user_prompt(one_shot(problem_of(question), example, plan))
+            questions.append(replace(question, messages=prompt))
+        return questions
 
 
-def _worked(problem: Problem) -> WorkedExample:
+def _worked_example(problem: Problem) -> WorkedExample:
     """A problem with its shortest plan, thought by thought."""
     plan, goal = plan_in_words(optimal_plan(problem)), facts_in_words(problem.goal_atoms())
     towers = facts_in_words([atom for atom in problem.init_atoms() if atom.startswith("on ")])
-    thoughts = {
+    steps = {
         "sub_task": f"I see which blocks are in the way of the goal that {goal}.",
         "thinking": f"At first {towers}, so I {', then '.join(plan)}.",
         "double_check": f"Each block that I move is clear, and in the end {goal}, so the plan is right.",
     }
-    return WorkedExample(zero_shot(problem), thoughts, "\n".join(plan))
+    return WorkedExample(zero_shot(problem), steps, "\n".join(plan))

@@ -1,9 +1,10 @@
-r"""Find the final answer in a completion, before anything judges it.
+r"""Find the final answer in a completion, before a verifier sees it.
 
-Invariants: `strict` accepts closed forms only (a balanced `\boxed{}`, `#### x`, "the answer is x" in Multi-IF's eight
-languages), so a text that was cut or never commits has no answer; `lenient` adds the last number in the text. Only what
-follows the last thinking close tag counts, and a thinking tag that was opened and never closed means no answer.
-Time grows linearly with the text, whatever is in it: models that loop write 150 kB of anything.
+`strict` accepts closed forms only: a balanced `\boxed{}`, `#### x`, "the answer is x" in Multi-IF's eight languages; so
+a text that was cut or states no answer has none. `lenient` adds the last number in the text. Only what follows the last
+thinking close tag counts, and thinking that was opened and never closed means no answer.
+
+Invariant: time grows linearly with the length of any text, because models that loop write 150 kB of anything.
 """
 
 from __future__ import annotations
@@ -11,24 +12,21 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Mode = Literal["strict", "lenient"]
+ExtractionMode = Literal["strict", "lenient"]
 
-# The line after which a free text is the answer. Thoughts never hold these words, so its first place is the tag.
+# The line before an answer that is a free text. Thoughts never contain these words, so the first such line is the tag.
 ANSWER_TAG = "The answer is:"
-
-# What opens thinking, and what closes it; an answer tag closes it too.
-_OPENINGS = ("<think>", "<thinking>", "<|begin_of_thought|>", "<Thought>", "[THINK]")
-_CLOSINGS = (
-    "</think>", "</thinking>", "<|end_of_thought|>", "<|begin_of_solution|>", "</Thought>", "<Output>", "[/THINK]",
-)  # fmt: skip
-_TEXT_TAG = re.compile(rf"^{ANSWER_TAG}[ \t]*+\n", re.MULTILINE)
-_ANSWER_TAGS = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
+_ANSWER_TAG_LINE = re.compile(rf"^{ANSWER_TAG}[ \t]*+\n", re.MULTILINE)
+# The tags around thinking and around an answer; one that opens an answer closes thinking too.
+_THINKING_OPENS = ("<think>", "<thinking>", "<|begin_of_thought|>", "<Thought>", "[THINK]")
+_THINKING_CLOSES = ("</think>", "</thinking>", "<|end_of_thought|>", "</Thought>", "[/THINK]")
+_ANSWER_OPENS = ("<|begin_of_solution|>", "<Output>")
+_ANSWER_MARKUP = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\[{}]|[{}]")
 # `\boxed 5$`, as the MATH authors' own extractor takes it.
 _UNBRACED_BOX = re.compile(r"\\boxed ([^${}\n]{1,100})\$")
 
 _NUMBER = r"-?[$€£¥₹]?\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+"
-_LAST_NUMBER = re.compile(_NUMBER)
 _HASHES = re.compile(r"####[ \t]*+([^\n]++)")
 # A heading of the fourth level is no answer: `#### Step 2`, `#### 1. Add the numbers`.
 _HEADING = re.compile(r"\d++[.)][ \t]|[*_]*+[^\W\d_]{2}")
@@ -50,7 +48,7 @@ _MATHS = (
     r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{[^{}\n]{0,80}\}|\\[A-Za-z]++|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
 _SIGNS = r"[\d+*/=×·÷^_(){}\[\]|!<>,.;:'% -]"
-# What may stand after it: a number, delimited maths, bold words, or maths without delimiters.
+# What may follow "answer is": a number, delimited maths, bold words, or maths without delimiters.
 _VALUE = re.compile(
     rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d)
          | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)
@@ -64,11 +62,12 @@ _COMPUTATION = re.compile(r"[\d\s.,+*/=×·÷-]*\d\s*[-+*/=×·÷]\s*\d[\d\s.,+*
 _LETTER = re.compile(r"\(?[A-Za-z]\)?")
 
 
-def extract_answer(completion: str, finish_reason: str = "stop", mode: Mode = "strict") -> str | None:
-    r"""The final answer as written, or None. Order: `\boxed{}`, `####`, "answer is"; `lenient`: the last number.
+def extract_answer(completion: str, finish_reason: str = "stop", mode: ExtractionMode = "strict") -> str | None:
+    r"""The final answer of a completion as written, or None.
 
-    A text cut by length (`finish_reason` "length") has an answer only in a form that was closed: a balanced box, or
-    one of the others followed by more text.
+    The first of these that the text has: the last `\boxed{}`, the last `####`, the last "answer is", and, if `lenient`,
+    the last number. A text cut by its token limit (`finish_reason` "length") has an answer only in a closed form: a
+    balanced box, or one of the others followed by more text.
     """
     text = after_thinking(completion)
     if text is None:
@@ -78,38 +77,36 @@ def extract_answer(completion: str, finish_reason: str = "stop", mode: Mode = "s
         return boxed.strip() or None
     text = text.rstrip()
     cut = finish_reason == "length"
-    for found in (_hashed(text), _stated(text)):
+    for found in (_last_after_hashes(text), _last_after_answer_is(text)):
         if found is not None and not (cut and found[1] == len(text)):
             return found[0]
-    if mode == "lenient" and not cut:
-        numbers = _LAST_NUMBER.findall(text)
-        if numbers:
-            return str(numbers[-1])
-    return None
+    numbers = re.findall(_NUMBER, text) if mode == "lenient" and not cut else ()
+    return str(numbers[-1]) if numbers else None
 
 
-def answer_text(completion: str, finish_reason: str = "stop") -> str | None:
-    """The answer that is a free text, or None where it is empty, cut by length, or thinking was never closed."""
-    return None if finish_reason == "length" else spoken(completion) or None
+def free_text_answer(completion: str, finish_reason: str = "stop") -> str | None:
+    """The answer of a completion whose answer is free text: None if it is empty, cut, or thinking was never closed."""
+    return None if finish_reason == "length" else visible_text(completion) or None
 
 
-def spoken(completion: str) -> str:
-    """What the user is told: the text after thinking and after the answer tag, if there is one; it may be empty."""
+def visible_text(completion: str) -> str:
+    """The part of a completion that the user sees: after thinking, and after the answer tag if it has one; or ""."""
     text = after_thinking(completion) or ""
-    tag = _TEXT_TAG.search(text)
+    tag = _ANSWER_TAG_LINE.search(text)
     return text[tag.end() if tag else 0 :].strip()
 
 
 def after_thinking(completion: str) -> str | None:
-    """The text after the last thinking close tag, tags around the answer left out; None when thinking is unclosed."""
-    ends = [at + len(closing) for closing in _CLOSINGS if (at := completion.rfind(closing)) >= 0]
+    """The text after the last tag that closes thinking, without tags around the answer; None if thinking is open."""
+    closes = (*_THINKING_CLOSES, *_ANSWER_OPENS)
+    ends = [at + len(tag) for tag in closes if (at := completion.rfind(tag)) >= 0]
     text = completion[max(ends, default=0) :]
-    return None if any(opening in text for opening in _OPENINGS) else _ANSWER_TAGS.sub("", text)
+    return None if any(tag in text for tag in _THINKING_OPENS) else _ANSWER_MARKUP.sub("", text)
 
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` (`\fbox`, `\framebox`) whose braces balance, or None."""
-    # Where the content of each open box begins; -1 for other braces.
+    # A stack of open braces: where the content of a box begins, -1 for any other brace.
     opened: list[int] = []
     start = end = -1
     for match in _BRACES.finditer(text):
@@ -125,14 +122,14 @@ def last_boxed(text: str) -> str | None:
     return str(unbraced[-1]) if unbraced else None
 
 
-def _hashed(text: str) -> tuple[str, int] | None:
-    """The last `#### answer` and where it ends."""
+def _last_after_hashes(text: str) -> tuple[str, int] | None:
+    """The answer of the last `#### answer`, and the index where it ends."""
     found = [match for match in _HASHES.finditer(text) if not _HEADING.match(match[1])]
     return (found[-1][1].strip(" \t*"), found[-1].end()) if found else None
 
 
-def _stated(text: str) -> tuple[str, int] | None:
-    """The last "answer is" that a number or maths follows, and where that ends."""
+def _last_after_answer_is(text: str) -> tuple[str, int] | None:
+    """The number or maths after the last "answer is" that has one, and the index where it ends."""
     found = None
     for marker in _ANSWER_IS.finditer(text):
         match = _VALUE.match(text, marker.end())
@@ -140,6 +137,7 @@ def _stated(text: str) -> tuple[str, int] | None:
             continue
         answer = match[match.lastgroup].strip()
         if match.lastgroup == "maths":
+            # Only up to the end of the sentence; then words like "a", half computations and cut LaTeX are no answers.
             answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,.;:*!'")
             follows = text[match.start("maths") + len(answer) :][:1]
             lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n。，；！।")

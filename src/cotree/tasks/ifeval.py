@@ -1,57 +1,43 @@
 r"""`ifeval`, `multi_if`, `m_ifeval`: instructions that a program can check, in one turn or three, in many languages.
 
-Invariant: each instruction is checked alone, and arguments that no checker takes are found before any text is judged.
+Invariant: arguments that no checker takes are found when rows are read, before any text is judged.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cotree.base.errors import UsageError
-from cotree.tasks.base import Question, Turn, Verdict, WorkedExample
+from cotree.base.rows import Row
+from cotree.tasks.base import Question, Turn, Verdict, WorkedExample, user_prompt
 from cotree.tasks.benchmark import Benchmark
-from cotree.tasks.instructions import check_arguments, strict
-from cotree.tasks.loading import Row, Source, value
-
-_EXAMPLES = (
-    WorkedExample(
-        "List three colours of a sunset as bullet points, each beginning with *. Do not use any commas.",
-        {
-            "sub_task": "I need three bullet points and no comma.",
-            "thinking": "Each colour gets its own line after an asterisk, and no line needs a comma.",
-        },
-        "* orange\n* pink\n* violet",
-    ),
-    WorkedExample(
-        "Explain in less than 20 words why ice floats. Wrap your entire response in double quotation marks.",
-        {
-            "sub_task": "I need one short sentence, and quotation marks around all of it.",
-            "thinking": "Ice is less dense than water, which takes a few words to say.",
-        },
-        '"Ice floats because it is less dense than the water around it."',
-    ),
-)
+from cotree.tasks.examples import shipped_examples
+from cotree.tasks.instructions import follows_strictly
+from cotree.tasks.instructions.registry import check_arguments
+from cotree.tasks.loading import Source, field_value
 
 
-def spec_of(names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None], language: str) -> dict[str, Any]:
-    """A turn's instructions for its verifier: `instructions`, pairs of id and arguments, and `language`.
+def instruction_spec(
+    names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None], language: str
+) -> dict[str, Any]:
+    """A turn's `Question.spec`: `instructions`, pairs of an id and its arguments, and `language`.
 
     Falsy arguments are dropped: the hub's rows hold a null for each argument of every other instruction.
 
     Raises:
-        UsageError: an instruction that nobody checks, with the nearest known; arguments that it does not take.
+        UsageError: an unknown instruction, with the nearest known; arguments that it does not take.
     """
     if not names or len(names) != len(arguments):
         wanted = "name one or more, with kwargs for each"
         raise UsageError(f"instructions: {len(names)} ({', '.join(names)}), kwargs: {len(arguments)}; {wanted}")
-    asked = []
+    instructions = []
     for name, given in zip(names, arguments, strict=True):
-        kept = {key: told for key, told in (given or {}).items() if told}
+        kept = {key: value for key, value in (given or {}).items() if value}
         check_arguments(name, kept)
-        asked.append((name, kept))
-    return {"instructions": tuple(asked), "language": language}
+        instructions.append((name, kept))
+    return {"instructions": tuple(instructions), "language": language}
 
 
 class IFEval(Benchmark):
@@ -64,7 +50,7 @@ class IFEval(Benchmark):
 
     is judged by `punctuation:no_comma` and `detectable_format:number_highlighted_sections` with `num_highlights: 2`:
     `correct` if the answer (after thinking and the answer tag) follows all instructions strictly. The reward is the
-    share followed, so 1 for `correct` alone.
+    fraction followed, so 1 for `correct` alone.
     """
 
     name = "ifeval"
@@ -75,24 +61,33 @@ class IFEval(Benchmark):
     comparable = False
 
     def question(self, row: Row) -> Question:
-        """`key` or `id`, `prompt`, `instruction_id_list`, `kwargs`; `language` where there is one."""
-        names = value(row, "instruction_id_list")
-        language = row.get("language", "English")
-        spec = spec_of(names, value(row, "kwargs"), language)
-        message = {"role": "user", "content": value(row, "prompt")}
-        return Question(str(value(row, "key", "id")), self.name, (message,), ", ".join(names), language, spec=spec)
+        """The question of a row with `key` or `id`, `prompt`, `instruction_id_list`, `kwargs`, perhaps `language`."""
+        names = field_value(row, "instruction_id_list")
+        turn = (field_value(row, "prompt"), names, field_value(row, "kwargs"))
+        return self._conversation(row, [turn], row.get("language", "English"))
+
+    def _conversation(
+        self, row: Row, turns: Sequence[tuple[str, Sequence[str], Sequence[Any]]], language: str
+    ) -> Question:
+        """The first turn's question, with the later ones; a turn is its text, instruction ids and their arguments."""
+        first, *later = [
+            Turn(text, ", ".join(names), instruction_spec(names, arguments, language))
+            for text, names, arguments in turns
+        ]
+        id_, prompt = str(field_value(row, "key", "id")), user_prompt(first.text)
+        return Question(id_, self.name, prompt, first.gold, family=language, later=tuple(later), spec=first.spec)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Two invented prompts; the same for all, so that their beginning stays warm in a server's cache."""
-        return _EXAMPLES
+        return shipped_examples("instructions")
 
     def verify(self, answer: str, question: Question) -> Verdict:
-        """`correct` if all instructions are followed strictly; the reward is the share; `detail` names the others."""
-        asked = question.spec["instructions"]
-        missed = [name for name, arguments in asked if not strict(name, arguments, answer)]
+        """`correct` if all instructions are followed strictly; the reward is the fraction, `detail` names the rest."""
+        instructions = question.spec["instructions"]
+        missed = [name for name, arguments in instructions if not follows_strictly(name, arguments, answer)]
         if not missed:
             return Verdict("correct", 1.0, answer)
-        return Verdict("wrong", 1 - len(missed) / len(asked), answer, f"not followed: {', '.join(missed)}")
+        return Verdict("wrong", 1 - len(missed) / len(instructions), answer, f"not followed: {', '.join(missed)}")
 
 
 class MIFEval(IFEval):
@@ -105,7 +100,7 @@ class MIFEval(IFEval):
 
     def question(self, row: Row) -> Question:
         """As IFEval's; the language is the prefix of the instruction ids."""
-        return super().question({**row, "language": value(row, "instruction_id_list")[0].partition(":")[0]})
+        return super().question({**row, "language": field_value(row, "instruction_id_list")[0].partition(":")[0]})
 
 
 class MultiIF(IFEval):
@@ -121,29 +116,18 @@ class MultiIF(IFEval):
     source = Source("multi_if_en.jsonl", "facebook/Multi-IF", "CC-BY-NC-2.0", 4501)
 
     def question(self, row: Row) -> Question:
-        """`id`, `language` and `turns`, or the hub's flat columns `turn_1_prompt` ... that hold JSON in JSON."""
-        language = value(row, "language")
-        turns = []
-        for turn in _flat_turns(row) if "turn_1_prompt" in row else value(row, "turns"):
-            names = turn["instruction_id_list"]
-            turns.append(Turn(turn["prompt"], ", ".join(names), spec_of(names, turn["kwargs"], language)))
-        first = turns[0]
-        message = {"role": "user", "content": first.text}
-        id_ = str(value(row, "key", "id"))
-        return Question(id_, self.name, (message,), first.gold, language, tuple(turns[1:]), spec=first.spec)
+        """The conversation of a row with `turns`, or with the hub's columns `turn_1_prompt` ..., JSON within JSON."""
+        if "turn_1_prompt" in row:
+            turns = list(_hub_turns(row))
+        else:
+            turns = [(t["prompt"], t["instruction_id_list"], t["kwargs"]) for t in field_value(row, "turns")]
+        return self._conversation(row, turns, field_value(row, "language"))
 
 
-def _flat_turns(row: Row) -> list[dict[str, Any]]:
-    turns = []
+def _hub_turns(row: Row) -> Iterator[tuple[str, Sequence[str], Sequence[Any]]]:
     for n in (1, 2, 3):
         prompt, names, kwargs = (row[f"turn_{n}_{column}"] for column in ("prompt", "instruction_id_list", "kwargs"))
         # A conversation of two turns has the word None in the third's place.
         if prompt and prompt != "None":
-            turns.append(
-                {
-                    "prompt": json.loads(prompt)["content"],
-                    "instruction_id_list": json.loads(names),
-                    "kwargs": [json.loads(given) for given in json.loads(kwargs)],
-                }
-            )
-    return turns
+            arguments = [json.loads(given) for given in json.loads(kwargs)]
+            yield json.loads(prompt)["content"], json.loads(names), arguments

@@ -1,53 +1,51 @@
 r"""Mathematics with published answers: `gsm8k`, `math500`, `math` (for training), `aime24`, `aime25`.
 
-Invariant: the prompt is the user's question, a newline, and "Please reason step by step, and put your final answer
-within \boxed{}.": the `qwen-boxed` template of Qwen2.5-Math's evaluation (without its system line), which is also the
-one that DeepSeek recommends for R1. An answer is right where math-verify says that it equals the gold one
-(`math_verdicts.compare`). The worked examples are for the search only; their problems are our own.
+The prompt is the user's question, a newline, and "Please reason step by step, and put your final answer within
+\boxed{}.": the `qwen-boxed` template of Qwen2.5-Math's evaluation (without its system line), which DeepSeek recommends
+for R1 too. An answer is correct where math-verify says that it equals the gold one (`math_verdicts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from cotree.base.errors import UsageError
-from cotree.tasks.base import Question, Verdict, WorkedExample
+from cotree.base.rows import Row
+from cotree.tasks.base import Question, Verdict, WorkedExample, user_prompt
 from cotree.tasks.benchmark import Benchmark
+from cotree.tasks.examples import shipped_examples
 from cotree.tasks.extract import last_boxed
-from cotree.tasks.loading import Row, Source, value
-from cotree.tasks.math_verdicts import compare
+from cotree.tasks.loading import Source, field_value
+from cotree.tasks.math_verdicts import check_math_answer
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
-def _example(question: str, sub_task: str, thinking: str, double_check: str, answer: str) -> WorkedExample:
-    steps = {"sub_task": sub_task, "thinking": thinking, "double_check": double_check}
-    return WorkedExample(f"{question}\n{INSTRUCTION}", steps, answer)
-
-
 class Mathematics(Benchmark):
-    """What the five have in common: the prompt, the fields of a row, the verdict."""
+    """What these tasks have in common: the prompt, the fields of a row, the verifier.
 
-    examples: ClassVar[tuple[WorkedExample, ...]]
+    examples: their section of `worked_examples.yaml`.
+    """
+
+    examples = "competition"
 
     def question(self, row: Row) -> Question:
-        """A row of the hub or of a local file."""
-        message = {"role": "user", "content": f"{value(row, 'problem', 'question')}\n{INSTRUCTION}"}
+        """The question of a row of the hub or of a local file."""
+        prompt = user_prompt(f"{field_value(row, 'problem', 'question')}\n{INSTRUCTION}")
         family = str(row.get("subject") or row.get("type") or "")
-        return Question(str(value(row, "unique_id", "id")), self.name, (message,), self._gold(row), family)
+        return Question(str(field_value(row, "unique_id", "id")), self.name, prompt, self._gold(row), family=family)
 
     def _gold(self, row: Row) -> str:
-        return str(value(row, "answer")).strip()
+        return str(field_value(row, "answer")).strip()
 
     def verify(self, answer: str, question: Question) -> Verdict:
-        """By math-verify; an answer that it cannot compare in the time and memory it gets is wrong, and says so."""
-        correct, detail = compare(question.gold, answer)
-        return Verdict("correct" if correct else "wrong", float(correct), answer, detail)
+        """By math-verify. What it cannot compare in the time and memory that it gets is wrong; `detail` says so."""
+        correct, detail = check_math_answer(question.gold, answer)
+        return Verdict.of(correct, answer, detail)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """The task's three, the same for every question."""
-        return self.examples
+        """Three examples, the same for every question of the task."""
+        return shipped_examples(self.examples, f"{{question}}\n{INSTRUCTION}")
 
 
 class GSM8K(Mathematics):
@@ -65,36 +63,16 @@ class GSM8K(Mathematics):
     name = "gsm8k"
     description = "grade-school word problems; train and dev split too"
     prompt_version = "gsm8k/boxed-1"
-    source = Source("gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, ("main",), "test", "gsm8k-test-")
-    training = Source("gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, ("main",), "train", "gsm8k-train-")
-    examples = (
-        _example(
-            "A florist ties 9 roses into each bouquet. She makes 7 bouquets and has 4 roses left. "
-            "How many roses did she start with?",
-            "I find the roses in the bouquets, then add those left.",
-            "The bouquets hold 7 * 9 = 63 roses, and with the 4 left that is 63 + 4 = 67.",
-            "67 - 4 = 63 and 63 / 9 = 7 bouquets, so 67 is right.",
-            "67",
-        ),
-        _example(
-            "Omar reads 15 pages on Monday and twice as many on Tuesday. His book has 120 pages. "
-            "How many pages are left?",
-            "I find what he read on Tuesday, add both days, and take that from 120.",
-            "On Tuesday he reads 2 * 15 = 30 pages, so 15 + 30 = 45 in all, and 120 - 45 = 75 are left.",
-            "45 + 75 = 120, so 75 is right.",
-            "75",
-        ),
-        _example(
-            "A taxi asks $3 to start and $2 for each mile. Lena pays $19. How many miles did she ride?",
-            "I take the start price off and divide by the price of a mile.",
-            "Without the start price it is 19 - 3 = 16 dollars, and 16 / 2 = 8 miles.",
-            "3 + 8 * 2 = 19, so 8 is right.",
-            "8",
-        ),
+    source = Source(
+        "gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, configs=("main",), split="test", id_prefix="gsm8k-test-"
     )
+    training = Source(
+        "gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, configs=("main",), split="train", id_prefix="gsm8k-train-"
+    )
+    examples = "gsm8k"
 
     def _gold(self, row: Row) -> str:
-        # The hub's `answer` is the solution, which ends with the number after the hashes.
+        # On the hub, `answer` is the whole solution, which ends with the number after `####`.
         return super()._gold(row).rpartition("####")[2].strip().replace(",", "")
 
 
@@ -113,30 +91,7 @@ class MATH500(Mathematics):
     name = "math500"
     description = "competition mathematics with LaTeX answers"
     prompt_version = "math500/boxed-1"
-    source = Source("math500.jsonl", "HuggingFaceH4/MATH-500", "MIT", 500, (), "test")
-    examples = (
-        _example(
-            "Solve $\\frac{x}{3} + \\frac{1}{2} = 2$ for $x$.",
-            "I bring the constant to the right, then multiply.",
-            "$\\frac{x}{3} = 2 - \\frac{1}{2} = \\frac{3}{2}$, so $x = \\frac{9}{2}$.",
-            "$\\frac{9}{2} \\cdot \\frac{1}{3} + \\frac{1}{2} = \\frac{3}{2} + \\frac{1}{2} = 2$, as it should be.",
-            "\\frac{9}{2}",
-        ),
-        _example(
-            "For which real $x$ is $x^2 - 4x < 0$? Give the answer as an interval.",
-            "I factor and look at the signs between the roots.",
-            "$x^2 - 4x = x(x - 4)$ is negative where exactly one factor is, that is for $0 < x < 4$.",
-            "At $x = 1$ it is $-3 < 0$, at $x = 5$ it is $5 > 0$, and at the ends it is $0$, so the interval is open.",
-            "(0,4)",
-        ),
-        _example(
-            "Two fair dice are rolled. What is the probability that the sum is 10?",
-            "I count the pairs with sum 10 among all pairs.",
-            "The pairs are $(4,6), (5,5), (6,4)$, so $3$ of $36$, which is $\\frac{1}{12}$.",
-            "No other pair of numbers up to 6 has the sum 10, and $3/36 = 1/12$.",
-            "\\frac{1}{12}",
-        ),
-    )
+    source = Source("math500.jsonl", "HuggingFaceH4/MATH-500", "MIT", 500, split="test")
 
 
 _SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
@@ -156,15 +111,14 @@ class MATHTraining(Mathematics):
         "math_train_500.jsonl",
         "EleutherAI/hendrycks_math",
         "MIT",
-        7500,
-        tuple(_SUBJECTS.split()),
-        "train",
-        "math-train-",
+        size=7500,
+        configs=tuple(_SUBJECTS.split()),
+        split="train",
+        id_prefix="math-train-",
     )
-    examples = MATH500.examples
 
     def _gold(self, row: Row) -> str:
-        gold = row.get("answer") or last_boxed(value(row, "solution"))
+        gold = row.get("answer") or last_boxed(field_value(row, "solution"))
         if gold is None:
             raise UsageError("a row of `math` has neither an `answer` nor a \\boxed{} in its `solution`")
         return str(gold).strip()
@@ -185,7 +139,6 @@ class AIME24(Mathematics):
     description = "AIME 2024 I and II; integers from 0 to 999"
     prompt_version = "aime24/boxed-1"
     source = Source("aime_2024.jsonl", "HuggingFaceH4/aime_2024", "problems: MAA", 30)
-    examples = MATH500.examples
 
 
 class AIME25(AIME24):
@@ -195,3 +148,6 @@ class AIME25(AIME24):
     description = "AIME 2025 I and II; integers from 0 to 999"
     prompt_version = "aime25/boxed-1"
     source = Source("aime_2025.jsonl", "math-ai/aime25", "problems: MAA", 30)
+
+
+MATHEMATICS = (GSM8K, MATH500, MATHTraining, AIME24, AIME25)

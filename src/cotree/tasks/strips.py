@@ -1,7 +1,7 @@
 """Blocksworld with four actions: a simulator that says why a plan fails, an optimal solver, and random problems.
 
-Invariant: the simulator and the solver follow PlanBench's `blocksworld-4ops` domain to the letter: pick-up and put-down
-take one block, stack and unstack two, the hand holds one block, and a goal holds at the end of the plan or not at all.
+Simulator and solver follow PlanBench's `blocksworld-4ops` domain to the letter: pick-up and put-down take one block,
+stack and unstack two, the hand holds one block, and the goal must hold at the end of the plan.
 """
 
 from __future__ import annotations
@@ -18,29 +18,35 @@ Action = tuple[str, ...]  # ("stack", "a", "b")
 TABLE = ""
 _HAND = "hand"
 _BLOCKS = frozenset("abcdefghijkl")  # those that PlanBench has a colour for
-_BLOCKS_OF = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
-Form = tuple[tuple[tuple[int, ...], ...], ...]
+_ARITY = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
+CanonicalForm = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What each block stands on at first (a block or TABLE), and what some of them must stand on in the end."""
+    """A planning problem. below: what each block stands on at first, a block or TABLE. goal: the same for the end.
+
+    The goal may leave blocks out, which may then stand anywhere.
+    """
 
     below: Mapping[str, str]
     goal: Mapping[str, str]
 
     @classmethod
     def from_atoms(cls, init: Iterable[str], goal: Iterable[str]) -> Problem:
-        """From ground atoms (`on a b`, `ontable b`; `clear` and `handempty` follow from them in `init`)."""
+        """A problem from ground atoms: `on a b`, `ontable b`; `clear` and `handempty` in `init` follow from these.
+
+        Raises:
+            UsageError: a goal of another kind, or a block that stands nowhere or is not one of a to l.
+        """
         for atom in goal:
             if not atom.startswith(("on ", "ontable ")):
                 raise UsageError(f"blocksworld goal `{atom}`: a goal says `on X Y` or `ontable X`")
         problem = cls(_placed(init), _placed(goal))
         for block in (*problem.below, *problem.goal):
             if block not in _BLOCKS or block not in problem.below:
-                raise UsageError(
-                    f"blocksworld block `{block}`: blocks are named a to l and all stand somewhere at first"
-                )
+                wanted = "blocks are named a to l and all stand somewhere at first"
+                raise UsageError(f"blocksworld block `{block}`: {wanted}")
         return problem
 
     def init_atoms(self) -> list[str]:
@@ -63,14 +69,14 @@ def _atoms(below: Mapping[str, str]) -> list[str]:
     return [f"on {block} {under}" if under else f"ontable {block}" for block, under in below.items()]
 
 
-def fault(problem: Problem, plan: Sequence[Action]) -> str | None:
-    """Why the plan does not solve the problem (its first impossible step, or the goals it misses); None if it does."""
+def plan_error(problem: Problem, plan: Sequence[Action]) -> str | None:
+    """Why a plan does not solve a problem: its first impossible step, or the goals that it misses. None if it does."""
     below, held = dict(problem.below), ""
     for step, action in enumerate(plan, 1):
         reason = ""
         name, block = action[0], action[1]
-        if len(action) - 1 != _BLOCKS_OF[name]:
-            reason = f"{name} takes {_BLOCKS_OF[name]} block{'s' if _BLOCKS_OF[name] > 1 else ''}"
+        if len(action) - 1 != _ARITY[name]:
+            reason = f"{name} takes {_ARITY[name]} block{'s' * (_ARITY[name] > 1)}"
         elif name in ("pick-up", "unstack"):
             under = TABLE if name == "pick-up" else action[2]
             if held:
@@ -95,7 +101,7 @@ def fault(problem: Problem, plan: Sequence[Action]) -> str | None:
 
 
 def optimal_plan(problem: Problem) -> list[Action]:
-    """A shortest plan, the same one every time, by A* with `_bound`; UsageError for a goal that no state fulfils."""
+    """A shortest plan, always the same one, by A* with `_min_steps`; UsageError for a goal that no state fulfils."""
     blocks = sorted(problem.below)
     start = tuple(problem.below[block] for block in blocks)
     done: set[tuple[str, ...]] = set()
@@ -109,7 +115,7 @@ def optimal_plan(problem: Problem) -> list[Action]:
             return list(plan)
         for action, following in _successors(blocks, state):
             if following not in done:
-                bound = len(plan) + 1 + _bound(blocks, following, problem.goal)
+                bound = len(plan) + 1 + _min_steps(blocks, following, problem.goal)
                 # Among equal bounds the longest plan comes first, so that the search runs straight to the goal.
                 heappush(queue, (bound, -len(plan), following, (*plan, action)))
     raise UsageError(f"blocksworld goal cannot be reached: {', '.join(problem.goal_atoms())}")
@@ -130,8 +136,8 @@ def _successors(blocks: list[str], state: tuple[str, ...]) -> Iterator[tuple[Act
             yield ("stack", blocks[held], block), (*state[:held], block, *state[held + 1 :])
 
 
-def _bound(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str]) -> int:
-    """Actions that are surely still needed: it never falls by more than one a step, so A* need not visit a state twice.
+def _min_steps(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str]) -> int:
+    """A lower bound of the actions still needed. It falls by at most one a step, so A* need not visit a state twice.
 
     A block must move (two actions) if it stands where the goal does not want it, where the goal wants another, or above
     one that must move; a held block must be set down (one action).
@@ -150,12 +156,12 @@ def _bound(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str]) -
     return 2 * sum(map(must_move, blocks)) + (_HAND in state)
 
 
-def canonical_form(problem: Problem) -> Form:
+def canonical_form(problem: Problem) -> CanonicalForm:
     """The problem without its blocks' names: equal for two problems exactly if renaming blocks makes them the same.
 
     Blocks are linked to what they stand on, now and in the goal, and to what stands on them: at most four neighbours,
-    each of another kind, so a walk from one block numbers all that hang together with it in one way. Each such group
-    gives the smallest code over the blocks to start from.
+    each of another kind, so a walk from one block numbers its connected component in exactly one way. Each component
+    is coded by the smallest such numbering over the blocks to start from.
     """
     placed = (problem.below, problem.goal)
     down = [{block: under for block, under in below.items() if under} for below in placed]

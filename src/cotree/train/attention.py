@@ -1,7 +1,7 @@
-"""Attention to ancestors only, in transformers' attention interface, three ways.
+"""Attention to ancestors only, in transformers' attention interface, in three implementations.
 
-Invariant: all three give the same: token q sees token k exactly if k is an ancestor of q or q itself, which in
-depth-first order is `k <= q < ends[k]`.
+Invariant: in all three token q attends to token k exactly if k is an ancestor of q or q itself, which in depth-first
+order is `k <= q < ends[k]`.
 
 - `block`: dense attention for each run of the forest over its ancestors' slices. The fastest on CPU, and the fallback.
 - `sdpa`: one call with a (tokens, tokens) mask: computes what the mask then hides.
@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotree.train.recompute import made_by
+from cotree.train.recompute import recomputed
 
 ATTENTION = "cotree_forest"
 Backend = Literal["block", "sdpa", "flex"]
 
 
 class Layout:
-    """Who attends to whom in a row of tokens in depth-first order. (No dataclass: FSDP would take it apart.)
+    """Which tokens attend to which in a row of tokens in depth-first order. (No dataclass: FSDP would take it apart.)
 
     Attributes:
         ends: (tokens,) where the tokens below each one end.
@@ -83,22 +83,23 @@ class Layout:
         return found
 
 
-def forest_attention(
+def forest_attention(  # noqa: PLR0917 - transformers passes these by position
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
     scaling: float | None = None,
     layout: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention to ancestors within one row.
+    """Attention of each token of a row to its ancestors.
 
     Args:
         module: the attention layer (unused).
         query, key, value: (1, heads, tokens, head_dim); key and value may have fewer heads (grouped-query attention).
-        attention_mask: None; the layout says it all.
+        attention_mask: None; the layout has the same information.
         scaling: of the scores; None is 1 / sqrt(head_dim).
         layout: of the row.
 
@@ -109,28 +110,29 @@ def forest_attention(
         raise ValueError(f"{ATTENTION} attention needs a layout and takes no mask: use forest.forest_logps")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves norms of q and k in float32
     if layout.backend == "block":
-        return _block(query, key, value, scaling, layout), None
+        return _block(query, key, value, scaling=scaling, layout=layout), None
     elif layout.backend == "sdpa":
-        output = _dense(query, key, value, scaling, layout.mask)
+        output = _dense(query, key, value, scaling=scaling, mask=layout.mask)
     else:
         output = _flex(query.is_cuda)(query, key, value, block_mask=layout.blocks, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2), None
 
 
-def _block(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+def _block(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, layout: Layout) -> Tensor:
     # split, not slices: the backward of a slice fills and adds a whole row for every piece.
     keys, values = (torch.split(each, layout.pieces, dim=2) for each in (key, value))
     queries = torch.split(query, [length for length, *_ in layout.blocks_of_runs], dim=2)
     outputs = []
     for q, (_, seen, mask) in zip(queries, layout.blocks_of_runs, strict=True):
         k, v = (torch.cat([each[piece] for piece in seen], dim=2) for each in (keys, values))
+        mask = mask if mask is None else mask.to(q)
         # Attention writes its output token by token, so it is joined without another copy.
-        outputs.append(_dense(q, k, v, scaling, mask if mask is None else mask.to(q)).transpose(1, 2))
+        outputs.append(_dense(q, k, v, scaling=scaling, mask=mask).transpose(1, 2))
     pieces = [each.detach() for each in outputs]
-    return made_by(lambda: torch.cat(pieces, dim=1), torch.cat(outputs, dim=1))
+    return recomputed(torch.cat(outputs, dim=1), lambda: torch.cat(pieces, dim=1))
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, mask: Tensor | None) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
     )

@@ -10,93 +10,73 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from cotree.base.atomic import whole
-from cotree.experiment.recipe import TrainDPO
-from cotree.models.encode import Pair
+from cotree.base.atomic import write_text
+from cotree.models.encode import EncodedPair
 from cotree.train.forest import Scored, forest_logps, packs
 from cotree.train.losses import dpo_loss, joint_loss, margin_weights, weighted
-from cotree.train.resume import weights_hash
-from cotree.train.trainer import (
-    Step,
-    StepLog,
-    StepTrainer,
-    TrainResult,
-    add_over_processes,
-    room_for_pack,
-    train,
-)
+from cotree.train.memory import explain_out_of_memory, pack_out_of_memory
+from cotree.train.settings import DPO
+from cotree.train.steps import Step
+from cotree.train.student import student_sha256
+from cotree.train.trainer import StepTrainer, sum_over_processes
 
 
-def train_dpo(
-    rows: Path,
-    student: Path,
-    out: Path,
-    settings: TrainDPO,
-    seed: int,
-    max_tokens: int,
-    on_step: Callable[[StepLog], None] | None = None,
-) -> TrainResult:
-    """Train an SFT checkpoint on pairs; resumes and returns as `sft.train_sft` does.
+class PairTrainer(StepTrainer[EncodedPair]):
+    """The joint objective over the pairs of a step.
 
-    Args:
-        rows: Parquet with `prompt`, `chosen` and `rejected` (messages).
-        student: the SFT checkpoint, a transformers folder; it is the reference.
-        out: folder of this run: `model/`, `result.json`, `log.jsonl`.
-        settings: the recipe's `train.dpo`.
-        seed: fixes the order of the pairs.
-        max_tokens: pairs with a side of more tokens, prompt included, are left out and counted.
-        on_step: called after each optimizer step. Gauges, means over the step's pairs: `margin` (beta times the
-            difference of log-ratios, without SimPO's target), `accuracy` (share with margin > 0), `chosen_logps` and
-            `rejected_logps` (sums over the tokens in the margin), `dpo_loss`, `sft_loss` (if alpha is not 0); and
-            `learning_rate`, `grad_norm`, `seconds`.
-
-    Raises:
-        UsageError: rows, student or settings cannot be trained on, or `out` holds a run on other inputs.
-        CotreeError: the loss is no number any more, or the disk is full; nothing before the last checkpoint is lost.
+    Metrics: `margin` (beta times the difference of log-ratios, without SimPO's target), `accuracy` (share with a
+    margin > 0), `chosen_logps` and `rejected_logps` (sums over the tokens in the margin), `chosen_reward` and
+    `rejected_reward` (beta times the log-ratio, where there is a reference), `dpo_loss`, `sft_loss` (alpha not 0).
     """
 
-    def prepare(model: PreTrainedModel, pairs: list[Pair], arguments: TrainingArguments) -> list[Pair]:
-        """The reference is kept, for a resume and for runs beside this one, in a file named by what it depends on."""
+    @classmethod
+    def prepare_rows(
+        cls,
+        model: PreTrainedModel,
+        rows: list[EncodedPair],
+        arguments: TrainingArguments,
+        settings: DPO,
+        *,
+        student: Path,
+        references: Path,
+    ) -> list[EncodedPair]:
+        """The pairs with the student as their reference, kept in `references` in a file named by what it depends on."""
         model.to(arguments.device)
         if not settings.has_reference:
-            return pairs
+            return rows
         margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
-        chains = [(len(pair.prompt), *pair.chains) for pair in pairs]
-        inputs = [weights_hash(student), chains, margin, arguments.bf16]
+        chains = [(len(pair.prompt), *pair.sequences) for pair in rows]
+        inputs = [student_sha256(student), chains, margin, arguments.bf16]
         name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-        path = out.parent / "reference" / f"{name}.json"
+        path = references / f"{name}.json"
         with arguments.main_process_first(local=False):
             stored = json.loads(path.read_text()) if path.exists() else None
         if stored is not None:
-            return _referenced(pairs, stored)
-        pairs = with_reference(model, pairs, settings, arguments)
+            return _referenced(rows, stored)
+        rows = with_reference(model, rows, arguments, settings)
         if arguments.process_index == 0:
-            with whole(path) as draft:
-                draft.write_text(json.dumps([pair.reference for pair in pairs]))
-        return pairs
+            write_text(path, json.dumps([pair.reference for pair in rows]))
+        return rows
 
-    return train(PairTrainer, rows, student, out, settings, seed, max_tokens, on_step, prepare)
-
-
-class PairTrainer(StepTrainer[Pair]):
-    """The joint objective over the pairs of a step."""
-
-    def share(self, model: nn.Module, rows: Sequence[Pair], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """Share of L = L_DPO + alpha L_SFT(chosen) of the step."""
-        settings: TrainDPO = self.settings
+    def pack_loss(self, model: nn.Module, rows: Sequence[EncodedPair], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the pairs of a pack add to L = L_DPO + alpha L_SFT(chosen) of the step."""
+        settings: DPO = self.settings
         weights = [step.weights[id(row)] for row in rows]
         chosen, policy = pair_logps(model, rows, settings, weights if settings.alpha else ())
         reference = policy.new_tensor([row.reference for row in rows])
         gamma = settings.simpo_gamma if settings.loss == "simpo" else 0.0
-        losses, d = dpo_loss(policy, reference, settings.beta, settings.label_smoothing, gamma)
+        losses, d = dpo_loss(
+            policy, reference, beta=settings.beta, label_smoothing=settings.label_smoothing, gamma=gamma
+        )
         loss, dpo, sft = joint_loss(
             losses,
             chosen,
@@ -112,12 +92,12 @@ class PairTrainer(StepTrainer[Pair]):
         if settings.has_reference:
             rewards = settings.beta * (policy - reference)
             means |= dict(zip(("chosen_reward", "rejected_reward"), rewards.unbind(1), strict=True))
-        gauges = {name: values.sum() / step.rows for name, values in means.items()}
-        return loss, gauges | {"dpo_loss": dpo} | ({"sft_loss": sft} if settings.alpha else {})
+        metrics = {name: values.sum() / step.rows for name, values in means.items()}
+        return loss, metrics | {"dpo_loss": dpo} | ({"sft_loss": sft} if settings.alpha else {})
 
 
 def pair_logps(
-    model: nn.Module, pairs: Sequence[Pair], settings: TrainDPO, sft: Sequence[Tensor] = ()
+    model: nn.Module, pairs: Sequence[EncodedPair], settings: DPO, sft: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], Tensor]:
     """Log-probabilities of some pairs, from one forward pass; a token that counts nowhere is not scored.
 
@@ -141,7 +121,7 @@ def pair_logps(
     if sft:
         needed[::2] = [margin + weights for margin, weights in zip(margins[::2], sft, strict=True)]
     starts = [min(int((weights == 0).long().cumprod(0).sum()), len(weights) - 1) for weights in needed]
-    chains = [(ids, len(pair.prompt)) for pair in pairs for ids in pair.chains]
+    chains = [(ids, len(pair.prompt)) for pair in pairs for ids in pair.sequences]
     scored = [Scored(ids, prompt + start) for (ids, prompt), start in zip(chains, starts, strict=True)]
     logps = [
         nn.functional.pad(values, (start, 0)) for values, start in zip(forest_logps(model, scored), starts, strict=True)
@@ -151,8 +131,8 @@ def pair_logps(
 
 
 def with_reference(
-    model: nn.Module, pairs: Sequence[Pair], settings: TrainDPO, arguments: TrainingArguments
-) -> list[Pair]:
+    model: nn.Module, pairs: Sequence[EncodedPair], arguments: TrainingArguments, settings: DPO
+) -> list[EncodedPair]:
     """The pairs with the model as it is as their reference.
 
     Packed like a step, and dealt out to the processes of a distributed run.
@@ -162,10 +142,10 @@ def with_reference(
     model.eval()
     with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
         for pack in packs(pairs, settings.pack_tokens)[arguments.process_index :: arguments.world_size]:
-            with room_for_pack(pack, "in the reference", settings.pack_tokens):
+            with explain_out_of_memory(partial(pack_out_of_memory, pack, "in the reference", settings.pack_tokens)):
                 sums[[place[id(pair)] for pair in pack]] = pair_logps(model, pack, settings)[1].to(sums)
-    return _referenced(pairs, add_over_processes(sums).tolist())
+    return _referenced(pairs, sum_over_processes(sums).tolist())
 
 
-def _referenced(pairs: Sequence[Pair], logps: list[tuple[float, float]]) -> list[Pair]:
+def _referenced(pairs: Sequence[EncodedPair], logps: list[tuple[float, float]]) -> list[EncodedPair]:
     return [replace(pair, reference=(chosen, rejected)) for pair, (chosen, rejected) in zip(pairs, logps, strict=True)]

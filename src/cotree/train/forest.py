@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cotree.models.encode import Chain, Pair, Row, prefix_tokens
+from cotree.models.encode import EncodedChain, EncodedPair, EncodedRow, prefix_tokens
 from cotree.train.attention import Backend, Layout
 from cotree.train.losses import token_logps
 
@@ -57,7 +57,7 @@ class Forest:
             ends[path[shared:]] = start
             row += inputs[shared:]
             places[index] = path = torch.cat([path[:shared], torch.arange(start, len(row))])
-            spans = _first(spans, shared)
+            spans = _first_places(spans, shared)
             if len(row) > start:
                 spans.append((start, len(row)))
                 runs.append(list(spans))
@@ -70,7 +70,7 @@ class Forest:
         self.layout = Layout(ends[: len(row)].to(device), runs)
 
 
-def _first(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+def _first_places(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     """The first `count` places of some spans of the row."""
     kept = []
     for start, stop in spans:
@@ -126,36 +126,36 @@ def _edges(forest: Forest, chains: Sequence[Scored]) -> tuple[Tensor, Tensor, Te
     return edges // width, edges % width, places
 
 
-def packs(rows: Sequence[Row], cap: int) -> list[list[Row]]:
+def packs(rows: Sequence[EncodedRow], cap: int) -> list[list[EncodedRow]]:
     """Deal rows to packs whose forests have at most `cap` tokens; a row that is larger is a pack by itself.
 
     Rows go in the order of their ids, so a tree that does not fit is cut along its subtrees, and only the ancestors of
     the cut are computed twice.
     """
-    dealt: list[list[Row]] = []
+    dealt: list[list[EncodedRow]] = []
     inside: list[list[int]] = []
     size = cap
-    for row in sorted(rows, key=lambda row: row.chains):
-        new = _grow(inside, row)
+    for row in sorted(rows, key=lambda row: row.sequences):
+        new = _add_row(inside, row)
         if not dealt or size + new > cap:
             dealt.append([])
             inside, size = [], 0
-            new = _grow(inside, row)
+            new = _add_row(inside, row)
         dealt[-1].append(row)
         size += new
     return dealt
 
 
-def forest_tokens(rows: Sequence[Chain | Pair]) -> int:
+def forest_tokens(rows: Sequence[EncodedChain | EncodedPair]) -> int:
     """Tokens in the forest of some rows, the last one of each chain included."""
     inside: list[list[int]] = []
-    return sum(_grow(inside, row) for row in rows)
+    return sum(_add_row(inside, row) for row in rows)
 
 
-def _grow(inside: list[list[int]], row: Chain | Pair) -> int:
+def _add_row(inside: list[list[int]], row: EncodedChain | EncodedPair) -> int:
     """Add a row's chains to the sorted chains of a pack; returns how many tokens are new."""
     new = 0
-    for chain in row.chains:
+    for chain in row.sequences:
         at = bisect(inside, chain)
         new += len(chain) - max((prefix_tokens(chain, other) for other in inside[max(at - 1, 0) : at + 1]), default=0)
         inside.insert(at, chain)

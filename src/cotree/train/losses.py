@@ -1,7 +1,7 @@
 """The post-training losses, as functions of log-probabilities.
 
-Pure: tensors in, tensors out, nothing is averaged here. Who averages must know the whole optimizer step (all its pairs,
-all its scored tokens), and a function that sees one pack does not.
+Tensors in, tensors out. Each function sees one pack, so it divides by the pairs and tokens of the whole optimizer step
+that it is given, never by its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotree.experiment.recipe import TrainDPO
+from cotree.train.settings import DPO
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _TokenLogps(torch.autograd.Function):
         return gradient.scatter_add_(1, targets[:, None], grad[:, None]), None
 
 
-def margin_weights(length: int, other: int, prefix: int, settings: TrainDPO) -> Tensor:
+def margin_weights(length: int, other: int, prefix: int, settings: DPO) -> Tensor:
     """How much each completion token of one side counts in the margin; docs/training.md has the equations.
 
     `sigmoid` counts each once; `length_normalised` and `simpo` take the mean; `ld_dpo` counts those beyond the shorter
@@ -63,7 +63,7 @@ def margin_weights(length: int, other: int, prefix: int, settings: TrainDPO) -> 
         length: tokens of this side.
         other: tokens of the other side.
         prefix: tokens that both share at their start.
-        settings: the recipe's `train.dpo`.
+        settings: of the run.
 
     Returns:
         (length,) float64.
@@ -79,7 +79,7 @@ def margin_weights(length: int, other: int, prefix: int, settings: TrainDPO) -> 
 
 
 def dpo_loss(
-    policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, gamma: float = 0.0
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float, gamma: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Conservative DPO (paper, Fine-grained DPO): the preference holds with probability 1 - eps.
 

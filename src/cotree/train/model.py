@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from cotree.experiment.recipe import LoRA
 from cotree.train.attention import ATTENTION, forest_attention
-from cotree.train.student import load_weights, quiet
+from cotree.train.settings import LoRA
+from cotree.train.student import load_weights, make_readable, quiet
 
 
-def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled: bool = False) -> PreTrainedModel:
+def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compiled: bool = False) -> PreTrainedModel:
     """A student folder (a model, or a PEFT adapter that names its base) as a model, checked to be trainable.
 
     Args:
@@ -28,7 +28,7 @@ def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled:
         compiled: by torch.compile, at the first forward pass of each kind.
 
     Raises:
-        UsageError: it is not trainable (see `families.family_of`), or the folder holds no whole model.
+        UsageError: it is not trainable (see `student.family_of`), or the folder holds no whole model.
     """
     # Attention is other for every pack: it would be compiled for each of them, and is not.
     outside: Callable[[Any], Any] = torch.compiler.disable
@@ -48,10 +48,16 @@ def load_model(student: Path, lora: LoRA | None = None, seed: int = 0, compiled:
     return model
 
 
-def save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Store a trained model; of one with an adapter the merged weights, and the adapter in `folder/adapter`.
+def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Store a trained model and its tokenizer; of one with an adapter the merged weights, the adapter beside them.
 
     An adapter that continued another one is not stored: no folder holds what it goes on top of.
+
+    Args:
+        model: a transformers or PEFT model, not wrapped.
+        tokenizer: stored with it.
+        folder: an empty one; an adapter goes to `folder/adapter`.
+        state: the model's weights, gathered from all processes.
     """
     if hasattr(model, "merge_and_unload"):
         if model.peft_config["default"].base_model_name_or_path:
@@ -59,3 +65,5 @@ def save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:
         model.merge_and_unload().save_pretrained(folder)
     else:
         model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    make_readable(folder)

@@ -1,12 +1,14 @@
-"""Keep less for the backward pass: what takes a few operations a number is computed again, what takes a matrix is kept.
+"""Selective recomputation: cheap activations are computed again in the backward pass instead of kept.
 
 Invariant: in float32 and below the forward pass gives the same bits as transformers' modules (in float64 norms are
-computed in float64, too), and the gradients are the same up to rounding. Where a matrix reads the result of a norm, of
-a gated feed-forward's product or of joined attention, autograd would keep that result; here it keeps how to make it
-from what is kept anyway (the norm's input, the two halves, the pieces).
+computed in float64, too), and the gradients are the same up to rounding.
+
+A matrix product needs its input in the backward pass, so autograd keeps the output of each norm, the product of a gated
+feed-forward, and joined attention. All three take a few operations a number, and what they are made of (the norm's
+input, the two halves, the pieces) is kept anyway: here autograd keeps how to make them again.
 
 Saved-tensor hooks do this. Torch does not check tensors that hooks keep for changes in place, so it is done here.
-Hooks around the whole model, such as those that offload to the CPU, no longer see what is kept.
+Hooks around the whole model, such as those that offload to the CPU, no longer see these tensors.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_known: ContextVar[dict[int, _Again] | None] = ContextVar("known", default=None)
+# By the address of their values, while a forward pass runs.
+_recomputed: ContextVar[dict[int, _Recomputed] | None] = ContextVar("recomputed", default=None)
 
 
-def keep_less(model: nn.Module) -> None:
-    """Make a model of a supported family (`families`) keep less.
+def recompute_activations(model: nn.Module) -> None:
+    """Make a model of a supported family (`models.families`) keep less for its backward pass, in place.
 
     Not for a model that is compiled (the compiler does this itself) or that checkpoints its layers.
     """
@@ -40,37 +43,37 @@ def keep_less(model: nn.Module) -> None:
     forward: Callable[..., Any] = type(model).forward
 
     @wraps(forward)
-    def keeping_less(self: nn.Module, *args: Any, **named: Any) -> Any:
-        token = _known.set({})
+    def recomputing(self: nn.Module, *args: Any, **named: Any) -> Any:
+        token = _recomputed.set({})
         try:
-            with torch.autograd.graph.saved_tensors_hooks(_keep, _give):
+            with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
                 return forward(self, *args, **named)
         finally:
-            _known.reset(token)
+            _recomputed.reset(token)
 
-    model.forward = MethodType(keeping_less, model)  # a method, so that a copy of the model calls itself
+    model.forward = MethodType(recomputing, model)  # a method, so that a copy of the model calls itself
 
 
-def made_by(again: Callable[[], Tensor], values: Tensor) -> Tensor:
-    """The contiguous `values`, which the backward pass makes `again` where an operation would keep them.
+def recomputed(values: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """The contiguous `values`, which the backward pass makes again where an operation would keep them.
 
     Args:
-        again: must give the same bits, and hold nothing that would not be kept anyway.
-        values: what it gives.
+        values: what `make` gives.
+        make: must give the same bits, and hold no tensor that would not be kept anyway.
     """
-    known, place = _known.get(), values.data_ptr()
+    known, place = _recomputed.get(), values.data_ptr()
     if known is not None and values.requires_grad and place:  # tensors without memory of their own are all at 0
-        known[place] = _Again(weakref.ref(values), values._version, again)
+        known[place] = _Recomputed(weakref.ref(values), values._version, make)
     return values
 
 
-class _Again(NamedTuple):
+class _Recomputed(NamedTuple):
     values: weakref.ref[Tensor]
     version: int
     make: Callable[[], Tensor]
 
     def gives(self, tensor: Tensor) -> bool:
-        """Whether a tensor in this place is made by it. While the values live, no other memory can be there."""
+        """Whether a tensor at the same address is these values. While they live, no other memory can be there."""
         values = self.values()
         return (
             values is not None
@@ -80,9 +83,9 @@ class _Again(NamedTuple):
         )
 
 
-def _keep(tensor: Tensor) -> Callable[[], Tensor]:
-    """How the backward pass gets a tensor."""
-    found = (_known.get() or {}).get(tensor.data_ptr())
+def _pack(tensor: Tensor) -> Callable[[], Tensor]:
+    """What autograd keeps for a tensor: a function that gives it to the backward pass."""
+    found = (_recomputed.get() or {}).get(tensor.data_ptr())
     if found is not None and found.gives(tensor):
         make, shape = found.make, tensor.shape
         return lambda: make().view(shape)
@@ -97,7 +100,7 @@ def _keep(tensor: Tensor) -> Callable[[], Tensor]:
     return unchanged
 
 
-def _give(made: Callable[[], Tensor]) -> Tensor:
+def _unpack(made: Callable[[], Tensor]) -> Tensor:
     return made()
 
 
@@ -106,7 +109,7 @@ def _norm(self: Any, values: Tensor) -> Tensor:
     result, scale = apply(values, self.weight, self.variance_epsilon)
     # A copy of the weight: sharded training takes it away before the matrices that read the norm ask for it.
     values, weight = values.detach(), self.weight.detach().clone()
-    return made_by(lambda: _scaled(values, weight, scale), result)
+    return recomputed(result, lambda: _scaled(values, weight, scale))
 
 
 def _feed_forward(self: Any, values: Tensor) -> Tensor:
@@ -121,12 +124,12 @@ def _feed_forward(self: Any, values: Tensor) -> Tensor:
         product: Tensor = activated[0] * up
         return product
 
-    output: Tensor = self.down_proj(made_by(again, product))
+    output: Tensor = self.down_proj(recomputed(product, again))
     return output
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up. In `activated` the backward pass finds silu(gate) if who reads the result just needed it too."""
+    """silu(gate) * up. The backward pass takes silu(gate) from `activated` if recomputing the product put it there."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activated: list[Tensor]) -> Tensor:

@@ -1,12 +1,12 @@
-"""The student at the start: whatever the recipe names becomes a transformers folder in fp32.
+"""The student that training starts from, as a transformers folder in fp32.
 
-Invariant: the folder appears whole or not at all (written beside its place, then renamed), and one that is there is
-never written again. A GGUF is converted here rather than through `from_pretrained(gguf_file=...)`: that takes 20 s for
-135M parameters, refuses to be saved, and cuts text into other tokens than llama.cpp (see `tokenizer`).
+A GGUF is converted here rather than through `from_pretrained(gguf_file=...)`: that takes 20 s for 135M parameters,
+refuses to be saved, and cuts text into other tokens than llama.cpp (see `models.tokenizer`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -16,15 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from cotree.base.atomic import whole
+from cotree.base.atomic import atomic_draft
 from cotree.base.errors import UsageError
-from cotree.models.gguf_file import GGUF
+from cotree.models.cache import cache_folder, file_sha256
+from cotree.models.families import FAMILIES, Family, reordered, to_halves, transformers_name
+from cotree.models.gguf_format import GGUF
 from cotree.models.tokenizer import gguf_tokenizer, load_tokenizer
-from cotree.train.families import FAMILIES, family_of, reordered, to_halves, transformers_name
+from cotree.models.weights import folder_sha256, locate
+
+# Others (dynamic, longrope) turn every position of a pass by its longest sequence.
+_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def load_student(source: str | Path, folder: Path) -> Path:
     """Make `folder` a transformers folder (fp32 safetensors, tokenizer, config) of the student, if it is not there yet.
+
+    It appears whole or not at all, and one that is there is never written again.
 
     Args:
         source: a `.gguf` file, a transformers folder, or a hub id.
@@ -39,13 +46,54 @@ def load_student(source: str | Path, folder: Path) -> Path:
     """
     if folder.exists():
         return folder
-    with whole(folder) as draft:
+    with atomic_draft(folder) as draft:
         draft.mkdir()
         if str(source).endswith(".gguf"):
             _from_gguf(GGUF(Path(source)), draft)
         else:
             _from_transformers(str(source), draft)
+        make_readable(draft)
     return folder
+
+
+def student_folder(name: str) -> Path:
+    """The transformers folder that training from these weights starts from; of a GGUF it is made once, in the cache.
+
+    Args:
+        name: a transformers folder or an adapter's, which is used as it is; a packaged name, a `.gguf` file, or
+            `REPO_ID:FILE.gguf` on the hub.
+
+    Raises:
+        UsageError: nothing of that name is here, or it cannot be trained.
+        CotreeError: the cache folder cannot be written.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        return Path(name)
+    source = locate(name)
+    if source.is_dir():
+        return source
+    return load_student(source, cache_folder() / f"{source.stem}-{file_sha256(source)[:12]}-transformers")
+
+
+def student_sha256(folder: Path) -> str:
+    """A hash of what a student folder computes: its weights, config and tokenizer, and those of an adapter's base.
+
+    A base that is no folder is known by its name.
+    """
+    adapter = folder / "adapter_config.json"
+    parts = [folder_sha256(folder)] + [file_sha256(file) for file in sorted(folder.glob("*.bin"))]
+    if adapter.exists():
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        parts += [file_sha256(adapter), student_sha256(Path(base)) if Path(base).is_dir() else base]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def make_readable(folder: Path) -> None:
+    """Give all files below a model's folder the mode of a new file: safetensors makes its own for their owner alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _from_gguf(file: GGUF, folder: Path) -> None:
@@ -111,15 +159,62 @@ def _from_transformers(source: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def student_config(source: Path) -> Any:
+    """The transformers config of a GGUF, of a transformers folder, or of an adapter's base.
+
+    Raises:
+        UsageError: there is none, or it is of no supported family.
+    """
+    from transformers import AutoConfig
+
+    if source.suffix == ".gguf":
+        return AutoConfig.for_model(**gguf_config(GGUF(source)))
+    try:
+        adapter = source / "adapter_config.json"
+        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0][:200]}") from error
+    family_of(config)
+    return config
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config.
+
+    Raises:
+        UsageError: the model is of no supported family, or has sliding windows, dropout, rotary positions that
+            depend on the longest sequence, or a demand for FlashAttention-2: training computes several sequences in one
+            row with an attention of its own, exactly, and none of these has a place in it.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UsageError(f"cannot train {config.model_type!r} models: supported are {', '.join(FAMILIES)}")
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"} or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        raise UsageError("cannot train a model with sliding-window layers: set `sliding_window` to null in config.json")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _ROPE:
+        raise UsageError(f"cannot train with rotary positions of type {rope!r}: supported are {', '.join(_ROPE)}")
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("_pdrop")) and value:
+            raise UsageError(f"cannot train with {name} = {value}: the DPO margin would be noise; set it to 0")
+    if getattr(config, "_attn_implementation", None) == "flash_attention_2":
+        raise UsageError("cannot train with FlashAttention-2: remove `attn_implementation` from config.json")
+    return family
+
+
 def load_weights(source: str | Path, **options: Any) -> Any:
-    """A transformers model in fp32 with all its weights: what its files lack, transformers would draw at random.
+    """A transformers model in fp32 with all its weights: those that its files lack, transformers would draw at random.
 
     Args:
         source: a transformers folder, a PEFT adapter that names its base (it is merged), or a hub id.
         options: of `from_pretrained`.
 
     Raises:
-        UsageError: there is none, it is not trainable (see `families.family_of`), or its files are torn or lack
+        UsageError: there is none, it is not trainable (see `family_of`), or its files are torn or lack
             weights.
     """
     import torch
@@ -151,7 +246,7 @@ def load_weights(source: str | Path, **options: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of transformers: progress is for the caller to show."""
+    """While the block runs, transformers shows no progress bars and no warnings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

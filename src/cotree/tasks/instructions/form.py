@@ -1,7 +1,7 @@
 """Checkers of how a response is laid out: lengths, paragraphs, lists, sections, titles, JSON.
 
 Semantics are those of google-research's instruction_following_eval (Apache-2.0), with M-IFEval's marks for Spanish,
-French and Japanese. A line is what a newline ends.
+French and Japanese. Lines end at newlines only.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Mapping
 
-from cotree.tasks.instructions.registry import checker, holds
-from cotree.tasks.instructions.scripts import sentences, words
+from cotree.tasks.instructions.languages import sentences, words
+from cotree.tasks.instructions.registry import checks, count_fits
 
-_BULLET: Mapping[str, re.Pattern[str]] = {
-    "": re.compile(r"\*(?!\*)|-"),
-    "es": re.compile(r"\*(?!\*)"),
-    "ja": re.compile(r"・|\*(?!\*)|-\s"),
-}
-_TITLE: Mapping[str, tuple[str, str]] = {"": ("<<", ">>"), "fr": ("##", "##"), "ja": ("『", "』")}
+# By locale; the first entry is for all locales that have none of their own.
+_BULLET = {"": r"\*(?!\*)|-", "es": r"\*(?!\*)", "ja": r"・|\*(?!\*)|-\s"}
+_TITLE = {"": ("<<", ">>"), "fr": ("##", "##"), "ja": ("『", "』")}
 _NUMBERED = re.compile(r"\d+\.(?:\s|$)")
 _LIST_MARK = re.compile(r"^[^\S\n]*(?:\d+\.|[-*])[^\S\n]*", re.MULTILINE)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -27,46 +23,49 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _JAPANESE_OPENING = re.compile(r"(?:[\s\u3000>#*_`・「『（(《〈-]|\d+[.)]\s)+")
 
 
-def _prose(text: str, locale: str) -> str:
-    """The text that is counted: M-IFEval leaves the marks of Spanish lists out."""
+def _countable(text: str, locale: str) -> str:
+    """The text in which words and sentences are counted: M-IFEval leaves the marks of Spanish lists out."""
     return _LIST_MARK.sub("", text) if locale == "es" else text
 
 
-@checker("length_constraints:number_sentences")
+@checks("length_constraints:number_sentences")
 def _number_sentences(response: str, *, num_sentences: int, relation: str, locale: str) -> bool:
     language = locale if locale in ("es", "fr", "ja") else ""
-    return holds(len(sentences(_prose(response, locale), language)), relation, num_sentences)
+    return count_fits(len(sentences(_countable(response, locale), language)), relation, num_sentences)
 
 
-@checker("length_constraints:number_words")
+@checks("length_constraints:number_words")
 def _number_words(response: str, *, num_words: int, relation: str, locale: str) -> bool:
-    return holds(len(words(_prose(response, locale))), relation, num_words)
+    return count_fits(len(words(_countable(response, locale))), relation, num_words)
 
 
-@checker("length_constraints:number_letters", "ja")
+@checks("length_constraints:number_letters", "ja")
 def _number_letters(response: str, *, num_letters: int, relation: str) -> bool:
-    return holds(len(response), relation, num_letters)
+    return count_fits(len(response), relation, num_letters)
 
 
-@checker("length_constraints:number_paragraphs")
+@checks("length_constraints:number_paragraphs")
 def _number_paragraphs(response: str, *, num_paragraphs: int) -> bool:
-    return _filled(response, "***", num_paragraphs) is not None
+    return _parts_between(response, "***", num_paragraphs) is not None
 
 
-@checker("combination:two_responses")
+@checks("combination:two_responses")
 def _two_responses(response: str) -> bool:
-    parts = _filled(response, "******", 2)
+    parts = _parts_between(response, "******", 2)
     return parts is not None and parts[0] != parts[1]
 
 
-def _filled(response: str, mark: str, wanted: int) -> list[str] | None:
-    """The parts between marks if there are as many as wanted; an empty one may stand before the first mark or last."""
+def _parts_between(response: str, mark: str, n: int) -> list[str] | None:
+    """The parts of a response between marks, None if there are not n or an inner one is empty.
+
+    An empty text before the first mark or after the last is no part.
+    """
     parts = [part.strip() for part in response.split(mark)]
     filled = [part for part in parts if part]
-    return filled if len(filled) == wanted and all(parts[1:-1]) else None
+    return filled if len(filled) == n and all(parts[1:-1]) else None
 
 
-@checker("length_constraints:nth_paragraph_first_word")
+@checks("length_constraints:nth_paragraph_first_word")
 def _nth_paragraph_first_word(
     response: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str, locale: str
 ) -> bool:
@@ -85,41 +84,41 @@ def _nth_paragraph_first_word(
     return bool(found) and re.split(r"[.,?!'\"]", found[0].lstrip("'").lstrip('"'))[0] == wanted
 
 
-@checker("detectable_content:number_placeholders")
+@checks("detectable_content:number_placeholders")
 def _number_placeholders(response: str, *, num_placeholders: int, relation: str = "at least") -> bool:
-    return holds(len(re.findall(r"\[[^\[\]\n]*\]", response)), relation, num_placeholders)
+    return count_fits(len(re.findall(r"\[[^\[\]\n]*\]", response)), relation, num_placeholders)
 
 
-@checker("detectable_format:number_bullet_lists")
+@checks("detectable_format:number_bullet_lists")
 def _number_bullets(response: str, *, num_bullets: int, locale: str) -> bool:
     bullet = _BULLET.get(locale, _BULLET[""])
-    return sum(bullet.match(line.lstrip() + "\n") is not None for line in response.split("\n")) == num_bullets
+    return sum(re.match(bullet, line.lstrip() + "\n") is not None for line in response.split("\n")) == num_bullets
 
 
-@checker("detectable_format:number_numbered_lists", "ja")
+@checks("detectable_format:number_numbered_lists", "ja")
 def _number_numbered(response: str, *, num_items: int) -> bool:
     return sum(_NUMBERED.match(line.lstrip()) is not None for line in response.split("\n")) == num_items
 
 
-@checker("detectable_format:number_highlighted_sections")
+@checks("detectable_format:number_highlighted_sections")
 def _number_highlights(response: str, *, num_highlights: int, locale: str, relation: str = "at least") -> bool:
     if locale == "ja":
         found = re.findall(r"《([^\n《》]*)》", response)
     else:
         found = re.findall(r"\*([^\n*]*)\*", response) + re.findall(r"\*\*([^\n*]*)\*\*", response)
-    return holds(sum(bool(part.strip()) for part in found), relation, num_highlights)
+    return count_fits(sum(bool(part.strip()) for part in found), relation, num_highlights)
 
 
-@checker("detectable_format:multiple_sections")
+@checks("detectable_format:multiple_sections")
 def _number_sections(
     response: str, *, section_spliter: str, num_sections: int, locale: str, relation: str = "at least"
 ) -> bool:
     word = re.escape(section_spliter.strip())
     pattern = rf"第\d+{word}" if locale == "ja" else rf"{word}\s?\d+"
-    return holds(len(re.findall(pattern, response)), relation, num_sections)
+    return count_fits(len(re.findall(pattern, response)), relation, num_sections)
 
 
-@checker("detectable_format:title")
+@checks("detectable_format:title")
 def _has_title(response: str, *, locale: str) -> bool:
     opening, closing = _TITLE.get(locale, _TITLE[""])
     for line in response.split("\n"):
@@ -129,13 +128,10 @@ def _has_title(response: str, *, locale: str) -> bool:
     return False
 
 
-@checker("detectable_format:json_format")
+@checks("detectable_format:json_format")
 def _is_json(response: str) -> bool:
-    text = response.strip()
-    for fence in ("```json", "```Json", "```JSON", "```"):
-        text = text.removeprefix(fence)
     try:
-        json.loads(text.removesuffix("```").strip())
+        json.loads(re.sub(r"\A```(?:json|Json|JSON)?|```\Z", "", response.strip()).strip())
     except (ValueError, RecursionError):
         return False
     return True

@@ -1,8 +1,8 @@
 """Which function checks which instruction: one registry, filled by the modules beside it.
 
-Invariant: a checker is `(response, **arguments) -> bool`, pure, total over all texts and near-linear in their length.
-An id is `family:name` (IFEval, Multi-IF), or that with a locale before it (`fr:family:name`, M-IFEval); a checker that
-depends on the locale takes it as `locale`.
+Invariant: a checker is `(response, **arguments) -> bool`; it is pure, raises for no text, and takes time nearly linear
+in the text's length. An instruction's id is `family:name` (IFEval, Multi-IF), or that with a locale before it
+(`fr:family:name`, M-IFEval); a checker that depends on the locale takes it as `locale`.
 """
 
 from __future__ import annotations
@@ -20,36 +20,41 @@ Checker = Callable[..., bool]
 LOCALES = ("", "en", "es", "fr", "ja")
 CHECKERS: dict[str, Checker] = {}
 
+# The data's own words, in each language.
 _RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
-    "at least": operator.ge, "less than": operator.lt,
-    "al menos": operator.ge, "como máximo": operator.le,
-    "au moins": operator.ge, "moins de": operator.lt,
-    "以上": operator.ge, "未満": operator.lt,
-}  # fmt: skip
+    "at least": operator.ge,
+    "less than": operator.lt,
+    "al menos": operator.ge,
+    "como máximo": operator.le,
+    "au moins": operator.ge,
+    "moins de": operator.lt,
+    "以上": operator.ge,
+    "未満": operator.lt,
+}
 
 
-def checker(name: str, *locales: str) -> Callable[[Checker], Checker]:
-    """Register a function under an instruction's name, for these locales (all by default)."""
+def checks(name: str, *locales: str) -> Callable[[Checker], Checker]:
+    """Register the decorated function as the checker of an instruction, for these locales (all by default)."""
 
-    def register(function: Checker) -> Checker:
-        takes_locale = "locale" in inspect.signature(function).parameters
+    def register(checker: Checker) -> Checker:
+        takes_locale = "locale" in inspect.signature(checker).parameters
         for locale in locales or LOCALES:
-            id_ = f"{locale}:{name}" if locale else name
-            CHECKERS[id_] = partial(function, locale=locale) if takes_locale else function
-        return function
+            instruction = f"{locale}:{name}" if locale else name
+            CHECKERS[instruction] = partial(checker, locale=locale) if takes_locale else checker
+        return checker
 
     return register
 
 
-def holds(count: int, relation: str, threshold: int) -> bool:
-    """Whether a count is as an instruction wants it; relations are the data's own words in each language."""
+def count_fits(count: int, relation: str, threshold: int) -> bool:
+    """Whether a count is "at least", "less than", ... a threshold; UsageError for an unknown relation."""
     if relation not in _RELATIONS:
         raise UsageError(f"unknown relation `{relation}`; known: {', '.join(_RELATIONS)}")
     return _RELATIONS[relation](count, threshold)
 
 
 def check_arguments(instruction: str, arguments: Mapping[str, Any]) -> None:
-    """That a checker of this id exists and takes these arguments, before any text is judged; else a UsageError."""
+    """Try an instruction's checker on an empty text; UsageError if there is none or it does not take the arguments."""
     if instruction not in CHECKERS:
         near = difflib.get_close_matches(instruction, CHECKERS, n=1, cutoff=0.0)
         raise UsageError(f"unknown instruction `{instruction}`; the nearest known is `{near[0]}`")

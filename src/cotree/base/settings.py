@@ -1,0 +1,145 @@
+"""Settings as checked, frozen objects: sections of a recipe, read from plain data and `a.b=c` overrides.
+
+A setting that changes speed, place or presentation only is marked where it is declared
+(`save_steps: Annotated[int, NOT_CONTENT] = 20`): it is no part of a fingerprint, so changing it repeats nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
+
+from cotree.base.errors import UsageError
+
+
+class _NotContent:
+    """The type of `NOT_CONTENT`."""
+
+
+NOT_CONTENT: Final = _NotContent()
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys are errors that name the nearest known key; a loaded section never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_known(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            require_known("unknown key", given, [field.alias or name for name, field in cls.model_fields.items()])
+        return given
+
+
+def content_of(section: Section) -> dict[str, Any]:
+    """The settings that decide a section's content, as plain data: no marked ones, and none that has its default.
+
+    Defaults are left out so that a new setting, whose default is what was done before, changes no fingerprint.
+    """
+    found = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        default = field.get_default(call_default_factory=True)
+        if not any(isinstance(mark, _NotContent) for mark in field.metadata) and (
+            value != default or default is PydanticUndefined
+        ):
+            found[field.alias or name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return content_of(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """A hint for an unknown name: "did you mean `sft`?", or the list of what is known."""
+    names = [*map(str, known)]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+def require_known(fault: str, names: Iterable[object], known: Sequence[str]) -> None:
+    """Raise ValueError for the first of `names` that is not known: the fault, the name and the nearest known name."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{fault} `{name}`; {nearest(name, known)}")
+
+
+def parse_section(kind: type[S], raw: Any, where: str) -> S:
+    """Check plain data as a section; `where` names it in errors ("students.dpo").
+
+    Raises:
+        UsageError: one line that names every faulty key, what is wrong with it, and the fix.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(where, problem) for problem in error.errors())) from None
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The YAML value of an override's right side.
+
+    Raises:
+        UsageError: it is no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"`{where}`: the value is not YAML; quote it") from None
+
+
+def apply_override(raw: dict[str, Any], override: str, example: str) -> None:
+    """Set a value in nested plain data: `a.b=c` sets `raw["a"]["b"]` to the YAML value c; missing sections are made.
+
+    Raises:
+        UsageError: it is no override (the message shows the `example`), or a part of its path is a value.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"`{override}` is no setting; write it as key=value, e.g. {example}")
+    *sections, last = key.split(".")
+    for section in sections:
+        raw[section] = raw.get(section) or {}
+        raw = raw[section]
+        if not isinstance(raw, dict):
+            raise UsageError(f"`{override}`: `{section}` is a value, not a section")
+    raw[last] = parse_value(text, override)
+
+
+# How pydantic puts things, and how a recipe's writer does.
+_PLAIN = (
+    ("^Value error, ", ""),
+    ("^[A-Z][a-z]+ should ", "must "),
+    (" after validation, .*|, unable to .*|, got .*| or instance of .*", ""),
+    ("a valid dictionary", "a section of keys, like {}"),
+    ("a valid integer", "a whole number"),
+    ("a valid boolean", "true or false"),
+    ("a valid (tuple|list)", "a list"),
+    ("a valid ", "a "),
+)
+
+
+def _explain(where: str, problem: Any) -> str:
+    """One pydantic problem as `a.b: what is wrong`."""
+    key = ".".join(part for part in (where, *map(str, problem["loc"])) if part)
+    if problem["type"] == "missing":
+        return f"`{key}` is missing"
+    message = problem["msg"]
+    for pattern, plain in _PLAIN:
+        message = re.sub(pattern, plain, message)
+    return f"`{key}`: {message}" if key else message

@@ -1,0 +1,164 @@
+"""Ways to answer a question: plain completions of its prompt, or decoding by search.
+
+A sampler brings some samples of one question at a time. `asking.ask` takes any of them, so another way to answer is one
+more class with these two members.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cotree.base.errors import UsageError
+from cotree.decode.strategies import choose_value, decode
+from cotree.eval.settings import Asking
+from cotree.models.client import Choice, Request
+from cotree.models.endpoints import Endpoint
+from cotree.search.completer import Completer
+from cotree.search.prompts import example_messages
+from cotree.search.settings import Search, Stop, Thought, Writer
+from cotree.tasks.base import Asked, Message, Question, Task
+
+# They share the request's prompt, and a server decodes them side by side.
+_SAMPLES_PER_REQUEST = 16
+_LONGEST_THOUGHT = 256  # tokens
+# Generated tokens for each question, by (task, question id).
+Budgets = Mapping[tuple[str, str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a sampler brings: a choice a sample, whose `tokens` are all that was generated for it.
+
+    decoding: the search that chose it, for readers; "" for plain sampling.
+    tree_answers: of a tree the answers of all its chains, in the order in which they ended.
+    """
+
+    choices: Sequence[Choice]
+    prompt_tokens: int
+    decoding: str = ""
+    tree_answers: Sequence[str | None] | None = None
+
+
+class Sampler(Protocol):
+    """A way to answer questions. samples_per_call: the most samples that one call brings."""
+
+    samples_per_call: int
+
+    async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
+        """The samples of these numbers, in their order; a number decides the seed of its sample."""
+
+
+def conversation(task: Task, question: Question, asking: Asking) -> list[Message]:
+    """What the model is asked, before its chat template: the question, after worked examples if the settings say so."""
+    shows_examples = asking.examples or asking.strategy is not None
+    shown = example_messages(task.worked_examples(question), task.answer_form) if shows_examples else []
+    return [*shown, *question.messages]
+
+
+class PlainSampler:
+    """The samples of a question are independent completions of its prompt."""
+
+    samples_per_call = _SAMPLES_PER_REQUEST
+
+    def __init__(self, endpoint: Endpoint, asking: Asking) -> None:
+        self.endpoint, self.asking = endpoint, asking
+        # A base model has no token that ends a turn: it would ask itself the next question.
+        is_base = endpoint.tokenizer is not None and not endpoint.tokenizer.chat_template
+        self.stop = ("\nQuestion:",) if is_base else ()
+
+    async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
+        """One request for all of them."""
+        prompt = self.endpoint.prompt(conversation(task, question, self.asking))
+        request = Request(
+            prompt=prompt.text,
+            messages=prompt.messages,
+            n=len(numbers),
+            seed=self.asking.seed + numbers.start,
+            stop=self.stop,
+            **self.asking.sampling(),
+        )
+        completion = await self.endpoint.client_for(question.id).complete(request)
+        return Sampled(completion.choices, completion.prompt_tokens)
+
+
+class SearchSampler:
+    """A sample is the answer of a search of its own, with a seed of its own, so samples are independent."""
+
+    samples_per_call = 1
+
+    def __init__(self, endpoint: Endpoint, asking: Asking, budgets: Budgets | None) -> None:
+        self.endpoint, self.asking, self.budgets = endpoint, asking, budgets
+        self.completer = Completer({endpoint.name: endpoint})
+        # A search has requests enough to keep a server busy; thousands at once would only wait.
+        self._running = asyncio.Semaphore(search_settings(asking).trees_in_flight)
+
+    async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
+        """One search."""
+        strategy, budget = self.asking.strategy, self.asking.budget_tokens
+        shown = f"{budget} tokens"
+        if self.budgets is not None:
+            # The budget of a conversation is spread over its turns.
+            turns = question.turn + 1 + len(question.later)
+            budget, shown = self.budgets[question.task, question.id] // turns, "tokens of another evaluation"
+        assert strategy, "settings without one ask a plain sampler"
+        settings = search_settings(self.asking, max(budget or 1, 1))
+        value = choose_value(task, strategy, self.asking.value, settings)
+        async with self._running:
+            best = await decode(
+                task,
+                question,
+                self.completer,
+                settings,
+                roles={"thinker": (Writer(model=self.endpoint.name),)},
+                strategy=strategy,
+                value=value,
+                seed=self.asking.seed + numbers.start,
+            )
+        choice = Choice(best.text, "length" if best.cut_off else "stop", best.spent.completion_tokens)
+        decoding = f"{strategy} by {value}, {shown}"
+        return Sampled((choice,), best.spent.prompt_tokens, decoding, best.answers if strategy == "mcts" else None)
+
+
+def make_sampler(endpoint: Endpoint, asking: Asking, budgets: Budgets | None) -> Sampler:
+    """The sampler that the settings ask for."""
+    return PlainSampler(endpoint, asking) if asking.strategy is None else SearchSampler(endpoint, asking, budgets)
+
+
+def samples_of_a_request(asking: Asking) -> int:
+    """The most samples that one request of a sampler asks for."""
+    return min(asking.samples, _SAMPLES_PER_REQUEST) if asking.strategy is None else search_settings(asking).widest
+
+
+def search_settings(asking: Asking, budget_tokens: int = 1) -> Search:
+    """How the search of an evaluation is done: the plain pattern, for about so many generated tokens."""
+    return Search(
+        rollouts=budget_tokens,
+        patterns=["plain"],
+        max_thought_tokens=min(_LONGEST_THOUGHT, asking.max_tokens),
+        thoughts={"answer": Thought(max_tokens=asking.max_tokens)},
+        temperature=asking.temperature,
+        top_p=asking.top_p,
+        stop=Stop(tokens=budget_tokens),
+    )
+
+
+def check_strategy(asking: Asking, questions: Sequence[Asked], budgets: Budgets | None) -> None:
+    """That the strategy has a budget for every question and can decide between answers of its kind.
+
+    Raises:
+        UsageError: it has not, or cannot.
+    """
+    if asking.strategy is None:
+        return
+    if budgets is None and asking.budget_tokens is None:
+        raise UsageError("a strategy needs `budget_tokens` (--budget-tokens): about how many tokens a sample may take")
+    for task, question in questions:
+        choose_value(task, asking.strategy, asking.value, search_settings(asking))
+        if budgets is not None and not budgets.get((question.task, question.id)):
+            raise UsageError(
+                f"question `{question.id}` of task `{question.task}` has no tokens in the evaluation that `tokens_of` "
+                "names; ask the same questions in both"
+            )

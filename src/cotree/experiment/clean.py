@@ -1,0 +1,83 @@
+"""`cotree clean`: remove what a run's recipe no longer refers to, and say how much that frees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cotree.base.atomic import remove
+from cotree.base.run_folder import KINDS, RunFolder
+from cotree.experiment.fingerprints import Fingerprints
+from cotree.experiment.hub import offline
+from cotree.experiment.recipe import load_recipe
+from cotree.experiment.run import locked
+from cotree.experiment.state import states_of
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Something that a run does not need any more; `path` is relative to the run folder."""
+
+    path: Path
+    bytes: int
+
+
+def unneeded(run: RunFolder) -> list[Removed]:
+    """Older content of other settings than the recipe's, nodes and cells that it no longer names, and drafts that a
+    kill left. Of a node whose inputs are not here, so that its settings cannot be compared, all content stays.
+
+    Raises:
+        UsageError: the folder is no run.
+    """
+    recipe = load_recipe(run.path)
+    with offline():
+        states = states_of(run, Fingerprints(recipe), recipe.nodes)
+    wanted = {run.node(s.node.id, s.model).path.relative_to(run.path): s.fingerprint for s in states}
+    older = run.path / "older"
+    found = [run.path / place for place in _places(run.path) if place not in wanted]
+    found += [older / place for place in _places(older) if place not in wanted]
+    for place, fingerprint in wanted.items():
+        if fingerprint is not None and not (older / place / "moving.json").exists():
+            found += [kept for kept in (older / place).glob("*") if kept.name != fingerprint.base]
+    found += [path for path in run.path.rglob(".*.draft") if not {*path.parents} & {*found}]
+    found += run.path.glob(".taken")
+    return [Removed(path.relative_to(run.path), _bytes(path)) for path in sorted(found)]
+
+
+def clean(run: RunFolder) -> list[Removed]:
+    """Remove what is not needed; the journal of paid requests stays.
+
+    Raises:
+        UsageError: the folder is no run, or another process works in it.
+    """
+    with locked(run.path):
+        found = unneeded(run)
+        for path in (run.path / each.path for each in found):
+            remove(path)
+            with suppress(OSError):  # it is not empty
+                while (path := path.parent) != run.path:
+                    path.rmdir()
+    return found
+
+
+def removed_lines(found: Sequence[Removed], dry_run: bool) -> list[str]:
+    """What was (or would be) removed, a line each, and how much that frees."""
+    lines = [f"{each.path}: {each.bytes / 1e6:.1f} MB" for each in found]
+    total = sum(each.bytes for each in found) / 1e6
+    return [*lines, f"{len(found)} removed, {total:.1f} MB freed" if not dry_run else f"{total:.1f} MB could be freed"]
+
+
+def _places(root: Path) -> Iterator[Path]:
+    """The folders of nodes and of evaluations' cells below a folder, relative to it."""
+    for kind in KINDS:
+        for path in (root / kind).glob("*/*" if kind == "evaluations" else "*"):
+            if path.is_dir() and path.name != ".references":
+                yield path.relative_to(root)
+
+
+def _bytes(path: Path) -> int:
+    """What removing would free; a file that another run has too (linked by --from) frees nothing."""
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file() and not each.is_symlink()]
+    return sum(each.stat().st_size for each in files if each.stat().st_nlink == 1)

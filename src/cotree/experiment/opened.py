@@ -1,0 +1,87 @@
+"""A run as Python sees it: its nodes, trees, rows, students and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cotree.base.errors import UsageError
+from cotree.base.rows import Row, read_rows
+from cotree.base.run_folder import NodeRecord, RunFolder, find_run, read_json
+from cotree.base.settings import nearest
+from cotree.search.store import StoredTree, TreeStore
+
+
+class Run:
+    """A run folder, opened for reading.
+
+    run = cotree.open_run("runs/laptop")
+    for tree in run.trees("train"):
+        print(tree.question_id, [node.verdict for node in tree.nodes])
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.path
+        self._folder = folder
+
+    @property
+    def nodes(self) -> Mapping[str, NodeRecord]:
+        """What is known of each trees, datasets and students node, by id: "students/dpo"."""
+        return self._folder.nodes()
+
+    @property
+    def cells(self) -> Mapping[tuple[str, str], NodeRecord]:
+        """What is known of each evaluated model, by (evaluation, model)."""
+        return self._folder.cells()
+
+    def trees(self, name: str) -> Iterator[StoredTree]:
+        """The trees of a trees node, one at a time; `node.verdict` is correct, wrong, no_answer or None.
+
+        Raises:
+            UsageError: the run has no such trees.
+        """
+        return _trees_in(self._content(f"trees/{name}", "trees.db"), self.nodes[f"trees/{name}"].base)
+
+    def dataset(self, name: str) -> Iterator[Row]:
+        """The rows of a dataset, one at a time.
+
+        Raises:
+            UsageError: the run has no such dataset.
+        """
+        return read_rows(self._content(f"datasets/{name}", "train.parquet"))
+
+    def student(self, name: str) -> Path:
+        """A trained student as a transformers folder.
+
+        Raises:
+            UsageError: the run has no such student.
+        """
+        return self._content(f"students/{name}", "model")
+
+    def table(self) -> list[dict[str, Any]]:
+        """The rows of the evaluation table, as in `summary.json`; fractions, not percents."""
+        summary = read_json(self.path / "summary.json") or {}
+        return list(summary.get("eval", ()))
+
+    def _content(self, node: str, name: str) -> Path:
+        if node not in (nodes := self.nodes):
+            raise UsageError(f"{self.path} has no {node}; {nearest(node, nodes)}")
+        path = self._folder.node(node).path / name
+        if not path.exists():
+            raise UsageError(f"{path} is not there (yet); `cotree run {self.path} --only {node}` makes it")
+        return path
+
+
+def _trees_in(path: Path, config: str) -> Iterator[StoredTree]:
+    with TreeStore(path) as store:
+        yield from store.trees(config)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run folder for reading.
+
+    Raises:
+        UsageError: there is no run, or one of an older cotree.
+    """
+    return Run(find_run(Path(path)))

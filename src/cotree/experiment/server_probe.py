@@ -1,0 +1,148 @@
+"""Prove that a server writes as the search needs it: it continues text exactly, stops, counts, and gives n samples.
+
+A search writes a chain in pieces, each request continuing the assistant's words; a server that begins anew, repeats
+what it was given or writes past a stop string would spoil every tree without an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from cotree.base.errors import CotreeError, UsageError
+from cotree.models.client import Client, Completion, Request
+from cotree.models.endpoints import Endpoint
+
+QUESTION = {"role": "user", "content": "Count from one to thirty in words, separated by commas."}
+# No reply to the question begins like this, so only a server that reads it goes on from it; it ends amid a word.
+_FOREIGN = "Zq41: eleven, twelve, thirt"
+_NEW_TURN = re.compile(
+    r"\W*(<\||<start_of_turn|\[/?INST|assistant\b|user\b|sure\b|certainly\b|of course\b|hello\b)", re.I
+)
+_MAX_TOKENS = 48
+
+
+class ServerProbe:
+    """The requests that test one server: each method returns a remark, or raises UsageError with problem and fix.
+
+    `template` and `usage` come first: the others compare with their text.
+    """
+
+    def __init__(self, endpoint: Endpoint, client: Client) -> None:
+        self.endpoint, self.client = endpoint, client
+        self.fresh = ""  # the greedy reply to the bare question
+
+    async def ask(
+        self, prefix: str = "", *, n: int = 1, max_tokens: int = _MAX_TOKENS, temperature: float = 0.0, stop: str = ""
+    ) -> Completion:
+        """Continue `prefix` as the assistant's first words."""
+        prompt = self.endpoint.prompt([QUESTION])
+        stops = (stop,) if stop else ()
+        request = Request(prompt.text + prefix, n, max_tokens, temperature, 1.0, 11, stops, prompt.messages)
+        return await self.client.complete(request)
+
+    async def template(self) -> str:
+        """The conversation renders and holds what was said."""
+        prompt = self.endpoint.prompt([QUESTION])
+        if prompt.messages:
+            return "the server renders it"
+        answered = self.endpoint.prompt([QUESTION, {"role": "assistant", "content": "One."}, QUESTION]).text
+        if QUESTION["content"] not in prompt.text or "One." not in answered:
+            raise UsageError("it leaves out what was said; use this model's own `tokenizer`")
+        return f"renders, {len(prompt.text)} characters before the assistant's turn"
+
+    async def usage(self) -> str:
+        """There is a text, and its tokens are counted as this side counts them."""
+        done = await self.ask()
+        choice = done.choices[0]
+        # A character that max_tokens cut in half is no text to be continued.
+        self.fresh = choice.text.rstrip("\ufffd")
+        if not self.fresh.strip():
+            raise UsageError("the reply to a plain question is empty; is this a chat model with the right template?")
+        if not 0 < choice.tokens <= _MAX_TOKENS + 1:
+            said = f"{choice.tokens} tokens reported for max_tokens {_MAX_TOKENS}"
+            raise UsageError(f"{said}; the server's usage is not to trust")
+        if self.endpoint.tokenizer is not None:
+            own = len(self.endpoint.tokenizer(self.endpoint.prompt([QUESTION]).text)["input_ids"])
+            if abs(own - done.prompt_tokens) > max(2, own // 20):
+                said = f"the server counts {done.prompt_tokens} prompt tokens, `tokenizer` {own}"
+                raise UsageError(f"{said}; is it this model's?")
+        return f"{done.prompt_tokens} prompt and {choice.tokens} completion tokens"
+
+    async def continues(self) -> str:
+        """Words that the model would not have chosen are gone on from, not begun anew or repeated."""
+        reply = (await self.ask(_FOREIGN)).choices[0].text
+        begins, start = reply.strip(), self.fresh.strip()[:16]
+        if _FOREIGN in reply or QUESTION["content"] in reply:
+            raise UsageError(f"the reply repeats the prompt ({_quote(reply)}); switch the server's `echo` off")
+        if _NEW_TURN.match(begins) or (len(start) > 3 and begins.startswith(start)):
+            said = f"the prefix {_quote(_FOREIGN)} is not continued, the reply begins anew: {_quote(reply)}"
+            raise UsageError(f"{said}; {self._fix}")
+        return f"{_quote(_FOREIGN[-12:])} goes on with {_quote(reply)}"
+
+    async def exact(self) -> str:
+        """The first half of its own greedy reply is completed to the same reply."""
+        spaces = [i for i, c in enumerate(self.fresh) if c == " " and self.fresh[:i].strip()]
+        # Before a space a cut does not change how the text falls into tokens.
+        cut = min(spaces, key=lambda i: abs(i - len(self.fresh) // 2), default=len(self.fresh) // 2)
+        agreed, reply = await self._agreement(cut)
+        wanted = len(_squash(self.fresh[cut:]))
+        if agreed < min(12, (wanted + 1) // 2):
+            said = f"after half of its own reply it writes {_quote(reply)} instead of {_quote(self.fresh[cut:])}"
+            raise UsageError(f"{said}; {self._fix}")
+        if agreed < wanted:
+            return f"goes on with the same {agreed} characters, then differs (rounding; servers that batch do that)"
+        amid = cut + 3
+        inside, _ = await self._agreement(amid)
+        same = inside == len(_squash(self.fresh[amid:]))
+        return f"its greedy reply cut in two is completed to itself, cut amid a word {'too' if same else 'not'}"
+
+    async def _agreement(self, cut: int) -> tuple[int, str]:
+        """How many characters of the greedy reply after `cut` come back, whitespace aside, and what came."""
+        reply = (await self.ask(self.fresh[:cut])).choices[0].text
+        pairs = zip(_squash(self.fresh[cut:]), _squash(reply), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)), reply
+
+    async def stops(self) -> str:
+        """A stop string ends the text and is not in it."""
+        words = self.fresh.split()
+        stop = words[len(words) // 3] if len(words) > 2 else self.fresh.strip()[-1:]
+        choice = (await self.ask(stop=stop)).choices[0]
+        if choice.text.rstrip().endswith(stop) and choice.finish_reason == "stop" and choice.text.count(stop) == 1:
+            raise UsageError(f"the text keeps the stop string {_quote(stop)}; make the server leave it out")
+        if stop in choice.text:
+            said = f"the text goes on after the stop string {_quote(stop)}: {_quote(choice.text)}"
+            raise UsageError(f"{said}; use another server")
+        if choice.finish_reason != "stop":
+            return f"not seen: this time the model did not write {_quote(stop)}"
+        return f"{_quote(stop)} ended the text"
+
+    async def samples(self) -> str:
+        """A request for n samples brings n."""
+        try:
+            done = await self.ask(n=3, max_tokens=16, temperature=1.0)
+        except CotreeError as error:
+            fix = "siblings are written by one request with `n`, so use a server that takes it"
+            raise UsageError(f"{error}; {fix}") from None
+        return f"3 came for n=3, {len({choice.text for choice in done.choices})} different"
+
+    async def seed(self) -> str:
+        """Whether a seed gives the same text again; nothing depends on it."""
+        one, two = [(await self.ask(temperature=1.0)).choices[0].text for _ in range(2)]
+        return f"the same seed gives {'the same' if one == two else 'another'} text (the journal needs neither)"
+
+    @property
+    def _fix(self) -> str:
+        if self.endpoint.tokenizer is None:
+            server = "a server that takes continue_final_message"
+            return f"chat mode needs {server}; else set `tokenizer` and mode: completions"
+        return "is `tokenizer` this model's, and does the server take the prompt as it is?"
+
+
+def _squash(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _quote(text: str) -> str:
+    """The beginning of a text in one line, quoted; models' words must not drive the terminal."""
+    return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -1,0 +1,62 @@
+"""The `models` section of a recipe: the models that write thoughts, are trained and are evaluated."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cotree.base.settings import NOT_CONTENT, Section
+
+GGUFType = Literal["F32", "F16", "Q8_0"]
+Mode = Literal["completions", "chat", "pooling"]
+
+
+class Price(Section):
+    """The price of a million tokens, in any currency; `cached` prompt tokens cost as much as others by default."""
+
+    prompt: float = Field(0.0, ge=0)
+    cached: float | None = Field(None, ge=0)
+    completion: float = Field(0.0, ge=0)
+
+
+class Model(Section):
+    """A model: weights that run in this process (`weights`), or OpenAI-compatible servers (`url`).
+
+    weights: a packaged name (smollm2-135m-instruct, gemma-3-270m), a `.gguf` file, `REPO_ID:FILE.gguf` on the hub, or a
+        transformers folder, which is written as GGUF with the metadata and tokenizer of `base`.
+    gguf: the type at which weights write thoughts; an evaluation has its own setting for it.
+    url: one server or a list of servers of the same model; a question stays with one of them, so that its prompts stay
+        in that server's cache. model: its name at the server. tokenizer: hub id or folder, renders the chat template.
+    mode: `chat` sends the chain so far as an assistant message to be continued, for servers that offer only
+        `/v1/chat/completions`, and needs no tokenizer; `pooling` is a process reward model behind vLLM's `/pooling`,
+        which writes nothing and scores the steps of a chain.
+    max_in_flight: requests a server at once; a large server is used better with more, a small one only queues them.
+    api_key_env: the environment variable that holds the server's API key.
+    """
+
+    weights: str | None = None
+    base: str = "smollm2-135m-instruct"
+    gguf: GGUFType = "Q8_0"
+    url: Annotated[str | tuple[str, ...] | None, NOT_CONTENT] = None
+    model: str = "default"
+    tokenizer: str | None = None
+    mode: Mode = "completions"
+    api_key_env: Annotated[str | None, NOT_CONTENT] = None
+    max_in_flight: Annotated[int, NOT_CONTENT] = Field(16, ge=1)
+    price: Annotated[Price | None, NOT_CONTENT] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.weights is None) == (not self.urls):
+            raise ValueError("give exactly one of `weights` (in this process) or `url` (a server)")
+        if self.weights is not None and self.mode != "completions":
+            raise ValueError(f"`mode: {self.mode}` is for servers; weights in this process continue text exactly")
+        if self.urls and self.mode == "completions" and self.tokenizer is None:
+            raise ValueError("a `url` model needs `tokenizer` (hub id or folder): prompts are rendered on this side")
+        return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers, none for weights in this process."""
+        return (self.url,) if isinstance(self.url, str) else self.url or ()

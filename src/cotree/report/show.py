@@ -1,0 +1,140 @@
+"""`cotree show`: the trees of a run as a list, and one tree drawn in the terminal.
+
+No text of a model can drive the terminal: control characters are replaced, and nothing is read as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from cotree.base.errors import UsageError
+from cotree.base.numbers import number
+from cotree.base.progress import terminal_safe
+from cotree.base.run_folder import RunFolder
+from cotree.base.settings import nearest
+from cotree.models.wire import one_line
+from cotree.report.grid import terminal_table
+from cotree.report.summary import natural, read_recipe
+from cotree.report.templates import sentence
+from cotree.report.tree_view import Block, TreeView, views_of
+
+_TYPES = {"thinking": "default", "sub_task": "blue", "reflection": "yellow", "hypothesis": "magenta"}
+_TYPES |= {"double_check": "cyan", "reclarify": "bright_blue"}
+_OWN_TYPE = "bright_magenta"
+_VERDICTS = {"correct": ("✓", "green"), "wrong": ("✗", "red"), "no_answer": ("∅", "yellow")}
+_UNDECIDED = ("?", "yellow")
+_ROLES = {"rejected": "red", "process-reward row": "default"}  # the others are what a student learns to write
+_TYPE_WIDTH, _WRITER_WIDTH = 14, 16  # of "double_check" and a mark; of a model's name, which the head has in full
+
+
+def show_run(run: RunFolder, trees: str | None = None, question: str | None = None) -> RenderableType:
+    """The list of a run's trees, or the trees of one question, as something that rich prints.
+
+    Args:
+        trees: the name of a trees node; by default all of the run's.
+        question: the id of a question.
+
+    Raises:
+        UsageError: the run has no such trees, or no tree of that question.
+    """
+    written = list(read_recipe(run)["trees"])
+    nodes = [name.partition("/")[2] for name in run.nodes() if name.startswith("trees/")]
+    nodes.sort(key=lambda name: written.index(name) if name in written else len(written))
+    if trees is not None and trees not in nodes:
+        raise UsageError(f"{run.path} has no trees `{trees}`; {nearest(trees, nodes)}")
+    wanted = nodes if trees is None else [trees]
+    if question is not None:
+        views = list(views_of(run, wanted, question=question))
+        if not views:
+            known = list(dict.fromkeys(view.tree.question_id for view in views_of(run, wanted)))
+            raise UsageError(f"{run.path} has no tree of question `{question}`; {nearest(question, known[:20])}")
+        return Group(*map(drawn_tree, sorted(views, key=_order)), Text(sentence("legend"), style="dim"))
+    lists = [_list(name, views_of(run, [name])) for name in wanted]
+    if not lists:
+        raise UsageError(f"{run.path} has no trees yet; grow them with `cotree run {run.path} --only trees`")
+    return Group(*lists)
+
+
+def _order(view: TreeView) -> tuple[str, str, list[tuple[float, str]], int]:
+    return view.trees, view.tree.task, natural(view.tree.question_id), view.tree.turn
+
+
+def _list(name: str, views: Iterable[TreeView]) -> RenderableType:
+    # Only what is shown is kept, so that a store of any size can be listed.
+    rows = sorted((_order(view), bool(view.uses), view.tree.question_id, _list_row(view)) for view in views)
+    taken = [question for _, used, question, _ in rows if used]
+    counts = f"{number(len(rows))} trees, {number(len(taken))} with chains in datasets"
+    title = Text.assemble((f"trees/{one_line(name)}", "bold"), f"  {counts}\n")
+    if not rows:
+        return title
+    marks = [mark for mark, _ in _VERDICTS.values()]
+    table = terminal_table(("question", "task", "thoughts", *marks, "rollouts", "tokens", "in datasets"), left=2)
+    table.columns[-1].justify = "left"
+    styles = ("bold", "", "", *(style for _, style in _VERDICTS.values()), "", "", "")
+    for _, _, _, cells in rows:
+        table.add_row(*(Text(one_line(cell), style=style) for cell, style in zip(cells, styles, strict=True)))
+    example = [*taken, rows[0][2]][0]
+    return Group(title, table, Text(f"\n{sentence('list_legend', one_line(example))}\n", style="dim"))
+
+
+def _list_row(view: TreeView) -> tuple[str, ...]:
+    chains = (view.verdicts[verdict] for verdict in _VERDICTS)
+    counts = (view.thoughts, *chains, view.tree.rollouts, view.tree.completion_tokens)
+    return (view.name, view.tree.task, *map(number, counts), ", ".join(view.datasets) or "–")
+
+
+def drawn_tree(view: TreeView) -> RenderableType:
+    """One tree: its question, then its thoughts, a line of type, words, v/n and visits for each; branches indented."""
+    tree = view.tree
+    title = Text.assemble((one_line(view.name), "bold"), f"  {one_line(tree.task)}, trees/{view.trees}")
+    about = Text(one_line(sentence("about_tree", view)), style="dim")
+    asked = Text(terminal_safe("\n\n".join(message["content"] for message in tree.messages)))
+    gold = Text.assemble(("gold  ", "dim"), terminal_safe(tree.gold)) if tree.gold else Text("")
+    question = [Padding(_wrapped(text), (0, 0, 0, 2)) for text in (asked, gold)]
+    scale = Rule(Text("v/n  visits", style="dim"), align="right", style="dim")
+    thoughts = Tree("", guide_style="dim", hide_root=True)
+    for block in view.blocks():
+        _draw(thoughts, block, len(view.writers) > 1)
+    return Group(title, about, "", *question, scale, thoughts, "")
+
+
+def _draw(into: Tree, block: Block, several: bool) -> None:
+    """Add thoughts and what branches off: columns of type, words, writer (where there are several), v/n and visits."""
+    table = Table.grid(expand=True, padding=(0, 1, 0, 0))
+    table.add_column(width=_TYPE_WIDTH, no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    table.add_column(justify="right", no_wrap=True, max_width=_WRITER_WIDTH)
+    table.add_column(justify="right", no_wrap=True)
+    for thought in block.thoughts:
+        node = thought.node
+        mark, colour = "", _TYPES.get(str(node.type), _OWN_TYPE)
+        if node.verdict is not None:
+            mark, colour = _VERDICTS.get(node.verdict, _UNDECIDED)
+        words = Text(terminal_safe(thought.prefix), style=f"{colour} dim")
+        words.append(terminal_safe(node.text[len(thought.prefix) :]), style="not dim default")
+        if thought.remark:
+            words.append(f"  ({thought.remark})", style="dim")
+        kind = Text(one_line(f"{node.type} {mark}"), style=f"bold {colour}")
+        writer = Text(one_line(node.model) if several else "", style="dim", overflow="ellipsis")
+        numbers = Text(f"{node.value / node.visits:.2f}  {node.visits:>6}" if node.visits else "", style="dim")
+        table.add_row(kind, words, writer, numbers)
+        for use in thought.uses:
+            style = _ROLES.get(use.role, "green")
+            taken = (one_line(f"→ {use.role} in {use.dataset}"), f"bold {style}")
+            table.add_row("", _wrapped(Text.assemble(taken, (one_line(f": {use.why}"), style))))
+    place = into.add(table)
+    for branch in block.branches:
+        _draw(place, branch, several)
+
+
+def _wrapped(words: Text) -> Text:
+    """Words that wrap also where output is no terminal: inside of a frame rich would cut them."""
+    words.no_wrap, words.overflow = False, "fold"
+    return words

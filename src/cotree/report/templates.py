@@ -1,0 +1,64 @@
+"""The templates of this package (`*.jinja`): layouts, and the sentences that numbers stand in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from cotree.base import numbers
+from cotree.base.statistics import wilson_interval
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@cache
+def _environment() -> Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cotree.report", "."),
+        autoescape=jinja2.select_autoescape(("html.jinja", "svg.jinja")),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    formats = (numbers.percent, numbers.number, numbers.signed, numbers.duration, share, listed, setting)
+    environment.filters.update({function.__name__: function for function in formats})
+    known = (numbers.interval, numbers.paper_form, wilson_interval)
+    environment.globals.update({function.__name__: function for function in known})
+    return environment
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template with its values filled in; text is escaped in those for HTML and SVG, and nowhere else."""
+    return _environment().get_template(template).render(values)
+
+
+def sentence(macro: str, *values: Any) -> str:
+    """What a macro of `sentences.txt.jinja` writes."""
+    return str(getattr(_environment().get_template("sentences.txt.jinja").module, macro)(*values))
+
+
+def lines(macro: str, *values: Any) -> list[str]:
+    """The lines that such a macro writes, those without words left out."""
+    return [line.rstrip() for line in sentence(macro, *values).split("\n") if line.strip()]
+
+
+def share(values: tuple[float, float, float]) -> str:
+    """A share with its 95% interval, in percent: "25.0% (4.6–69.9)"."""
+    value, low, high = values
+    return f"{numbers.percent(value)}% ({numbers.interval(low, high)})"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def setting(value: Any) -> str:
+    """A setting as a recipe writes it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,199 @@
+"""Trees as the terminal and the report show them: thoughts, verdicts, and which chains went into datasets."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import nlargest
+from itertools import chain, islice, zip_longest
+from typing import Any
+
+from cotree.base.run_folder import RunFolder
+from cotree.report.templates import sentence
+from cotree.search.store import StoredNode, StoredTree, TreeStore
+
+# The columns of datasets that hold texts; the others say which chain a row is, and why it was taken.
+_TEXTS = {"prompt", "completion", "completions", "chosen", "rejected", "prefix", "chosen_step", "rejected_step"}
+# Of each node so many trees are looked at to find the few that a page shows.
+_CANDIDATES = 500
+_LARGE = 40  # thoughts; a larger tree is hard to read on a page
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a dataset made of a chain. role: "SFT row", "chosen", "rejected", ...; why: in a few words."""
+
+    dataset: str
+    role: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ShownThought:
+    """A thought, with what datasets made of the chain that ends in it."""
+
+    node: StoredNode
+    uses: tuple[Use, ...]
+
+    @property
+    def prefix(self) -> str:
+        """The words that it was made to begin with, "" where they are not its beginning; its model wrote the others."""
+        return self.node.prefix if self.node.text.startswith(self.node.prefix) else ""
+
+    @property
+    def remark(self) -> str:
+        """That max_tokens ended it, or (a mini-step) that its line goes on in the next one."""
+        if self.node.verdict not in ("correct", "wrong", None) and self.node.finish_reason == "length":
+            return "cut by max_tokens"
+        return "…" if self.node.is_open else ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Thoughts that follow each other without a branch, then the branches after the last of them."""
+
+    thoughts: tuple[ShownThought, ...]
+    branches: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class TreeView:
+    """A stored tree and what datasets made of its chains, by the id of the leaf."""
+
+    trees: str
+    tree: StoredTree
+    uses: Mapping[int, tuple[Use, ...]]
+
+    @cached_property
+    def verdicts(self) -> Counter[str]:
+        """Judged chains by verdict; the usual three are always there."""
+        found = Counter(correct=0, wrong=0, no_answer=0)
+        found.update(node.verdict for node in self.tree.nodes if node.verdict is not None)
+        return found
+
+    @property
+    def name(self) -> str:
+        """The question's id, with the turn of a later turn."""
+        return self.tree.question_id + (f", turn {self.tree.turn + 1}" if self.tree.turn else "")
+
+    @property
+    def thoughts(self) -> int:
+        """How many there are."""
+        return len(self.tree.nodes) - 1
+
+    @property
+    def writers(self) -> list[str]:
+        """The models that wrote its thoughts, in the order of their first ones."""
+        return list(dict.fromkeys(node.model for node in self.tree.nodes if node.model))
+
+    @property
+    def datasets(self) -> list[str]:
+        """The datasets that have a chain of it."""
+        return sorted({use.dataset for uses in self.uses.values() for use in uses})
+
+    def blocks(self) -> list[Block]:
+        """Its thoughts, one block for each branch below the root."""
+        children: defaultdict[int | None, list[StoredNode]] = defaultdict(list)
+        for node in self.tree.nodes:
+            children[node.parent_id].append(node)
+
+        def block_from(node: StoredNode) -> Block:
+            run = [node]
+            while len(children[run[-1].node_id]) == 1:
+                run += children[run[-1].node_id]
+            thoughts = tuple(ShownThought(each, self.uses.get(each.node_id, ())) for each in run)
+            return Block(thoughts, tuple(map(block_from, children[run[-1].node_id])))
+
+        return [block_from(node) for node in children[0]]
+
+
+def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = None) -> Iterator[TreeView]:
+    """The trees of some trees nodes, one at a time, in the order of their ids; of one question only where it is given.
+
+    Args:
+        trees: names of nodes.
+    """
+    rows = _dataset_rows(run)
+    for name in trees:
+        node = run.node(f"trees/{name}")
+        record, path = node.record(), node.path / "trees.db"
+        if record is None or not path.is_file():
+            continue
+        with TreeStore(path) as store:
+            for tree in store.trees(record.base):
+                if question is None or tree.question_id == question:
+                    yield _view(name, tree, rows[tree.tree_id])
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """A row that a dataset took from a tree: its columns, and the settings by which it was chosen."""
+
+    dataset: str
+    settings: Mapping[str, Any]
+    columns: Mapping[str, Any]
+
+    @property
+    def length(self) -> str:
+        """By which length chains were chosen first."""
+        return str(self.settings.get("length", "shortest" if "chosen_leaf" in self.columns else "longest"))
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """A sort key: by dataset, and in it the chain first that was to be chosen first."""
+        tokens: int = self.columns.get("chosen_tokens") or self.columns.get("length_tokens") or 0
+        return self.dataset, -tokens if self.length == "longest" else tokens
+
+
+def _dataset_rows(run: RunFolder) -> defaultdict[str, list[DatasetRow]]:
+    """The rows of all datasets of a run that come from trees, by the tree's id."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found: defaultdict[str, list[DatasetRow]] = defaultdict(list)
+    for node, record in run.nodes().items():
+        path = run.node(node).path / "train.parquet"
+        try:
+            columns = set(pq.read_schema(path).names) - _TEXTS
+            rows = pq.read_table(path, columns=sorted(columns)).to_pylist() if "tree_id" in columns else []
+        except (pa.ArrowException, OSError):
+            continue  # no dataset, one that is being written, or damaged: the tree can be shown without it
+        for row in rows:
+            found[row["tree_id"]].append(DatasetRow(node.partition("/")[2], record.parts, row))
+    return found
+
+
+def _view(name: str, tree: StoredTree, rows: Iterable[DatasetRow]) -> TreeView:
+    """A tree with what became of its chains."""
+    verdicts = Counter(node.verdict for node in tree.nodes)
+    places: Counter[str] = Counter()
+    uses: defaultdict[int, tuple[Use, ...]] = defaultdict(tuple)
+    for row in sorted(rows, key=lambda row: row.place):
+        places[row.dataset] += 1
+        roles = {"chosen_leaf": "chosen", "rejected_leaf": "rejected"}
+        roles |= {"leaf_id": "SFT row" if "length_tokens" in row.columns else "process-reward row"}
+        for column, role in roles.items():
+            if column in row.columns:
+                why = sentence("why_taken", role, row, verdicts, places[row.dataset])
+                uses[row.columns[column]] += (Use(row.dataset, role, why),)
+    return TreeView(name, tree, uses)
+
+
+def trees_to_show(run: RunFolder, trees: Iterable[str], number: int) -> list[TreeView]:
+    """A few trees that show what the run did: of each task in turn those that most datasets took chains of; then those
+    with correct and wrong chains and a reflection; none that is too large to read, where there are others."""
+    best: dict[str, list[TreeView]] = {}
+    for name in trees:
+        for view in islice(views_of(run, [name]), _CANDIDATES):
+            best[view.tree.task] = nlargest(number, [*best.get(view.tree.task, ()), view], key=_interest)
+    in_turn = chain.from_iterable(zip_longest(*best.values()))
+    return [view for view in in_turn if view is not None][:number]
+
+
+def _interest(view: TreeView) -> tuple[bool, int, bool, bool, str]:
+    """Greater for a tree that shows more."""
+    both = min(view.verdicts["correct"], view.verdicts["wrong"]) > 0
+    reflects = any(node.type == "reflection" for node in view.tree.nodes)
+    return view.thoughts <= _LARGE, len(view.datasets), both, reflects, view.tree.tree_id

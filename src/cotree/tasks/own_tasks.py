@@ -1,0 +1,152 @@
+"""A user's own task: a YAML file that names rows, fields, prompt, extractor and verifier, or a class in a Python file.
+
+Invariant: a task that loads is complete; a fault in the file is one line that names the file and the key.
+`docs/tasks.md` has an example of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cotree.base.errors import UsageError
+from cotree.base.rows import Row
+from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, split_of, user_prompt, without_question
+from cotree.tasks.benchmark import Benchmark
+from cotree.tasks.examples import fill_prompt, worked_example
+from cotree.tasks.loading import Source, field_value
+from cotree.tasks.math_verdicts import check_math_answer
+from cotree.tasks.plain_numbers import same_number
+
+# Each takes (gold, answer) and returns whether the answer is right, and a detail.
+VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {
+    "math": check_math_answer,
+    "number": lambda gold, answer: (same_number(answer, gold), ""),
+    "text": lambda gold, answer: (answer.casefold().split() == gold.casefold().split(), ""),
+}
+
+
+class FileExample(BaseModel):
+    """A solved question for the search prompt, with whatever other fields the prompt shows."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    question: str
+    sub_task: str
+    thinking: str
+    double_check: str = ""
+    answer: str
+
+
+class TaskFile(BaseModel):
+    """The content of a task's YAML file; unknown keys are errors.
+
+    data: a file beside it, a folder or a hub id. fields: what the rows call the id, the question, the gold answer and
+    whatever else the prompt uses. prompt: each `{name}` in it stands for a field. extractor: `answer` as for the
+    shipped tasks, or `text` for all of the reply after its thinking and the answer tag.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    data: str
+    fields: dict[str, str] = {"id": "id", "question": "question", "gold": "answer"}
+    prompt: str
+    prompt_version: str = "1"
+    extractor: Literal["answer", "text"] = "answer"
+    verifier: Literal["math", "number", "text"] = "math"
+    examples: tuple[FileExample, ...] = ()
+
+
+class YamlTask(Benchmark):
+    """The task of a YAML file. Its splits are 70, 10 and 20 of a hundred rows, by the hash of each row's id."""
+
+    def __init__(self, path: Path, data: str | Path | None = None) -> None:
+        """data: other rows than those that the file names; as `loading.load_rows` takes them."""
+        self.file = _read_task_file(path)
+        self.name, self.description = self.file.name, self.file.description
+        self.prompt_version = f"{self.name}/{self.file.prompt_version}"
+        self.verifier_version = f"{self.file.extractor}/{self.file.verifier}"
+        self.comparable = self.file.extractor != "text"
+        self.answer_form = "boxed" if self.comparable else "text"
+        self.id_field = self.file.fields["id"]
+        beside = path.parent / self.file.data
+        place = str(beside) if beside.exists() else self.file.data
+        self.source = Source(Path(self.file.data).name, place, "its own", 0)
+        super().__init__(place if data is None else data)
+
+    def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
+        """The rows in their order; UsageError when a row lacks a field or there are fewer than `limit`."""
+        questions = [q for q in self._read_questions(self.source) if split in (None, split_of(q.id))]
+        return self._first(questions, split, limit)
+
+    def question(self, row: Row) -> Question:
+        """The question of a row, by the file's names of its fields."""
+        fields = {name: str(field_value(row, column)) for name, column in self.file.fields.items()}
+        prompt = user_prompt(fill_prompt(self.file.prompt, fields))
+        return Question(fields["id"], self.name, prompt, fields["gold"].strip())
+
+    def verify(self, answer: str, question: Question) -> Verdict:
+        """By the file's verifier."""
+        correct, detail = VERIFIERS[self.file.verifier](question.gold, answer)
+        return Verdict.of(correct, answer, detail)
+
+    def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
+        """The file's examples, asked by its prompt."""
+        examples = (worked_example(example.model_dump(), self.file.prompt) for example in self.file.examples)
+        return without_question(examples, question)
+
+
+def load_own_task(name: str, data: str | Path | None) -> Task:
+    """The task that `task.yaml` or `file.py:Class` names. data: other rows than those that the file names.
+
+    Raises:
+        UsageError: the file is not there or does not hold a task.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return YamlTask(Path(name), data)
+    path, _, class_name = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(f"cotree_own.{Path(path).stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up there.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything
+        raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from None
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UsageError(f"{path} has no subclass of cotree.Task called `{class_name}`")
+    own = found(data)
+    own.verifier_version = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return own
+
+
+def _read_task_file(path: Path) -> TaskFile:
+    """The checked content of a task's YAML file; UsageError with the file and the key."""
+    try:
+        file = TaskFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    missing = {"id", "question", "gold"} - file.fields.keys()
+    if missing:
+        raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}; name the column")
+    if "{question}" not in file.prompt:
+        raise UsageError(f"{path}: `prompt` has no {{question}}; put it where the question goes")
+    shown = {name for name in file.fields.keys() - FileExample.model_fields.keys() if f"{{{name}}}" in file.prompt}
+    for number, example in enumerate(file.examples):
+        if set(example.model_extra or ()) != shown:
+            extra = ", ".join(sorted(shown)) or "none"
+            raise UsageError(f"{path}: `examples.{number}`: its fields beside the steps must be the prompt's: {extra}")
+    return file

@@ -1,0 +1,112 @@
+"""The settings of training: those of all methods (`Optimizer`), and those of each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cotree.base.settings import NOT_CONTENT, Section
+
+
+class LoRA(Section):
+    """Train low-rank adapters on all linear layers instead of the weights; `model/` is stored merged all the same."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+
+
+class Probe(Section):
+    """Ask the student `questions` of the training prompts every `every` steps, greedily, and diagnose what it writes.
+
+    stop_rise: stop training when the no-answer ratio is more than this above that of the first probe.
+    keep: `best` makes the student of the probe with the fewest missing answers (then the fewest loops; of equals the
+        last) the trained one, instead of that of the last step.
+    """
+
+    every: int = Field(50, ge=1)
+    questions: int = Field(8, ge=1)
+    max_tokens: int = Field(256, ge=1)
+    stop_rise: float | None = Field(None, gt=0, le=1)
+    keep: Literal["last", "best"] = "last"
+
+
+class Optimizer(Section):
+    """The settings of all methods. `batch_size` counts chains (SFT) or pairs (DPO) in one optimizer step.
+
+    A step is computed in packs of at most `pack_tokens` tokens, shared ones counted once: it changes memory and time,
+    never the gradient. The learning rate rises over `warmup_ratio` of the steps, from 0 as in transformers, then falls
+    linearly to 0. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `compile` is torch.compile on all
+    but the attention. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows over `max_tokens` (prompt
+    included) are left out and counted; None takes all that the dataset has.
+    """
+
+    learning_rate: float = Field(5e-5, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(8, ge=1)
+    max_tokens: int | None = Field(None, ge=8)
+    pack_tokens: Annotated[int, NOT_CONTENT] = Field(2048, ge=1)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    save_steps: Annotated[int, NOT_CONTENT] = Field(20, ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: Annotated[bool, NOT_CONTENT] = False
+    compile: Annotated[bool, NOT_CONTENT] = False
+    lora: LoRA | None = None
+    report_to: Annotated[tuple[str, ...], NOT_CONTENT] = ()
+    probe: Probe | None = None
+
+    @property
+    def scope(self) -> Literal["full", "suffix", "dedup"]:
+        """Which tokens count in the SFT loss of a step, and how often (`steps.sft_weights`)."""
+        return "full"
+
+
+class SFT(Optimizer):
+    """Supervised fine-tuning on chains: token-mean cross-entropy over the completion.
+
+    `sft_scope: dedup` counts a token that several chains of a step share once instead of once for each.
+    """
+
+    sft_scope: Literal["full", "dedup"] = "full"
+
+    @property
+    def scope(self) -> Literal["full", "suffix", "dedup"]:
+        """The setting itself."""
+        return self.sft_scope
+
+
+class DPO(Optimizer):
+    """L = cDPO(beta, label_smoothing) + alpha * L_SFT(chosen) (paper, Fine-grained DPO and Joint Post-training).
+
+    `mask_prefix` leaves the tokens that chosen and rejected share out of the margin; in the sigmoid margin they cancel
+    exactly, so what it changes is the default of `sft_scope` (`suffix`) and the logged rewards.
+    `sft_norm`: `token` = mean over all scored tokens of the step, `pair` = mean over pairs of per-pair token means.
+    `sft_scope`: `full` completions, the `suffix` after the shared prefix, or `dedup`: shared tokens of a step once.
+    `loss`: the margin's form (docs/training.md); `simpo_gamma` is SimPO's target margin, `ld_alpha` LD-DPO's weight of
+    tokens beyond the shorter side's length. `reference_free` drops the reference; SimPO never has one.
+    """
+
+    learning_rate: float = Field(5e-6, gt=0)
+    batch_size: int = Field(4, ge=1)
+    loss: Literal["sigmoid", "length_normalised", "simpo", "ld_dpo"] = "sigmoid"
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5)
+    simpo_gamma: float = Field(0.5, ge=0)
+    ld_alpha: float = Field(0.5, ge=0, le=1)
+    reference_free: bool = False
+    alpha: float = Field(1.0, ge=0)
+    mask_prefix: bool = True
+    sft_norm: Literal["token", "pair"] = "token"
+    sft_scope: Literal["full", "suffix", "dedup"] | None = None
+
+    @property
+    def scope(self) -> Literal["full", "suffix", "dedup"]:
+        """The SFT term's scope: an explicit one wins, else masking decides."""
+        return self.sft_scope or ("suffix" if self.mask_prefix else "full")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the margin is relative to the SFT checkpoint."""
+        return self.loss != "simpo" and not self.reference_free

