@@ -457,6 +457,8 @@ def main() -> None:
     """The `cotree` command."""
     # Without a network the hub's client would warn of each of its retries; what fails in the end is one line.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # The tokenizers need no torch, so its absence is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         # typer turns Ctrl-C and exits into a number that it returns.
         with first_cotree_error():
