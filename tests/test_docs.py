@@ -164,3 +164,8 @@ def test_the_example_of_an_own_task_runs(tmp_path: Path) -> None:
     script = ROOT / "examples" / "own_task.py"
     found = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in found.stdout.splitlines()] == ["correct", "wrong", "no_answer"]
+
+
+def test_no_placeholder_is_left() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert [page.name for page in pages if re.search(r"@[A-Z]{2,}@", page.read_text(encoding="utf-8"))] == []
