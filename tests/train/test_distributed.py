@@ -59,6 +59,8 @@ if arguments.world_size > 1:
     gradients = {name: values.full_tensor() for name, values in gradients.items()}
 if arguments.process_index == 0:
     torch.save({"loss": loss, **gradients}, f"{out}.pt")
+# A process that ends while the other still sends to it is aborted by a thread of gloo.
+trainer.accelerator.state.destroy_process_group()
 """
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],

@@ -6,6 +6,7 @@ last and whole.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 from collections.abc import Callable
@@ -92,6 +93,8 @@ def train(
         )
         trainer = trainer_class(model, [[prepared[index] for index in step] for step in order], arguments, settings)
         del model
+        # A process that ends with the group still open can be aborted by a thread of gloo or NCCL.
+        atexit.register(trainer.accelerator.state.destroy_process_group)
         prompts = list(dict.fromkeys(tuple(row.prompt) for row in encoded.rows))
         trainer.probe = partial(_probe, trainer, tokenizer, prompts)
         callback = RunCallback(out / "log.jsonl", started, on_step, settings.probe)
