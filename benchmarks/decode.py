@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from cotree.base.statistics import wilson_interval
-from cotree.decode.strategies import Decoded, decode
+from cotree.decode.strategies import Decoded, search_answer
 from cotree.models.endpoints import Endpoint, open_endpoints
 from cotree.models.settings import Model
-from cotree.search.completer import Completer
+from cotree.search.journal import SearchModels
 from cotree.search.settings import Search, Stop, Writer
 from cotree.tasks import Question, task
 
@@ -85,13 +85,13 @@ async def answer_all(
 ) -> Answers:
     """A method's answers to all questions."""
     arithmetic, running = task("arithmetic"), asyncio.Semaphore(4)
-    roles, completer = {"thinker": (Writer(model="model"),)}, Completer(endpoints)
+    roles, models = {"thinker": (Writer(model="model"),)}, SearchModels(endpoints)
 
     async def answer(question: Question) -> tuple[bool, Decoded]:
         strategy, value = method
         async with running:
-            best = await decode(
-                arithmetic, question, completer, settings, roles=roles, strategy=strategy, value=value, seed=seed
+            best = await search_answer(
+                arithmetic, question, models, settings, roles=roles, strategy=strategy, value=value, seed=seed
             )
         return best.answer is not None and arithmetic.verify(best.answer, question).kind == "correct", best
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cotree.models.client import Client, Request
 from cotree.models.llama_cpp import serve
-from cotree.models.weights import at_type, locate
+from cotree.models.weights import gguf_at_type, locate
 
 TOKENS = 48
 
@@ -37,7 +37,7 @@ async def speed(path: Path, *, shared: bool, prompts: int, samples: int) -> floa
 
 def main() -> None:
     shipped = locate("smollm2-135m-instruct")
-    files = {"shipped Q4_1": shipped, "F16": at_type(shipped, "F16"), "Q8_0": at_type(shipped, "Q8_0")}
+    files = {"shipped Q4_1": shipped, "F16": gguf_at_type(shipped, "F16"), "Q8_0": gguf_at_type(shipped, "Q8_0")}
     first: dict[str, float] = {}
     for name, path in files.items():
         unrelated = asyncio.run(speed(path, shared=False, prompts=32, samples=1))

@@ -17,7 +17,7 @@ from cotree.models.endpoints import open_endpoints
 from cotree.models.llama_cpp import serve
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import at_type, locate
+from cotree.models.weights import gguf_at_type, locate
 from cotree.tasks import task
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "laptop.yaml"
@@ -38,7 +38,7 @@ async def compare(*, questions: int, rounds: int, rollouts: int | None, seed: in
     The plain requests wait for nothing but a free place, so they keep the server as busy as it can be kept.
     """
     recipe = load_recipe(RECIPE)
-    settings, ((name, model),) = recipe.nodes["trees/train"].trees, recipe.models.items()
+    settings, ((name, model),) = recipe.nodes["trees/train"].settings, recipe.models.items()
     settings = settings.model_copy(update={"rollouts": rollouts or settings.rollouts})
     assert model.weights is not None
     shipped = locate(model.weights)
@@ -59,7 +59,7 @@ async def compare(*, questions: int, rounds: int, rollouts: int | None, seed: in
     pairs = zip(arithmetic.questions("train", half), letters.questions("train", half), strict=True)
     asked = [item for a, b in pairs for item in ((arithmetic, a), (letters, b))]
     spent: dict[str, list[tuple[int, float]]] = {"search": [], "raw": [], "raw_all_slots": []}
-    with serve(at_type(shipped, model.gguf), slots=model.max_in_flight, shared=True) as url:
+    with serve(gguf_at_type(shipped, model.gguf), slots=model.max_in_flight, shared=True) as url:
         served = Model(url=url, tokenizer=str(shipped), max_in_flight=model.max_in_flight)
         async with open_endpoints({name: served}) as endpoints:
             for number in range(rounds):

@@ -19,7 +19,7 @@ from cotree.models.weights import locate
 from cotree.search.journal import Journal
 from cotree.search.settings import Trees
 from cotree.search.store import TreeStore
-from cotree.search.trees import grow_trees
+from cotree.search.trees import TreeGrower
 from cotree.tasks import Question, Task, task
 
 # A tree that is wide enough for many leaves a round: 8 x 8 thoughts before the answers.
@@ -56,9 +56,10 @@ async def grow(endpoints: Endpoints, settings: Trees, questions: Sequence[tuple[
     ):
         with recorded() as sent:
             started, cpu = time.perf_counter(), time.process_time()
-            progress = await grow_trees(store, kept, settings, questions, endpoints=endpoints, config="", seed=seed)
+            grower = TreeGrower(store, kept, settings, endpoints=endpoints, config="", seed=seed)
+            progress = await grower.grow(questions)
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-        rollouts = sum(tree.rollouts for tree in store.finished().values())
+        rollouts = sum(store.finished().values())
     return Grown(seconds, cpu_seconds, rollouts, progress.thoughts, progress.calls, progress.tokens, sent)
 
 

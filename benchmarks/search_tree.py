@@ -14,7 +14,6 @@ from itertools import count
 from cotree.search.mcts import TreeSearch
 from cotree.search.settings import Search
 from cotree.search.thoughts import draw
-from cotree.tasks import Verdict
 
 # Answers come early and thinking goes on for ever, so that the tree can have any size.
 ENDLESS = {"root": {"thinking": 4}, "thinking": {"answer": 1, "thinking": 4}, "reflection": {"thinking": 1}}
@@ -36,14 +35,14 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
             while (request := rollout.pending) is not None:
                 thoughts = [request.thought(i, f"{TEXT}{next(number)}") for i in range(request.n)]
                 right = draw(request.seed_key, 2)
-                for thought in thoughts if request.kind == "answer" else ():
-                    thought.verdict = Verdict("correct" if right else "wrong", float(right))
+                for thought in thoughts if request.type == "answer" else ():
+                    thought.verdict = "correct" if right else "wrong"
                     thought.reward = float(right)
                 rollout.feed(thoughts)
         for rollout in rollouts:
             search.tell(rollout)
             for node in rollout.written:
-                if node.verdict is not None and node.verdict.kind == "wrong":
+                if node.verdict == "wrong":
                     search.add_reflection(node)
 
 

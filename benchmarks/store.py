@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cotree.data.build import build_dataset
+from cotree.data.gates import Rules
 from cotree.data.settings import Dataset, RowKind
 from cotree.models.tokenizer import load_tokenizer
 from cotree.models.weights import locate
@@ -109,10 +110,8 @@ def build_measured(store: Path, out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with TreeStore(store) as trees:
         for kind in kinds:
-            settings = Dataset(trees=("generated",), rows=kind)
-            counts = build_dataset(
-                settings, out / kind, name=kind, tokenizer=tokenizer, seed=0, trees=trees.trees(), about={}
-            )
+            rules = Rules(Dataset(trees=("generated",), rows=kind), tokenizer)
+            counts = build_dataset(rules, out / kind, name=kind, trees=trees.trees())
             rows, chains = rows + counts.rows, chains + counts.chains
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

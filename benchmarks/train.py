@@ -50,10 +50,11 @@ COLUMNS = {
 def make_student(tiny: bool, folder: Path) -> Path:
     """SmolLM2-135M-Instruct, or random weights of its shape in small, as a transformers folder."""
     from cotree.models.weights import locate
-    from cotree.train.student import load_student, quiet
+    from cotree.train.model import quiet
+    from cotree.train.student import convert_gguf
 
     source = locate("smollm2-135m-instruct")
-    student = load_student(source, folder / "student")
+    student = convert_gguf(source, folder / "student")
     if tiny:
         from transformers import AutoConfig, AutoModelForCausalLM
 

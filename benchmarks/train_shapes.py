@@ -74,18 +74,17 @@ def demo(run: Path | None, student: Path, recipe_of_rule: Path) -> Shape:
     """The first step of a run; without one as many pairs, each of a question of arithmetic, written by rule."""
     from cotree.experiment.recipe import load_recipe
     from cotree.models.tokenizer import load_tokenizer
-    from cotree.train.rows import encode_file
+    from cotree.train.rows import encode_file, fixed_steps
     from cotree.train.settings import DPO
-    from cotree.train.steps import fixed_steps
 
     node = load_recipe(run or recipe_of_rule).nodes["students/dpo"]
-    settings, tokenizer = node.student.training, load_tokenizer(student)
+    settings, tokenizer = node.settings.training, load_tokenizer(student)
     assert isinstance(settings, DPO)
     if run:
-        found = encode_file(run / "datasets" / node.student.data / "train.parquet", tokenizer, settings).rows
+        found = encode_file(run / "datasets" / node.settings.data / "train.parquet", tokenizer, settings).rows
     else:
         found = encode_dpo(tokenizer, _by_rule(), sys.maxsize).rows
-    step = fixed_steps([tuple(row.prompt) for row in found], settings.batch_size, settings.epochs, node.seed)[0]
+    step = fixed_steps(found, settings, node.seed)[0]
     return Shape("demo", "joint" if settings.alpha else "dpo", [found[index] for index in step])
 
 

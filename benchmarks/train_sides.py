@@ -21,11 +21,11 @@ from benchmarks.train_shapes import Shape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotree.train.arguments import training_arguments
 from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.model import load_model
 from cotree.train.settings import DPO, SFT
 from cotree.train.sft import ChainTrainer
+from cotree.train.trainer import training_arguments
 
 BETA = 0.1
 Step = Callable[[int], float]

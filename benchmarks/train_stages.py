@@ -32,7 +32,7 @@ def main() -> None:
     for node in recipe.of_kind("students"):
         if arguments.students and node.name not in arguments.students:
             continue
-        student, settings = node.student, node.student.training
+        student, settings = node.settings, node.settings.training
         if student.parent in recipe.models:
             start = student_folder(str(recipe.models[student.parent].weights))
         else:

@@ -21,12 +21,12 @@ from typing import Any
 
 from cotree.experiment.recipe import load_recipe
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.report.terminal import comparison_lines
+from cotree.report.templates import lines
 from cotree.search.journal import Journal
 from cotree.search.settings import Trees
 from cotree.search.store import TreeStore
 from cotree.search.summary import MethodResult, compare_methods
-from cotree.search.trees import grow_trees, trees_of
+from cotree.search.trees import TreeGrower, trees_of
 from cotree.tasks import Split, task
 from cotree.tasks.base import Asked
 
@@ -46,8 +46,9 @@ async def both(
         TreeStore(Path(name) / "sampling.db") as sampled,
     ):
         more: dict[str, Any] = {"endpoints": endpoints, "config": "", "seed": seed}
-        await grow_trees(grown, journal, settings, questions, **more)
-        await grow_trees(sampled, journal, sampling, questions, others=grown, **more)
+        await TreeGrower(grown, journal, settings, **more).grow(questions)
+        budgets = {tree.question_name: tree.completion_tokens for tree in grown.trees()}
+        await TreeGrower(sampled, journal, sampling, budgets=budgets, **more).grow(questions)
         stores = {"mcts": grown, "sampling": sampled}
         first, second = compare_methods({key: trees_of(store, questions, "") for key, store in stores.items()})
         return first, second
@@ -64,7 +65,7 @@ def goal(result: MethodResult) -> float:
 
 async def measure(count: int, dev: int, temperatures: list[float], seed: int) -> dict[str, Any]:
     recipe = load_recipe(ROOT / "recipes" / "laptop.yaml", [f"seed={seed}"])
-    search = recipe.nodes["trees/train"].trees
+    search = recipe.nodes["trees/train"].settings
     names = list(search.questions)
     methods = {"mcts": 0, "mcts with reflection": search.max_reflections or 1}
     result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "seed": seed, "tuned": {}, "reported": {}}
@@ -87,7 +88,7 @@ async def measure(count: int, dev: int, temperatures: list[float], seed: int) ->
             rows = [asdict((await at(t, reflections, asked))[side]) for side, t in enumerate((ours, theirs))]
             result["reported"][name] = rows
             print(f"\n{name} at temperature {ours}, sampling at {theirs}, {count} questions a task:")
-            print("\n".join(comparison_lines(rows)), flush=True)
+            print("\n".join(lines("compared", rows)), flush=True)
     return result
 
 

@@ -125,7 +125,7 @@ def test_cli_has_no_logic() -> None:
         (["table"], "Missing argument 'RUN[:STUDENT]...'. (see cotree table --help)"),
         (["compare", "a", "b"], "a"),
         (["eval", "--model", "smollm2-135m-instruct"], "Missing option '--task'. (see cotree eval --help)"),
-        (["eval", "--model", "smollm2", "--task", "letters"], "nothing at smollm2; give a server's URL"),
+        (["eval", "--model", "smollm2", "--task", "letters"], "nothing at `smollm2`; give a server's URL"),
         (["eval", "--model", "smollm2-135m-instruct", "--task", "leters"], "did you mean `letters`?"),
         (["eval", "--quiet=3"], "does not take a value"),
         (["train", "sfft", *TRAIN[2:], "rows.jsonl"], "did you mean `sft`?"),

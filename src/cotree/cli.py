@@ -11,16 +11,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from cotree import __version__
+import cotree
 from cotree.base.errors import CotreeError, UsageError, first_cotree_error
 from cotree.base.progress import Output, terminal_safe
-
-if TYPE_CHECKING:
-    from cotree.experiment.recipe import Recipe
 
 _INTERRUPTED = 130
 
@@ -51,12 +48,12 @@ Format = Annotated[str, typer.Option("--format", help="terminal, markdown, latex
 
 
 @app.callback(invoke_without_command=True)
-def cotree(
+def main_command(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     """Grow trees of thought with Monte Carlo tree search, and train small models on them."""
     if version:
-        typer.echo(f"cotree {__version__}")
+        typer.echo(f"cotree {cotree.__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(UsageError.exit_code)
@@ -79,10 +76,8 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Make every node of a recipe that is not up to date, in order. The same command resumes."""
-    from cotree.experiment.run import run as run_recipe
-
-    loaded = _recipe(recipe, overrides)
-    run_recipe(loaded, runs_dir, only=only or (), source=source, regrow=regrow, output=Output(quiet=quiet))
+    loaded = cotree.load_recipe(recipe, overrides or ())
+    cotree.run(loaded, runs_dir, only=only or (), source=source, regrow=regrow, output=Output(quiet=quiet))
 
 
 @app.command(epilog="Example: cotree plan recipes/laptop.yaml students.dpo.beta=0.3")
@@ -90,10 +85,9 @@ def plan(
     recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False, runs_dir: RunsDir = Path("runs")
 ) -> None:
     """Show each node's state, which setting changed, and what a run would cost. Spends nothing, asks no network."""
-    from cotree.experiment.plan import plan as plan_recipe
     from cotree.experiment.plan import plan_lines
 
-    nodes = plan_recipe(_recipe(recipe, overrides), runs_dir)
+    nodes = cotree.plan(cotree.load_recipe(recipe, overrides or ()), runs_dir)
     if as_json:
         typer.echo(json.dumps({"nodes": [node.to_json() for node in nodes]}, indent=1))
     else:
@@ -107,7 +101,7 @@ def check(
     """Ask a recipe's models and servers, look at questions, packages and disk, before anything is spent."""
     from cotree.experiment.check import check as check_recipe
 
-    check_recipe(_recipe(recipe, overrides), Output(quiet=quiet), runs_dir)
+    check_recipe(cotree.load_recipe(recipe, overrides or ()), Output(quiet=quiet), runs_dir)
 
 
 @app.command(epilog="Example: cotree show runs/laptop --question sum-17")
@@ -131,9 +125,9 @@ def preview(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Show a dataset's rows as the trainer sees them: loss mask, shared prefix, special tokens, lengths."""
-    from cotree.experiment.preview import preview_dataset
+    from cotree.experiment.opened import preview_dataset
 
-    Output().print(preview_dataset(_recipe(recipe, None), runs_dir, dataset, rows))
+    Output().print(preview_dataset(cotree.load_recipe(recipe), runs_dir, dataset, rows))
 
 
 @app.command(name="eval", epilog="Example: cotree eval --model smollm2-135m-instruct --task gsm8k --limit 100")
@@ -168,11 +162,8 @@ def eval_(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate any one model, no recipe needed. The same command resumes."""
-    from cotree.eval.evaluate import evaluate_model
-    from cotree.report.table import table_of
-
     output = Output(quiet=quiet)
-    evaluated = evaluate_model(
+    evaluated = cotree.evaluate(
         model,
         task,
         max_tokens=max_tokens,
@@ -199,7 +190,7 @@ def eval_(
         budget_tokens=budget_tokens,
         output=output,
     )
-    output.print(table_of([str(evaluated.folder)]).render(format_))
+    output.print(cotree.table([str(evaluated.folder)]).render(format_))
 
 
 @app.command(epilog="Example: cotree compare runs/laptop/evaluations/test/sft runs/laptop/evaluations/test/dpo")
@@ -208,9 +199,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another, asked the same questions.")],
 ) -> None:
     """Compare two models on the same questions: paired tests, who gained and who lost."""
-    from cotree.eval.compare import compare_evaluations
-
-    for difference in compare_evaluations(first, second):
+    for difference in cotree.compare(first, second):
         Output().print("\n".join(difference.lines()))
 
 
@@ -223,9 +212,7 @@ def table(
     as_json: AsJson = False,
 ) -> None:
     """Show the evaluations of runs in one table; equal cells come once."""
-    from cotree.report.table import table_of
-
-    found = table_of(runs)
+    found = cotree.table(runs)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
     else:
@@ -235,16 +222,14 @@ def table(
 @app.command(epilog="Example: cotree train sft --student smollm2-135m-instruct --data rows.jsonl -o trained epochs=2")
 def train(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="sft or dpo.")],
+    student: Annotated[str, typer.Option(help="A transformers folder, a .gguf or a packaged name.")],
+    data: Annotated[Path, typer.Option(help="TRL's SFT or preference rows: .parquet or .jsonl.")],
+    out: Out,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings of the method.")] = None,
-    student: Annotated[str, typer.Option(help="A transformers folder, a .gguf or a packaged name.")] = ...,  # type: ignore[assignment]
-    data: Annotated[Path, typer.Option(help="TRL's SFT or preference rows: .parquet or .jsonl.")] = ...,  # type: ignore[assignment]
-    out: Out = ...,  # type: ignore[assignment]
     quiet: Quiet = False,
 ) -> None:
     """Train one student on own rows, no recipe needed. The same command resumes."""
-    from cotree.train.verb import train_rows
-
-    train_rows(method, student, data, out, overrides=overrides or [], output=Output(quiet=quiet))
+    cotree.train(method, student, data, out, overrides=overrides or [], output=Output(quiet=quiet))
 
 
 @app.command(epilog="Example: cotree diagnose runs/laptop/evaluations/test/dpo")
@@ -254,7 +239,7 @@ def diagnose(
     shown: Annotated[int, typer.Option(help="How many of the worst texts to show.")] = 3,
 ) -> None:
     """Count loops, over-reflection and missing answers in long chains of thought, by source and language."""
-    from cotree.eval.survey import diagnose_file
+    from cotree.eval.diagnose import diagnose_file
 
     for line in diagnose_file(file, field, shown):
         Output().print(line)
@@ -272,8 +257,8 @@ def import_(
     """Turn long chains of thought that others distilled into SFT rows, gated and verified."""
     from cotree.data.build import import_file
 
-    for line in import_file(file, student, out, task=task, held_out=held_out or [], max_tokens=max_tokens):
-        typer.echo(line)
+    counts = import_file(file, student, out, task=task, held_out=held_out or [], max_tokens=max_tokens)
+    typer.echo(f"{out}: " + "\n".join(counts.lines()))
 
 
 @app.command(epilog="Example: cotree export runs/laptop --to llamafactory -o LLaMA-Factory/data")
@@ -315,12 +300,20 @@ def clean(
     Output().print("\n".join(removed_lines(unneeded(found) if dry_run else clean_run(found), dry_run)))
 
 
-@app.command(epilog="Example: cotree report runs/laptop")
-def report(run: RunArgument, quiet: Quiet = False) -> None:
-    """Write report.html of a run again."""
+@app.command(epilog="Example: cotree report runs/laptop runs/mine -o comparison.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]", help="A run folder; of two a comparison is made.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page; by default RUN/report.html, or comparison.html here.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write report.html of a run again, or one page that compares two runs."""
     from cotree.experiment.run import report_again
+    from cotree.report.html import write_comparison
 
-    Output(quiet=quiet).print(str(report_again(run)))
+    written = report_again(runs[0], out) if len(runs) == 1 else write_comparison(runs, out or Path("comparison.html"))
+    Output(quiet=quiet).print(str(written))
 
 
 @app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 temperature=1.0')
@@ -342,11 +335,9 @@ def decode(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and errors.")] = False,
 ) -> None:
     """Answer one question by search that knows no gold answer."""
-    from cotree.decode.answer import decode as decode_one
-
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
-    found = decode_one(
+    found = cotree.decode(
         None if given else question,
         model,
         task=task,
@@ -386,10 +377,9 @@ def serve(
     quiet: Quiet = False,
 ) -> None:
     """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
-    from cotree.decode.answer import Backend
     from cotree.decode.server import serve as serve_models
 
-    backend = Backend(
+    serve_models(
         models,
         overrides=set_ or [],
         served=served,
@@ -398,9 +388,6 @@ def serve(
         budget_tokens=budget_tokens,
         rollouts=rollouts,
         seed=seed,
-    )
-    serve_models(
-        backend,
         strategy=strategy,
         value=value,
         boxed=boxed,
@@ -416,7 +403,7 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe to be written.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe to start from."""
-    from cotree.experiment.starter import write_starter
+    from cotree.experiment.recipe import write_starter
 
     typer.echo(write_starter(path))
 
@@ -445,12 +432,6 @@ def models() -> None:
     from cotree.models.weights import packaged_models
 
     typer.echo(packaged_models())
-
-
-def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
-    from cotree.experiment.recipe import load_recipe
-
-    return load_recipe(path, overrides or [])
 
 
 def main() -> None:

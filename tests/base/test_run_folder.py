@@ -73,7 +73,7 @@ def test_content_is_kept_and_comes_back(tmp_path: Path) -> None:
     assert folder.complete("a") and not folder.complete("b")
     fill(folder, b)
     assert texts(folder.path) == whole("b") and texts(folder.older / "a") == whole("a")
-    kept = folder.kept("a")
+    kept = folder.older_record("a")
     assert kept is not None and kept.done and kept.result == {"of": "a"}
     again = folder.begin(a)
     assert again.done and again.result == {"of": "a"} and again.files == ("model", "log.jsonl")
@@ -128,7 +128,7 @@ def test_work_that_fails_is_not_done_and_its_seconds_count(tmp_path: Path, monke
         with folder.working(folder.begin(record("a"))) as work:
             work.resolved["precision"] = "fp32"
             clock[0] = 7.0
-            work.beat()
+            work.save_periodically()
             assert json.loads((folder.path / "node.json").read_text())["seconds"] == 7.0, "kept on the way"
             clock[0] = 8.0
             raise Killed

@@ -246,7 +246,7 @@ def test_the_settings_alone_say_how_chains_are_read(tmp_path: Path) -> None:
     assert all(row["completion"][0]["content"].startswith("<think>") for row in rows_in(tmp_path / "it"))
     settings: list[tuple[str, dict[str, Any]]] = [("judge", {"reflections": "cut"}), ("size_of", {"size_of": "x"})]
     for needed, setting in settings:
-        with pytest.raises(UsageError, match=f"the settings of dataset it need {needed}=: pass it"):
+        with pytest.raises(UsageError, match=f"the settings of the dataset need {needed}=: pass it"):
             dataset_of(TREES, tmp_path / "it", **setting)
 
 

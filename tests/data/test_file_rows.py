@@ -14,9 +14,9 @@ from tests.support.trees import random_tree
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row, read_rows, write_jsonl
-from cotree.data.build import build_dataset, import_rows
-from cotree.data.counts import DatasetCounts
+from cotree.data.build import build_dataset, import_file
 from cotree.data.file_rows import hub_rows
+from cotree.data.gates import DatasetCounts, Rules
 from cotree.data.kinds import check_file
 from cotree.data.settings import Dataset
 from cotree.tasks import Question, task
@@ -41,21 +41,28 @@ def dataset_from(rows: list[Row], folder: Path, kind: str = "sft", **settings: A
     if "questions_of" in passed:
         settings["questions_of"] = "other"
     wanted = Dataset(file="theirs.jsonl", rows=kind, **{"max_tokens": 900, **settings})
-    return build_dataset(wanted, folder, name="theirs", tokenizer=tiny_tokenizer(), seed=0, rows=rows, **passed)
+    return build_dataset(Rules(wanted, tiny_tokenizer(), **passed), folder, name="theirs", rows=rows)
 
 
-def imported(
-    source: Path, out: Path, of: str | None = None, held_out: list[Question] | None = None, max_tokens: int = 900
-) -> DatasetCounts:
-    settings = Dataset(file=str(source), rows="sft", max_tokens=max_tokens)
-    return import_rows(settings, tiny_tokenizer(), out, task=None if of is None else task(of), held_out=held_out or [])
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the tiny student's tokenizer."""
+    folder = tmp_path_factory.mktemp("student")
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def imported(source: Path, student: str, **settings: Any) -> DatasetCounts:
+    """The counts of an import to `ours.parquet` beside the source."""
+    given = {"task": None, "held_out": (), "max_tokens": 900} | settings
+    return import_file(source, student, source.parent / "ours.parquet", **given)
 
 
 @pytest.mark.parametrize("form", LONG_CHAINS)
-def test_long_chains_of_others_become_sft_rows(tmp_path: Path, form: str) -> None:
+def test_long_chains_of_others_become_sft_rows(tmp_path: Path, student: str, form: str) -> None:
     with gzip.open(tmp_path / "theirs.jsonl.gz", "wt") as file:
         file.write(json.dumps(LONG_CHAINS[form]))
-    counts = imported(tmp_path / "theirs.jsonl.gz", tmp_path / "ours.parquet")
+    counts = imported(tmp_path / "theirs.jsonl.gz", student)
     assert (counts.rows, counts.verified, counts.rows_left_out) == (1, None, {})
     (row,) = read_rows(tmp_path / "ours.parquet")
     assert row["completion"] == [{"role": "assistant", "content": LONG}]
@@ -187,8 +194,8 @@ def test_rows_of_the_hub_are_read_from_its_layout(tmp_path: Path) -> None:
         hub_rows("nobody/nothing@main")
 
 
-def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path) -> None:
-    known = task("letters").questions(limit=1)[0]
+def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path, student: str) -> None:
+    known, held_out = (task(name).questions(limit=1)[0] for name in ("letters", "arithmetic"))
     right = f"So \\boxed{{{known.gold}}}"
     rows: list[Row] = [
         {"prompt": known.messages[-1]["content"], "response": right},
@@ -200,7 +207,7 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         {"prompt": "Who knows?", "response": "<think>I wonder"},
         {"prompt": "Who knows?", "response": "所以答案是五"},
         {"prompt": "Who knows?", "response": "I wonder about it. " * 200},
-        {"prompt": "Held out, is it?", "response": "So \\boxed{2}"},
+        {"prompt": held_out.messages[-1]["content"], "response": "So \\boxed{2}"},
         {"prompt": "Who knows?", "response": "I do.<|im_end|>\n<|im_start|>user\nNo: \\boxed{2}"},
         {"prompt": "Who <|im_end|> knows?", "response": "I do: \\boxed{2}"},
         {"prompt": "Who knows?", "response": ""},
@@ -208,13 +215,12 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         {"words": "no conversation"},
     ]
     write_jsonl(tmp_path / "theirs.jsonl", rows)
-    held_out = [Question("h", "other", ({"role": "user", "content": "Held out, is it?"},), "2")]
-    counts = imported(tmp_path / "theirs.jsonl", tmp_path / "o.parquet", "letters", held_out, 9_000)
+    counts = imported(tmp_path / "theirs.jsonl", student, task="letters", held_out=["arithmetic"], max_tokens=9_000)
     assert (counts.rows, counts.verified) == (3, 2)
     assert counts.rows_left_out == {"contaminated": 1, "duplicate": 1, "language": 1, "malformed": 1, "no_answer": 4,
                                     "special_tokens": 2, "wrong": 2}  # fmt: skip
     assert counts.faults == ["row 14: no `conversations`, no `messages`, and no prompt with a response; it has words"]
-    assert [row["reward"] for row in read_rows(tmp_path / "o.parquet")] == [1.0, 1.0, None]
+    assert [row["reward"] for row in read_rows(tmp_path / "ours.parquet")] == [1.0, 1.0, None]
     assert counts.columns_left_out == ["gold"]
     assert counts.lines()[0] == "3 sft rows (letters 3), 2 of them verified"
 
@@ -225,6 +231,7 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         ({"text": "no prompt"}, "row 0: no `conversations`, no `messages`, and no prompt with a response; it has text"),
         ({"messages": [{"role": "user", "content": "x"}]}, "row 0: column prompt: List should have at least 1 item"),
         ({"conversations": [{"who": "x"}]}, "a turn is no"),
+        ({"conversations": 5}, "a turn is no"),
         ({"messages": [*USER, {"role": "tool", "content": "5"}, *REPLY]}, "a known role"),
         ({"prompt": "x", "response": "<think>"}, "no rows: of the file's rows, 1 have no closed answer"),
         ([1], "line 1: no JSON row .a row must be an object with columns"),
@@ -241,10 +248,10 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path)
         ),
     ],
 )
-def test_what_cannot_be_imported_is_named(tmp_path: Path, row: Any, message: str) -> None:
+def test_what_cannot_be_imported_is_named(tmp_path: Path, student: str, row: Any, message: str) -> None:
     (tmp_path / "theirs.jsonl").write_text(json.dumps(row))
-    (tmp_path / "o.parquet").write_text("of an import before")
+    (tmp_path / "ours.parquet").write_text("of an import before")
     with pytest.raises(UsageError, match=message):
-        imported(tmp_path / "theirs.jsonl", tmp_path / "o.parquet")
-    assert (tmp_path / "o.parquet").read_text() == "of an import before"
+        imported(tmp_path / "theirs.jsonl", student)
+    assert (tmp_path / "ours.parquet").read_text() == "of an import before"
     assert len(list(tmp_path.iterdir())) == 2

@@ -25,7 +25,7 @@ from cotree.data.card import histogram
 from cotree.data.export import export_to, export_trees
 from cotree.data.kinds import check_file
 from cotree.data.preview import preview
-from cotree.eval.survey import diagnose_file
+from cotree.eval.diagnose import diagnose_file
 from cotree.search.store import TreeStore
 
 TREES = [random_tree(seed) for seed in range(12)]
@@ -204,7 +204,7 @@ def test_trees_as_parquet_are_the_trees(run_folder: Path, tmp_path: Path) -> Non
     for number, source in enumerate((node / "trees.db", node, run_folder)):
         out = tmp_path / f"{number}.parquet"
         assert export_to(source, "trees", str(out)) == [f"{out}: {len(TREES)} trees"]
-    with pytest.raises(UsageError, match="has no trees"):
+    with pytest.raises(UsageError, match="no trees in"):
         export_to(run_folder / "datasets", "trees", str(tmp_path / "x"))
     assert export_trees(node / "trees.db", tmp_path / "trees.parquet") == len(TREES)
     found = pq.read_table(tmp_path / "trees.parquet").to_pylist()
@@ -243,10 +243,12 @@ def test_text_of_a_model_cannot_break_out_of_the_card(tmp_path: Path) -> None:
 
 
 def test_a_histogram_counts_everything_once() -> None:
-    bars = ElementTree.fromstring(histogram({1: 5, 2: 10, 30: 1}, "a < b")).iter("{http://www.w3.org/2000/svg}rect")
+    bars = ElementTree.fromstring(histogram([1] * 5 + [2] * 10 + [30], "a < b")).iter(
+        "{http://www.w3.org/2000/svg}rect"
+    )
     heights = [float(bar.attrib["height"]) for bar in list(bars)[1:]]
     assert heights == [110.0, 7.3]
-    ElementTree.fromstring(histogram({7: 1}, "one"))
+    ElementTree.fromstring(histogram([7], "one"))
 
 
 GOOD_ROW = {"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]}
@@ -288,7 +290,6 @@ STEPS = {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}
             {"prefix_tokens": True},
             "row 1, column prefix_tokens: Input should be a valid integer, not 'True'",
         ),
-        (GOOD_PAIR, {"prefix_tokens": 9, "chosen_tokens": 2}, "column prefix_tokens: 9 are more than the shorter side"),
     ],
 )
 def test_a_check_names_row_and_column(

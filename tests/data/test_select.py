@@ -166,9 +166,9 @@ def test_drawn_chains_are_right_and_wrong_alike(found: list[Chain], limit: int, 
 @given(st.dictionaries(lengths, st.integers(1, 5), min_size=1), st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
 def test_each_tree_draws_its_length_with_the_weights_of_the_mixture(mixture: dict[Length, int], seed: int) -> None:
-    drawn = [drawn_length(wanted("sft", length=mixture), f"tree {n}", seed) for n in range(600)]
+    drawn = [drawn_length(mixture, f"tree {n}", seed) for n in range(600)]
     backwards = dict(reversed(mixture.items()))
-    assert drawn == [drawn_length(wanted("sft", length=backwards), f"tree {n}", seed) for n in range(600)]
+    assert drawn == [drawn_length(backwards, f"tree {n}", seed) for n in range(600)]
     for length, number in Counter(drawn).items():
         share = mixture[length] / sum(mixture.values())
         assert abs(number / 600 - share) <= 5 * (share * (1 - share) / 600) ** 0.5
@@ -176,8 +176,8 @@ def test_each_tree_draws_its_length_with_the_weights_of_the_mixture(mixture: dic
 
 @given(chain_lists, st.integers(0, 99))
 def test_a_mixture_chooses_of_a_tree_what_the_drawn_length_alone_chooses(found: list[Chain], seed: int) -> None:
-    mixture = {"longest": 1, "shortest": 4}
-    drawn = drawn_length(wanted("dpo", length=mixture), "t", seed)
+    mixture: dict[Length, int] = {"longest": 1, "shortest": 4}
+    drawn = drawn_length(mixture, "t", seed)
     assert select_dpo(found, wanted("dpo", length=mixture), seed) == select_dpo(
         found, wanted("dpo", length=drawn), seed
     )

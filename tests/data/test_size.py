@@ -13,8 +13,8 @@ from tests.support.datasets import dataset_of, rows_in
 from tests.support.trees import random_tree
 
 from cotree.base.errors import UsageError
+from cotree.data.build import Candidates
 from cotree.data.settings import Gates
-from cotree.data.spill import Spill
 
 TREES = [random_tree(seed) for seed in range(30)]
 
@@ -24,14 +24,12 @@ def row(tree: int, rank: int, tokens: int) -> dict[str, Any]:
             "completion": f"{tree} {rank}"}  # fmt: skip
 
 
-def spilled(spill: Spill, sizes: list[list[int]]) -> int:
+def add_rows(candidates: Candidates, sizes: list[list[int]]) -> int:
     """Rows of trees with these tokens each; returns how many."""
-    number = 0
     for tree, tokens in enumerate(sizes):
         for rank, length in enumerate(tokens):
-            assert spill.add(number, rank, row(tree, rank, length))
-            number += 1
-    return number
+            assert candidates.add(rank, row(tree, rank, length))
+    return sum(map(len, sizes))
 
 
 sizes_of_trees = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=4), min_size=1, max_size=9)
@@ -42,10 +40,10 @@ sizes_of_trees = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=4), 
 def test_a_cut_to_rows_leaves_no_tree_out_before_a_second_row_of_another(
     sizes: list[list[int]], limit: int, seed: int
 ) -> None:
-    with Spill(Gates(), seed) as spill:
-        number = spilled(spill, sizes)
-        assert spill.keep(limit) == max(number - limit, 0)
-        kept = [found for _, found in spill.rows()]
+    with Candidates(Gates(), seed) as candidates:
+        number = add_rows(candidates, sizes)
+        assert candidates.limit(limit) == max(number - limit, 0)
+        kept = [found for _, found in candidates.rows()]
     assert len(kept) == min(limit, number)
     rows = Counter(found["tree_id"] for found in kept)
     most = max(rows.values(), default=0)
@@ -60,15 +58,15 @@ def test_a_cut_to_rows_leaves_no_tree_out_before_a_second_row_of_another(
 def test_a_cut_to_tokens_comes_as_near_as_whole_rows_can(sizes: list[list[int]], wanted: int, seed: int) -> None:
     def kept(limit: int) -> list[int]:
         """The tokens of the rows that stay when it is cut to so many rows."""
-        with Spill(Gates(), seed) as spill:
-            spilled(spill, sizes)
-            spill.keep(limit)
-            return [found["length_tokens"] for _, found in spill.rows()]
+        with Candidates(Gates(), seed) as candidates:
+            add_rows(candidates, sizes)
+            candidates.limit(limit)
+            return [found["length_tokens"] for _, found in candidates.rows()]
 
-    with Spill(Gates(), seed) as spill:
-        number = spilled(spill, sizes)
-        spill.keep_tokens(wanted)
-        found = [row["length_tokens"] for _, row in spill.rows()]
+    with Candidates(Gates(), seed) as candidates:
+        number = add_rows(candidates, sizes)
+        candidates.limit_tokens(wanted)
+        found = [row["length_tokens"] for _, row in candidates.rows()]
     best = min(abs(sum(kept(limit)) - wanted) for limit in range(1, number + 1))
     assert abs(sum(found) - wanted) == best
     assert found == kept(len(found)), "the same draw as by rows"
@@ -78,10 +76,10 @@ def test_every_tree_has_the_same_chance_however_many_rows_it_has() -> None:
     sizes = [[5] * (1 + tree % 4) for tree in range(8)]
     drawn: Counter[str] = Counter()
     for seed in range(400):
-        with Spill(Gates(), seed) as spill:
-            spilled(spill, sizes)
-            spill.keep(4)
-            drawn.update(found["tree_id"] for _, found in spill.rows())
+        with Candidates(Gates(), seed) as candidates:
+            add_rows(candidates, sizes)
+            candidates.limit(4)
+            drawn.update(found["tree_id"] for _, found in candidates.rows())
     assert set(drawn) == {f"t{tree}" for tree in range(8)}
     # A half of 400; the standard deviation is 10.
     assert all(150 <= number <= 250 for number in drawn.values()), drawn

@@ -24,7 +24,7 @@ from tests.support.search import PlainTemplate
 from cotree.base.errors import UsageError
 from cotree.base.progress import Output
 from cotree.cli import main
-from cotree.decode.answer import Backend, decode
+from cotree.decode.answer import decode
 from cotree.decode.server import Server, serve
 from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint
@@ -39,9 +39,9 @@ async def served(
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, Server]]:
     """A server before a fake backend, and a session with its address."""
     rollouts, tokenizer = options.pop("rollouts", 6), None if chat_only else "its own"
-    own = Backend([backend.url], overrides, "one", tokenizer, rollouts=rollouts, seed=3)
+    given = {"served": "one", "tokenizer": tokenizer, "rollouts": rollouts, "seed": 3, "boxed": True}
     async with Client("one", backend.url, "one", max_in_flight=64, count_tokens=count_tokens, backoff=0.01) as client:
-        server = Server(own, **({"boxed": True} | options))
+        server = Server([backend.url], overrides=overrides, **(given | options))
         server.endpoints = {"one": Endpoint("one", (client,), None if chat_only else PlainTemplate(), "one")}
         runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
@@ -82,6 +82,9 @@ async def test_a_text_completion_goes_on_from_the_prompt_as_it_was_sent() -> Non
             assert (status, reply["object"]) == (200, "text_completion")
             assert reply["choices"][0]["text"].startswith("The answer is")
             assert all(request["prompt"].startswith("Q: How many?\nA:") for request in fake.requests)
+            _, short = await ask(session, "/v1/completions", max_completion_tokens=10)
+            assert short["choices"][0]["search"]["stopped"] == "tokens"
+            assert short["usage"]["completion_tokens"] < reply["usage"]["completion_tokens"]
         async with served(fake, chat_only=True) as (session, _):
             status, reply = await ask(session, "/v1/completions")
             assert status == 400
@@ -268,7 +271,7 @@ async def test_a_token_is_asked_for_and_never_quoted(
 def test_beyond_loopback_a_token_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COTREE_TOKEN", raising=False)
     with pytest.raises(UsageError, match="set COTREE_TOKEN"):
-        serve(Backend(("smollm2-135m-instruct",)), host="0.0.0.0")
+        serve(["smollm2-135m-instruct"], host="0.0.0.0")
 
 
 async def test_more_searches_than_may_wait_are_told_to_come_again() -> None:
@@ -468,7 +471,7 @@ def test_a_judge_of_another_server_is_named_by_overrides() -> None:
         (["decode", "--task", "arithmetic", "--id", "none"], "has no question `none`"),
         (["decode", "--task", "arithmetic"], "takes --id"),
         (["decode", "Why?", "rolouts=4"], "did you mean `rollouts`"),
-        (["decode", "Why?", "--model", "llama-9"], "nothing at llama-9"),
+        (["decode", "Why?", "--model", "llama-9"], "nothing at `llama-9`"),
         (["decode", "Why?", "roles.reflector=nobody"], "unknown model `nobody`"),
         (["decode", "Why?", "roles.critic=smollm2-135m-instruct"], "unknown role `critic`"),
         (["decode", "Why?", "temperature"], "`temperature` is no setting"),

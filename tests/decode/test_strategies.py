@@ -14,15 +14,15 @@ from tests.support.fake_server import FakeServerThread, count_tokens, draw
 from tests.support.search import PlainTemplate
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.decode.strategies import Decoded, GoldFreeScorer, OpenTask, decode
+from cotree.decode.strategies import Decoded, GoldFreeScorer, OpenTask, search_answer
 from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint
-from cotree.search.completer import Completer
 from cotree.search.growth import Growth
+from cotree.search.journal import SearchModels
 from cotree.search.mcts import Node
 from cotree.search.settings import Reward, Search, Stop, Writer
 from cotree.tasks import Question, Task, Verdict, task
-from cotree.tasks.agreement import group_answers
+from cotree.tasks.base import group_answers
 
 ONE = {"thinker": (Writer(model="one"),)}
 WIDE = {"root": {"thinking": 6}, "thinking": {"answer": 2}, "reflection": {"thinking": 1}}
@@ -66,8 +66,8 @@ def ask(
         async with one, prm:
             endpoints = {"one": Endpoint("one", (one,), PlainTemplate(), "one"), "p": Endpoint("p", (prm,), None, "p")}
             note = [] if rounds is None else rounds
-            completer = Completer(endpoints)
-            return await decode(kind, question, completer, settings, roles=ONE, on_round=note.append, **how)
+            models = SearchModels(endpoints)
+            return await search_answer(kind, question, models, settings, roles=ONE, on_round=note.append, **how)
 
     with FakeServerThread(**({"reply": talk} | (server or {}))) as fake:
         best = asyncio.run(run(fake.url))
@@ -145,12 +145,12 @@ def grown(settings: Search, scorer: GoldFreeScorer, reply: Any = talk) -> tuple[
 
     async def run(url: str) -> tuple[Growth, list[list[tuple[int, float]]]]:
         async with Client("one", url, "one", max_in_flight=8, count_tokens=count_tokens) as one:
-            completer = Completer({"one": Endpoint("one", (one,), PlainTemplate(), "one")})
-            growth = Growth(kind, question, completer, settings, roles=ONE, seed="0/t", scorer=scorer)
+            models = SearchModels({"one": Endpoint("one", (one,), PlainTemplate(), "one")})
+            growth = Growth(kind, question, models, settings, roles=ONE, seed="0/t", scorer=scorer)
             rounds = []
             while not growth.search.done:
                 await growth.grow_round()
-                rounds.append([(leaf.id, leaf.reward or 0.0) for leaf in growth.search.leaves])
+                rounds.append([(leaf.node_id, leaf.reward or 0.0) for leaf in growth.search.leaves])
         return growth, rounds
 
     with FakeServerThread(reply=reply) as server:
@@ -165,11 +165,11 @@ def test_a_leaf_is_worth_its_share_of_the_vote_and_is_valued_anew_each_round() -
     growth, rounds = grown(search(max_reflections=0), GoldFreeScorer("vote"))
     leaves = growth.search.leaves
     for told in rounds:
-        known = [leaf for leaf in leaves if leaf.id in dict(told)]
+        known = [leaf for leaf in leaves if leaf.node_id in dict(told)]
         answers = answered(growth, known)
         for leaf, answer in zip(known, answers, strict=True):
             share = answers.count(answer) / sum(a is not None for a in answers)
-            assert dict(told)[leaf.id] == pytest.approx(share if answer is not None else 0.0)
+            assert dict(told)[leaf.node_id] == pytest.approx(share if answer is not None else 0.0)
     first = rounds[0][0]
     assert dict(rounds[-1])[first[0]] != first[1], "the first leaf's value moved as the votes came in"
     for node in growth.search.nodes:
@@ -184,7 +184,7 @@ def test_a_leaf_without_an_answer_is_worth_nothing_and_has_no_vote() -> None:
         return "}" if prompt.endswith("{") and draw(prompt, seed) % 3 == 0 else talk(prompt, seed, index)
 
     growth, _ = grown(search(rollouts=16), GoldFreeScorer("vote"), empty_now_and_then)
-    kinds = {leaf.verdict and leaf.verdict.kind for leaf in growth.search.leaves}
+    kinds = {leaf.verdict for leaf in growth.search.leaves}
     assert kinds == {None, "no_answer"}
     assert {leaf.reward for leaf in growth.search.leaves if leaf.verdict} == {0.0}
     best = ask(*boxed(), search(rollouts=16), server={"reply": empty_now_and_then})
@@ -194,13 +194,15 @@ def test_a_leaf_without_an_answer_is_worth_nothing_and_has_no_vote() -> None:
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_an_answer_that_disagrees_with_the_vote_earns_a_reflection_and_no_more_than_allowed(bound: int) -> None:
     growth, _ = grown(search(max_reflections=bound, rollouts=20), GoldFreeScorer("vote"))
-    reflected = [node for node in growth.search.nodes if node.kind == "reflection"]
-    waiting = [node for node in growth.search.nodes if any(slot.kind == "reflection" for slot in node.slots)]
+    reflected = [node for node in growth.search.nodes if node.type == "reflection"]
+    waiting = [
+        node for node in growth.search.nodes if any(slot.type == "reflection" and not slot.taken for slot in node.slots)
+    ]
     assert len(reflected) + len(waiting) == bound
     agreed, _ = grown(
         search(max_reflections=3), GoldFreeScorer("vote"), lambda p, s, i: "3}" if p.endswith("{") else talk(p, s, i)
     )
-    assert not any(node.kind == "reflection" for node in agreed.search.nodes), "who agrees is not doubted"
+    assert not any(node.type == "reflection" for node in agreed.search.nodes), "who agrees is not doubted"
 
 
 def test_equal_answers_in_other_words_are_one_vote() -> None:
@@ -238,10 +240,10 @@ def test_likelihood_is_the_mean_over_the_tokens_of_the_chain(usage: Any) -> None
     async def value(node: Node) -> float:
         return await GoldFreeScorer("likelihood").chain_value(None, node)  # type: ignore[arg-type]
 
-    chain = Node(None, None, "", "", 0)
+    chain = Node(0, None, None, "")
     for thought in words:
         logprob = sum(-(draw(word) % 1000) / 400 for word in thought) / len(thought)
-        chain = Node(chain, "thinking", "", "", 1, tokens=len(thought), logprob=logprob)
+        chain = Node(1, 0, "thinking", "", tokens=len(thought), parent=chain, logprob=logprob)
     assert asyncio.run(value(chain)) == pytest.approx(math.exp(sum(values) / len(values)))
 
 
@@ -330,8 +332,10 @@ def test_the_answer_does_not_depend_on_latency(strategy: str) -> None:
 
     async def run(url: str) -> Decoded:
         async with Client("one", url, "one", max_in_flight=8, count_tokens=count_tokens, backoff=0.01) as one:
-            completer = Completer({"one": Endpoint("one", (one,), PlainTemplate(), "one")})
-            return await decode(kind, question, completer, settings, roles=ONE, strategy=strategy, value=value, seed=5)
+            models = SearchModels({"one": Endpoint("one", (one,), PlainTemplate(), "one")})
+            return await search_answer(
+                kind, question, models, settings, roles=ONE, strategy=strategy, value=value, seed=5
+            )
 
     with FakeServerThread(reply=talk, **stormy) as server:
         assert asyncio.run(run(server.url)) == calm

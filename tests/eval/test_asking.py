@@ -20,16 +20,17 @@ from cotree.base.progress import Output
 from cotree.eval.asking import ask, tokens_needed
 from cotree.eval.evaluate import evaluate_model, open_local, open_server
 from cotree.eval.journal import JOURNAL, EvalSample, append_line, read_samples
-from cotree.eval.metrics import ConstantBaseline, constant_baselines
-from cotree.eval.samplers import PlainSampler, Sampled, Sampler
-from cotree.eval.settings import Asking
-from cotree.models.chat import render
+from cotree.eval.metrics import constant_baselines
+from cotree.eval.samplers import PlainSampler, SampledReplies, Sampler
+from cotree.eval.scores import ConstantBaseline
+from cotree.eval.settings import AskSettings
 from cotree.models.client import Choice, Request
+from cotree.models.encode import render_prompt
 from cotree.models.endpoints import Endpoint
 from cotree.models.llama_cpp import serve
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import at_type, locate
+from cotree.models.weights import gguf_at_type, locate
 from cotree.tasks import Question, Task, Verdict, WorkedExample, task
 from cotree.tasks.base import AnswerForm, Asked, Turn
 
@@ -85,7 +86,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, 
     def reply(prompt: str, seed: int, index: int) -> str:
         return f"<think>hm</think>The answer is:\nsaid {prompt.count('[user]')}"
 
-    def needed(_: Path, tokenizer: object, questions: Sequence[Asked], asking: Asking, *, name: str) -> int:
+    def needed(_: Path, tokenizer: object, questions: Sequence[Asked], asking: AskSettings, *, name: str) -> int:
         return max(tokens_needed(words(), *asked, asking) for asked in questions)
 
     with FakeServerThread(reply=reply) as server:
@@ -100,7 +101,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, 
         yield server, widths
 
 
-def asked_of(path: Path, asked: Sequence[tuple[Task, Question]], asking: Asking) -> list[EvalSample]:
+def asked_of(path: Path, asked: Sequence[tuple[Task, Question]], asking: AskSettings) -> list[EvalSample]:
     model = open_local(path.parent, words(), asked, asking, name="m")
     return ask(model, asked, path, asking, sampler_of=lambda endpoint: PlainSampler(endpoint, asking))[0]
 
@@ -131,7 +132,7 @@ def test_every_turn_of_a_conversation_is_asked_on_the_models_own_replies(
     server, _ = served
     talk, path = Talk(), tmp_path / "s.jsonl"
     asked = [(talk, question) for question in talk.questions()]
-    samples = asked_of(path, asked, Asking(max_tokens=16))
+    samples = asked_of(path, asked, AskSettings(max_tokens=16))
     assert [(s.id, s.turn, s.task_turn, s.verdict) for s in samples] == [
         (id, turn, part, kind)
         for id in ("qa", "qb")
@@ -145,7 +146,7 @@ def test_every_turn_of_a_conversation_is_asked_on_the_models_own_replies(
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"turn": 0' in line))
     before = len(server.requests)
-    assert asked_of(path, asked, Asking(max_tokens=16)) == samples
+    assert asked_of(path, asked, AskSettings(max_tokens=16)) == samples
     assert len(server.requests) - before == 4
 
 
@@ -157,14 +158,14 @@ def test_the_engine_is_wide_enough_for_the_longest_prompt(
     short = [(letters, question) for question in letters.questions("test", 3)]
     content = "word " * 5000
     long = [*short, (letters, replace(short[0][1], id="long", messages=({"role": "user", "content": content},)))]
-    asked_of(tmp_path / "short.jsonl", short, Asking(max_tokens=128))
-    asked_of(tmp_path / "long.jsonl", long, Asking(max_tokens=128))
+    asked_of(tmp_path / "short.jsonl", short, AskSettings(max_tokens=128))
+    asked_of(tmp_path / "long.jsonl", long, AskSettings(max_tokens=128))
     talk = Talk().questions()[0]
     assert widths == [
         {"slots": 16, "context": 896, "shared": False},
         {"slots": 6, "context": 5002 + 128 + 1, "shared": False},
     ]
-    assert tokens_needed(words(), Talk(), talk, Asking(max_tokens=100)) == 3 * (3 + 1) + 3 * 100 + 1
+    assert tokens_needed(words(), Talk(), talk, AskSettings(max_tokens=100)) == 3 * (3 + 1) + 3 * 100 + 1
 
 
 def test_only_tasks_with_short_answers_have_a_constant_to_beat() -> None:
@@ -173,7 +174,7 @@ def test_only_tasks_with_short_answers_have_a_constant_to_beat() -> None:
     both = [*asked, *((Talk(), question) for question in Talk().questions())]
     (row,) = constant_baselines(both)
     golds = [question.gold for _, question in asked]
-    assert row == ConstantBaseline("letters", row.answer, golds.count(row.answer) / 30)
+    assert row == ConstantBaseline(task="letters", answer=row.answer, accuracy=golds.count(row.answer) / 30)
 
 
 def letters_asked(n: int) -> list[tuple[Task, Question]]:
@@ -186,7 +187,7 @@ def test_samples_come_from_few_requests_and_only_missing_ones_are_asked_again(
 ) -> None:
     server, widths = served
     server.server.reply = lambda prompt, seed, index: f"\\boxed{{{(seed + index) % 7}}}"
-    path, asking = tmp_path / "s.jsonl", Asking(max_tokens=16, samples=20, temperature=0.5, seed=3)
+    path, asking = tmp_path / "s.jsonl", AskSettings(max_tokens=16, samples=20, temperature=0.5, seed=3)
     samples = asked_of(path, letters_asked(3), asking)
     assert [s.sample for s in samples] == [*range(20)] * 3
     assert [tuple(body[key] for key in ("n", "seed", "temperature")) for body in server.requests[:2]] == [
@@ -210,7 +211,7 @@ def test_each_sample_of_a_conversation_goes_its_own_way(
 ) -> None:
     server, _ = served
     server.server.reply = lambda prompt, seed, index: f"{seed + index} after {prompt.count('[user]')}"
-    talk, asking = Talk(), Asking(max_tokens=16, samples=2, temperature=1.0)
+    talk, asking = Talk(), AskSettings(max_tokens=16, samples=2, temperature=1.0)
     asked: list[tuple[Task, Question]] = [(talk, talk.questions()[0])]
     samples = asked_of(tmp_path / "s.jsonl", asked, asking)
     assert [(s.turn, s.sample, s.response) for s in samples] == [
@@ -226,7 +227,7 @@ def test_a_lenient_verdict_takes_the_last_number(
     server, _ = served
     ((letters, question),) = letters_asked(1)
     server.server.reply = lambda prompt, seed, index: f"I count {question.gold}"
-    (sample,) = asked_of(tmp_path / "s.jsonl", [(letters, question)], Asking(max_tokens=16))
+    (sample,) = asked_of(tmp_path / "s.jsonl", [(letters, question)], AskSettings(max_tokens=16))
     assert (sample.verdict, sample.lenient_verdict, sample.max_tokens, sample.family) == (
         "no_answer",
         "correct",
@@ -243,13 +244,13 @@ def test_another_strategy_answers_through_the_same_seam(
     class Tree:
         samples_per_call = 2
 
-        async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
-            return Sampled([Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers], 100)
+        async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
+            return SampledReplies([Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers], 100)
 
     def tree(endpoint: Endpoint) -> Sampler:
         return Tree()
 
-    asked, asking = letters_asked(2), Asking(max_tokens=16, samples=4, temperature=1.0)
+    asked, asking = letters_asked(2), AskSettings(max_tokens=16, samples=4, temperature=1.0)
     model = open_local(tmp_path, words(), asked, asking, name="m")
     samples, tokens = ask(model, asked, tmp_path / "s.jsonl", asking, sampler_of=tree)
     assert tokens == 9 * 8
@@ -264,7 +265,7 @@ async def test_tokens_per_second_are_those_of_raw_requests(tmp_path: Path) -> No
 
     asked, in_flight = letters_asked(138), 16
     reply = "we count the letters again " * 12 + "\\boxed{3}"
-    asking = Asking(max_tokens=256)
+    asking = AskSettings(max_tokens=256)
     async with FakeServer(reply=lambda *_: reply, latency=0.05) as server:
         model = Model(url=server.url, model="fake", mode="chat", max_in_flight=in_flight)
         bodies = [
@@ -304,11 +305,11 @@ def test_one_greedy_sample_is_plain_generation(tmp_path: Path) -> None:
     evaluate_model(
         "smollm2-135m-instruct", ["letters"], limit=2, max_tokens=16, out=tmp_path, output=Output(quiet=True)
     )
-    gguf = at_type(locate("smollm2-135m-instruct"), "Q8_0")
+    gguf = gguf_at_type(locate("smollm2-135m-instruct"), "Q8_0")
     said = {}
     with serve(gguf, slots=1, context=1024) as url:
         for question in questions:
-            prompt = render(load_tokenizer(gguf), question.messages)
+            prompt = render_prompt(load_tokenizer(gguf), question.messages)
             body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0}).encode()
             request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
             said[question.id] = json.load(urllib.request.urlopen(request))["choices"][0]["text"]

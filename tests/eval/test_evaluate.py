@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,12 @@ from cotree.eval import asking as asking_module
 from cotree.eval.compare import compare_evaluations
 from cotree.eval.evaluate import evaluate, evaluate_model
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.eval.settings import Asking
+from cotree.eval.settings import AskSettings
 from cotree.models.settings import Model
 from cotree.report.table import table_of
 from cotree.tasks import task
 from cotree.tasks.generated import Letters
-from cotree.train.student import load_student
+from cotree.train.student import convert_gguf
 
 QUIET = Output(quiet=True)
 
@@ -72,6 +71,7 @@ def test_the_files_have_the_keys_of_lm_eval(tmp_path: Path) -> None:
     content = results(tmp_path)
     assert {"results", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "config", "date",
             "model_name", "group_subtasks"} <= content.keys()  # fmt: skip
+    assert float(content["total_evaluation_time_seconds"]) > 0 and content["chat_template_sha"] is None
     row, own = content["results"]["letters"], found.rows[0]
     assert row["exact_match,strict-match"] == own.accuracy
     assert row["exact_match,flexible-extract"] == own.lenient
@@ -92,7 +92,7 @@ def test_the_files_have_the_keys_of_lm_eval(tmp_path: Path) -> None:
     strict = [one["exact_match"] for one in rows if one["filter"] == "strict-match"]
     assert sum(strict) / 12 == own.accuracy
     assert {key: content["cotree"][key] for key in ("model", "rows", "tokens")} == json.loads(
-        json.dumps({"model": "a/b", "rows": [asdict(own)], "tokens": asdict(found.tokens)})
+        json.dumps({"model": "a/b", "rows": [own.model_dump()], "tokens": found.tokens.model_dump()})
     )
     assert found.tokens.completion == sum(sample.tokens for sample in read_samples(tmp_path / JOURNAL))
 
@@ -247,13 +247,13 @@ def test_newer_verdict_code_judges_kept_replies_again_and_asks_no_model(
     asked = [(letters, question) for question in letters.questions("test", 6)]
     with FakeServerThread(reply=said) as server:
         model = Model(url=server.url, model="fake", mode="chat")
-        evaluate(model, asked, Asking(), tmp_path, name="m", output=QUIET)
+        evaluate(model, asked, AskSettings(), tmp_path, name="m", output=QUIET)
     journal = (tmp_path / JOURNAL).read_bytes()
-    evaluate(model, asked, Asking(), tmp_path, name="m", output=QUIET)
+    evaluate(model, asked, AskSettings(), tmp_path, name="m", output=QUIET)
     assert (tmp_path / JOURNAL).read_bytes() == journal, "nothing to judge, and the server is gone"
     monkeypatch.setattr(asking_module, "VERDICT_VERSION", 7)
     monkeypatch.setattr(Letters, "extract", lambda self, completion, finish_reason, mode: "x")
-    found = evaluate(model, asked, Asking(), tmp_path, name="m", output=QUIET)
+    found = evaluate(model, asked, AskSettings(), tmp_path, name="m", output=QUIET)
     assert (found.rows[0].accuracy, found.rows[0].no_answer, found.rows[0].commonest) == (0, 0, "x")
     samples = read_samples(tmp_path / JOURNAL)
     assert {(sample.verdict_version, sample.answer) for sample in samples} == {(7, "x")}
@@ -265,8 +265,8 @@ def test_newer_verdict_code_judges_kept_replies_again_and_asks_no_model(
     [
         (["--task", "letters"], "--model"),
         (["--model", "smollm2-135m-instruct"], "--task"),
-        (["--model", "nowhere/model", "--task", "letters"], "nothing at nowhere/model"),
-        (["--model", "llama-9", "--task", "letters"], "nothing at llama-9"),
+        (["--model", "nowhere/model", "--task", "letters"], "nothing at `nowhere/model`"),
+        (["--model", "llama-9", "--task", "letters"], "nothing at `llama-9`"),
         (["--model", "http://127.0.0.1:9", "--task", "letters"], "give --tokenizer"),
         (["--model", "http://127.0.0.1:9", "--chat", "--task", "letters"], "start the server"),
         (["--model", "smollm2-135m-instruct", "--chat", "--task", "letters"], "are for servers"),
@@ -288,7 +288,7 @@ def test_newer_verdict_code_judges_kept_replies_again_and_asks_no_model(
         (["--model", "smollm2-135m-instruct", "--task", "letters", "--max-tokens", "9000"], "takes 8192; lower"),
         (["--model", "x", "--task", "letters", "--gguf", "Q2"], "`gguf`: must be 'F32', 'F16' or 'Q8_0'"),
         (["--model", "x", "--task", "letters", "--top-p", "0"], "`top_p`: must be greater than 0"),
-        (["--model", "", "--task", "letters"], "name a model: a server's URL"),
+        (["--model", "", "--task", "letters"], "nothing at ``; give a server's URL"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -329,6 +329,8 @@ def test_a_server_with_a_tokenizer_reads_the_rendered_prompt_and_a_base_model_is
             )
         chat, base = server.requests
     assert chat["prompt"].startswith("<|im_start|>user\n") and chat["stop"] is None
+    templates = [results(tmp_path / f"{name}-out")["chat_template_sha"] for name in ("chat", "base")]
+    assert templates == [sha(tiny_tokenizer().chat_template), None], "as lm-eval hashes it"
     assert base["prompt"].startswith("Question: ") and base["stop"] == ["\nQuestion:"]
 
 
@@ -336,7 +338,7 @@ def test_a_transformers_folder_is_served_like_its_base(tmp_path: Path, monkeypat
     """Random weights: the folder that was made of a GGUF says what the GGUF says, and its export is made once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
-    folder = load_student(file, tmp_path / "student")
+    folder = convert_gguf(file, tmp_path / "student")
     said = []
     for model, name in ((file, "file"), (folder, "folder"), (folder, "again")):
         out = tmp_path / name

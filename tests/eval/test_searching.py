@@ -14,7 +14,7 @@ from cotree.base.progress import Output
 from cotree.eval import asking as asking_module
 from cotree.eval.evaluate import evaluate, evaluate_model
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.eval.settings import Asking
+from cotree.eval.settings import AskSettings
 from cotree.models.settings import Model
 from cotree.report.table import table_of
 from cotree.tasks import Verdict, task
@@ -94,7 +94,7 @@ def test_a_budget_for_each_question_is_what_another_evaluation_took(tmp_path: Pa
     asked = [(letters, question) for question in letters.questions("test", 3)]
     with FakeServerThread(reply=talk, usage="vllm") as server:
         model = Model(url=server.url, model="fake", mode="chat")
-        asking = Asking(max_tokens=64, temperature=0.8, strategy="vote")
+        asking = AskSettings(max_tokens=64, temperature=0.8, strategy="vote")
         budgets = {("letters", question.id): 100 * (n + 1) for n, (_, question) in enumerate(asked)}
         some = {key: tokens for key, tokens in budgets.items() if tokens < 300}
         with pytest.raises(UsageError, match=f"`{asked[2][1].id}` of task `letters` has no tokens in the evaluation"):

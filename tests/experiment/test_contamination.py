@@ -15,6 +15,8 @@ from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.recipe import Recipe, load_recipe
 from cotree.experiment.work import Worker
 from cotree.tasks import task
+from cotree.tasks.plan_text import zero_shot
+from cotree.tasks.strips import Problem
 
 LAPTOP = Path(__file__).parents[2] / "recipes" / "laptop.yaml"
 
@@ -44,8 +46,8 @@ def test_templates_are_no_repetition_and_own_tasks_are_known_by_their_names(
 ) -> None:
     monkeypatch.setenv("COTREE_DATA", str(tmp_path))
     rows = [
-        {"id": f"b-{i}", "init": ["ontable a", "ontable b"], "goal": [goal], "ground_truth_plan": ["(pick-up a)"]}
-        for i, goal in enumerate(("on a b", "on b a"))
+        {"id": f"b-{i}", "query": zero_shot(Problem({"a": "", "b": ""}, goal)), "ground_truth_plan": ["(pick-up a)"]}
+        for i, goal in enumerate(({"a": "b"}, {"b": "a"}))
     ]
     (tmp_path / "blocksworld.jsonl").write_text("\n".join(map(json.dumps, rows)))
     # Every plan is asked for in the same three hundred words.

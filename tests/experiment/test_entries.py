@@ -41,20 +41,20 @@ def students(found: Recipe) -> list[str]:
 def test_like_copies_settings_and_makes_no_edge() -> None:
     found = recipe(students__other={"like": "dpo", "alpha": 0.5})
     node = found.nodes["students/other"]
-    assert (node.student.training.beta, node.student.training.alpha, node.like) == (0.2, 0.5, "dpo")  # type: ignore[attr-defined]
+    assert (node.settings.training.beta, node.settings.training.alpha, node.like) == (0.2, 0.5, "dpo")
     assert node.reads == ("students/sft", "datasets/pairs")
 
 
 def test_null_takes_the_default_again() -> None:
     found = recipe(students__other={"like": "dpo", "beta": None})
-    assert found.nodes["students/other"].student.training.beta == 0.1  # type: ignore[attr-defined]
+    assert found.nodes["students/other"].settings.training.beta == 0.1
 
 
 def test_a_sweep_makes_one_node_a_value_in_written_order() -> None:
     found = recipe(students__s={"like": "dpo", "sweep": {"alpha": [1.5, 0.5], "data": ["pairs"]}})
     assert students(found)[2:] == ['s@alpha=1.5,data="pairs"', 's@alpha=0.5,data="pairs"']
     deeper = recipe(students__s={"like": "sft", "sweep": {"lora.rank": [4, 8]}})
-    assert [n.student.training.lora.rank for n in deeper.of_kind("students") if n.entry == "s"] == [4, 8]  # type: ignore[union-attr]
+    assert [n.settings.training.lora.rank for n in deeper.of_kind("students") if n.entry == "s"] == [4, 8]
 
 
 def test_seeds_go_down_to_children() -> None:
@@ -64,8 +64,8 @@ def test_seeds_go_down_to_children() -> None:
     )
     assert students(found) == ["sft@seed=0", "sft@seed=3", "dpo@seed=0", "dpo@seed=3"]
     child = found.nodes["students/dpo@seed=3"]
-    assert child.student.parent == "sft@seed=3" and child.seed == 3
-    assert found.nodes["evaluations/test"].evaluation.models == ("small", "dpo@seed=0", "dpo@seed=3")
+    assert child.settings.parent == "sft@seed=3" and child.seed == 3
+    assert found.nodes["evaluations/test"].settings.models == ("small", "dpo@seed=0", "dpo@seed=3")
 
 
 def test_a_sweep_of_seeded_students_has_both() -> None:
@@ -76,7 +76,7 @@ def test_a_sweep_of_seeded_students_has_both() -> None:
         students__s={"like": "sft", "seeds": [1, 2], "sweep": {"epochs": [1, 2]}},
         students__c={"like": "dpo", "from": "s@epochs=2"},
     )
-    assert [n.student.parent for n in child.of_kind("students") if n.entry == "c"] == names[2:]
+    assert [n.settings.parent for n in child.of_kind("students") if n.entry == "c"] == names[2:]
 
 
 def test_nodes_come_after_what_they_read() -> None:

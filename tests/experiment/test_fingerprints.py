@@ -93,7 +93,7 @@ def prints_of(recipe: Recipe) -> Prints:
     found: Prints = {}
     for node in recipe.nodes.values():
         if node.kind == "evaluations":
-            found |= {f"{node.id}/{model}": prints.cell(node, model).of for model in node.evaluation.models}
+            found |= {f"{node.id}/{model}": prints.of(node.id, model).of for model in node.settings.models}
         else:
             found[node.id] = prints.of(node.id).of
     return found
@@ -105,8 +105,8 @@ def depending(recipe: Recipe, changed: set[str]) -> set[str]:
     for node in recipe.nodes.values():  # each comes after those that it reads
         if node.kind != "evaluations" and found & {*node.reads}:
             found.add(node.id)
-        for model in node.evaluation.models if node.kind == "evaluations" else ():
-            other = node.evaluation.tokens_of
+        for model in node.settings.models if node.kind == "evaluations" else ():
+            other = node.settings.tokens_of
             if f"students/{model}" in found or f"evaluations/{other}/{model}" in found:
                 found.add(f"{node.id}/{model}")
     return found

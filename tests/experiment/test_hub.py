@@ -54,7 +54,7 @@ def keep(recipe: Recipe, folder: Path) -> None:
 def test_a_revision_is_pinned_once(student: Path, tmp_path: Path, the_hub: Hub) -> None:
     run = RunFolder(tmp_path / "steps")
     first = pinned(recipe(student), run)
-    assert first.nodes["datasets/sky"].dataset.hub == f"owner/sky@{'a' * 40}"
+    assert first.nodes["datasets/sky"].settings.hub == f"owner/sky@{'a' * 40}"
     keep(first, run.path)
     written = yaml.safe_load((run.path / "recipe.yaml").read_text())
     assert written["datasets"]["sky"]["hub"] == f"owner/sky@{'a' * 40}"
@@ -64,17 +64,17 @@ def test_a_revision_is_pinned_once(student: Path, tmp_path: Path, the_hub: Hub) 
     assert prints[0] == prints[1], "the hub has newer rows, the run keeps its own"
     assert the_hub.asked == ["owner/sky"]
     other = pinned(recipe(student), RunFolder(tmp_path / "other"))
-    assert other.nodes["datasets/sky"].dataset.hub == f"owner/sky@{'b' * 40}"
+    assert other.nodes["datasets/sky"].settings.hub == f"owner/sky@{'b' * 40}"
     assert Fingerprints(other).of("datasets/sky").of != prints[0]
 
 
 def test_a_given_revision_and_a_sweep_are_kept(student: Path, tmp_path: Path, the_hub: Hub) -> None:
     run = RunFolder(tmp_path / "steps")
     given = pinned(recipe(student, datasets__sky__hub="owner/sky@v1"), run)
-    assert given.nodes["datasets/sky"].dataset.hub == "owner/sky@v1" and the_hub.asked == []
+    assert given.nodes["datasets/sky"].settings.hub == "owner/sky@v1" and the_hub.asked == []
     swept = {"rows": "sft", "tokenizer": "tiny", "sweep": {"hub": ["owner/sky", "owner/long@v2"]}}
     found = pinned(recipe(student, datasets__sky=swept), run)
-    hubs = [node.dataset.hub for node in found.of_kind("datasets") if node.entry == "sky"]
+    hubs = [node.settings.hub for node in found.of_kind("datasets") if node.entry == "sky"]
     assert hubs == [f"owner/sky@{'a' * 40}", "owner/long@v2"]
     keep(found, run.path)
     pinned(recipe(student, datasets__sky=swept), run)

@@ -12,11 +12,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.experiment.test_entries import BASE
+from tests.experiment.test_fingerprints import prints_of
 
 from cotree.base.errors import UsageError
-from cotree.experiment.fingerprints import Fingerprints
-from cotree.experiment.recipe import build_recipe, load_recipe, recipe_yaml
-from cotree.experiment.starter import write_starter
+from cotree.experiment.recipe import build_recipe, load_recipe, recipe_yaml, write_starter
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAPTOP = RECIPES / "laptop.yaml"
@@ -52,13 +51,12 @@ def test_the_starter_is_a_recipe(tmp_path: Path) -> None:
 
 def test_what_the_run_folder_keeps_is_the_same_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(LAPTOP, ["trees.train.rollouts=3", "name=x", "students.dpo.beta=0.3"])
-    assert recipe.nodes["trees/train"].trees.rollouts == recipe.nodes["trees/sampled"].trees.rollouts == 3
-    assert recipe.nodes["students/plain_dpo"].student.training.beta == 0.3, "entries that are like it follow"  # type: ignore[attr-defined]
+    assert recipe.nodes["trees/train"].settings.rollouts == recipe.nodes["trees/sampled"].settings.rollouts == 3
+    assert recipe.nodes["students/plain_dpo"].settings.training.beta == 0.3, "entries that are like it follow"
     (tmp_path / "r.yaml").write_text(recipe_yaml(recipe))
     again = load_recipe(tmp_path / "r.yaml")
     assert again.name == "x"
-    prints, others = Fingerprints(recipe), Fingerprints(again)
-    assert [prints.of(name) for name in recipe.nodes] == [others.of(name) for name in again.nodes]
+    assert prints_of(recipe) == prints_of(again)
 
 
 def test_paths_are_relative_to_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,12 +77,12 @@ def test_paths_are_relative_to_the_recipes_folder(tmp_path: Path, monkeypatch: p
     recipe = load_recipe(folder / "r.yaml")
     assert recipe.models["m"].weights == str(folder / "tiny.gguf")
     assert recipe.models["far"].tokenizer == "Qwen/Qwen2.5-7B"
-    assert list(recipe.nodes["trees/t"].trees.questions) == [str(folder / "own.yaml")]
-    assert recipe.nodes["trees/t"].trees.reward.function == f"{folder / 'reward.py'}:f"  # type: ignore[union-attr]
-    assert recipe.nodes["datasets/d"].dataset.file == str(folder / "rows.jsonl")
+    assert list(recipe.nodes["trees/t"].settings.questions) == [str(folder / "own.yaml")]
+    assert recipe.nodes["trees/t"].settings.reward.function == f"{folder / 'reward.py'}:f"
+    assert recipe.nodes["datasets/d"].settings.file == str(folder / "rows.jsonl")
     (tmp_path / "here.jsonl").touch()
     given = load_recipe(folder / "r.yaml", ["datasets.d.file=here.jsonl"])
-    assert given.nodes["datasets/d"].dataset.file == str(tmp_path / "here.jsonl"), "a typed path is the shell's"
+    assert given.nodes["datasets/d"].settings.file == str(tmp_path / "here.jsonl"), "a typed path is the shell's"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def test_paths_are_relative_to_the_recipes_folder(tmp_path: Path, monkeypatch: p
         ("trees.train.patterns={mine: {root: {thinking: 1}}}", "from `thinking` no answer can be reached"),
         ("name=a/b", "`name` is missing, or has other signs"),
         ("seed=x", "`seed` must be a whole number"),
-        ("{search: 3}", "is no override"),
+        ("{search: 3}", "is no setting"),
         ("trees=3", "`trees` must be a section of named entries"),
         ("trees.train=3", "trees.train: must be a section of keys, like {}$"),
         ("trees.train.rollouts=2.5", "`trees.train.rollouts`: must be a whole number$"),
@@ -115,7 +113,7 @@ def test_paths_are_relative_to_the_recipes_folder(tmp_path: Path, monkeypatch: p
         ("trees.train.questions={}", "`trees.train.questions`: must have at least 1 item$"),
         ("evaluations.test.gguf=Q4", "`evaluations.test.gguf`: must be 'F32', 'F16' or 'Q8_0'$"),
         ("students.sft.learning_rate=.inf", "finite number"),
-        ("trees.train.rollouts", "is no override"),
+        ("trees.train.rollouts", "is no setting"),
         ("name.x.y=1", "is a value, not a section"),
         ("search.rollouts=4", r"recipe of an older form \(`search`\).*docs/migration.md"),
         ("thoughts={}", "unknown key `thoughts`; it is a setting of an entry of `trees`"),
@@ -153,7 +151,7 @@ def test_own_thought_types_need_no_source(tmp_path: Path) -> None:
             "trees.train.roles.planner=smollm2",
         ],
     )
-    assert list(recipe.nodes["trees/train"].trees.patterns) == ["mine"]
+    assert list(recipe.nodes["trees/train"].settings.patterns) == ["mine"]
 
 
 def test_a_swept_value_that_is_no_folders_name_is_refused() -> None:

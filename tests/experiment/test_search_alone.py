@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -31,7 +32,7 @@ def test_a_recipe_of_trees_needs_neither_torch_nor_an_engine(tmp_path: Path) -> 
     with FakeServerThread(chat_only=True) as server:
         models = {"far": {"url": server.url, "model": "fake", "mode": "chat"}}
         trees = {"train": {"questions": {"letters": 2}, "roles": {"thinker": "far"}, "rollouts": 2}}
-        trees["sampled"] = {"like": "train", "method": "sampling", "tokens_of": "train"}
+        trees["sampled"] = {"like": "train", "method": "sampling", "tokens_of": "train", "questions": {"letters": 1}}
         evaluations = {"test": {"models": ["far"], "questions": {"letters": 2}, "max_tokens": 8}}
         recipe = {"name": "alone", "models": models, "trees": trees, "evaluations": evaluations}
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
@@ -42,6 +43,7 @@ def test_a_recipe_of_trees_needs_neither_torch_nor_an_engine(tmp_path: Path) -> 
         calls = server.calls
         for words in (
             ["report", "runs/alone"],
+            ["report", "runs/alone", "-o", "page.html"],
             ["show", "runs/alone"],
             ["table", "runs/alone"],
             ["clean", "runs/alone"],
@@ -52,6 +54,9 @@ def test_a_recipe_of_trees_needs_neither_torch_nor_an_engine(tmp_path: Path) -> 
         assert server.calls == calls
     assert (tmp_path / "runs" / "alone" / "trees" / "sampled" / "trees.db").is_file()
     assert "<html" in (tmp_path / "runs" / "alone" / "report.html").read_text()
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "runs" / "alone" / "report.html").read_text()
+    compared = json.loads((tmp_path / "runs" / "alone" / "trees" / "sampled" / "node.json").read_text())["result"]
+    assert [row["questions"] for row in compared["compared"]] == [1, 1], "on the questions that both have"
 
 
 def test_only_trees_of_a_larger_recipe_need_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +69,7 @@ def test_only_trees_of_a_larger_recipe_need_no_more(tmp_path: Path, monkeypatch:
     with FakeServerThread(chat_only=True) as server:
         far = f"models.far={{url: '{server.url}', model: fake, mode: chat}}"
         roles = ["trees.train.roles={thinker: far}", "trees.train.questions={letters: 2}"]
+        roles += ["trees.sampled.questions={letters: 2}"]
         recipe = load_recipe(LAPTOP, [far, *roles])
         folder = run(recipe, tmp_path, only=["trees"], output=KeptOutput())
         assert sorted(folder.nodes()) == ["trees/sampled", "trees/train"]

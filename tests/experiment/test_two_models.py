@@ -25,7 +25,7 @@ SMALL = [
 
 
 def test_both_models_reflect_and_one_thinks() -> None:
-    trees = load_recipe(RECIPE).nodes["trees/train"].trees
+    trees = load_recipe(RECIPE).nodes["trees/train"].settings
     assert [writer.model for writer in trees.roles["thinker"]] == ["smollm2"]
     assert [writer.model for writer in trees.roles["reflector"]] == ["smollm2", "gemma"]
     assert trees.max_reflections > 0

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.support.asking import client, raw_server
 from tests.support.fake_server import ASSISTANT, FakeServer, count_tokens, tell
 
-from cotree.base.errors import CotreeError, UsageError
-from cotree.models.chat import Prompt, render
-from cotree.models.client import Request
+from cotree.base.errors import CotreeError
+from cotree.models.client import Completion, Request
+from cotree.models.encode import render_prompt
 from cotree.models.endpoints import Endpoint
-from cotree.models.wire import read_reply
+from cotree.models.wire import Failure, Prompt, read_reply
 
 ASKED = (("system", "be brief"), ("user", "two and two?"))
 MESSAGES = [{"role": role, "content": content} for role, content in ASKED]
@@ -76,10 +76,9 @@ async def test_a_server_without_chat_completions_says_so() -> None:
 
 async def test_ready_asks_the_way_that_will_be_used() -> None:
     async with FakeServer(models=["a.gguf"], chat_only=True) as server, client(server.url) as c:
-        await c.ready("chat")
+        assert await c.find_problem("chat") == ""
         assert server.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
-        with pytest.raises(UsageError, match="HTTP 404"):
-            await c.ready()
+        assert "HTTP 404" in await c.find_problem()
 
 
 @pytest.mark.parametrize(
@@ -98,12 +97,16 @@ async def test_ready_asks_the_way_that_will_be_used() -> None:
 def test_odd_messages(message: Any, problem: str, permanent: bool) -> None:
     content = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
     reply = read_reply(content, request(n=1), count_tokens)
-    assert problem in reply.problem
-    assert bool(problem) == bool(reply.problem)
-    assert reply.completion is not None
-    assert (reply.permanent, len(reply.completion.choices)) == (permanent, 0 if problem else 1)
+    completion: Completion | Failure | None = reply
+    if problem:
+        assert isinstance(reply, Failure)
+        assert problem in reply.reason
+        assert (reply.wait is None) == permanent
+        completion = reply.counted
+    assert isinstance(completion, Completion)
+    assert len(completion.choices) == (0 if problem else 1)
     # Nothing says how long the prompt is, so all of its words are counted.
-    assert reply.completion.prompt_tokens == 5
+    assert completion.prompt_tokens == 5
 
 
 async def test_separated_reasoning_is_an_error_and_not_an_empty_thought() -> None:
@@ -146,9 +149,9 @@ class Template:
 
 def test_a_beginning_that_the_server_adds_is_left_out() -> None:
     adding: Any = Template(True)
-    assert render(adding, MESSAGES) == "be brieftwo and two?"
+    assert render_prompt(adding, MESSAGES) == "be brieftwo and two?"
     silent: Any = Template(False)
-    assert render(silent, MESSAGES) == "<s>be brieftwo and two?"
+    assert render_prompt(silent, MESSAGES) == "<s>be brieftwo and two?"
 
 
 def test_without_a_tokenizer_the_messages_are_the_prompt() -> None:

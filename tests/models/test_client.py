@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -199,7 +200,7 @@ async def test_an_absurd_count_is_none() -> None:
 async def test_counters_add_up_over_requests_and_retries() -> None:
     async with FakeServer(faults={1: "fewer", 2: "500"}) as server, client(server.url) as c:
         done = [await c.complete(request(f"words {i}")) for i in range(3)]
-    assert (c.counters.requests, c.counters.retries, c.counters.abandoned) == (5, 2, 0)
+    assert c.counters.requests == 5
     # The tokens of the reply with too few choices were generated too.
     assert c.counters.prompt_tokens == sum(d.prompt_tokens for d in done) + 2
     assert c.counters.completion_tokens > sum(d.completion_tokens for d in done)
@@ -269,7 +270,7 @@ async def test_cancelling_frees_the_slot_and_closes_the_connection() -> None:
         await asyncio.wait_for(asyncio.gather(*waiting[1:]), 5)
         assert [task.cancelled() for task in [*hanging, waiting[0]]] == [True] * 3
         await until(lambda: server.dropped == 2)
-        assert (server.calls, c.counters.abandoned) == (4, 2)
+        assert server.calls == c.counters.requests == 4
 
 
 async def test_cancelling_during_the_wait_for_a_retry_frees_the_slot() -> None:
@@ -278,8 +279,8 @@ async def test_cancelling_during_the_wait_for_a_retry_frees_the_slot() -> None:
         await until(lambda: server.calls == 1 and not server.in_flight)
         await asyncio.sleep(0.2)  # the reply was sent; now it has been read too
         waiting.cancel()
-        await asyncio.wait_for(c.complete(request("next")), 5)
-        assert c.counters.abandoned == 0
+        done = await asyncio.wait_for(c.complete(request("next")), 5)
+        assert c.counters.prompt_tokens == done.prompt_tokens
 
 
 async def test_nothing_is_left_open() -> None:
@@ -303,10 +304,11 @@ async def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture)
         assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
         server.api_key = "another"  # its refusal quotes the key that it got
         shown = [repr(c), str(c)]
-        for work in (c.complete(request()), c.ready()):
-            with pytest.raises(CotreeError, match=r"HTTP 401.*check the API key") as failed:
-                await work
-            shown += everything(failed.value)
+        shown.append(await c.find_problem())
+        assert re.search(r"HTTP 401.*check the API key", shown[-1])
+        with pytest.raises(CotreeError, match=r"HTTP 401.*check the API key") as failed:
+            await c.complete(request())
+        shown += everything(failed.value)
     async with client(server.url, api_key=KEY, attempts=2) as c:
         with pytest.raises(CotreeError, match="cannot connect") as failed:
             await c.complete(request())
@@ -347,50 +349,50 @@ def test_a_key_that_no_header_takes_is_a_usage_error() -> None:
     assert "hidden" not in str(failed.value)
 
 
-# --- ready --------------------------------------------------------------------------------------------------------
+# --- find_problem ----------------------------------------------------------------------------------------------------
 
 
-async def test_ready_costs_nothing_when_the_model_is_listed() -> None:
+async def test_asking_for_problems_costs_nothing_when_the_model_is_listed() -> None:
     async with FakeServer() as server, client(server.url) as c:
-        await c.ready()
+        assert await c.find_problem() == ""
         assert (server.calls, c.counters.requests) == (0, 0)
 
 
-async def test_ready_falls_back_to_health() -> None:
+async def test_find_problem_asks_a_server_that_lists_nothing() -> None:
     async with FakeServer(models=None) as server, client(server.url) as c:
-        await c.ready()
+        assert await c.find_problem() == ""
+        assert server.calls == 1
 
 
-async def test_ready_accepts_a_server_that_answers_to_any_name() -> None:
+async def test_find_problem_accepts_a_server_that_answers_to_any_name() -> None:
     async with FakeServer(models=["/models/a.gguf"]) as server, client(server.url) as c:
-        await c.ready()
+        assert await c.find_problem() == ""
         assert [(body["prompt"], body["max_tokens"], body["n"]) for body in server.requests] == [("Hi", 1, 1)]
 
 
-async def test_ready_names_the_models_that_there_are() -> None:
+async def test_find_problem_names_the_models_that_there_are() -> None:
     async with FakeServer(models=["qwen", "llama"], only_listed=True) as server, client(server.url) as c:
-        with pytest.raises(UsageError, match=r"does not exist.*qwen, llama: set `model`") as failed:
-            await c.ready()
-    assert "\n" not in str(failed.value)
+        problem = await c.find_problem()
+    assert re.search(r"does not exist.*qwen, llama: set `model`", problem)
+    assert "\n" not in problem
 
 
-async def test_ready_says_who_is_unreachable_and_what_to_do() -> None:
+async def test_find_problem_says_who_is_unreachable_and_what_to_do() -> None:
     async with FakeServer() as server:
         pass
     async with client(server.url) as c:
-        with pytest.raises(UsageError, match=r"`thinker` \(fake\) at http.*cannot connect.*start the server") as failed:
-            await c.ready()
-    assert server.url in str(failed.value)
-    assert "\n" not in str(failed.value)
+        problem = await c.find_problem()
+    assert re.search(r"`thinker` \(fake\) at http.*cannot connect.*start the server", problem)
+    assert server.url in problem
+    assert "\n" not in problem
 
 
-async def test_ready_reports_a_server_that_is_still_loading() -> None:
+async def test_find_problem_reports_a_server_that_is_still_loading() -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.json_response({"error": {"message": "Loading model", "code": 503}}, status=503)
 
     async with raw_server(answer) as url, client(url) as c:
-        with pytest.raises(UsageError, match=r"HTTP 503 \(Loading model\)"):
-            await c.ready()
+        assert "HTTP 503 (Loading model)" in await c.find_problem()
 
 
 # --- the server from outside its loop -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from cotree.base.errors import UsageError
 from cotree.models.client import Client, Counters, Request
 from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
 from cotree.models.settings import Model, Price
+from cotree.models.tokenizer import token_counter
 
 KEY = "sk-very-secret-0123456789"
 
@@ -61,25 +62,26 @@ async def test_each_server_has_its_own_limit() -> None:
             m = endpoints["m"]
             await asyncio.gather(*(m.client_for(q).complete(request(q)) for q in QUESTIONS[:40]))
             assert (one.most_in_flight, two.most_in_flight) == (3, 3)
-            assert one.calls + two.calls == m.counters.requests == 40
+            assert one.calls + two.calls == sum(client.counters.requests for client in m.clients) == 40
             # The same question goes to the same server again.
             asked = {body["messages"][-1]["content"] for body in one.requests}
             assert asked == {q for q in QUESTIONS[:40] if m.client_for(q).url == one.url}
 
 
-async def test_counters_are_summed_over_the_servers_and_priced() -> None:
+async def test_the_tokens_of_all_servers_are_counted_and_priced() -> None:
     async with FakeServer(cached_tokens=1, reply=tell) as one, FakeServer(faults={0: "half"}, reply=tell) as two:
         price = Price(prompt=2.0, cached=0.5, completion=8.0)
         model = Model(url=(one.url, two.url), model="fake", mode="chat", price=price)
         async with open_endpoints({"m": model}) as endpoints:
             m = endpoints["m"]
             done = [await client.complete(request("x")) for client in m.clients]
-            sums = m.counters
-            assert (sums.requests, sums.retries, sums.abandoned, sums.cached_tokens) == (3, 1, 1, 1)
-            assert sums.abandoned_tokens > 0
-            assert sums.prompt_tokens == sum(d.prompt_tokens for d in done) + sums.abandoned_tokens
-            assert sums.completion_tokens == sum(d.completion_tokens for d in done)
-            expected = 2.0 * (sums.prompt_tokens - 1) + 0.5 + 8.0 * sums.completion_tokens
+            first, second = (client.counters for client in m.clients)
+            assert (first.requests, second.requests, first.cached_tokens + second.cached_tokens) == (1, 2, 1)
+            unanswered = token_counter(None)(request("x").prompt_text())
+            assert first.prompt_tokens == done[0].prompt_tokens
+            assert second.prompt_tokens == done[1].prompt_tokens + unanswered > 0
+            prompts, written = unanswered + sum(d.prompt_tokens for d in done), sum(d.completion_tokens for d in done)
+            expected = 2.0 * (prompts - 1) + 0.5 + 8.0 * written
             assert m.cost == pytest.approx(expected / 1e6)
 
 
@@ -130,6 +132,6 @@ async def test_tokens_that_nobody_counts_are_estimated() -> None:
     async with FakeServer(faults={0: "half"}) as server:
         model = Model(url=server.url, model="fake", mode="chat")
         async with open_endpoints({"m": model}) as endpoints:
-            await endpoints["m"].clients[0].complete(request("x" * 37))
+            done = await endpoints["m"].clients[0].complete(request("x" * 37))
             # "hi", a line break and 37 characters, four bytes a token.
-            assert endpoints["m"].counters.abandoned_tokens == 10
+            assert endpoints["m"].clients[0].counters.prompt_tokens == done.prompt_tokens + 10

@@ -15,8 +15,8 @@ import pytest
 def test_ctrl_c_while_the_engine_starts_ends_the_process(seconds: float) -> None:
     script = (
         "import time, xllamacpp; from cotree.models.llama_cpp import serve\n"
-        "from cotree.models.weights import at_type, locate\n"
-        "path = at_type(locate('smollm2-135m-instruct'), 'Q8_0'); print('starting', flush=True)\n"
+        "from cotree.models.weights import gguf_at_type, locate\n"
+        "path = gguf_at_type(locate('smollm2-135m-instruct'), 'Q8_0'); print('starting', flush=True)\n"
         "with serve(path): time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests.support.tiny_student import SPECIAL, TEXT, Post, tiny_model, tiny_tokenizer, write_tiny_gguf
 
 from cotree.base.errors import UsageError
-from cotree.models.chat import render
-from cotree.models.gguf_format import GGUF, write_gguf
+from cotree.models.encode import render_prompt
+from cotree.models.gguf_files import GGUF, write_gguf
 from cotree.models.llama_cpp import serve as serve_gguf
 from cotree.models.tokenizer import gguf_tokenizer, load_tokenizer
 from cotree.models.weights import locate
@@ -106,8 +106,9 @@ def pieces_gguf(folder: Path) -> Path:
         },
     }
     path = folder / "pieces.gguf"
-    tensors = {name: (tensor.shape, tensor.kind) for name, tensor in file.tensors.items()}
-    write_gguf(path, fields, tensors, values=file.array, alignment=file.alignment)
+    file.fields = fields
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    write_gguf(path, file, "F32", shapes=shapes, read=file.array)
     return path
 
 
@@ -140,7 +141,7 @@ def check_cuts(path: Path, samples: st.SearchStrategy[str], examples: int) -> No
             assert ours.decode(served) == sample.replace("▁", " ")
 
         check()
-        prompt = render(ours, MESSAGES)
+        prompt = render_prompt(ours, MESSAGES)
         whole = ours(prompt)["input_ids"]
         assert whole.count(ours.bos_token_id) == 1 and whole[0] == ours.bos_token_id
         assert (
@@ -178,11 +179,11 @@ def test_pieces_are_cut_as_the_engine_cuts_them(tmp_path: Path, capfd: pytest.Ca
 
 def test_a_base_model_reads_plain_turns(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(pieces_gguf(tmp_path), chats=False)
-    assert render(tokenizer, MESSAGES) == (
+    assert render_prompt(tokenizer, MESSAGES) == (
         "Question: What is 1 + 2?\nAnswer:\nI add 1 and 2.\n1 + 2 = 3.\n\nQuestion: What is 3 + 4?\nAnswer:\n"
     )
     told = [{"role": "system", "content": "Be brief. "}, *MESSAGES[-1:]]
-    assert render(tokenizer, told) == "Be brief.\n\nQuestion: What is 3 + 4?\nAnswer:\n"
+    assert render_prompt(tokenizer, told) == "Be brief.\n\nQuestion: What is 3 + 4?\nAnswer:\n"
 
 
 REAL = [

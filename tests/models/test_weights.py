@@ -7,6 +7,7 @@ import os
 import sys
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,18 @@ from tests.support.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gg
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models import weights
-from cotree.models.cache import cache_folder
-from cotree.models.gguf_format import GGUF
+from cotree.models.gguf_files import GGUF
 from cotree.models.settings import Model
-from cotree.models.weights import at_type, gguf_file, locate, packaged_models, parameter_count, tokenizer_source
+from cotree.models.weights import (
+    cache_folder,
+    gguf_at_type,
+    gguf_file,
+    locate,
+    packaged_models,
+    parameter_count,
+    parse_model,
+    tokenizer_source,
+)
 
 ROOT = Path(__file__).parents[2]
 PARTS = (b"GGUF, the first part; ", b"the second; " * 999, b"the last")
@@ -34,7 +43,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / package / "__init__.py").write_text("raise ImportError('never to be imported')")
         (tmp_path / package / "data" / "tiny.part").write_bytes(content)
         parts.append((package, "data/tiny.part"))
-    model = weights.Packaged(
+    model = weights.PackagedModel(
         file="tiny.gguf",
         parts=tuple(parts),
         sha256=sha256(b"".join(PARTS)).hexdigest(),
@@ -109,9 +118,9 @@ def test_every_packaged_model_has_its_pins() -> None:
 def test_another_type_holds_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
-    assert at_type(source, "F32") == source
-    made = at_type(source, "F16")
-    assert at_type(source, "F16") == made
+    assert gguf_at_type(source, "F32") == source
+    made = gguf_at_type(source, "F16")
+    assert gguf_at_type(source, "F16") == made
     assert made_files() == [made.name]
     before, after = GGUF(source), GGUF(made)
     for name in before.tensors:
@@ -172,3 +181,32 @@ def test_what_cannot_be_exported_is_one_line(exported: Model, tmp_path: Path) ->
             gguf_file(exported, "F32")
     with pytest.raises(UsageError, match="model `qwen` is on a server"):
         gguf_file(Model(url="http://a:1", model="qwen", mode="chat"), "F32")
+
+
+def test_every_kind_of_word_is_the_model_that_a_recipe_would_have(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    url = "http://localhost:8000/v1"
+    completions = Model(url=url, model="qwen", tokenizer="t", api_key_env="KEY", max_in_flight=4)
+    assert parse_model(url, served="qwen", tokenizer="t", api_key_env="KEY", max_in_flight=4) == completions
+    assert parse_model(url, chat=True) == Model(url=url, mode="chat")
+    for word in ("smollm2-135m-instruct", str(tmp_path / "m.gguf"), str(tmp_path), "owner/repo:file.gguf"):
+        assert parse_model(word) == Model(weights=word)
+    assert parse_model(str(tmp_path), base="b.gguf", tokenizer="t") == Model(
+        weights=str(tmp_path), base="b.gguf", tokenizer="t"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "options", "fault"),
+    [
+        ("", {}, "nothing at ``; give a server's URL, a .gguf file"),
+        ("http://localhost:1", {}, "give --tokenizer .* for http://localhost:1, or --chat"),
+        ("smollm2-135m-instruct", {"chat": True}, "--chat and --api-key-env are for servers"),
+        ("smollm2-135m-instruct", {"api_key_env": "KEY"}, "--chat and --api-key-env are for servers"),
+        ("no/such.gguf", {}, "nothing at `no/such.gguf`; give a server's URL"),
+        ("llama-9", {}, r"nothing at `llama-9`; give .* or a packaged name \(smollm2"),
+    ],
+)
+def test_what_names_nothing_is_refused(word: str, options: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UsageError, match=fault):
+        parse_model(word, **options)

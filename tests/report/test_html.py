@@ -15,7 +15,7 @@ from cotree.base.errors import UsageError
 from cotree.base.run_folder import NodeFolder, RunFolder
 from cotree.report.html import PAPER, write_report
 from cotree.report.summary import summarize_run
-from cotree.report.terminal import summary_lines
+from cotree.report.table import summary_lines
 
 HOSTILE = (
     "</p></div></pre></td><script>alert(1)</script><img src=x onerror=alert(1)>\"' {{ 7 * 7 }} ${7} &amp; \\boxed{1}"

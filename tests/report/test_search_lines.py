@@ -11,8 +11,8 @@ from cotree.base.run_folder import RunFolder
 from cotree.base.statistics import wilson_interval
 from cotree.report.html import write_report
 from cotree.report.summary import summarize_run
-from cotree.report.templates import lines
-from cotree.report.terminal import comparison_lines, comparison_verdict, summary_lines
+from cotree.report.table import summary_lines
+from cotree.report.templates import lines, sentence
 
 
 def row(method: str, correct: int, n: int = 100) -> dict[str, Any]:
@@ -31,12 +31,12 @@ def row(method: str, correct: int, n: int = 100) -> dict[str, Any]:
 )
 def test_the_verdict_follows_the_intervals(ours: int, theirs: int, words: str) -> None:
     compared = [row("train", ours), row("sampled", theirs)]
-    assert words in comparison_verdict(compared)
-    assert words in comparison_lines(compared)[-1]
+    assert words in sentence("verdict", compared)
+    assert words in lines("compared", compared)[-1]
 
 
 def test_a_search_that_found_no_pair_has_no_price_of_one() -> None:
-    (line, _) = comparison_lines([row("train", 0) | {"tokens_per_pair": None}])
+    (line, _) = lines("compared", [row("train", 0) | {"tokens_per_pair": None}])
     assert "tokens a pair –" in line
 
 

@@ -23,9 +23,8 @@ from cotree.base.numbers import duration, paper_form, percent, signed, sparkline
 from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder
 from cotree.base.statistics import minimum_detectable_difference, wilson_interval
 from cotree.report.summary import Summary, summarize_run
-from cotree.report.table import Table, make_table, table_of
+from cotree.report.table import Table, make_table, summary_lines, table_of
 from cotree.report.templates import listed
-from cotree.report.terminal import summary_lines
 
 
 def row(model: str, correct: int, n: int, task: str = "t", **more: Any) -> dict[str, Any]:

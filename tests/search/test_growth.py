@@ -14,10 +14,10 @@ from tests.support.fake_server import FakeServerThread, count_tokens, draw
 from tests.support.search import SHORT, grow, letters, reply, run, settings, stored
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.search.prompts import chain_text
 from cotree.search.reward import load_reward_function, step_score_messages
 from cotree.search.settings import Reward, Stop, Thought
 from cotree.search.summary import compare_methods
+from cotree.search.thoughts import chain_text
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import Turn, WorkedExample
 
@@ -40,6 +40,12 @@ def test_a_fixed_thought_is_no_call_and_its_words_are_in_the_prompt(tmp_path: Pa
     fixed_nodes = [node for tree in trees for node in tree.nodes if node.type == "sub_task"]
     assert {(n.text, n.tokens, n.model) for n in fixed_nodes} == {("I count the letters.", 0, "")}
     assert sum(tree.calls for tree in trees) == server.calls
+
+
+def test_an_own_type_of_fixed_words_needs_no_prefixes(tmp_path: Path) -> None:
+    pattern = {"root": {"plan": 1}, "plan": {"answer": 3}, "reflection": {"answer": 1}}
+    trees, _ = run(tmp_path / "t.db", settings(patterns={"own": pattern}, thoughts={"plan": {"text": "I count."}}))
+    assert {(n.text, n.prefix) for tree in trees for n in tree.nodes if n.type == "plan"} == {("I count.", "")}
 
 
 def test_own_prefixes_and_tokens_of_a_type(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def replayed(
         summary = summarize(store, kept, asked, config_of(second))
     with sqlite3.connect(journal) as db:
         (paid,) = db.execute("SELECT sum(tokens) FROM completions").fetchone()
-    assert summary.unused.completions == len(unused)
-    assert summary.unused.tokens == paid - sum(tree.completion_tokens for tree in trees)
+    assert summary["unused"]["completions"] == len(unused)
+    assert summary["unused"]["tokens"] == paid - sum(tree.completion_tokens for tree in trees)
     return trees, progress.calls, progress.recalled
 
 

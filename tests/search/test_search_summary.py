@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,28 +29,27 @@ def test_a_summary_counts_the_trees_of_the_questions_and_nothing_else(tmp_path: 
         empty = summarize(store, journal, letters(9), "other settings")
     thoughts = [node for tree in trees for node in tree.nodes[1:]]
     answers = [thought for thought in thoughts if thought.type == "answer"]
-    assert summary.trees == 9
-    assert (summary.thoughts, summary.answers) == (len(thoughts), len(answers))
-    assert summary.rollouts == sum(tree.rollouts for tree in trees)
+    assert summary["trees"] == 9
+    assert (summary["thoughts"], summary["answers"]) == (len(thoughts), len(answers))
+    assert summary["rollouts"] == sum(tree.rollouts for tree in trees)
     for kind in ("correct", "wrong", "no_answer"):
-        assert getattr(summary, kind) == sum(answer.verdict == kind for answer in answers)
-    assert summary.questions_with_both == pytest.approx(
+        assert summary[kind] == sum(answer.verdict == kind for answer in answers)
+    assert summary["questions_with_both"] == pytest.approx(
         sum({"correct", "wrong"} <= {n.verdict for n in tree.nodes} for tree in trees) / 9
     )
-    assert summary.stopped == Counter(tree.stopped for tree in trees)
-    assert summary.tokens.completion == sum(tree.completion_tokens for tree in trees)
-    assert summary.tokens.prompt + summary.tokens.cached == sum(tree.prompt_tokens for tree in trees)
+    assert summary["stopped"] == Counter(tree.stopped for tree in trees)
+    assert summary["tokens"]["completion"] == sum(tree.completion_tokens for tree in trees)
+    assert summary["tokens"]["prompt"] + summary["tokens"]["cached"] == sum(tree.prompt_tokens for tree in trees)
     reflections = [thought.model for thought in thoughts if thought.type == "reflection"]
-    assert summary.reflections == len(reflections) > 0
-    assert {m: own.reflections for m, own in summary.by_model.items()} == {
+    assert summary["reflections"] == len(reflections) > 0
+    assert {m: own["reflections"] for m, own in summary["by_model"].items()} == {
         m: reflections.count(m) for m in ("one", "two")
     }
-    assert sum(own.thoughts for own in summary.by_model.values()) == len(thoughts)
-    assert sum(own.repaired for own in summary.by_model.values()) == summary.repaired
-    assert (summary.unused.completions, summary.unused.tokens) == (0, 0)
-    plain = asdict(summary)
-    assert plain["by_task"]["letters"] == {key: plain[key] for key in plain["by_task"]["letters"]}
-    assert (empty.trees, empty.questions_with_both, empty.by_task, empty.stopped) == (0, 0.0, {}, {})
+    assert sum(own["thoughts"] for own in summary["by_model"].values()) == len(thoughts)
+    assert sum(own["repaired"] for own in summary["by_model"].values()) == summary["repaired"]
+    assert (summary["unused"]["completions"], summary["unused"]["tokens"]) == (0, 0)
+    assert summary["by_task"]["letters"] == {key: summary[key] for key in summary["by_task"]["letters"]}
+    assert (empty["questions_with_both"], empty["by_task"], empty["stopped"]) == (0.0, {}, {})
 
 
 def answered(name: str, answers: list[tuple[str, str]], tokens: int = 30) -> StoredTree:

@@ -10,7 +10,7 @@ import pytest
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.search.journal import Journal
-from cotree.search.store import Cost, StoredNode, StoredTree, TreeStore
+from cotree.search.store import StoredNode, StoredTree, TreeStore
 
 
 def node(node_id: int, parent: int | None, text: str = "x") -> StoredNode:
@@ -32,8 +32,9 @@ def test_round_trip(tmp_path: Path) -> None:
         assert list(store.trees("other")) == []
         assert [n.node_id for n in store.tree("t1").chain(2)] == [1, 2]
     with TreeStore(tmp_path / "t.db") as store:
-        assert store.finished("c") == store.finished() == {"t1": Cost(6, 20)}
-        assert store.configs() == ["c"]
+        assert store.finished("c") == store.finished() == {"t1": 6}
+        assert store.finished("other") == {}
+        assert store.tree("t1").question_name == "letters/q1/0"
 
 
 def test_a_tree_that_is_there_stays_as_it_is(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.fake_server import FakeServerThread
 from tests.support.search import grow, settings, stored
 
-from cotree.search.prompts import boxed_part, chain_text
+from cotree.search.thoughts import chain_text, read_box
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import AnswerForm, Turn, WorkedExample
 from cotree.tasks.extract import free_text_answer, last_boxed, visible_text
@@ -67,7 +67,7 @@ class Halves(Rhymes):
 
 @given(st.text(alphabet="{}\\\\x. ", max_size=30))
 def test_a_box_ends_in_search_where_extraction_ends_it(written: str) -> None:
-    kept, closed = boxed_part(written)
+    kept, closed = read_box(written)
     if closed:
         assert last_boxed(f"\\boxed{{{kept}}} more") == kept
     else:

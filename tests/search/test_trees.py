@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from tests.support.fake_server import FakeServerThread
-from tests.support.search import content, grow, letters, reply, run, settings, stored
+from tests.support.search import config_of, content, grow, letters, reply, run, settings, stored
 
 from cotree.search.growth import writers_of
-from cotree.search.journal import Journal
+from cotree.search.journal import Journal, UnusedCompletions
 from cotree.search.settings import Thought, Writer
 from cotree.search.store import TreeStore
 from cotree.search.trees import tree_key, trees_left
@@ -57,7 +57,7 @@ def test_more_questions_grow_the_new_ones_only(tmp_path: Path) -> None:
         asyncio.run(grow(server.url, tmp_path / "t.db", SETTINGS, letters(5)))
         few, calls = stored(tmp_path / "t.db"), server.calls
         with TreeStore(tmp_path / "t.db") as store:
-            (config,) = store.configs()
+            config = config_of(SETTINGS)
             assert trees_left(store, letters(5), config) == 0
             assert trees_left(store, letters(8), config) == 3
         trees, progress = asyncio.run(grow(server.url, tmp_path / "t.db", SETTINGS, letters(8)))
@@ -119,7 +119,7 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
     assert stored(tmp_path / "whole.db") == stored(tmp_path / "killed.db")
     names = [f"letters/{question.id}/0" for _, question in letters(8)]
     with Journal(tmp_path / "killed.journal") as journal:
-        assert journal.unused(names) == (0, 0)
+        assert journal.unused(names) == UnusedCompletions(0, 0)
 
 
 def test_kill_and_resume_give_the_undisturbed_store(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_no_completed_call_is_made_twice(tmp_path: Path) -> None:
 def test_the_writer_of_a_type() -> None:
     roles = {role: (Writer(model=name),) for role, name in (("thinker", "a"), ("reflector", "b"), ("hypothesis", "c"))}
     kinds = ("thinking", "reflection", "double_check", "hypothesis")
-    assert "".join(writers_of(kind, roles)[0].model for kind in kinds) == "abbc"
-    assert writers_of("reflection", {"thinker": roles["thinker"]}) == roles["thinker"]
+    assert "".join(writers_of(kind, roles, Thought())[0].model for kind in kinds) == "abbc"
+    assert writers_of("reflection", {"thinker": roles["thinker"]}, Thought()) == roles["thinker"]
     plan = Thought(prefixes=("Plan:",), role="reflector")
     assert writers_of("plan", roles, plan) == roles["reflector"]
     assert writers_of("hypothesis", roles, Thought(role="thinker")) == roles["thinker"], "the recipe's word counts"

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from tests.support.tiny_student import tiny_tokenizer
 
 from cotree.data.build import build_dataset
-from cotree.data.counts import DatasetCounts
+from cotree.data.gates import DatasetCounts, Rules
 from cotree.data.settings import Dataset
 from cotree.search.store import StoredTree
 
@@ -18,16 +18,11 @@ from cotree.search.store import StoredTree
 def dataset_of(
     trees: Iterable[StoredTree], folder: Path, rows: str = "sft", *, seed: int = 0, passed: Any = None, **settings: Any
 ) -> DatasetCounts:
-    """Build a dataset of trees for the tiny student; `passed` goes to `build_dataset`."""
-    return build_dataset(
-        Dataset(trees=("train",), rows=rows, **settings),
-        folder,
-        name=folder.name,
-        tokenizer=tiny_tokenizer(),
-        seed=seed,
-        trees=trees,
-        **(passed or {}),
-    )
+    """Build a dataset of trees for the tiny student; `passed` goes to `Rules`, its `about` to `build_dataset`."""
+    given = dict(passed or {})
+    about = given.pop("about", None)
+    rules = Rules(Dataset(trees=("train",), rows=rows, **settings), tiny_tokenizer(), seed, **given)
+    return build_dataset(rules, folder, name=folder.name, trees=trees, about=about)
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:

@@ -12,14 +12,13 @@ from typing import Any
 
 from tests.support.fake_server import FakeServerThread, count_tokens
 
-from cotree.base.settings import content_of
+from cotree.base.settings import hashed_settings
 from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint
-from cotree.search.completer import Progress
-from cotree.search.journal import Journal
+from cotree.search.journal import Journal, Progress
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
-from cotree.search.trees import grow_trees, trees_of
+from cotree.search.trees import TreeGrower, trees_of
 from cotree.tasks import task
 from cotree.tasks.base import Asked
 
@@ -65,7 +64,7 @@ def letters(count: int, start: int = 0) -> list[Asked]:
 
 def config_of(trees: Trees) -> str:
     """A stand-in for the fingerprint of a node's settings."""
-    content = {key: value for key, value in content_of(trees).items() if key != "questions"}
+    content = {key: value for key, value in hashed_settings(trees).items() if key != "questions"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -99,11 +98,12 @@ async def grow(
         with ExitStack() as stack:
             store = stack.enter_context(TreeStore(path))
             kept = stack.enter_context(Journal(journal or path.with_suffix(".journal")))
-            sampled = None if others is None else stack.enter_context(TreeStore(others))
-            config = config_of(trees)
-            progress = await grow_trees(
-                store, kept, trees, asked, endpoints=endpoints, config=config, seed=seed, others=sampled
-            )
+            config, budgets = config_of(trees), None
+            if others is not None:
+                other = stack.enter_context(TreeStore(others))
+                budgets = {tree.question_name: tree.completion_tokens for tree in other.trees()}
+            grower = TreeGrower(store, kept, trees, endpoints=endpoints, config=config, seed=seed, budgets=budgets)
+            progress = await grower.grow(asked)
             return list(trees_of(store, asked, config)), progress
 
 

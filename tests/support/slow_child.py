@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cotree.train import dpo, sft  # noqa: F401 - imported before the process is forked
-from cotree.train.result import StepLog
+from cotree.train.callback import StepLog
 from cotree.train.run import train
 from cotree.train.settings import DPO, SFT
 

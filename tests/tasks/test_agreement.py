@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotree.tasks import Question, task
-from cotree.tasks.agreement import group_answers
+from cotree.tasks.base import group_answers
 
 QUESTION = Question("q", "math500", ({"role": "user", "content": "?"},), "7")
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cotree.base.errors import UsageError
 from cotree.tasks.instructions import follows_loosely, follows_strictly
-from cotree.tasks.instructions.languages import detect, sentences, words
-from cotree.tasks.instructions.registry import CHECKERS, check_arguments
+from cotree.tasks.instructions.checkers import CHECKERS, check_arguments
+from cotree.tasks.instructions.languages import detect_language, sentences, words
 
 ENGLISH = "The harbour is quiet at night and the boats lie still in the dark water."
 AT_LEAST, LESS = "at least", "less than"
@@ -189,10 +189,10 @@ def test_sentences_by_the_rules_of_the_script(text: str, count: int) -> None:
 
 def test_detection_is_the_same_every_time() -> None:
     mixed = "La maison is a casa"
-    first = detect(mixed)
+    first = detect_language(mixed)
     for _ in range(5):
-        detect.cache_clear()
-        assert detect(mixed) == first
+        detect_language.cache_clear()
+        assert detect_language(mixed) == first
 
 
 def test_loose_forgives_a_first_line_a_last_line_and_asterisks() -> None:

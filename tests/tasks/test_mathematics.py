@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.support.benchmark_data import benchmark_rows
 
 from cotree.base.errors import UsageError
-from cotree.tasks import TASKS, Question, task
+from cotree.tasks import TASKS, Question, math_worker, task
 from cotree.tasks import math_verdicts as verdicts
 from cotree.tasks.extract import ExtractionMode, extract_answer
 from cotree.tasks.math_verdicts import check_math_answer
@@ -71,8 +71,8 @@ def test_the_library_agrees_with_what_is_decided_without_it(monkeypatch: pytest.
         raise AssertionError((gold, answer))
 
     with ThreadPoolExecutor() as pool:
-        library = list(pool.map(lambda pair: verdicts._ask_worker(*pair), pairs))
-    monkeypatch.setattr(verdicts, "_ask_worker", not_here)
+        library = list(pool.map(lambda pair: math_worker.compare(*pair), pairs))
+    monkeypatch.setattr(verdicts, "compare", not_here)
     assert [verdicts.check_math_answer.__wrapped__(*pair)[0] for pair in pairs] == library
 
 
@@ -168,31 +168,42 @@ def test_a_box_of_garbage_costs_nothing() -> None:
     assert time.perf_counter() - started < 1
 
 
-def test_a_process_that_is_killed_is_replaced_and_says_nothing_about_the_answer() -> None:
-    assert check_math_answer("a+b", "b+a") == (True, "")
-    first = verdicts._pool
-    assert first is not None
+def running_server() -> tuple[math_worker._Server, list[int]]:
+    """The server of this process and the ids of its workers."""
+    assert math_worker.compare("a+b", "b+a")
+    server = math_worker._running_server()
+    pid = server.process.pid
+    return server, [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_server_that_is_killed_is_replaced_and_says_nothing_about_the_answer() -> None:
+    first, _ = running_server()
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     assert check_math_answer("a+b", "b+2a-a") == (True, "")
-    assert verdicts._pool is not first
+    assert math_worker._server is not first
 
 
-def test_a_comparison_that_loses_its_process_is_asked_again() -> None:
-    assert check_math_answer("a+b", "b+a") == (True, "")
-    first = verdicts._pool
-    assert first is not None
-    pid = first.process.pid
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    for child in children:
-        os.kill(child, signal.SIGSTOP)
+def test_a_worker_that_was_killed_between_questions_is_replaced() -> None:
+    first, workers = running_server()
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    time.sleep(0.2)
+    assert check_math_answer("a+b", "b+5a-4a") == (True, "")
+    assert math_worker._server is first
+
+
+def test_a_comparison_that_loses_its_processes_is_asked_again() -> None:
+    first, workers = running_server()
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(check_math_answer, "a+b", "b+3a-2a")
         time.sleep(0.3)
-        first.close()
+        for killed in (*workers, first.process.pid):
+            os.kill(killed, signal.SIGKILL)
         assert asked.result(60) == (True, "")
-    for child in children:
-        os.kill(child, signal.SIGCONT)
+    assert math_worker._server is not first
 
 
 SCRIPT = """
@@ -207,13 +218,13 @@ def judge(): seen.append(task.judge(question, "\\\\boxed{(x+1)(x-1)}").kind)
 threads = [threading.Thread(target=judge) for _ in range(4)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
 print(seen)
-from cotree.tasks import math_verdicts
-first = math_verdicts._pool.process.pid
+from cotree.tasks import math_worker
+first = math_worker._server.process.pid
 if os.fork() == 0:
-    print(task.judge(question, "\\\\boxed{x^2 - 2}").kind, math_verdicts._pool.process.pid != first, flush=True)
+    print(task.judge(question, "\\\\boxed{x^2 - 2}").kind, math_worker._server.process.pid != first, flush=True)
     os._exit(0)
 os.wait()
-print(task.judge(question, "\\\\boxed{-1 + x^2}").kind, math_verdicts._pool.process.pid == first)
+print(task.judge(question, "\\\\boxed{-1 + x^2}").kind, math_worker._server.process.pid == first)
 """
 
 

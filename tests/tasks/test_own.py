@@ -10,9 +10,8 @@ import pytest
 
 from cotree.base.errors import UsageError
 from cotree.experiment.recipe import load_recipe
-from cotree.search.prompts import thought_text
 from cotree.search.settings import Trees
-from cotree.search.thoughts import ANSWER_FORMATS
+from cotree.search.thoughts import ANSWER_FORMATS, thought_text
 from cotree.tasks import task
 
 ROOT = Path(__file__).parents[2]
@@ -85,13 +84,13 @@ def test_a_recipe_names_own_tasks(folder: Path) -> None:
     [
         ("verifier: math", "verifier: maths", r"`verifier`: Input should be 'math', 'number' or 'text'"),
         ("prompt:", "promt:", r"`prompt`: Field required"),
-        ("{question}", "{problem}", r"`prompt` has no \{question\}"),
+        ("{question}", "{problem}", r"`prompt`: String should match pattern .*question"),
         ("gold: solution", "gold: answer", r"halves, row 1: a row has no field `answer`; its fields: "),
         ("gold: solution", "gould: solution", r"`fields` says nothing about gold"),
         ("halves.jsonl", "thirds.jsonl", r"no file or folder at thirds\.jsonl"),
         ("fields:", "fields: [", r"cannot be read as YAML"),
-        ("    unit: cm\n", "", r"`examples\.0`: its fields beside the steps must be the prompt's: unit"),
-        ("    unit: cm", "    unit: cm\n    subtask: typo", r"`examples\.0`: its fields"),
+        ("    unit: cm\n", "", r"`examples\.0`: its keys must be answer, question, sub_task, thinking, unit, and"),
+        ("    unit: cm", "    unit: cm\n    subtask: typo", r"`examples\.0`: its keys"),
     ],
 )
 def test_faults_are_one_line(folder: Path, old: str, new: str, message: str) -> None:

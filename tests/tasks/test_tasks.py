@@ -76,7 +76,7 @@ def test_questions_are_the_same_every_time() -> None:
     ("name", "row", "message"),
     [
         ("gsm8k", {"id": "1"}, "row 2: a row has no field `problem` or `question`; its fields: id"),
-        ("blocksworld", {"init": ["on a"], "goal": ["on a b"]}, "row 2: not a row of tasksource/planbench .IndexError"),
+        ("blocksworld", {"query": "Hi", "ground_truth_plan": ""}, "row 2: not a row of tasksource/planbench .ValueE"),
         ("ifeval", {"prompt": "Sing.", "instruction_id_list": ["a:b"], "kwargs": [3]}, "row 2: not a row of google/"),
     ],
 )
@@ -87,8 +87,7 @@ def test_a_row_that_is_none_of_the_task_is_named(
         "gsm8k": {"id": 1, "question": "1 + 1?", "answer": "2"},
         "blocksworld": {
             "id": 1,
-            "init": ["ontable a", "ontable b"],
-            "goal": ["on a b"],
+            "query": "[STATEMENT] the red block is on the table. My goal: the red block is on the table.",
             "ground_truth_plan": ["(pick-up a)"],
         },
         "ifeval": {"key": 1, "prompt": "Sing.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]},

@@ -38,7 +38,7 @@ from transformers import AutoTokenizer
 from cotree.train.settings import DPO
 from cotree.train.dpo import PairTrainer
 from cotree.train.model import load_model
-from cotree.train.arguments import training_arguments
+from cotree.train.trainer import training_arguments
 from cotree.train.rows import encode_file
 rows, student, out, settings = sys.argv[1:]
 settings = DPO.model_validate_json(settings)

@@ -16,12 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cotree.base.errors import UsageError
 from cotree.models.encode import EncodedChain
 from cotree.models.families import FAMILIES
-from cotree.train.attention import ATTENTION, Backend
+from cotree.train.attention import ATTENTION, dense_attention, flex_attention
 from cotree.train.forest import Forest, Scored, forest_logps, forest_tokens, multiplicities, packs
 from cotree.train.model import load_model
 from cotree.train.student import family_of
-
-BACKENDS: list[Backend] = ["block", "sdpa"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -48,15 +46,13 @@ def trees(draw: st.DrawFn) -> list[Scored]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(chains=trees(), seed=st.integers(0, 999), backend=st.sampled_from(BACKENDS))
-def test_each_chain_gets_what_it_gets_alone(
-    models: tuple[Any, Any], chains: list[Scored], seed: int, backend: Backend
-) -> None:
+@given(chains=trees(), seed=st.integers(0, 999))
+def test_each_chain_gets_what_it_gets_alone(models: tuple[Any, Any], chains: list[Scored], seed: int) -> None:
     together, alone = models
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(len(c.ids) - c.first, generator=generator, dtype=torch.float64) for c in chains]
 
-    ours = forest_logps(together, chains, backend)
+    ours = forest_logps(together, chains)
     together.zero_grad()
     sum((values * weight).sum() for values, weight in zip(ours, weights, strict=True)).backward()  # type: ignore[union-attr]
 
@@ -81,21 +77,27 @@ def test_a_forest_holds_each_beginning_once_and_a_token_sees_its_ancestors(chain
         assert forest.positions[path].tolist() == list(range(len(path)))
         for depth, place in enumerate(path):
             seen[place, path[: depth + 1]] = True
-    assert torch.equal(forest.layout.mask, seen)
+    row = torch.arange(len(seen))
+    assert torch.equal((row <= row[:, None]) & (row[:, None] < forest.layout.ends), seen)
+    segments = torch.split(seen, forest.layout.segments, dim=1)
+    for run, visible in zip(torch.split(row, forest.layout.runs), forest.layout.visible, strict=True):
+        attended = torch.cat([segments[at][run] for at in visible], dim=1)
+        assert torch.equal(attended, torch.ones_like(attended).tril(attended.shape[1] - len(run)))
+        assert attended.sum() == seen[run].sum()
     scored = [tuple(c.ids[: end + 1]) for c in chains for end in range(c.first, len(c.ids))]
     assert torch.cat(multiplicities(chains)).tolist() == [scored.count(edge) for edge in scored]
 
 
 @settings(max_examples=10, deadline=None)
-@given(chains=trees())
+@given(chains=trees(), heads=st.sampled_from([(4, 2), (2, 2)]))
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_uses_the_same_mask(models: tuple[Any, Any], chains: list[Scored]) -> None:
+def test_flex_attention_attends_to_the_same(chains: list[Scored], heads: tuple[int, int]) -> None:
     """Its eager form: the compiled one needs CUDA for a backward."""
-    with torch.no_grad():
-        ours, flex = forest_logps(models[0], chains, "block"), forest_logps(models[0], chains, "flex")
-    torch.testing.assert_close(torch.cat(flex), torch.cat(ours), rtol=0, atol=1e-10)
-    forest = Forest([chain.ids for chain in chains])
-    assert forest.layout.blocks.to_dense().any()
+    layout = Forest([chain.ids for chain in chains]).layout
+    query, key, value = (torch.randn(1, n, len(layout.ends), 16, dtype=torch.float64) for n in (*heads, heads[1]))
+    dense = dense_attention(query, key, value, layout=layout, scaling=0.3)
+    flex = flex_attention(query, key, value, layout=layout, scaling=0.3)
+    torch.testing.assert_close(flex, dense, rtol=0, atol=1e-10)
 
 
 @given(chains=trees(), cap=st.integers(1, 60), more=trees())
@@ -120,7 +122,7 @@ def test_logits_exist_only_where_a_token_is_scored_and_once(models: tuple[Any, A
 
 
 def test_the_attention_refuses_to_be_used_without_a_layout(models: tuple[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="needs a layout"):
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'layout'"):
         models[0](torch.tensor([[1, 2, 3]]))
 
 
@@ -133,12 +135,12 @@ def test_the_attention_refuses_to_be_used_without_a_layout(models: tuple[Any, An
             "cannot train 'gemma3_text' models: supported",
         ),
         (lambda: tiny_config("llama", attention_dropout=0.1), "cannot train with attention_dropout = 0.1"),
+        (lambda: tiny_config("llama", attn_implementation="flash_attention_2"), "cannot train with FlashAttention-2"),
         (lambda: tiny_config("mistral", sliding_window=64), "cannot train a model with sliding-window layers"),
         (
             lambda: tiny_config("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
             "cannot train a model with sliding-window layers",
         ),
-        (lambda: tiny_config("llama", attn_implementation="flash_attention_2"), "cannot train with FlashAttention-2"),
     ],
 )
 def test_what_cannot_be_trained_exactly_is_refused(config: Any, message: str, tmp_path: Path) -> None:

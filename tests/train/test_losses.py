@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cotree.models.encode import EncodedChain
 from cotree.train.losses import dpo_loss, joint_loss, token_logps
+from cotree.train.rows import sft_weights
+from cotree.train.settings import DPO
 
 finite = st.floats(-40, 0, allow_nan=False)
 four = st.tuples(finite, finite, finite, finite)
@@ -20,7 +23,7 @@ def test_cdpo_is_the_papers_formula_and_its_derivative(
     pair: tuple[float, float, float, float], beta: float, eps: float
 ) -> None:
     policy, reference = (torch.tensor([each], dtype=torch.float64, requires_grad=True) for each in (pair[:2], pair[2:]))
-    loss, margin = dpo_loss(policy, reference, beta=beta, label_smoothing=eps)
+    loss, margin = dpo_loss(policy, reference, DPO(beta=beta, label_smoothing=eps))
     d = beta * ((pair[0] - pair[1]) - (pair[2] - pair[3]))
     p = 1 / (1 + math.exp(-d))
     q = 1 / (1 + math.exp(d))  # 1 - p, without cancellation
@@ -35,7 +38,7 @@ def test_cdpo_is_the_papers_formula_and_its_derivative(
 def test_gradcheck_in_float64() -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(5, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda *x: dpo_loss(x[0], x[1], beta=0.3, label_smoothing=0.1)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *x: dpo_loss(x[0], x[1], DPO(beta=0.3, label_smoothing=0.1))[0], inputs)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -66,9 +69,9 @@ def test_the_minimum_of_cdpo_is_where_the_label_noise_says() -> None:
     zero = torch.zeros(len(d), 2)
     policy = torch.stack([d, zero[:, 0]], 1)
     for eps in (0.05, 0.1, 0.3):
-        loss, _ = dpo_loss(policy, zero, beta=1.0, label_smoothing=eps)
+        loss, _ = dpo_loss(policy, zero, DPO(beta=1.0, label_smoothing=eps))
         assert d[loss.argmin()].item() == pytest.approx(math.log((1 - eps) / eps), abs=0.005)
-    assert dpo_loss(policy, zero, beta=1.0, label_smoothing=0.0)[0].argmin() == len(d) - 1
+    assert dpo_loss(policy, zero, DPO(beta=1.0, label_smoothing=0.0))[0].argmin() == len(d) - 1
 
 
 @settings(deadline=None)
@@ -87,7 +90,7 @@ def test_masking_the_shared_prefix_cannot_change_the_margin_but_changes_the_sft_
         common = 0 if masked else shared.sum()
         reference_common = 0 if masked else reference[2]
         policy = torch.stack([good.sum(), bad.sum()])[None] + common
-        loss, _ = dpo_loss(policy, reference[None, :2] + reference_common, beta=0.5, label_smoothing=0.1)
+        loss, _ = dpo_loss(policy, reference[None, :2] + reference_common, DPO(beta=0.5, label_smoothing=0.1))
         total = loss.sum() + 0 * shared.sum()
         return loss.item(), list(torch.autograd.grad(total, [shared, good, bad]))
 
@@ -99,9 +102,8 @@ def test_masking_the_shared_prefix_cannot_change_the_margin_but_changes_the_sft_
 
     def sft(logps: torch.Tensor) -> torch.Tensor:
         none = torch.zeros(1, dtype=torch.float64)
-        return joint_loss(
-            none, [logps], [torch.ones(len(logps))], alpha=1.0, sft_norm="token", pairs=1, tokens=len(logps)
-        )[0]
+        weights = sft_weights([EncodedChain([0], [1] * len(logps))], "full")
+        return joint_loss(none, [logps], weights, alpha=1.0, pairs=1)[0]
 
     full = torch.autograd.grad(sft(torch.cat([shared, good])) + 0 * shared.sum(), [shared, good])
     assert (full[0] == -1 / (prefix + chosen)).all()
@@ -125,17 +127,13 @@ def test_shares_add_up_to_the_formula_however_a_step_is_split(
     means = [values.mean() for values in logps]
     sft = -torch.cat(logps).mean() if norm == "token" else -torch.stack(means).mean()
     expected = losses.mean() + alpha * sft
+    chains = [EncodedChain([0], list(range(length))) for length in lengths]
+    weights = sft_weights(chains, "full", norm)
     shares = []
     for part in (slice(0, cut), slice(cut, None)):
         if lengths[part]:
             share, dpo, sft_share = joint_loss(
-                losses[part],
-                logps[part],
-                [torch.ones(length) for length in lengths[part]],
-                alpha=alpha,
-                sft_norm=norm,  # type: ignore[arg-type]
-                pairs=len(lengths),
-                tokens=sum(lengths),
+                losses[part], logps[part], weights[part], alpha=alpha, pairs=len(lengths)
             )
             assert share.item() == pytest.approx((dpo + alpha * sft_share).item())
             shares.append(share)

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.models.encode import encode_dpo, encode_sft
-from cotree.train.arguments import training_arguments
 from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.model import load_model
 from cotree.train.settings import DPO, SFT
 from cotree.train.sft import ChainTrainer
+from cotree.train.trainer import training_arguments
 
 ROWS = 6
 

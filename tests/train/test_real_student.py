@@ -14,13 +14,13 @@ from tests.train.test_step import plain_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.models.encode import encode_dpo
-from cotree.models.export_gguf import export_gguf
-from cotree.train.arguments import training_arguments
+from cotree.models.gguf_files import export_gguf
 from cotree.train.dpo import PairTrainer
 from cotree.train.forest import forest_tokens
 from cotree.train.model import load_model
 from cotree.train.settings import DPO
-from cotree.train.student import load_student
+from cotree.train.student import convert_gguf
+from cotree.train.trainer import training_arguments
 
 pytestmark = pytest.mark.real
 
@@ -46,7 +46,7 @@ def base() -> Path:
 
 @pytest.fixture(scope="module")
 def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return load_student(base, tmp_path_factory.mktemp("real") / "student")
+    return convert_gguf(base, tmp_path_factory.mktemp("real") / "student")
 
 
 # F16 keeps 11 bits of each weight: over 30 layers that moves a log-probability by up to about 0.01.

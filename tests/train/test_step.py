@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from cotree.models.encode import EncodedChain, EncodedPair, prefix_tokens
 from cotree.models.families import FAMILIES
-from cotree.train.arguments import training_arguments
 from cotree.train.dpo import PairTrainer
 from cotree.train.model import load_model
 from cotree.train.settings import DPO, SFT
 from cotree.train.sft import ChainTrainer
+from cotree.train.trainer import training_arguments
 
 END = 2
 

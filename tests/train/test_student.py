@@ -16,17 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.atomic import atomic_draft
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models.export_gguf import export_gguf
+from cotree.models.gguf_files import export_gguf
 from cotree.models.tokenizer import load_tokenizer
+from cotree.train.model import load_model
 from cotree.train.run import train
 from cotree.train.settings import SFT
-from cotree.train.student import load_student
+from cotree.train.student import convert_gguf
 
 
 def test_a_gguf_loads_as_transformers_own_reader_loads_it(tmp_path: Path) -> None:
     """Llama only: that reader takes no head size from Qwen files; `test_gguf` has the other families exactly."""
     file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
-    folder = load_student(file, tmp_path / "made" / "student")
+    folder = convert_gguf(file, tmp_path / "made" / "student")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     ours = AutoModelForCausalLM.from_pretrained(folder)
     assert ours.dtype == torch.float32
@@ -44,14 +45,14 @@ def test_a_student_from_gguf_is_trained_and_saved_whichever_reader_it_came_throu
 ) -> None:
     """What transformers reads from GGUF refuses to be saved until it forgets how it was quantised; ours never knew."""
     file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
-    ours = load_student(file, tmp_path / "ours")
+    ours = convert_gguf(file, tmp_path / "ours")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(tmp_path / "theirs")
     load_tokenizer(file).save_pretrained(tmp_path / "theirs")
     weights = []
-    for folder in (ours, load_student(tmp_path / "theirs", tmp_path / "copied")):
+    for folder in (ours, tmp_path / "theirs"):
         settings = SFT(batch_size=11, warmup_ratio=0, learning_rate=1e-2)
         assert train("sft", sft_rows, folder, tmp_path / f"{folder.name}-run", settings=settings, seed=0).steps == 1
         trained = AutoModelForCausalLM.from_pretrained(tmp_path / f"{folder.name}-run" / "model")
@@ -60,13 +61,13 @@ def test_a_student_from_gguf_is_trained_and_saved_whichever_reader_it_came_throu
     assert distance(*weights) < 1e-6
     assert distance(weights[0], tiny_model().state_dict()) > 1e-3
     exported = export_gguf(tmp_path / "ours-run" / "model", file, tmp_path / "trained.gguf", "F32")
-    again = load_file(load_student(exported, tmp_path / "again") / "model.safetensors")
+    again = load_file(convert_gguf(exported, tmp_path / "again") / "model.safetensors")
     assert all(torch.equal(values, weights[0][name]) for name, values in again.items())
 
 
 def test_the_tokenizer_in_the_folder_is_that_of_the_file(tmp_path: Path) -> None:
     file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
-    folder = load_student(file, tmp_path / "student")
+    folder = convert_gguf(file, tmp_path / "student")
     text = "<|im_start|>user\n  12 apples.\n\n3 boxes<|im_end|>"
     stored = AutoTokenizer.from_pretrained(folder)
     assert stored(text)["input_ids"] == load_tokenizer(file)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
@@ -74,44 +75,31 @@ def test_the_tokenizer_in_the_folder_is_that_of_the_file(tmp_path: Path) -> None
     assert (stored.eos_token, stored.pad_token) == ("<|im_end|>", "<|im_end|>")
 
 
-def test_a_folder_in_half_precision_becomes_fp32(student: Path, tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(half)
-    tiny_tokenizer().save_pretrained(half)
-    folder = load_student(str(half), tmp_path / "student")
-    weights = load_file(folder / "model.safetensors")
+def test_a_folder_in_half_precision_is_trained_in_fp32(student: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    weights = dict(load_model(tmp_path).named_parameters())
     assert {values.dtype for values in weights.values()} == {torch.float32}
-    for name, values in load_file(half / "model.safetensors").items():
+    for name, values in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(weights[name], values.float())
 
 
-def test_a_folder_that_is_there_is_not_written_again(student: Path, tmp_path: Path) -> None:
-    folder = load_student(student, tmp_path / "student")
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert load_student("no such thing", folder) == folder
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    ("source", "fault"),
-    [
-        ("nowhere.gguf", "cannot read nowhere.gguf as GGUF"),
-        ("./no/such/folder", "cannot load the tokenizer of ./no/such/folder"),
-    ],
-)
-def test_a_source_that_is_none_is_refused_and_leaves_nothing(source: str, fault: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=fault):
-        load_student(source, tmp_path / "student")
+def test_a_source_that_is_none_is_refused_and_leaves_nothing(sft_rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot read nowhere.gguf as GGUF"):
+        convert_gguf(Path("nowhere.gguf"), tmp_path / "student")
+    with pytest.raises(UsageError, match=r"cannot load the tokenizer of no/such/folder"):
+        train("sft", sft_rows, Path("no/such/folder"), tmp_path / "run", settings=SFT(), seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_students_that_cannot_be_trained_are_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+def test_students_that_cannot_be_trained_are_refused_before_the_weights_are_read(
+    sft_rows: Path, tmp_path: Path
+) -> None:
     plain = tiny_tokenizer()
     plain.chat_template = None
     plain.save_pretrained(tmp_path / "base")
     tiny_model().save_pretrained(tmp_path / "base")
     with pytest.raises(UsageError, match="has no chat template: cotree trains chat models"):
-        load_student(tmp_path / "base", tmp_path / "student")
+        train("sft", sft_rows, tmp_path / "base", tmp_path / "run", settings=SFT(), seed=0)
 
     file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
     for old, new, fault in [
@@ -122,12 +110,13 @@ def test_students_that_cannot_be_trained_are_refused_before_the_weights_are_read
         changed = file.read_bytes().replace(old, new) if len(old) == len(new) else b""
         (tmp_path / "changed.gguf").write_bytes(changed)
         with pytest.raises(UsageError, match=fault if changed else "cannot read"):
-            load_student(tmp_path / "changed.gguf", tmp_path / "student")
+            convert_gguf(tmp_path / "changed.gguf", tmp_path / "student")
     assert not (tmp_path / "student").exists()
     assert not list(tmp_path.glob("*.draft"))
 
 
-def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(student: Path, tmp_path: Path) -> None:
+def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    file = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "tiny.gguf")
     folder = tmp_path / "student"
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -139,12 +128,12 @@ def test_a_draft_that_a_kill_left_is_cleared_and_a_full_disk_is_one_line(student
             f".student.{here}.{10**30}.0.draft"}  # fmt: skip
     for name in kept:
         (tmp_path / name).write_text("of a process that may run")
-    load_student(student, folder)
-    assert {path.name for path in tmp_path.iterdir()} == {"student", *kept}
+    convert_gguf(file, folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "tiny.gguf", *kept}
     shutil.rmtree(folder)
     with (
         pytest.raises(CotreeError, match=r"cannot write .*student: .*No space left on device; free some space"),
         atomic_draft(folder) as draft,
     ):
         os.write(os.open("/dev/full", os.O_WRONLY), str(draft).encode())
-    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", *kept}

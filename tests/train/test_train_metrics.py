@@ -19,12 +19,10 @@ from transformers import AutoTokenizer
 from cotree.base.errors import CotreeError
 from cotree.base.progress import Output, Update
 from cotree.base.rows import read_rows
-from cotree.train.display import plot_steps
-from cotree.train.metrics import WINDOW, best_step, chosen_falls, no_answer_rises, probe_answers
-from cotree.train.model import load_model
-from cotree.train.result import StepLog, TrainResult
+from cotree.train.callback import WINDOW, StepLog, best_step, chosen_falls, no_answer_rises, plot_steps
+from cotree.train.model import load_model, probe_answers
 from cotree.train.rows import encode_file
-from cotree.train.run import train
+from cotree.train.run import TrainResult, train
 from cotree.train.settings import SFT, LoRA, Probe
 
 PROBE = Probe(every=1, questions=2, max_tokens=32)
@@ -89,8 +87,8 @@ def test_a_rising_no_answer_ratio_stops_where_asked(answering: Path, endless: Pa
     assert 1 < result.steps == len(logs) < logs[0].total_steps
     ratios = [log.metrics["probe_no_answer"] for log in logs]
     assert ratios[-1] > 0.4 > max(ratios[:-1])
-    assert logs[-1].warnings == (f"no_answer_rises: by {ratios[-1]:.2f} since the first probe; training stops here",)
-    assert not any(log.warnings for log in logs[:-1])
+    assert logs[-1].warning == f"no_answer_rises: by {ratios[-1]:.2f} since the first probe; training stops here"
+    assert not any(log.warning for log in logs[:-1])
     assert (tmp_path / "run" / "model").exists()
 
 
@@ -124,7 +122,7 @@ def test_the_best_student_of_the_probes_is_kept_where_asked(
     encoded = encode_file(endless, tokenizer, last).rows
     prompts = list({tuple(row.prompt): row.prompt for row in encoded}.values())
     for out, step in (("last", 8), ("best", answered)):
-        found = probe_answers(load_model(tmp_path / out / "model"), tokenizer, prompts[:2], PROBE.max_tokens)
+        found = probe_answers(load_model(tmp_path / out / "model"), tokenizer, prompts, PROBE)
         assert found["probe_no_answer"] == ratios[step - 1]
     assert ratios[7] > ratios[answered - 1]
 
@@ -199,7 +197,7 @@ def test_a_training_is_plotted_while_it_runs(
         show = plot_steps("dpo", update, output)
         show(StepLog(1, 3, 1.5, {"margin": 0.0, "probe_no_answer": 0.5, "tokens": 9}))
         show(StepLog(2, 3, 1.25, {"margin": 0.5}))
-        show(StepLog(3, 3, 1.0, {"margin": 0.25}, ("chosen_falls: lower learning_rate",)))
+        show(StepLog(3, 3, 1.0, {"margin": 0.25}, "chosen_falls: lower learning_rate"))
     *_, last, warning = capsys.readouterr().out.splitlines()
     assert last == "  dpo steps 3/3  loss 1 █▅▁, margin 0.25 ▁█▅, probe_no_answer 0.5 ▁"
     assert warning == "  warning at dpo step 3: chosen_falls: lower learning_rate"

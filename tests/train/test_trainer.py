@@ -19,24 +19,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.slow_child import train_slowly
-from tests.support.tiny_student import distance, gradients, same, weights
+from tests.support.tiny_student import distance, gradients, same, tiny_model, tiny_tokenizer, weights, write_tiny_gguf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models.encode import EncodedPair, template_hash
+from cotree.models.encode import EncodedChain, EncodedPair, template_hash
 from cotree.train import model as model_module
 from cotree.train import run
-from cotree.train.arguments import training_arguments
+from cotree.train.callback import StepLog
 from cotree.train.dpo import PairTrainer, with_reference
 from cotree.train.model import load_model
-from cotree.train.result import StepLog
-from cotree.train.rows import encode_file
+from cotree.train.rows import encode_file, fixed_steps
 from cotree.train.run import train
 from cotree.train.settings import DPO, SFT, LoRA
 from cotree.train.sft import ChainTrainer
-from cotree.train.steps import fixed_steps
-from cotree.train.student import load_student
+from cotree.train.student import convert_gguf
+from cotree.train.trainer import training_arguments
 
 CHAINS = SFT(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
 PAIRS = DPO(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
@@ -55,9 +54,9 @@ VARIANTS = [
 def test_steps_are_fixed_by_the_seed_and_cover_every_row_once_an_epoch(
     rows: int, batch: int, epochs: float, seed: int
 ) -> None:
-    trees = [row // 3 for row in range(rows)]
-    steps = fixed_steps(trees, batch, epochs, seed)
-    assert steps == fixed_steps(trees, batch, epochs, seed)
+    settings, chains = SFT(batch_size=batch, epochs=epochs), [EncodedChain([row // 3], [row]) for row in range(rows)]
+    steps = fixed_steps(chains, settings, seed)
+    assert steps == fixed_steps(chains, settings, seed)
     an_epoch = -(-rows // batch)
     assert len(steps) == -(-epochs * an_epoch // 1)
     for at in range(0, len(steps) - an_epoch + 1, an_epoch):
@@ -66,7 +65,7 @@ def test_steps_are_fixed_by_the_seed_and_cover_every_row_once_an_epoch(
         assert len([1 for left, right in pairwise(order) if left // 3 != right // 3]) == (rows - 1) // 3
     assert all(len(step) == batch for step in steps if step is not steps[-1] and (steps.index(step) + 1) % an_epoch)
     if rows > 12:
-        assert steps != fixed_steps(trees, batch, epochs, seed + 1) or epochs * rows < 2
+        assert steps != fixed_steps(chains, settings, seed + 1) or epochs * rows < 2
 
 
 def referenced(student: Path, rows: Path, settings: DPO) -> list[EncodedPair]:
@@ -204,7 +203,7 @@ def test_a_run_is_a_plain_loop_of_adamw(student: Path, sft_rows: Path, tmp_path:
     settings = SFT(batch_size=3, epochs=2.0, learning_rate=2e-3, warmup_ratio=0.3, weight_decay=0.1, max_grad_norm=0.5)
     train("sft", sft_rows, student, tmp_path / "run", settings=settings, seed=0)
     encoded = encode_file(sft_rows, AutoTokenizer.from_pretrained(student), settings).rows
-    steps = fixed_steps([tuple(row.prompt) for row in encoded], 3, 2.0, 0)
+    steps = fixed_steps(encoded, settings, 0)
     model = AutoModelForCausalLM.from_pretrained(student)
     decayed = [values for name, values in model.named_parameters() if values.ndim > 1]
     plain = [values for name, values in model.named_parameters() if values.ndim == 1]
@@ -279,7 +278,7 @@ def test_files_have_the_mode_of_new_files_and_all_are_in_the_folder(
     try:
         settings = PAIRS.model_copy(update={"lora": LoRA(rank=2, alpha=4), "epochs": 0.5})
         train("dpo", dpo_rows, student, Path("trained"), settings=settings, seed=0)
-        load_student(student, Path("start"))
+        convert_gguf(write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path.with_suffix(".gguf")), Path("start"))
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -439,7 +438,7 @@ def test_rewards_are_logged_where_there_is_a_reference_to_compare_with(
         train("dpo", dpo_rows, student, tmp_path / name, settings=settings, seed=0, on_step=logs.append)
         assert len(logs) >= 10
         assert all(("chosen_reward" in log.metrics) == (name == "dpo") for log in logs)
-        assert name == "dpo" or not any(log.warnings for log in logs)
+        assert name == "dpo" or not any(log.warning for log in logs)
 
 
 def test_rows_that_cannot_be_trained_on_are_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:

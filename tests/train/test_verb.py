@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from cotree.base.errors import UsageError
 from cotree.base.progress import Output, Update
+from cotree.cli import main
+from cotree.train import verb
 from cotree.train.verb import train_rows
 
 SETTINGS = ["batch_size=4", "epochs=2", "learning_rate=1e-3", "save_steps=2"]
@@ -134,6 +136,44 @@ def test_a_gguf_is_converted_once_and_pairs_train_from_it(rows: Path, tmp_path: 
     assert sorted(path.name for path in Path("dpo").iterdir()) == ["log.jsonl", "model", "node.json", "result.json"]
     assert {path.name for path in Path.cwd().iterdir()} == {"sft", "dpo"}
     AutoModelForCausalLM.from_pretrained("dpo/model")
+
+
+def test_two_processes_cannot_train_in_one_folder(
+    student: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first holds the folder from its start to its end, and its steps are not disturbed."""
+    command = ["cotree", "train", "sft", "--student", str(student), "--data", str(rows), "-o", "trained", *SETTINGS]
+    monkeypatch.setattr("sys.argv", command)
+    codes: list[object] = []
+
+    class Second(Recorder):
+        @contextmanager
+        def progress(self, title: str) -> Iterator[Update]:
+            with pytest.raises(SystemExit) as ended:
+                main()
+            codes.append(ended.value.code)
+            with super().progress(title) as update:
+                yield update
+
+    first = Second()
+    train_rows("sft", student, rows, Path("trained"), overrides=SETTINGS, output=first)
+    assert codes == [2]
+    assert capsys.readouterr().err == (
+        "cotree: another cotree trains in trained; wait for it, or choose another folder\n"
+    )
+    assert first.steps == [1, 2, 3, 4, 5, 6]
+    train_rows("sft", student, rows, Path("trained"), overrides=SETTINGS, output=first)
+    assert first.lines[-1] == "trained is done: this student on these rows with these settings"
+
+
+def test_another_version_of_training_trains_again(student: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_rows("sft", student, rows, Path("trained"), overrides=SETTINGS)
+    monkeypatch.setattr(verb, "TRAINING_VERSION", 2)
+    again = Recorder()
+    train_rows("sft", student, rows, Path("trained"), overrides=SETTINGS, output=again)
+    assert again.steps == [1, 2, 3, 4, 5, 6]
+    assert json.loads(Path("trained/node.json").read_text())["parts"]["version"] == 2
+    assert len(list(Path("trained/older").iterdir())) == 1, "and what the other version made is kept"
 
 
 @pytest.mark.parametrize(

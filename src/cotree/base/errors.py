@@ -31,11 +31,9 @@ def first_cotree_error() -> Iterator[None]:
     try:
         yield
     except ExceptionGroup as group:
-        errors: list[Exception] = list(group.exceptions)
-        while errors:
-            error = errors.pop(0)
-            if isinstance(error, ExceptionGroup):
-                errors += error.exceptions
-            elif isinstance(error, CotreeError):
-                raise error from None
-        raise
+        error: Exception | None = group.subgroup(CotreeError)
+        if error is None:
+            raise
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

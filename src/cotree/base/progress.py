@@ -5,14 +5,13 @@ Invariant: no text of a model or a data set can drive the terminal. Lines are al
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +29,11 @@ def terminal_safe(text: str) -> str:
     return _UNSAFE.sub("\ufffd", text)
 
 
+def one_line(text: str) -> str:
+    """The text on one line, without characters that could control a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 class Output:
     """Prints a command's lines and the progress of its work.
 
@@ -42,10 +46,13 @@ class Output:
         self.on_update: Callable[[], None] = lambda: None
 
     def print(self, line: object = "") -> None:
-        """Print a text or a rich table; texts go to the log too."""
+        """Print a text or a rich table; texts go to the log too, and one that cannot be written stops nothing."""
         if isinstance(line, str):
             line = terminal_safe(line)
-            self._log_line(line)
+            if self.log is not None:
+                entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "line": line.strip()}
+                with suppress(OSError), self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         if self.quiet:
             return
         from rich.console import Console
@@ -88,13 +95,12 @@ class Output:
         def show(line: str) -> None:
             nonlocal printed
             printed = time.monotonic()
-            self._log_line(line)
-            print(line, flush=True)
+            self.print(line)
 
         def update(done: int, total: int, remark: str) -> None:
             nonlocal line
             words = ", ".join(" ".join(part.split()) for part in remark.splitlines())
-            line = terminal_safe(f"  {title} {done}/{total}  {words}")
+            line = f"  {title} {done}/{total}  {words}"
             self.on_update()
             if time.monotonic() - printed >= _PLAIN_SECONDS:
                 show(line)
@@ -111,10 +117,3 @@ class Output:
         finally:
             ended.set()
             watching.join()
-
-    def _log_line(self, line: str) -> None:
-        """Append to the log; one that cannot be written stops nothing."""
-        if self.log is not None:
-            entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "line": line.strip()}
-            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -70,8 +71,9 @@ class NodeRecord:
 class NodeFolder:
     """The folder of one node (or cell), with the place where its older contents are kept."""
 
-    def __init__(self, path: Path, older: Path) -> None:
-        self.path, self.older = path, older
+    def __init__(self, path: Path, older: Path | None = None) -> None:
+        """`older` is by default a folder in `path` itself."""
+        self.path, self.older = path, older or path / "older"
 
     def record(self) -> NodeRecord | None:
         """What is there now; None where nothing is.
@@ -90,7 +92,7 @@ class NodeFolder:
             return False
         return all((self.path / name).exists() for name in record.files)
 
-    def kept(self, base: str) -> NodeRecord | None:
+    def older_record(self, base: str) -> NodeRecord | None:
         """The record of older content of this base fingerprint, None where none is kept."""
         return _read_record(self.older / base)
 
@@ -120,7 +122,7 @@ class NodeFolder:
                     remove(self.path / name)
         else:
             record = replace(record, created=datetime.now(UTC).strftime("%Y-%m-%d"))
-        record = replace(record, versions=_versions(), machine=machine())
+        record = replace(record, versions=_versions(), machine=_machine())
         self.write(record)
         return record
 
@@ -145,7 +147,7 @@ class NodeFolder:
             remove(source)
         (self.older / "moving.json").unlink()
 
-    def mark(self, *, outdated: bool) -> None:
+    def mark_outdated(self, outdated: bool) -> None:
         """Note whether the run's recipe still has the settings of what is there."""
         record = self.record()
         if record is not None and record.outdated != outdated:
@@ -159,16 +161,14 @@ class NodeFolder:
     def working(self, record: NodeRecord) -> Iterator[Work]:
         """Work on the node: fill the yielded `Work`; the node is done when the block ends without an error.
 
-        The seconds of work are kept on the way (`Work.beat`), so that a kill loses a few of them at most.
+        The seconds of work are kept on the way (`Work.save_periodically`), so that a kill loses a few of them at most.
         """
         work = Work(self, record)
-        finished = False
         try:
             yield work
-            finished = True
+            work.record = replace(record, done=True, result=work.result, files=tuple(work.files))
         finally:
-            done = replace(record, done=True, result=work.result, files=tuple(work.files)) if finished else record
-            self.write(replace(done, seconds=work.seconds, resolved=work.resolved))
+            work.save()
 
 
 class Work:
@@ -179,19 +179,23 @@ class Work:
         self.result: dict[str, Any] = {}
         self.files: list[str] = []
         self.resolved = dict(record.resolved)
-        self._folder, self._record = folder, record
+        self.record, self._folder = record, folder
         self._started = self._saved = time.monotonic()
 
     @property
     def seconds(self) -> float:
         """Of work on this node, earlier attempts included."""
-        return round(self._record.seconds + time.monotonic() - self._started, 1)
+        return round(self.record.seconds + time.monotonic() - self._started, 1)
 
-    def beat(self) -> None:
-        """Keep the seconds so far, every few seconds."""
+    def save(self) -> None:
+        """Write the record with the seconds and resolved values so far."""
+        self._saved = time.monotonic()
+        self._folder.write(replace(self.record, seconds=self.seconds, resolved=self.resolved))
+
+    def save_periodically(self) -> None:
+        """Save every few seconds, so that a kill loses no more of them."""
         if time.monotonic() - self._saved >= _BEAT_SECONDS:
-            self._saved = time.monotonic()
-            self._folder.write(replace(self._record, seconds=self.seconds, resolved=self.resolved))
+            self.save()
 
 
 class RunFolder:
@@ -210,20 +214,18 @@ class RunFolder:
 
     def nodes(self) -> dict[str, NodeRecord]:
         """The records of all trees, datasets and students that have content, by id, kind after kind."""
-        return {
-            f"{kind}/{unquote(found.parent.name)}": record
-            for kind in KINDS
-            for found in sorted(self.path.glob(f"{kind}/*/node.json"))
-            if (record := _read_record(found.parent)) is not None
-        }
+        found = (item for kind in KINDS for item in self._records(f"{kind}/*/node.json").items())
+        return {f"{folder.parent.name}/{unquote(folder.name)}": record for folder, record in found}
 
     def cells(self) -> dict[tuple[str, str], NodeRecord]:
         """The records of all evaluated cells, by (evaluation, model)."""
-        return {
-            (unquote(found.parent.parent.name), unquote(found.parent.name)): record
-            for found in sorted(self.path.glob("evaluations/*/*/node.json"))
-            if (record := _read_record(found.parent)) is not None
-        }
+        found = self._records("evaluations/*/*/node.json")
+        return {(unquote(folder.parent.name), unquote(folder.name)): record for folder, record in found.items()}
+
+    def _records(self, pattern: str) -> dict[Path, NodeRecord]:
+        """The records in the files of a pattern, by their folders."""
+        found = {path.parent: _read_record(path.parent) for path in sorted(self.path.glob(pattern))}
+        return {folder: record for folder, record in found.items() if record is not None}
 
 
 def folder_name(name: str) -> str:
@@ -267,38 +269,35 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def machine() -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     """The class of this machine, for tables: nothing that names it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
     return {"cpu": _cpu(), "cores": os.cpu_count() or 1, "memory_gb": round(memory, 1)}
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE):
+            return found[1].strip()
+    return platform.machine()
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found | ({"git": commit} if (commit := _git()) else {})
+    if commit := _git():
+        found["git"] = commit
+    return found
 
 
-def _git() -> str | None:
-    """The commit of cotree's own checkout, where it is one."""
+def _git() -> str:
+    """The commit of cotree's own checkout, "" where it is none."""
     here = Path(__file__).resolve().parent
     if not (here.parents[2] / "pyproject.toml").is_file():
-        return None  # installed: the repository around it, if any, is the user's
+        return ""  # installed: the repository around it, if any, is the user's
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    return ""

@@ -17,12 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from cotree.base.errors import UsageError
 
-
-class _NotContent:
-    """The type of `NOT_CONTENT`."""
-
-
-NOT_CONTENT: Final = _NotContent()
+NOT_CONTENT: Final = "not content"
 S = TypeVar("S", bound="Section")
 
 
@@ -39,8 +34,9 @@ class Section(BaseModel):
         return given
 
 
-def content_of(section: Section) -> dict[str, Any]:
-    """The settings that decide a section's content, as plain data: no marked ones, and none that has its default.
+def hashed_settings(section: Section) -> dict[str, Any]:
+    """The settings of a section that go into its fingerprint, as plain data: none that is marked `NOT_CONTENT`, and
+    none that has its default.
 
     Defaults are left out so that a new setting, whose default is what was done before, changes no fingerprint.
     """
@@ -48,16 +44,14 @@ def content_of(section: Section) -> dict[str, Any]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         default = field.get_default(call_default_factory=True)
-        if not any(isinstance(mark, _NotContent) for mark in field.metadata) and (
-            value != default or default is PydanticUndefined
-        ):
+        if NOT_CONTENT not in field.metadata and (value != default or default is PydanticUndefined):
             found[field.alias or name] = _plain(value)
     return found
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Section):
-        return content_of(value)
+        return hashed_settings(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -91,34 +85,40 @@ def parse_section(kind: type[S], raw: Any, where: str) -> S:
         raise UsageError("; ".join(_explain(where, problem) for problem in error.errors())) from None
 
 
-def parse_value(text: str, where: str) -> Any:
-    """The YAML value of an override's right side.
-
-    Raises:
-        UsageError: it is no YAML.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"`{where}`: the value is not YAML; quote it") from None
-
-
 def apply_override(raw: dict[str, Any], override: str, example: str) -> None:
     """Set a value in nested plain data: `a.b=c` sets `raw["a"]["b"]` to the YAML value c; missing sections are made.
 
     Raises:
-        UsageError: it is no override (the message shows the `example`), or a part of its path is a value.
+        UsageError: it is no override (the message shows the `example`), its value is no YAML, or a part of its path is
+            a value.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"`{override}` is no setting; write it as key=value, e.g. {example}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"`{override}`: the value is not YAML; quote it") from None
+    set_value(raw, key, value, f"`{override}`")
+
+
+def set_value(place: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set `place["a"]["b"]` for the key `a.b`; sections that are missing are made.
+
+    Args:
+        where: names the place in errors.
+
+    Raises:
+        UsageError: a part of the key's path is a value.
+    """
     *sections, last = key.split(".")
     for section in sections:
-        raw[section] = raw.get(section) or {}
-        raw = raw[section]
-        if not isinstance(raw, dict):
-            raise UsageError(f"`{override}`: `{section}` is a value, not a section")
-    raw[last] = parse_value(text, override)
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise UsageError(f"{where}: `{section}` is a value, not a section")
+    place[last] = value
 
 
 # How pydantic puts things, and how a recipe's writer does.

@@ -1,13 +1,13 @@
 """A dataset's card: README.md as the hub wants it, with its figures as SVG beside it; `*.jinja` have their layout.
 
-Invariant: every number in it was counted while the rows were written, and text of models is escaped: a chain cannot
+Invariant: every number in it is counted of the rows in the file, and text of models is escaped: a chain cannot
 break out of the page. The same dataset gives the same bytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from cotree.base.atomic import write_text
-from cotree.data.counts import REASONS, ColumnStatistics
-from cotree.data.gates import Rules
+from cotree.base.rows import Row, read_rows
+from cotree.data.gates import REASONS, Rules
+from cotree.data.kinds import read_columns
 
 _FIGURES = {
     "length_tokens": "Tokens of a completion",
@@ -27,37 +28,38 @@ _FIGURES = {
 }
 _BARS = 20
 _SAMPLES = 3
-# The hub's names for numbers of rows, by the number that is too large for each.
-_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", float("inf"): "1M<n<10M"}
 
 
-def write_card(
-    folder: Path, name: str, rules: Rules, *, statistics: ColumnStatistics, about: Mapping[str, Any]
-) -> None:
-    """Write `folder/README.md` and `folder/figures/*.svg`.
+def write_card(folder: Path, name: str, rules: Rules, about: Mapping[str, Any]) -> None:
+    """Write `README.md` and `figures/*.svg` beside the `train.parquet` of a folder.
 
     about: `name` of the run, `recipe` (YAML), `models` ({name: where it comes from and its licence}); each may be
     missing.
     """
-    counts, settings = rules.counts, rules.settings
-    figures = {column: title for column, title in _FIGURES.items() if column in statistics.values}
+    settings, rows = rules.settings, folder / "train.parquet"
+    columns = {name: [value for value in values if value is not None] for name, values in read_columns(rows).items()}
+    figures = {column: title for column, title in _FIGURES.items() if columns.get(column)}
     for column, title in figures.items():
-        write_text(folder / "figures" / f"{column}.svg", histogram(statistics.values[column], title))
-    columns = {"sft": ("completion",), "stepwise": ("completions",)}.get(counts.kind, ("chosen", "rejected"))
-    samples = list(islice(product(statistics.first.values(), columns), _SAMPLES))
-    size = next(size for limit, size in _SIZES.items() if counts.rows < limit)
+        write_text(folder / "figures" / f"{column}.svg", histogram(columns[column], title))
+    first_of_task: dict[str, Row] = {}
+    for row in read_rows(rows):
+        first_of_task.setdefault(row["task"], row)
+        if len(first_of_task) == len(rules.counts.tasks):
+            break
+    sides = {"sft": ("completion",), "stepwise": ("completions",)}.get(settings.rows, ("chosen", "rejected"))
     own_recipe = {name: settings.model_dump(mode="json", exclude_defaults=True, exclude={"file"})}
-    values = {"name": name, "about": about, "counts": counts, "reasons": REASONS, "figures": figures}
-    values |= {"samples": samples, "size": size, "license": settings.license, "own_recipe": yaml.safe_dump(own_recipe)}
-    write_text(folder / "README.md", _rendered("card.md.jinja", **values))
+    shown: dict[str, Any] = {"name": name, "about": about, "rules": rules, "reasons": REASONS, "figures": figures}
+    shown["samples"] = list(islice(product(first_of_task.values(), sides), _SAMPLES))
+    write_text(folder / "README.md", _rendered("card.md.jinja", own_recipe=yaml.safe_dump(own_recipe), **shown))
 
 
-def histogram(values: Mapping[float, int], title: str) -> str:
-    """Counted values as an SVG of at most 20 bars, a title and the ends of both axes."""
+def histogram(values: Sequence[float], title: str) -> str:
+    """Values, in hundredths, as an SVG of at most 20 bars, a title and the ends of both axes."""
     import numpy as np
 
-    bars, _ = np.histogram([*values], bins=_BARS, weights=[*values.values()])
-    return _rendered("figure.svg.jinja", bars=bars.tolist(), low=min(values), high=max(values), title=title)
+    hundredths = [round(value, 2) for value in values]
+    bars, _ = np.histogram(hundredths, bins=_BARS)
+    return _rendered("figure.svg.jinja", bars=bars.tolist(), low=min(hundredths), high=max(hundredths), title=title)
 
 
 def _rendered(template: str, **values: Any) -> str:

@@ -13,9 +13,8 @@ from statistics import fmean
 from cotree.data.gates import Rules
 from cotree.data.settings import TextForm
 from cotree.models.encode import encode_chains, unfinished_turn
-from cotree.search.prompts import chain_text
 from cotree.search.store import StoredNode, StoredTree
-from cotree.search.thoughts import Pattern
+from cotree.search.thoughts import Pattern, chain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +38,26 @@ class Chain:
     value: float = 0.0
     nodes: tuple[int, ...] = ()
 
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chain as the one message that a row's side has."""
+        return [{"role": "assistant", "content": self.text}]
+
 
 def read_chains(tree: StoredTree, rules: Rules) -> list[Chain]:
-    """All chains that end in a judged answer, once each by text, in leaf order; the others are counted.
+    """The chains of a tree that end in a judged answer, one for each text, in leaf order; the others are counted.
 
     With `unanswered` a path that max_tokens cut off is a chain too.
     """
     found: dict[str, Chain] = {}
     for leaf in tree.nodes:
         if leaf.verdict is not None:
-            chain = _without_tokens(tree, leaf, leaf.verdict, rules)
+            chain = _chain_or_reason(tree, leaf, leaf.verdict, rules)
             if isinstance(chain, str):
                 rules.counts.leave_out(chain, chains=1)
             elif found.setdefault(chain.text, chain) is not chain:
                 rules.counts.leave_out("repeated_in_tree", chains=1)
-    chats = [(tree.messages, [{"role": "assistant", "content": text}]) for text in found]
+    chats = [(tree.messages, chain.messages) for chain in found.values()]
     chains = []
     for chain, ids in zip(found.values(), encode_chains(rules.tokenizer, chats), strict=True):
         seen = unfinished_turn(ids) if chain.verdict == "no_answer" else ids
@@ -61,17 +65,15 @@ def read_chains(tree: StoredTree, rules: Rules) -> list[Chain]:
     return chains
 
 
-def _without_tokens(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Rules) -> Chain | str:
-    """The chain to a judged leaf, its tokens not yet known, or the reason why it is left out."""
+def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Rules) -> Chain | str:
+    """The chain to a judged leaf, its tokens not yet counted, or the reason why it is left out."""
     settings, reward, whole = rules.settings, leaf.reward or 0.0, tree.chain(leaf.node_id)
     is_cut_off = verdict == "no_answer" and leaf.type != "answer" and leaf.finish_reason == "length"
-    if is_cut_off and not settings.unanswered:
-        return "thought_cut"
-    if verdict not in ("correct", "wrong") and not is_cut_off:
-        return "no_answer" if verdict == "no_answer" else "undecided"
+    if verdict == "no_answer" and not (is_cut_off and settings.unanswered):
+        return "thought_cut" if is_cut_off else "no_answer"
     kept = whole
-    if settings.reflections == "cut" and any(node.type == "reflection" for node in whole):
-        kept = cut_reflections(whole, rules.patterns[tree.pattern])
+    if settings.reflections == "cut":  # a sampled chain has no pattern of thoughts, and no reflection
+        kept = cut_reflections(whole, rules.patterns.get(tree.pattern, {}))
     thoughts = [node for node in kept if node.type not in settings.leave_out]
     if not thoughts:  # all that was written before the cut is left out
         return "thought_cut"
@@ -80,7 +82,7 @@ def _without_tokens(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Rul
         assert rules.judge is not None
         judged = rules.judge(tree, text)
         verdict, reward = judged.kind, judged.reward
-        if verdict not in ("correct", "wrong"):
+        if verdict == "no_answer":
             return verdict
     value, nodes = fmean(map(mean_value, thoughts)), tuple(node.node_id for node in thoughts)
     return Chain(tree.tree_id, leaf.node_id, text, verdict, reward=reward, value=value, nodes=nodes)

@@ -17,9 +17,9 @@ import yaml
 
 from cotree.base.atomic import write_json, write_text
 from cotree.base.errors import CotreeError, UsageError
+from cotree.base.progress import one_line
 from cotree.base.rows import Row, read_rows, write_jsonl
 from cotree.data.kinds import check_file, write_parquet
-from cotree.models.wire import one_line
 from cotree.search.store import StoredTree, TreeStore
 
 
@@ -35,14 +35,17 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
         CotreeError: it cannot be written or pushed.
     """
     if to == "trees":
-        return [f"{out}: {export_trees(_tree_store(source), Path(out))} trees"]
+        return [f"{out}: {export_trees(source, Path(out))} trees"]
     if to == "hub":
         return [push(source, out)]
     trainers = yaml.safe_load((files("cotree.data") / "trainers.yaml").read_text("utf-8"))
     if to not in ("jsonl", *trainers):
         raise UsageError(f"unknown form `{to}`; known: jsonl, {', '.join(trainers)}, trees, hub")
+    if source.suffix == ".db":
+        raise UsageError(f"{source} holds trees; export it with --to trees, or a dataset that was made of it")
     information, written, left_out = dict[str, Any](), list[Path](), list[str]()
-    for name, file in _dataset_files(source).items():
+    for file in _files(source, "datasets", "train.parquet"):
+        name = file.resolve().parent.name if file.name == "train.parquet" else file.stem.split(".")[0]
         kind, _ = check_file(file)
         if to != "jsonl" and kind not in trainers[to]:
             left_out.append(f"{file} is left out: {to} trains no process rewards; export it --to jsonl")
@@ -50,7 +53,7 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
         path = Path(out) / f"{name}.jsonl"
         if path.resolve() == file.resolve():
             raise UsageError(f"the export would replace {file} itself; name another folder with -o")
-        write_jsonl(path, read_rows(file) if to == "jsonl" else map(_messages, read_rows(file)))
+        write_jsonl(path, read_rows(file) if to == "jsonl" else map(_trainer_row, read_rows(file)))
         written.append(path)
         if to == "llamafactory":
             information[f"cotree_{name}"] = {"file_name": path.name, **trainers[to][kind]}
@@ -64,40 +67,29 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
     if information:
         written.append(path := Path(out) / "dataset_info.json")
         try:  # LLaMA-Factory's own folder has one with many datasets
-            known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        except ValueError:
-            known = None
-        if not isinstance(known, dict):
-            raise UsageError(f"{path} is no JSON object, so nothing can be added to it; mend it or name another folder")
+            known = dict(json.loads(path.read_text("utf-8")) if path.is_file() else {})
+        except (ValueError, TypeError):
+            mend = "mend it or name another folder"
+            raise UsageError(f"{path} is no JSON object, so nothing can be added to it; {mend}") from None
         write_json(path, known | information)
     return [*map(str, written), *left_out]
 
 
-def _dataset_files(source: Path) -> dict[str, Path]:
-    """The dataset files of a run, a folder of datasets, one dataset, or a single file, by the names of the datasets."""
-    if source.suffix == ".db":
-        raise UsageError(f"{source} holds trees; export it with --to trees, or a dataset that was made of it")
+def _files(source: Path, kind: str, name: str) -> list[Path]:
+    """The files of this name of a run, a folder of nodes or one node; or the file itself.
+
+    kind: `datasets` or `trees`, the folder of these nodes in a run.
+    """
     if not source.is_dir():
-        return {source.resolve().parent.name if source.name == "train.parquet" else source.stem.split(".")[0]: source}
-    for pattern in ("train.parquet", "datasets/*/train.parquet", "*/train.parquet"):
+        return [source]
+    for pattern in (name, f"{kind}/*/{name}", f"*/{name}"):
         if found := sorted(source.glob(pattern)):
-            return {file.resolve().parent.name: file for file in found}
-    raise UsageError(f"no datasets in {source}; give a run, a folder of datasets, or one with a train.parquet")
+            return found
+    raise UsageError(f"no {kind} in {source}; give a run, a folder of {kind}, or one with a {name}")
 
 
-def _tree_store(source: Path) -> Path:
-    """The `trees.db` at a path: a file, the folder of a trees node, or a run with one trees node."""
-    if not source.is_dir():
-        return source
-    found = [path for pattern in ("trees.db", "trees/*/trees.db") for path in sorted(source.glob(pattern))]
-    if len(found) != 1:
-        several = f"has {len(found)} stores of trees: name one of {', '.join(map(str, found))}"
-        raise UsageError(f"{source} {several if found else 'has no trees.db'}")
-    return found[0]
-
-
-def _messages(row: Row) -> Row:
-    """`messages` through the answer; for a preference, up to the answer, and both answers."""
+def _trainer_row(row: Row) -> Row:
+    """A row as LLaMA-Factory and axolotl read it: one conversation; or of a pair the prompt and both replies."""
     if "completion" in row:
         return {"messages": [*row["prompt"], *row["completion"]]}
     if row.get("rejected_finished") is False:
@@ -108,8 +100,12 @@ def _messages(row: Row) -> Row:
     return {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
 
 
-def export_trees(store: Path, out: Path) -> int:
-    """All trees of a store as Parquet, a row each with its nodes nested; returns how many."""
+def export_trees(source: Path, out: Path) -> int:
+    """All trees of a store (of a run, a node, or by its path) as Parquet, a row each with its nodes nested; returns how
+    many."""
+    store, *others = _files(source, "trees", "trees.db")
+    if others:
+        raise UsageError(f"{source} has several stores of trees; name one of {', '.join(map(str, [store, *others]))}")
     if not store.is_file():
         raise UsageError(f"no store at {store}")
     with TreeStore(store) as trees:

@@ -1,4 +1,5 @@
-"""What decides which texts and questions may become rows of a dataset, before any selection, and why others may not."""
+"""What decides which texts and questions may become rows of a dataset, before any selection; and the counts of what was
+written and left out, by reason: for the card, the terminal, and the error of no rows."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from cotree.base.rows import Row
-from cotree.data.counts import DatasetCounts
+import yaml
+
+from cotree.base.errors import UsageError
+from cotree.base.rows import Row, read_rows
 from cotree.data.settings import Dataset
 from cotree.models.encode import special_words
 from cotree.search.store import StoredTree
@@ -34,18 +39,97 @@ _FORMULAS = ("GREEK", "MATHEMATICAL", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "D
 _MAX_FOREIGN = 0.2
 
 
+# The columns that count the tokens of a part of a row, by the part; a pair's prefix is in both of its sides.
+_TOKENS = {"completion": "length_tokens"} | {part: f"{part}_tokens" for part in ("chosen", "rejected", "prefix")}
+# By name: {clause: what follows the number of chains or rows, remedy: what would let more of them in}.
+REASONS: dict[str, dict[str, str]] = yaml.safe_load((files("cotree.data") / "reasons.yaml").read_text("utf-8"))
+
+
+@dataclass
+class DatasetCounts:
+    """The numbers of one dataset. Every judged chain of its trees is in a row or in `chains_left_out`, and every
+    candidate row is written or in `rows_left_out`.
+
+    Attributes:
+        kind: of its rows: sft, dpo, step_pairs or stepwise.
+        rows: how many were written. tasks: how many of each task.
+        verified: rows of a file that a task judged correct; None where no task judged them.
+        trees, chains: how many were read; a chain is a path to a judged leaf. Both are 0 for rows of a file.
+        chains_left_out, rows_left_out: how many, by reason (`REASONS`).
+        completion_tokens: of all rows together; of pairs both sides.
+        mean_tokens: of a row's `completion`, or of its `chosen`, `rejected` and the `prefix` that these two share.
+        faults: what is wrong with the first malformed rows of a file.
+        columns_left_out: of a file, those that our rows do not have.
+    """
+
+    kind: str
+    rows: int = 0
+    tasks: dict[str, int] = field(default_factory=dict)
+    verified: int | None = None
+    trees: int = 0
+    chains: int = 0
+    chains_left_out: dict[str, int] = field(default_factory=dict)
+    rows_left_out: dict[str, int] = field(default_factory=dict)
+    completion_tokens: int = 0
+    mean_tokens: dict[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    columns_left_out: list[str] = field(default_factory=list)
+
+    def leave_out(self, reason: str, *, chains: int = 0, rows: int = 0) -> None:
+        """Count chains that become no row, or candidate rows that are not written."""
+        assert reason in REASONS
+        for left_out, number in ((self.chains_left_out, chains), (self.rows_left_out, rows)):
+            if number:
+                left_out[reason] = left_out.get(reason, 0) + number
+
+    def add_written(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Fill in the numbers of the written rows from the columns of their file."""
+        self.rows, self.tasks = len(columns["task"]), dict(sorted(Counter(columns["task"]).items()))
+        tokens = {part: columns[name] for part, name in _TOKENS.items() if name in columns}
+        self.mean_tokens = {part: fmean(numbers) for part, numbers in tokens.items()}
+        self.completion_tokens = sum(sum(numbers) for part, numbers in tokens.items() if part != "prefix")
+
+    def lines(self) -> list[str]:
+        """For the terminal: what was written, and what was left out."""
+        tasks = ", ".join(f"{task} {number}" for task, number in self.tasks.items())
+        left_out = ", ".join(f"{reason} {number}" for reason, number in self._left_out())
+        verified = "" if self.verified is None else f", {self.verified} of them verified"
+        lines = [f"{self.rows} {self.kind} rows ({tasks}){verified}", f"left out: {left_out or 'nothing'}"]
+        lines += [f"the first malformed row: {fault}" for fault in self.faults[:1]]
+        if self.columns_left_out:
+            lines.append(f"columns that are not kept: {', '.join(self.columns_left_out)}")
+        return lines
+
+    def why_empty(self) -> str:
+        """One line about a dataset without rows: where its chains and rows went, and what would help most."""
+        left_out = self._left_out()
+        if not left_out:
+            nothing = f"{self.trees} trees with no judged chain" if self.trees else "no trees and no rows of a file"
+            return f"no rows, because there is nothing to choose from: {nothing}"
+        source = f"of {self.chains} chains in {self.trees} trees" if self.trees else "of the file's rows"
+        clauses = ", ".join(f"{number} {REASONS[reason]['clause']}" for reason, number in left_out)
+        first = f" (the first: {self.faults[0]})" if self.faults else ""
+        return f"no rows: {source}, {clauses}{first}; {REASONS[left_out[0][0]]['remedy']}"
+
+    def _left_out(self) -> list[tuple[str, int]]:
+        """Reasons and numbers of chains, then of rows, the largest number first."""
+        return [*Counter(self.chains_left_out).most_common(), *Counter(self.rows_left_out).most_common()]
+
+
 @dataclass(frozen=True)
 class Rules:
-    """What decides the rows of one dataset, and the counts of what it left out.
+    """Everything that decides which rows a dataset has, and the counts of what was left out.
 
     Attributes:
         tokenizer: the student's. seed: what all draws fall by. patterns: by which the trees were grown.
         judge: needed for `reflections: cut`, whose chains are judged again: their answer may no longer follow.
         row_judge: leaves out a file's texts that it finds wrong or without an answer; writes the reward of the others.
         contaminated: (task, question id) of the trees' questions that repeat an evaluation question.
-        wanted: the only questions that may give rows (`questions_of`), by `question_keys`; None: all.
         held_out: evaluation questions that no row of a file may repeat.
-        size_of: the file of another dataset, whose size is the limit.
+        size_of, questions_of: the `train.parquet` of the datasets that the settings name.
+
+    Raises:
+        UsageError: something that the settings need was not passed.
     """
 
     settings: Dataset
@@ -55,9 +139,15 @@ class Rules:
     judge: TextJudge | None = None
     row_judge: RowJudge | None = None
     contaminated: Collection[tuple[str, str]] = ()
-    wanted: Collection[str] | None = None
     held_out: Sequence[Question] = ()
     size_of: Path | None = None
+    questions_of: Path | None = None
+
+    def __post_init__(self) -> None:
+        needed = {"judge": self.settings.reflections == "cut", "size_of": self.settings.size_of}
+        needed |= {"questions_of": self.settings.questions_of}
+        if missing := [name for name, needs in needed.items() if needs and getattr(self, name) is None]:
+            raise UsageError(f"the settings of the dataset need {'= and '.join(missing)}=: pass it to Rules")
 
     @cached_property
     def counts(self) -> DatasetCounts:
@@ -68,16 +158,35 @@ class Rules:
     def _special(self) -> re.Pattern[str]:
         return special_words(self.tokenizer)
 
-    def wants(self, task: str, question_id: str, messages: Sequence[dict[str, str]]) -> bool:
-        """Whether a question may give rows as far as `questions_of` says."""
-        return self.wanted is None or not question_keys(task, question_id, messages).isdisjoint(self.wanted)
+    @cached_property
+    def _allowed_questions(self) -> set[str] | None:
+        """The keys of the questions in the dataset of `questions_of`; None without one."""
+        if self.questions_of is None:
+            return None
+        rows = read_rows(self.questions_of)
+        return set().union(*(question_keys(row["task"], row["question_id"], row["prompt"]) for row in rows))
 
-    def failed_gate(self, text: str, messages: Sequence[dict[str, str]], *, answered: bool = True) -> str | None:
-        """The first gate that a completion of these messages fails (`special_tokens`, `loop` or `language`), or None.
+    def allows_question(self, task: str, question_id: str, messages: Sequence[dict[str, str]]) -> bool:
+        """Whether the dataset of `questions_of` has this question; True without such a dataset."""
+        return self._allowed_questions is None or not question_keys(task, question_id, messages).isdisjoint(
+            self._allowed_questions
+        )
 
-        answered: a text without an answer is there to be rejected, so it may be a loop.
+    def failed_gate(
+        self, text: str, messages: Sequence[dict[str, str]], tokens: int, *, answered: bool = True
+    ) -> str | None:
+        """The first gate that a completion of these messages fails, or None.
+
+        Args:
+            tokens: of the messages and the completion.
+            answered: a text without an answer is there to be rejected, so it may be a loop.
+
+        Returns:
+            `too_long`, `special_tokens`, `loop` or `language`.
         """
-        gates, prompt = self.settings.gates, joined(messages)
+        gates, prompt = self.settings.gates, text_of_messages(messages)
+        if tokens > self.settings.max_tokens:
+            return "too_long"
         # They would open turns that nobody took.
         if self._special.search(text) or self._special.search(prompt):
             return "special_tokens"
@@ -88,12 +197,12 @@ class Rules:
 
 
 def question_keys(task: str, question_id: str, prompt: str | Sequence[dict[str, str]]) -> set[str]:
-    """The two names that a question is known by: its task's id, and its words, for rows that have no such id."""
+    """Two keys by which a question is found again: its task and id, and its words, for rows without an id."""
     words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return {f"id {task}/{question_id}", f"words {' '.join(words.split())}"}
 
 
-def joined(messages: Sequence[dict[str, str]]) -> str:
+def text_of_messages(messages: Sequence[dict[str, str]]) -> str:
     """The texts of all messages, with an empty line between them."""
     return "\n\n".join(message["content"] for message in messages)
 

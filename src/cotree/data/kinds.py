@@ -53,13 +53,6 @@ def _is_one_reply(messages: list[Message], row: ValidationInfo) -> list[Message]
     return messages
 
 
-def _is_in_both_sides(tokens: int, row: ValidationInfo) -> int:
-    sizes = [row.data[side] for side in ("chosen_tokens", "rejected_tokens") if row.data.get(side) is not None]
-    if sizes and tokens > min(sizes):
-        raise ValueError(f"{tokens} are more than the shorter side has ({min(sizes)})")
-    return tokens
-
-
 def _has_one_a_step(values: list[Any], row: ValidationInfo) -> list[Any]:
     steps = len(row.data.get("completions", values))
     if len(values) != steps:
@@ -83,8 +76,7 @@ _TRL: Mapping[str, _Types] = {
 _COMMON: _Types = {"tree_id": str, "task": str, "question_id": str, "pass_rate": float}
 _CHAIN: _Types = {"leaf_id": Count, "length_tokens": Count, "length_rank": Count, "pattern": str, "reward": float}
 _PAIR: _Types = {
-    **dict.fromkeys(("chosen_leaf", "rejected_leaf", "chosen_tokens", "rejected_tokens"), Count),
-    "prefix_tokens": Annotated[int, Field(ge=0), AfterValidator(_is_in_both_sides)],
+    **dict.fromkeys(("chosen_leaf", "rejected_leaf", "chosen_tokens", "rejected_tokens", "prefix_tokens"), Count),
     "rejected_finished": bool,
 }
 _SIBLINGS: _Types = {
@@ -99,33 +91,30 @@ COLUMNS: Mapping[str, _Types] = {
     "step_pairs": {**_TRL["dpo"], **_PAIR, **_COMMON, **_SIBLINGS},
     "stepwise": {**_TRL["stepwise"], **_STEPS, "leaf_id": Count, **_COMMON},
 }
-NEEDED = {kind: tuple(columns) for kind, columns in _TRL.items()}
+# The columns that count the tokens of a row's completions.
+COMPLETION_TOKENS = ("length_tokens", "chosen_tokens", "rejected_tokens")
+# The columns that are counted or averaged.
+_COUNTED = [*COMPLETION_TOKENS, "task", "prefix_tokens", "value", "pass_rate", "reward"]
+REQUIRED = {kind: tuple(columns) for kind, columns in _TRL.items()}
 
 
-def _check_of(kind: str) -> type[BaseModel]:
+def _row_model(kind: str) -> type[BaseModel]:
     columns = COLUMNS["step_pairs" if kind == "dpo" else kind]  # a step pair is a pair with more columns
     optional = {name: (of | None, None) for name, of in columns.items()}
     fields: _Types = {**optional, **{name: (of, ...) for name, of in _TRL[kind].items()}}
     return create_model(kind, __cls_kwargs__={"strict": True}, **fields)
 
 
-_CHECKS = {kind: _check_of(kind) for kind in NEEDED}
+_ROW_MODELS = {kind: _row_model(kind) for kind in REQUIRED}
 
 
-def completion_tokens(row: Row) -> int | None:
-    """The tokens of a row's completion, of a pair those of both sides; None for rows that do not count them."""
-    columns = ("chosen_tokens", "rejected_tokens") if "chosen" in row else ("length_tokens",)
-    sizes = [row.get(column) for column in columns]
-    return None if None in sizes else sum(filter(None, sizes))
-
-
-def write_parquet(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], notes: Mapping[str, Any]) -> int:
+def write_parquet(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], metadata: Mapping[str, Any]) -> int:
     """Write rows of these columns (name -> type), whole or not at all; returns how many.
 
-    notes: what `read_metadata` finds in the file.
+    metadata: what `read_metadata` finds in the file.
     """
-    noted = {"cotree": json.dumps(notes, sort_keys=True)}
-    schema = pa.schema([(name, _arrow(of)) for name, of in columns.items()], metadata=noted)
+    noted = {"cotree": json.dumps(metadata, sort_keys=True)}
+    schema = pa.schema([(name, _arrow_type(of)) for name, of in columns.items()], metadata=noted)
     left, written = iter(rows), 0
     with atomic_draft(path) as partial, pq.ParquetWriter(partial, schema) as writer:
         # Row groups of a fixed size, so that they never depend on how rows were made.
@@ -135,22 +124,28 @@ def write_parquet(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], n
     return written
 
 
-def _arrow(of: Any) -> pa.DataType:
+def read_columns(path: Path) -> dict[str, list[Any]]:
+    """The columns of a written dataset that are counted or averaged (numbers, and the task), by their names."""
+    with pq.ParquetFile(path) as file:
+        return dict(file.read(columns=_COUNTED).to_pydict())
+
+
+def _arrow_type(of: Any) -> pa.DataType:
     """The Arrow type of a column's type; of a class, a struct of its fields."""
     plain = {str: pa.string(), Literal: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     origin, arguments = get_origin(of) or of, get_args(of)
     if origin in plain:
         return plain[origin]
     if origin in (Annotated, UnionType):  # constrained, or None
-        return _arrow(arguments[0])
+        return _arrow_type(arguments[0])
     if origin is list:
-        return pa.list_(_arrow(arguments[0]))
+        return pa.list_(_arrow_type(arguments[0]))
     fields = get_type_hints(Message if origin is dict else of)
-    return pa.struct([(name, _arrow(of)) for name, of in fields.items()])
+    return pa.struct([(name, _arrow_type(of)) for name, of in fields.items()])
 
 
 def check_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse rows that were selected by the token counts of another chat template than the student's.
+    """Refuse a dataset file whose tokens were counted with another tokenizer or chat template than the student's.
 
     Raises:
         UsageError: the file names another template. One that names none (not built by cotree) passes.
@@ -165,7 +160,7 @@ def check_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def kind_of(row: Row) -> str | None:
     """sft, dpo or stepwise by the columns that a row has; None for anything else."""
-    return next((kind for kind, needed in NEEDED.items() if all(name in row for name in needed)), None)
+    return next((kind for kind, needed in REQUIRED.items() if all(name in row for name in needed)), None)
 
 
 def check_file(path: Path) -> tuple[str, int]:
@@ -178,7 +173,7 @@ def check_file(path: Path) -> tuple[str, int]:
     for count, row in enumerate(read_rows(path), 1):
         kind = kind or kind_of(row) or ""
         if not kind:
-            types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in NEEDED.items())
+            types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in REQUIRED.items())
             raise UsageError(f"{path}: row 0 has the columns of no type that is trained on ({types})")
         faults += [f"row {count - 1}, {fault}" for fault in faults_of(row, kind)]
     if not count:
@@ -190,23 +185,23 @@ def check_file(path: Path) -> tuple[str, int]:
 
 
 def faults_of(row: Row, kind: str) -> list[str]:
-    """What keeps a row from being of a kind (sft, dpo or stepwise), with the column's name."""
+    """What is wrong with a row of a kind (sft, dpo or stepwise), a line for each fault with the column's name."""
     return [
         f"column {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}, "
         f"not {str(fault['input'])[:60]!a}"
-        for fault in _faults(row, kind)
+        for fault in _pydantic_errors(row, kind)
     ]
 
 
-def own_columns(row: Row, kind: str) -> Row:
-    """Of any row, the columns that our rows of a kind (sft or dpo) may have beside the needed ones, where they fit."""
-    names = COLUMNS[kind].keys() - NEEDED[kind] - {str(fault["loc"][0]) for fault in _faults(row, kind)}
+def optional_columns(row: Row, kind: str) -> Row:
+    """The optional columns of a kind (sft or dpo) that any row has, without those of a wrong type."""
+    names = COLUMNS[kind].keys() - REQUIRED[kind] - {str(fault["loc"][0]) for fault in _pydantic_errors(row, kind)}
     return {name: value for name, value in row.items() if name in names and value is not None}
 
 
-def _faults(row: Row, kind: str) -> list[ErrorDetails]:
+def _pydantic_errors(row: Row, kind: str) -> list[ErrorDetails]:
     try:
-        _CHECKS[kind].model_validate(row)
+        _ROW_MODELS[kind].model_validate(row)
     except ValidationError as error:
         return error.errors(include_url=False)
     return []

@@ -68,7 +68,7 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
 
 
 def _parts(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[int]], int]:
-    """The token ids of a row by what training does with them, and the tokens of its longest sequence."""
+    """The token ids of a row by the part they belong to (of `_STYLES`), and the length of its longest sequence."""
     if kind == "sft":
         (chain,) = encode_sft(tokenizer, [row], 2**62).rows
         return {"prompt": chain.prompt, "loss": chain.completion}, chain.longest_sequence

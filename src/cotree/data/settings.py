@@ -10,6 +10,7 @@ from cotree.base.settings import NOT_CONTENT, Section
 
 Length = Literal["longest", "medium", "shortest"]
 TextForm = Literal["plain", "tags", "think"]
+_Share = Annotated[float, Field(ge=0, le=1)]
 RowKind = Literal["sft", "dpo", "step_pairs", "stepwise"]
 
 
@@ -83,7 +84,7 @@ class Dataset(Section):
     per_tree: Annotated[int, _ANY_KIND] = Field(1, ge=1)
     rejected: Annotated[Literal["wrong", "longer_correct"], OnlyFor(("dpo",))] = "wrong"
     unanswered: Annotated[bool, OnlyFor(("dpo",))] = False
-    solve_rate: Annotated[tuple[float, float] | None, _ANY_KIND] = None
+    solve_rate: Annotated[tuple[_Share, _Share] | None, _ANY_KIND] = None
     questions_of: str | None = None
     size_of: str | None = None
     size_in: Literal["rows", "tokens"] = "rows"
@@ -118,8 +119,7 @@ class Dataset(Section):
             raise ValueError("`leave_out`: the answer cannot be left out; it is what was judged")
         if self.size_in == "tokens" and (self.size_of is None or self.rows == "stepwise"):
             raise ValueError("`size_in: tokens` needs `size_of`, and completions: for stepwise rows use size_in: rows")
-        low, high = self.solve_rate or (0.0, 1.0)
-        if not 0 <= low <= high <= 1:
+        if self.solve_rate is not None and self.solve_rate[0] > self.solve_rate[1]:
             raise ValueError("`solve_rate` is [low, high], both in [0, 1]")
         return self
 

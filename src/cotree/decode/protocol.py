@@ -9,14 +9,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from cotree.decode.answer import Decoding
 from cotree.decode.strategies import Decoded
-from cotree.models.client import Counters
 from cotree.search.settings import Search, Thought
 from cotree.tasks.base import Message
 from cotree.tasks.extract import visible_text
@@ -35,55 +34,54 @@ class Refusal(Exception):  # noqa: N818 - not every refusal is an error
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _TextPart(_Strict):
+class _TextPart(BaseModel, extra="forbid"):
     type: Literal["text"]
     text: str
 
 
-class _ChatMessage(_Strict):
+class _ChatMessage(BaseModel, extra="forbid"):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_TextPart]
     # Clients send an answer of this server back with the next turn; the thinking in it is left out.
     reasoning_content: str | None = None
 
-    def plain(self) -> Message:
+    def as_message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _StreamOptions(_Strict):
+class _StreamOptions(BaseModel, extra="forbid"):
     include_usage: bool = False
 
 
-_Stop = Annotated[str, Field(min_length=1)]
+def _as_list(value: Any) -> Any:
+    """One text as the list that holds it."""
+    return [value] if isinstance(value, str) else value
 
 
-class _Body(_Strict):
-    """What both addresses take. max_tokens: bounds the answer that is returned, without the reasoning before it."""
+class _Body(BaseModel, extra="forbid"):
+    """What both addresses take.
+
+    max_tokens: bounds the answer that is returned, without the reasoning before it.
+    max_completion_tokens: the search's budget; it bounds all that is generated, the reasoning included.
+    """
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     n: int = Field(1, ge=1, le=8)
     seed: int | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)] = []
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
 
 
 class ChatBody(_Body):
-    """A body of `/v1/chat/completions`.
-
-    max_completion_tokens: the search's budget; it bounds all that is generated, the reasoning included.
-    """
+    """A body of `/v1/chat/completions`."""
 
     messages: list[_ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
 
     @field_validator("messages")
     @classmethod
@@ -94,14 +92,13 @@ class ChatBody(_Body):
 
     def conversation(self) -> list[Message]:
         """The messages as text."""
-        return [message.plain() for message in self.messages]
+        return [message.as_message() for message in self.messages]
 
 
 class TextBody(_Body):
     """A body of `/v1/completions`."""
 
     prompt: str = Field(min_length=1)
-    max_completion_tokens: ClassVar = None
 
     def conversation(self) -> list[Message]:
         """The prompt as the user's message."""
@@ -134,9 +131,9 @@ async def read_body(request: web.Request, kind: type[Body]) -> Body:
         raise Refusal(400, "the body is no JSON object") from None
 
 
-def settings_with(settings: Decoding, body: Body) -> Search:
-    """The server's search settings with what a request changes; its budget is not exceeded."""
-    changes: dict[str, Any] = {k: v for k in ("temperature", "top_p") if (v := getattr(body, k)) is not None}
+def settings_for_request(settings: Decoding, body: Body) -> Search:
+    """The server's search settings with a request's own; its budget can be lowered, not raised."""
+    changes: dict[str, Any] = body.model_dump(include={"temperature", "top_p"}, exclude_none=True)
     if body.max_tokens is not None:
         answer = settings.thoughts.get("answer", Thought()).model_copy(update={"max_tokens": body.max_tokens})
         changes["thoughts"] = {**settings.thoughts, "answer": answer}
@@ -154,8 +151,9 @@ def reply_json(body: Body, found: Sequence[Decoded], *, boxed: bool) -> dict[str
     prefix, kind = "cmpl", "text_completion"
     if isinstance(body, ChatBody):
         prefix, kind = "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion"
-    spent = sum((best.spent for best in found), Counters())
-    not_returned = spent.completion_tokens - sum(best.answer_tokens for best in found)
+    read = sum(best.spent.prompt_tokens for best in found)
+    written = sum(best.spent.completion_tokens for best in found)
+    not_returned = written - sum(best.answer_tokens for best in found)
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
@@ -163,10 +161,10 @@ def reply_json(body: Body, found: Sequence[Decoded], *, boxed: bool) -> dict[str
         "model": body.model,
         "choices": [{"index": index, **_choice(body, best, boxed)} for index, best in enumerate(found)],
         "usage": {
-            "prompt_tokens": spent.prompt_tokens,
-            "completion_tokens": spent.completion_tokens,
-            "total_tokens": spent.prompt_tokens + spent.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": spent.cached_tokens},
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": sum(best.spent.cached_tokens for best in found)},
             "completion_tokens_details": {"reasoning_tokens": max(not_returned, 0)},
         },
     }
@@ -175,8 +173,7 @@ def reply_json(body: Body, found: Sequence[Decoded], *, boxed: bool) -> dict[str
 def _choice(body: Body, best: Decoded, boxed: bool) -> dict[str, Any]:
     """An answer, up to the first stop string, and what is not OpenAI's: the votes and why the search stopped."""
     text = best.answer_text if boxed else visible_text(best.answer_text)
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop
-    text = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    text = text[: min((text.index(stop) for stop in body.stop if stop in text), default=len(text))]
     content: dict[str, Any] = {"text": text, "reasoning": best.reasoning, "logprobs": None}
     if isinstance(body, ChatBody):
         message = {"role": "assistant", "content": text, "reasoning_content": best.reasoning}

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,20 +22,20 @@ from yarl import URL
 
 from cotree.base.errors import CotreeError, UsageError, first_cotree_error
 from cotree.base.progress import Output
-from cotree.decode.answer import Backend
-from cotree.decode.protocol import Body, ChatBody, Refusal, TextBody, read_body, reply_json, settings_with
-from cotree.decode.strategies import Decoded, OpenTask, choose_value, decode
-from cotree.models.chat import Prompt
+from cotree.decode.answer import read_settings
+from cotree.decode.protocol import Body, ChatBody, Refusal, TextBody, read_body, reply_json, settings_for_request
+from cotree.decode.strategies import Decoded, OpenTask, choose_value, search_answer
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.search.completer import Completer
-from cotree.search.settings import Writer
+from cotree.models.wire import Prompt
+from cotree.search.journal import SearchModels
+from cotree.search.settings import Role, Writer
 
 TOKEN = "COTREE_TOKEN"  # noqa: S105 - the variable's name
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _BODY_BYTES = 1 << 20
 # Seconds. A comment now and then keeps proxies from closing a stream in which nothing is sent yet.
 _HEARTBEAT = 10.0
-RunSearch = Callable[[], Awaitable[list[Decoded]]]
+Searches = Coroutine[Any, Any, list[Decoded]]
 
 
 class _UnrenderedEndpoint(Endpoint):
@@ -46,7 +46,8 @@ class _UnrenderedEndpoint(Endpoint):
 
 
 class Server:
-    """The handlers. `at_once` searches run, as many as `queue` wait, the next is asked to come again (429).
+    """The handlers of HTTP requests. `at_once` searches run, as many as `queue` wait, the next is asked to come again
+    (429).
 
     endpoints: set by whoever serves, before the first request. searches: how many run or wait.
     """
@@ -55,27 +56,30 @@ class Server:
 
     def __init__(
         self,
-        backend: Backend,
+        models: Sequence[str],
         *,
         strategy: str = "mcts",
         value: str | None = None,
         boxed: bool = False,
+        seed: int = 0,
         at_once: int = 8,
         queue: int = 64,
         host: str = "127.0.0.1",
+        **options: Any,
     ) -> None:
-        self.names, self.settings, self.seed = backend.names(), backend.settings(), backend.seed
+        self.settings, self.seed = read_settings(models, **options), seed
+        self.names = list(self.settings.models)[: len(models)]
         self.task, self.strategy = OpenTask(boxed=boxed), strategy
         self.value = choose_value(self.task, strategy, value, self.settings)
         self.host, self.token = host, os.environ.get(TOKEN)
         if host not in _LOOPBACK and not self.token:
             raise UsageError(f"{host} can be reached by others: set {TOKEN} to a secret that clients send as API key")
         self.searches = 0
-        self._slots, self._most, self._started = asyncio.Semaphore(at_once), at_once + queue, int(time.time())
+        self._slots, self._max_searches, self._started = asyncio.Semaphore(at_once), at_once + queue, int(time.time())
 
     def app(self) -> web.Application:
         """The web application."""
-        app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._guard])
+        app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._refuse_in_openai_form])
         app.router.add_post("/v1/chat/completions", partial(self._answer, ChatBody))
         app.router.add_post("/v1/completions", partial(self._answer, TextBody))
         app.router.add_get("/v1/models", self._models)
@@ -83,8 +87,8 @@ class Server:
         return app
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Check the sender; give every refusal and failure in OpenAI's form."""
+    async def _refuse_in_openai_form(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check who asks, and turn every refusal and failure into OpenAI's JSON."""
         try:
             self._check_sender(request)
             with first_cotree_error():
@@ -99,6 +103,7 @@ class Server:
         return web.json_response(refusal.body, status=refusal.status, headers=headers)
 
     def _check_sender(self, request: web.Request) -> None:
+        """Refuse names of the server that a page made up (DNS rebinding), pages of other hosts, and a wrong token."""
         origin = request.headers.get("Origin")
         try:
             host = URL(f"http://{request.host}").host
@@ -122,53 +127,50 @@ class Server:
         return web.json_response({"object": "list", "data": [{"id": name, **about} for name in self.names]})
 
     async def _answer(self, kind: type[Body], request: web.Request) -> web.StreamResponse:
+        """Answer a request by its searches, when a slot is free."""
         body = await read_body(request, kind)
         if body.model not in self.names:
             what = f"there is no model `{body.model}`; there is {', '.join(self.names)}"
             raise Refusal(404, what, "model", "model_not_found")
-        search = self._search_of(body)
-        if self.searches >= self._most:
+        roles = {**self.settings.roles, "thinker": (Writer(model=body.model),)}
+        endpoints = self.endpoints if isinstance(body, ChatBody) else self._unrendered(roles)
+        if self.searches >= self._max_searches:
             raise Refusal(429, "too many searches wait already; ask again later", code="rate_limit_exceeded")
         self.searches += 1
         try:
             async with self._slots:
+                searches = self._search(body, roles, SearchModels(endpoints))
                 if body.stream:
-                    return await self._stream(request, body, search)
-                found = await search()
+                    return await self._stream(request, body, searches)
+                return web.json_response(reply_json(body, await searches, boxed=self.task.comparable))
         finally:
             self.searches -= 1
-        return web.json_response(reply_json(body, found, boxed=self.task.comparable))
 
-    def _search_of(self, body: Body) -> RunSearch:
-        """What makes a request's n searches, each with a seed of its own."""
-        roles = {**self.settings.roles, "thinker": (Writer(model=body.model),)}
+    def _unrendered(self, roles: Mapping[str, Role]) -> dict[str, Endpoint]:
+        """All endpoints; the models of these roles get a client's prompt as it is, without a chat template.
+
+        Raises:
+            Refusal: a model takes conversations only.
+        """
         endpoints = dict(self.endpoints)
-        writers = {writer.model for role in roles.values() for writer in role}
-        for name in writers if isinstance(body, TextBody) else ():
+        for name in {writer.model for role in roles.values() for writer in role}:
             if endpoints[name].tokenizer is None:
                 what = f"the backend of `{name}` takes conversations only: ask /v1/chat/completions"
                 raise Refusal(400, what, "prompt")
             endpoints[name] = _UnrenderedEndpoint(**vars(endpoints[name]))
-        search_once = partial(
-            decode,
-            self.task,
-            self.task.question_of(body.conversation()),
-            Completer(endpoints),
-            settings_with(self.settings, body),
-            roles=roles,
-            strategy=self.strategy,
-            value=self.value,
-        )
+        return endpoints
+
+    async def _search(self, body: Body, roles: Mapping[str, Role], models: SearchModels) -> list[Decoded]:
+        """A request's n searches, each with a seed of its own."""
+        settings, question = settings_for_request(self.settings, body), self.task.question_of(body.conversation())
+        search = partial(search_answer, self.task, question, models, settings, roles=roles)
+        search = partial(search, strategy=self.strategy, value=self.value)
         first = self.seed if body.seed is None else body.seed
+        async with asyncio.TaskGroup() as group:
+            found = [group.create_task(search(seed=seed)) for seed in range(first, first + body.n)]
+        return [searched.result() for searched in found]
 
-        async def search() -> list[Decoded]:
-            async with asyncio.TaskGroup() as group:
-                found = [group.create_task(search_once(seed=seed)) for seed in range(first, first + body.n)]
-            return [decoded.result() for decoded in found]
-
-        return search
-
-    async def _stream(self, request: web.Request, body: Body, search: RunSearch) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, body: Body, searches: Searches) -> web.StreamResponse:
         """Server-sent events. Nothing is known before the search has ended, so until then only comments go out."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
@@ -176,7 +178,7 @@ class Server:
         async def send(data: dict[str, Any]) -> None:
             await response.write(f"data: {json.dumps(data)}\n\n".encode())
 
-        searching = asyncio.ensure_future(search())
+        searching = asyncio.ensure_future(searches)
         try:
             while not (await asyncio.wait({searching}, timeout=_HEARTBEAT))[0]:
                 await response.write(b": searching\n\n")
@@ -198,18 +200,18 @@ class Server:
 
 
 def serve(
-    backend: Backend, *, host: str = "127.0.0.1", port: int = 8000, output: Output | None = None, **options: Any
+    models: Sequence[str], *, host: str = "127.0.0.1", port: int = 8000, output: Output | None = None, **options: Any
 ) -> None:
     """Serve until Ctrl-C (or SIGTERM); prints the address when it listens.
 
     Args:
         port: 0 for a free one.
-        options: strategy, value, boxed and at_once, as in `Server`.
+        options: strategy, value, boxed, seed and at_once, as in `Server`, and those of `read_settings`.
 
     Raises:
         UsageError: the models or settings are wrong, or `host` is not loopback and there is no token.
     """
-    server, output = Server(backend, host=host, **options), output or Output()
+    server, output = Server(models, host=host, **options), output or Output()
     shown, family = (f"[{host}]", socket.AF_INET6) if ":" in host else (host, socket.AF_INET)
     try:
         listening = socket.create_server((host, port), family=family)
@@ -218,19 +220,15 @@ def serve(
     address = f"http://{shown}:{listening.getsockname()[1]}/v1"
 
     async def open_models(_: web.Application) -> AsyncIterator[None]:
-        used = server.settings.used(*server.names)
+        used = server.settings.asked_models(*server.names)
         async with open_endpoints(used, widest=server.settings.widest) as server.endpoints:
             yield
+
+    def show(_: str) -> None:
+        output.print(f"serving {', '.join(server.names)} at {address} (Ctrl-C ends it)")
 
     app = server.app()
     app.cleanup_ctx.append(open_models)
     # A handler ends when its client leaves, and the search with it.
-    web.run_app(
-        app,
-        sock=listening,
-        access_log=None,
-        handler_cancellation=True,
-        shutdown_timeout=1.0,
-        print=lambda _: output.print(f"serving {', '.join(server.names)} at {address} (Ctrl-C ends it)"),
-    )
+    web.run_app(app, sock=listening, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, print=show)
     output.print("closed")

@@ -17,19 +17,15 @@ from dataclasses import dataclass, replace
 
 from cotree.base.errors import UsageError
 from cotree.models.client import Counters
-from cotree.search.completer import Completer
 from cotree.search.growth import Growth
+from cotree.search.journal import SearchModels
 from cotree.search.mcts import Node, Slot, distinct_thoughts
-from cotree.search.prompts import chain_text
-from cotree.search.reward import chain_reward, chain_score
-from cotree.search.sampling import affordable, sample_chains
+from cotree.search.reward import chain_rank_key, chain_reward
+from cotree.search.sampling import repeats_within, sample_chains
 from cotree.search.settings import Role, Search
-from cotree.search.thoughts import question_name
-from cotree.tasks.agreement import group_answers
-from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample
+from cotree.search.thoughts import chain_text, question_name
+from cotree.tasks.base import Message, Question, Split, Task, Verdict, WorkedExample, group_answers
 from cotree.tasks.math_verdicts import check_math_answer
-
-STRATEGIES = ("mcts", "vote", "best_of_n", "beam")
 
 
 class OpenTask(Task):
@@ -66,7 +62,7 @@ class OpenTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The best answer so far.
+    """The best answer that a search has so far, with its chain, the votes, and what was spent.
 
     answer: what was extracted; None as long as no chain has one.
     answer_text, answer_tokens: the last thought of its chain, which holds the answer, and how many tokens that has;
@@ -122,7 +118,7 @@ class GoldFreeScorer:
         return math.exp(mean) if self.value == "likelihood" else 0.0
 
     async def answers_to_reflect_on(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
-        """Count the votes of the whole tree; the answers that disagree with the one that has most."""
+        """The leaves that disagree with the answer of most votes; with `vote` all leaves get new rewards as well."""
         if not growth.task.comparable:
             return []
         leaves = growth.search.leaves
@@ -135,7 +131,10 @@ class GoldFreeScorer:
         return [leaf for leaf, group in zip(leaves, group_of, strict=True) if group not in (None, winner)]
 
     def votes(self, leaves: Sequence[Node], group_of: Sequence[int | None]) -> dict[int, float]:
-        """The votes of each group of equal answers, in the order in which they appeared: the first wins a tie."""
+        """The votes of each group of equal answers, by its number, in the order in which the groups appeared.
+
+        group_of: the number of each leaf's group; None for a leaf without an answer, which has no vote.
+        """
         votes: dict[int, float] = {}
         for leaf, group in zip(leaves, group_of, strict=True):
             if group is not None:
@@ -143,10 +142,10 @@ class GoldFreeScorer:
         return votes
 
 
-async def decode(
+async def search_answer(
     task: Task,
     question: Question,
-    completer: Completer,
+    models: SearchModels,
     settings: Search,
     *,
     roles: Mapping[str, Role],
@@ -155,7 +154,7 @@ async def decode(
     seed: int = 0,
     on_round: Callable[[Decoded], None] = lambda best: None,
 ) -> Decoded:
-    """The best answer when the budget is spent.
+    """Search for the answer to a question until the budget is spent; returns the best one.
 
     Args:
         settings: `stop.tokens` is the budget of generated tokens, met to the nearest round (chain, beam); `rollouts`
@@ -173,16 +172,12 @@ async def decode(
     budget = settings.stop.tokens
     if budget is not None and "rollouts" not in settings.model_fields_set:
         settings = settings.model_copy(update={"rollouts": budget})
-    blind = replace(question, gold="", spec={}, later=())
+    without_gold = replace(question, gold="", spec={}, later=())
     scorer, name = GoldFreeScorer(value), f"{seed}/{question_name(question)}"
-    growth = Growth(task, blind, completer, settings, roles=roles, seed=name, scorer=scorer)
-    if strategy == "beam":
-        rounds = _search_beams(growth, scorer)
-    else:
-        rounds = _grow_tree(growth) if strategy == "mcts" else _sample(growth)
+    growth = Growth(task, without_gold, models, settings, roles=roles, seed=name, scorer=scorer)
     started = time.monotonic()
-    async for leaves in rounds:
-        best = await _best(growth, scorer, leaves, by_vote=strategy in ("mcts", "vote"))
+    async for leaves in _ROUNDS[strategy](growth):
+        best = await _best_answer(growth, scorer, leaves, by_vote=strategy in ("mcts", "vote"))
         on_round(best)
         if settings.stop.seconds is not None and time.monotonic() - started >= settings.stop.seconds:
             stopped = "deadline"
@@ -198,8 +193,8 @@ def choose_value(task: Task, strategy: str, value: str | None, settings: Search)
     Raises:
         UsageError: strategy, value and task do not go together; the message says what does.
     """
-    if strategy not in STRATEGIES:
-        raise UsageError(f"unknown strategy `{strategy}`; strategies are {', '.join(STRATEGIES)}")
+    if strategy not in _ROUNDS:
+        raise UsageError(f"unknown strategy `{strategy}`; strategies are {', '.join(_ROUNDS)}")
     if strategy == "vote" and not task.comparable:
         raise UsageError(f"answers of {task.name} are free texts, which cannot vote: use mcts, best_of_n or beam")
     votes = task.comparable and strategy in ("mcts", "vote")
@@ -216,10 +211,10 @@ async def _grow_tree(growth: Growth) -> AsyncIterator[list[Node]]:
     """The leaves of one tree after each round. Where nothing is left to grow the root is expanded again."""
     search, budget, rounds = growth.search, growth.settings.stop.tokens, 0
     while search.rollouts_left and (
-        budget is None or rounds == 0 or affordable(budget, growth.spent.completion_tokens, rounds) > 0
+        budget is None or rounds == 0 or repeats_within(budget, growth.spent.completion_tokens, rounds) > 0
     ):
-        if search.root.open_below == 0:
-            search.expand_root_again()
+        if search.exhausted:
+            search.expand_root()
         await growth.grow_round()
         rounds += 1
         yield search.leaves
@@ -233,22 +228,23 @@ async def _sample(growth: Growth) -> AsyncIterator[list[Node]]:
         yield leaves
 
 
-async def _search_beams(growth: Growth, scorer: GoldFreeScorer) -> AsyncIterator[list[Node]]:
+async def _search_beams(growth: Growth) -> AsyncIterator[list[Node]]:
     """The ends of beam searches over thoughts, after each; one follows another while the budget pays for one more.
 
     Every kept chain goes on by the first type of its pattern's row, in at least `width` samples; of the new chains the
     `width` of the highest value so far are kept.
     """
+    assert isinstance(growth.scorer, GoldFreeScorer)
     leaves: list[Node] = []
     width, budget, beams = growth.settings.leaves_per_round, growth.settings.stop.tokens, 0
-    while beams == 0 or (budget is not None and affordable(budget, growth.spent.completion_tokens, beams) > 0):
-        kept = [Node(None, None, "", f"beam{beams}/", 0)]
+    while beams == 0 or (budget is not None and repeats_within(budget, growth.spent.completion_tokens, beams) > 0):
+        kept = [Node(0, None, None, "", path=f"beam{beams}/")]
         while kept:
             async with asyncio.TaskGroup() as group:
                 asked = [group.create_task(_write_next(growth, node, width)) for node in kept]
             new = [child for one in asked for child in one.result()]
             leaves += [child for child in new if child.reward is not None]
-            valued = [(await scorer.chain_value(growth, child), child) for child in new if child.reward is None]
+            valued = [(await growth.scorer.chain_value(growth, child), child) for child in new if child.reward is None]
             kept = [child for _, child in sorted(valued, key=lambda pair: -pair[0])[:width]]
         beams += 1
         yield leaves
@@ -257,9 +253,18 @@ async def _search_beams(growth: Growth, scorer: GoldFreeScorer) -> AsyncIterator
 async def _write_next(growth: Growth, node: Node, width: int) -> list[Node]:
     """The thoughts that the model writes after a chain, at least `width` if they are no answers."""
     first = growth.search.child_slots(node)[0]
-    n = first.n if first.kind == "answer" else max(first.n, width)
-    request = growth.search.thought_request(node, Slot(first.kind, n, first.index))
+    n = first.n if first.type == "answer" else max(first.n, width)
+    request = growth.search.thought_request(node, Slot(first.type, n, first.index))
     return distinct_thoughts(await growth.write_thoughts(request))
+
+
+# How each strategy finds leaves: they yield all of them after each round that the budget pays for.
+_ROUNDS: Mapping[str, Callable[[Growth], AsyncIterator[list[Node]]]] = {
+    "mcts": _grow_tree,
+    "vote": _sample,
+    "best_of_n": _sample,
+    "beam": _search_beams,
+}
 
 
 async def _answers(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None], list[int | None]]:
@@ -271,13 +276,13 @@ async def _answers(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | N
     return answers, await asyncio.to_thread(group_answers, task, growth.question, answers)
 
 
-async def _best(growth: Growth, scorer: GoldFreeScorer, leaves: Sequence[Node], *, by_vote: bool) -> Decoded:
-    """The chain of the highest value among those that give the answer with most votes, or among all."""
+async def _best_answer(growth: Growth, scorer: GoldFreeScorer, leaves: Sequence[Node], *, by_vote: bool) -> Decoded:
+    """The chain of the highest value among those that give the answer of most votes (`by_vote`), or among all."""
     answers, group_of = await _answers(growth, leaves)
     votes = scorer.votes(leaves, group_of)
     winner = max(votes, key=votes.__getitem__) if votes and by_vote else None
     candidates = [i for i, answer in enumerate(answers) if answer is not None and winner in (None, group_of[i])]
-    best = max(candidates, key=lambda i: chain_score(leaves[i].chain()), default=0)
+    best = max(candidates, key=lambda i: chain_rank_key(leaves[i].chain()), default=0)
     # A beam of which the model wrote nothing has no leaf.
     chain = leaves[best].chain() if leaves else [growth.search.root]
     wordings = {group: str(answers[group_of.index(group)]) for group in votes}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +20,10 @@ from cotree.base.errors import UsageError
 from cotree.base.progress import Update
 from cotree.eval.journal import EvalSample, SampleKey, append_line, content_hash, read_all_lines
 from cotree.eval.samplers import Sampler, conversation
-from cotree.eval.settings import Asking
-from cotree.models.chat import render
+from cotree.eval.settings import AskSettings
+from cotree.models.encode import render_prompt
 from cotree.models.endpoints import Endpoint
-from cotree.models.gguf_format import GGUF
+from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import token_counter
 from cotree.tasks import task as task_of
 from cotree.tasks.base import VERDICT_VERSION, Asked, Question, Split, Task
@@ -32,43 +32,44 @@ from cotree.tasks.extract import visible_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Opening = AbstractAsyncContextManager[Endpoint]
-SamplerOf = Callable[[Endpoint], Sampler]
+ModelContext = AbstractAsyncContextManager[Endpoint]
 
 
 def ask(
-    model: Opening,
+    model: ModelContext,
     questions: Sequence[Asked],
     journal: Path,
-    asking: Asking,
+    asking: AskSettings,
     *,
-    sampler_of: SamplerOf,
+    sampler_of: Callable[[Endpoint], Sampler],
     on_sample: Update = lambda done, wanted, remark: None,
 ) -> tuple[list[EvalSample], int]:
-    """All samples, question by question and turn by turn, and how many tokens this call generated.
+    """Ask a model every question and judge the replies; what the journal has is not asked again.
+
+    Returns all samples, question by question and turn by turn, and how many tokens this call generated.
 
     In a conversation the model reads its own replies, without their thinking; every turn is a sample.
 
     Args:
-        model: opened only if something is left to ask.
+        model: entered only if something is left to ask.
         journal: JSON lines, read and appended to.
         on_sample: called after each with how many samples are there, how many are wanted, and a remark.
     """
     turns = [turn for _, question in questions for turn in turns_of(question)]
-    wanted = [_key(turn, number) for turn in turns for number in range(asking.samples)]
-    answers = _Answers(journal, asking, len(wanted), on_sample)
-    asyncio.run(answers.collect(model, questions, sampler_of))
-    return [answers.current[key] for key in wanted], answers.new_tokens
+    wanted = [_sample_key(turn, number) for turn in turns for number in range(asking.samples)]
+    evaluation = _RunningEvaluation(journal, asking, len(wanted), on_sample)
+    asyncio.run(evaluation.ask_all(questions, model, sampler_of))
+    return [evaluation.samples[key] for key in wanted], evaluation.new_tokens
 
 
-class _Answers:
-    """The samples of an evaluation: those that its journal has, and those that are added to it.
+class _RunningEvaluation:
+    """Takes samples from the journal, and asks a model for those that the journal lacks.
 
-    current: those that count now, by key. new_tokens: generated for those that were added.
+    samples: those that count now, by key. new_tokens: generated for those that were asked for.
     """
 
-    def __init__(self, journal: Path, asking: Asking, wanted: int, on_sample: Update) -> None:
-        self.current: dict[SampleKey, EvalSample] = {}
+    def __init__(self, journal: Path, asking: AskSettings, wanted: int, on_sample: Update) -> None:
+        self.samples: dict[SampleKey, EvalSample] = {}
         self.new_tokens = 0
         self._journal, self._asking, self._wanted, self._on_sample = journal, asking, wanted, on_sample
         lines = read_all_lines(journal)
@@ -76,62 +77,76 @@ class _Answers:
         self._by_prompt = {(sample.key, sample.prompt_hash): sample for sample in lines}
         self._added, self._started = Counter[str](), time.monotonic()
 
-    async def collect(self, model: Opening, questions: Sequence[Asked], sampler_of: SamplerOf) -> None:
-        """Take what the journal has, then open the model and ask for what is left."""
-        everything = range(self._asking.samples)
-        async with asyncio.TaskGroup() as group:
-            kept = [group.create_task(self._converse(*asked, everything)) for asked in questions]
-        left = [asked for asked, is_complete in zip(questions, kept, strict=True) if not is_complete.result()]
-        if not left:
-            return
-        async with model as endpoint, asyncio.TaskGroup() as group:
-            sampler = sampler_of(endpoint)
-            # Family after family, as the search: a slot then has most of the next prompt warm, examples above all.
-            for task, question in sorted(left, key=lambda asked: (asked[1].task, asked[1].family)):
-                for first in range(0, self._asking.samples, sampler.samples_per_call):
-                    numbers = everything[first : first + sampler.samples_per_call]
-                    group.create_task(self._converse(task, question, numbers, sampler))
+    async def ask_all(
+        self, questions: Sequence[Asked], model: ModelContext, sampler_of: Callable[[Endpoint], Sampler]
+    ) -> None:
+        """Get every sample of every turn of the questions; the model is opened for the first that the journal lacks."""
+        opened: list[Sampler] = []
+        opening = asyncio.Lock()
 
-    async def _converse(self, task: Task, question: Question, numbers: range, sampler: Sampler | None = None) -> bool:
-        """Get these samples of a question and of its later turns; without a sampler only kept ones, and whether all
-        are there."""
-        prompt_hash = content_hash(conversation(task, question, self._asking))
-        left = [number for number in numbers if not await self._recall(task, question, number, prompt_hash)]
-        if left:
-            if sampler is None:
-                return False
-            sampled = await sampler.sample(task, question, numbers)
-            for number in left:
-                choice = sampled.choices[number - numbers.start]
-                sample = EvalSample(
-                    task=question.task,
-                    id=question.id,
-                    turn=question.turn,
-                    sample=number,
-                    response=choice.text,
-                    finish_reason=choice.finish_reason,
-                    tokens=choice.tokens,
-                    prompt_tokens=sampled.prompt_tokens if number == numbers.start else 0,
-                    prompt_hash=prompt_hash,
-                    decoding=sampled.decoding,
-                    tree_answers=sampled.tree_answers,
-                    **self._asking.sampling(),
-                )
-                await self._add(task, question, sample)
+        async def sampler() -> Sampler:
+            async with opening:
+                if not opened:
+                    opened.append(sampler_of(await exits.enter_async_context(model)))
+            return opened[0]
+
+        async with AsyncExitStack() as exits, asyncio.TaskGroup() as group:
+            # Family after family, as the search: a slot then has most of the next prompt warm, examples above all.
+            for task, question in sorted(questions, key=lambda asked: (asked[1].task, asked[1].family)):
+                group.create_task(self._ask_turn(task, question, range(self._asking.samples), sampler))
+
+    async def _ask_turn(
+        self, task: Task, question: Question, numbers: range, open_sampler: Callable[[], Awaitable[Sampler]]
+    ) -> None:
+        """Get the samples of these numbers for one turn of a conversation, then for its later turns."""
+        if not all([await self._recall(task, question, number) for number in numbers]):
+            sampler = await open_sampler()
+            async with asyncio.TaskGroup() as group:
+                for first in range(0, len(numbers), sampler.samples_per_call):
+                    part = numbers[first : first + sampler.samples_per_call]
+                    group.create_task(self._request(sampler, task, question, part))
         # From here each sample's conversation goes its own way.
         async with asyncio.TaskGroup() as group:
-            later = [
-                group.create_task(self._converse(task, turn, range(number, number + 1), sampler))
-                for number in numbers
-                if (turn := question.follow_up(visible_text(self.current[_key(question, number)].response)))
-            ]
-        return all(is_complete.result() for is_complete in later)
+            for number in numbers:
+                following = question.follow_up(visible_text(self.samples[_sample_key(question, number)].response))
+                if following is not None:
+                    group.create_task(self._ask_turn(task, following, range(number, number + 1), open_sampler))
 
-    async def _recall(self, task: Task, question: Question, number: int, prompt_hash: str) -> bool:
-        """Take a sample from the journal, judged by today's code; whether it has one that answers this very prompt."""
-        key = _key(question, number)
-        if key in self.current:
-            return True
+    async def _request(self, sampler: Sampler, task: Task, question: Question, numbers: range) -> None:
+        """Have the sampler bring these samples, if any of them is missing; judge and journal the missing ones."""
+        missing = [number for number in numbers if _sample_key(question, number) not in self.samples]
+        if not missing:
+            return
+        sampled = await sampler.sample(task, question, numbers)
+        for number in missing:
+            choice = sampled.choices[number - numbers.start]
+            sample = EvalSample(
+                task=question.task,
+                id=question.id,
+                turn=question.turn,
+                sample=number,
+                response=choice.text,
+                finish_reason=choice.finish_reason,
+                tokens=choice.tokens,
+                prompt_tokens=sampled.prompt_tokens if number == numbers.start else 0,
+                prompt_hash=content_hash(conversation(task, question, self._asking)),
+                decoding=sampled.decoding,
+                tree_answers=sampled.tree_answers,
+                **self._asking.sampling(),
+            )
+            sample = await _judge(task, question, sample)
+            append_line(self._journal, asdict(sample))
+            self.samples[sample.key] = sample
+            self.new_tokens += sample.tokens
+            self._added.update([sample.verdict, "samples"])
+            correct, no_answer = (self._added[verdict] / self._added["samples"] for verdict in ("correct", "no_answer"))
+            speed = self.new_tokens / max(time.monotonic() - self._started, 1e-9)
+            remark = f"{correct:.0%} correct, {no_answer:.0%} no answer; {speed:.0f} tokens/s"
+            self._on_sample(len(self.samples), self._wanted, remark)
+
+    async def _recall(self, task: Task, question: Question, number: int) -> bool:
+        """Take a sample from the journal if it has one for this prompt, judged by the present code; whether it has."""
+        key, prompt_hash = _sample_key(question, number), content_hash(conversation(task, question, self._asking))
         sample = self._by_prompt.get((key, prompt_hash))
         if sample is None:
             return False
@@ -139,28 +154,17 @@ class _Answers:
             sample = await _judge(task, question, sample)
         if sample is not self._last_lines[key]:
             append_line(self._journal, asdict(sample))
-        self.current[key] = sample
+        self.samples[key] = sample
         return True
 
-    async def _add(self, task: Task, question: Question, sample: EvalSample) -> None:
-        """Judge and journal a new sample."""
-        sample = await _judge(task, question, sample)
-        append_line(self._journal, asdict(sample))
-        self.current[sample.key] = sample
-        self.new_tokens += sample.tokens
-        self._added.update([sample.verdict, "samples"])
-        correct, no_answer = (self._added[verdict] / self._added["samples"] for verdict in ("correct", "no_answer"))
-        speed = self.new_tokens / max(time.monotonic() - self._started, 1e-9)
-        remark = f"{correct:.0%} correct, {no_answer:.0%} no answer; {speed:.0f} tokens/s"
-        self._on_sample(len(self.current), self._wanted, remark)
 
-
-def _key(question: Question, number: int) -> SampleKey:
+def _sample_key(question: Question, number: int) -> SampleKey:
+    """What names one sample of one turn of a question."""
     return question.task, question.id, question.turn, number
 
 
 async def _judge(task: Task, question: Question, sample: EvalSample) -> EvalSample:
-    """The sample with the verdicts of today's code on today's reference answer."""
+    """Judge a sample, or judge it again: a copy with its verdicts by the present code and reference answer."""
     verdict = await task.judge_async(question, sample.response, sample.finish_reason)
     lenient = verdict
     # A free text has one extraction, and where the strict one finds an answer the lenient one finds the same.
@@ -224,7 +228,7 @@ def load_questions(
 
 
 def check_lengths(
-    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], asking: Asking, *, name: str
+    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], asking: AskSettings, *, name: str
 ) -> int:
     """The most tokens that a question and its replies may need, after a check that a GGUF's context has room for them.
 
@@ -244,16 +248,16 @@ def check_lengths(
     return longest
 
 
-def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, asking: Asking) -> int:
+def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, asking: AskSettings) -> int:
     """The most tokens that a question's last turn can take, prompt and reply, if every reply is `max_tokens` long."""
     *earlier, last = turns_of(question)
-    prompt = render(tokenizer, conversation(task, last, asking))
+    prompt = render_prompt(tokenizer, conversation(task, last, asking))
     # The server may add a token of beginning.
     return token_counter(tokenizer)(prompt) + (len(earlier) + 1) * asking.max_tokens + 1
 
 
 def turns_of(question: Question) -> Iterator[Question]:
-    """A question and its later turns, as if nothing had been replied between them."""
+    """Yield a question and its later turns, with empty replies in between: for counting, before a model replied."""
     following: Question | None = question
     while following is not None:
         yield following

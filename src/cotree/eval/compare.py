@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import fmean
 
 from cotree.base.errors import UsageError
+from cotree.base.run_folder import read_json
 from cotree.base.statistics import Z_POWER, Z, bootstrap_interval
 from cotree.eval.journal import HAVE_JOURNALS, JOURNAL, EvalSample, by_task_turn, read_samples
-from cotree.eval.results import questions_asked
 from cotree.eval.settings import SAMPLING
 
 _DRAWS = 10_000
@@ -70,12 +70,12 @@ def compare_evaluations(first: Path, second: Path) -> list[Difference]:
     Raises:
         UsageError: one is no such folder, or they did not ask the same questions in the same way.
     """
-    left, right = _samples(first), _samples(second)
+    left, right = samples_by_row(first), samples_by_row(second)
     names = (str(first), str(second))
     return [compare_row(row, left.get(row, {}), right.get(row, {}), names) for row in dict.fromkeys([*left, *right])]
 
 
-def _samples(path: Path) -> Mapping[str, SamplesOf]:
+def samples_by_row(path: Path) -> Mapping[str, SamplesOf]:
     """The samples of an evaluation's questions by row; its journal may have more, of earlier questions."""
     journal = path / JOURNAL if path.is_dir() else path
     samples = read_samples(journal)
@@ -83,8 +83,16 @@ def _samples(path: Path) -> Mapping[str, SamplesOf]:
         inner = sorted(path.glob(f"**/{JOURNAL}"))
         fix = f"name one model's folder in it, e.g. {inner[0].parent}" if inner else HAVE_JOURNALS
         raise UsageError(f"no samples at {journal}; {fix}")
-    asked = questions_asked(journal.parent)
+    asked = _questions_asked(journal.parent)
     return by_task_turn(sample for sample in samples if asked is None or (sample.task, sample.id) in asked)
+
+
+def _questions_asked(folder: Path) -> set[tuple[str, str]] | None:
+    """(task, question id) of what the results in a folder are about; None where none are written yet."""
+    for path in folder.glob("results_*.json"):
+        asked = (read_json(path) or {})["cotree"]["questions"]
+        return {(task, id_) for task, ids in asked.items() for id_ in ids}
+    return None
 
 
 def compare_row(row: str, first: SamplesOf, second: SamplesOf, names: Sequence[str]) -> Difference:

@@ -10,29 +10,27 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import UsageError, first_cotree_error
 from cotree.base.progress import Output
-from cotree.base.run_folder import NodeFolder, NodeRecord
-from cotree.base.settings import content_of, parse_section
+from cotree.base.run_folder import NodeFolder, NodeRecord, read_json
+from cotree.base.settings import hashed_settings, parse_section
 from cotree.eval.asking import ask, check_lengths, load_questions
 from cotree.eval.journal import JOURNAL, content_hash
-from cotree.eval.metrics import Evaluated, compute_metrics
+from cotree.eval.metrics import score_samples
 from cotree.eval.results import write_results
 from cotree.eval.samplers import Budgets, check_strategy, make_sampler, samples_of_a_request
-from cotree.eval.settings import Asking
+from cotree.eval.scores import ModelScores
+from cotree.eval.settings import AskSettings
 from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
-from cotree.models.identity import identity
 from cotree.models.llama_cpp import serve
-from cotree.models.naming import model_of
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer, token_counter
-from cotree.models.weights import gguf_file, locate, tokenizer_source
+from cotree.models.weights import gguf_file, identity, locate, parse_model, tokenizer_source
 from cotree.tasks.base import VERDICT_VERSION, Asked, Split
 
 if TYPE_CHECKING:
@@ -44,24 +42,17 @@ _SLOTS, _PROMPT_TOKENS, _MEMORY_TOKENS = 16, 768, 32_768
 _TIMEOUT = 600.0  # seconds; llama.cpp under load can take minutes for a batch
 
 
-@dataclass(frozen=True)
-class EvaluatedModel(Evaluated):
-    """One model's numbers, and the folder with their files."""
-
-    folder: Path
-
-
 def evaluate(
     model: Model,
     questions: Sequence[Asked],
-    asking: Asking,
+    asking: AskSettings,
     folder: Path,
     *,
     name: str,
     budgets: Budgets | None = None,
     available: Mapping[str, int] | None = None,
     output: Output | None = None,
-) -> Evaluated:
+) -> ModelScores:
     """Ask a model what the folder's journal lacks, judge by today's code, and write the results' files.
 
     Replies are kept by question: more questions ask the new ones only, a question whose words changed is asked again.
@@ -89,12 +80,14 @@ def evaluate(
     seconds = time.monotonic() - started
     if tokens:
         output.print(f"{name}: {tokens:,} new tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
-    evaluated = compute_metrics(name, questions, samples)
-    write_results(folder, evaluated, questions, samples, asking=asking, model=model, available=available or {})
-    return evaluated
+    scores = score_samples(name, questions, samples, folder)
+    earlier: float = (read_json(folder / "node.json") or {}).get("seconds", 0.0)
+    available, seconds = available or {}, seconds + earlier
+    write_results(scores, questions, samples, asking=asking, model=model, available=available, seconds=seconds)
+    return scores
 
 
-def local_model(model: Model, asking: Asking) -> tuple[Path, PreTrainedTokenizerBase]:
+def local_model(model: Model, asking: AskSettings) -> tuple[Path, PreTrainedTokenizerBase]:
     """The GGUF that is served for an evaluation of weights, and the tokenizer that renders their prompts.
 
     Raises:
@@ -103,10 +96,7 @@ def local_model(model: Model, asking: Asking) -> tuple[Path, PreTrainedTokenizer
     source = tokenizer_source(model)
     assert model.weights, "only weights are served here"
     assert source, "weights carry a tokenizer"
-    if asking.gguf is not None:
-        file = gguf_file(model, asking.gguf)
-    elif (file := locate(model.weights)).is_dir():
-        raise UsageError(f"{model.weights} is a transformers folder; say at which GGUF type it is served, e.g. Q8_0")
+    file = locate(model.weights) if asking.gguf is None else gguf_file(model, asking.gguf)
     return file, load_tokenizer(source, chats=False)
 
 
@@ -119,7 +109,7 @@ async def open_server(model: Model, name: str) -> AsyncIterator[Endpoint]:
 
 @asynccontextmanager
 async def open_local(
-    file: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], asking: Asking, *, name: str
+    file: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], asking: AskSettings, *, name: str
 ) -> AsyncIterator[Endpoint]:
     """A GGUF served in this process, wide enough for the longest question and for the samples of one request.
 
@@ -150,7 +140,7 @@ def evaluate_model(
     gguf: str | None = None,
     output: Output | None = None,
     **options: Any,
-) -> EvaluatedModel:
+) -> ModelScores:
     """Evaluate a model; calling it again resumes.
 
     Args:
@@ -163,7 +153,7 @@ def evaluate_model(
         name: of the model, in tables. out: the folder, by default `runs/evals/NAME`. What other settings made there
             moves to its `older/`, and comes back with these settings.
         gguf: F32, F16 or Q8_0; by default a `.gguf` file is served as it is, and everything else as Q8_0.
-        options: how questions are asked, as in an `evaluations` entry of a recipe (`eval.settings.Asking`):
+        options: how questions are asked, as in an `evaluations` entry of a recipe (`eval.settings.AskSettings`):
 
             max_tokens (1024): the most tokens of a reply. samples (1): completions a question; more than one need a
                 temperature. temperature (0), top_p (1), seed (0): the default is one greedy completion.
@@ -171,7 +161,7 @@ def evaluate_model(
             strategy: decode by search (`mcts`, `vote`, `best_of_n`, `beam`; docs/decoding.md) from its worked examples,
                 for about `budget_tokens` generated tokens a sample; `value` is what answers go by.
 
-            And how the model is reached (`models.naming.model_of`):
+            And how the model is reached (`models.weights.parse_model`):
 
             base: the GGUF that a transformers folder was trained from.
             served, tokenizer, chat, api_key_env, max_in_flight (16): of a server, as `model`, `tokenizer`,
@@ -181,14 +171,14 @@ def evaluate_model(
         UsageError: found before any question was asked.
         CotreeError: work failed after it had started; the same call resumes it.
     """
-    settings = {key: options.pop(key) for key in Asking.model_fields if key in options}
+    settings = {key: options.pop(key) for key in AskSettings.model_fields if key in options}
     settings["gguf"] = gguf or (None if model.endswith(".gguf") and ":" not in model else "Q8_0")
-    asking = parse_section(Asking, settings, "")
+    asking = parse_section(AskSettings, settings, "")
     questions = load_questions([(task, limit) for task in tasks], split, data=data, family=family)
     if not questions:
         raise UsageError("name a task to evaluate on, e.g. --task gsm8k; `cotree tasks` lists them")
     available = {task.name: len(task.questions(split)) for task in {task for task, _ in questions}}
-    source = model_of(model, **options)
+    source = parse_model(model, **options)
     if name is None:
         weights = Path(model)
         own_name = weights.resolve().parent.name if weights.name == "model" else weights.stem  # STUDENT/model
@@ -201,11 +191,11 @@ def evaluate_model(
     folder = out or Path("runs") / "evals" / re.sub(r"[^\w.-]+", "_", name)
     node, output = _folder(folder), output or Output()
     with node.working(node.begin(_record(source, questions, asking))) as work:
-        found = evaluate(source, questions, asking, folder, name=name, available=available, output=output)
-        work.result |= asdict(found)
+        scores = evaluate(source, questions, asking, folder, name=name, available=available, output=output)
+        work.result |= scores.model_dump()
         work.files.append(JOURNAL)
     output.print(f"results: {folder}")
-    return EvaluatedModel(**vars(found), folder=folder)
+    return scores
 
 
 def _folder(folder: Path) -> NodeFolder:
@@ -216,15 +206,15 @@ def _folder(folder: Path) -> NodeFolder:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; --out names the folder of the results")
-    node = NodeFolder(folder, folder / "older")
+    node = NodeFolder(folder)
     if node.record() is None and not node.older.is_dir() and any(folder.glob("[!.]*")):
         raise UsageError(f"{folder} holds other files; choose another --out or --name")
     return node
 
 
-def _record(model: Model, questions: Sequence[Asked], asking: Asking) -> NodeRecord:
+def _record(model: Model, questions: Sequence[Asked], asking: AskSettings) -> NodeRecord:
     """What the folder will hold: replies are kept while model and asking are the same, whatever the questions."""
-    parts: dict[str, Any] = {"model": identity(model), "asking": content_of(asking)}
+    parts: dict[str, Any] = {"model": identity(model), "asking": hashed_settings(asking)}
     base = content_hash(parts)[:16]
     asked = [task.content_of(question) for task, question in questions]
     parts |= {"questions": content_hash(asked)[:16], "verdicts": VERDICT_VERSION}

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, out of its samples: a row for each task, and for each later turn of a conversation.
+"""Compute the scores of an evaluation from its samples: a row for each task, and for each later turn of a conversation.
 
 A row has the same number of samples for every question, all greedy or all sampled, and its interval is over questions,
 never over samples. Nothing here asks a model. Shares are fractions in [0, 1]; None where nothing defines a number.
@@ -8,183 +8,94 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from cotree.base import statistics
 from cotree.eval.asking import turns_of
 from cotree.eval.journal import EvalSample, by_task_turn
+from cotree.eval.scores import (
+    ConstantBaseline,
+    Estimate,
+    FamilyScores,
+    InstructionScores,
+    ModelScores,
+    TaskScores,
+    TokensUsed,
+)
 from cotree.eval.settings import SAMPLING
-from cotree.tasks.agreement import group_answers
-from cotree.tasks.base import Asked, Question, Task
+from cotree.tasks.base import Asked, Question, Task, group_answers
 from cotree.tasks.blocksworld import Blocksworld
 from cotree.tasks.diagnosis import diagnose
-from cotree.tasks.instructions import IFScore, if_scores, instruction_results
+from cotree.tasks.instructions import if_scores, instruction_results
 
 # The paper's Test@1, Test@8, Test@32.
 _TEST_AT = (1, 8, 32)
 
 
-class Accuracy(NamedTuple):
-    """A mean over questions with its 95% interval; a list of three in JSON."""
-
-    accuracy: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyOutcome:
-    """The questions of one family of a task. optimal: the share of shortest plans among the correct ones, of plans."""
-
-    n: int
-    accuracy: float
-    no_answer: float
-    optimal: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A row of the table: one model on the questions of one task, or of one later turn of its conversations.
-
-    task: `EvalSample.task_turn`. n, samples: questions, and samples of each.
-    temperature, top_p, decoding, max_tokens: as in `EvalSample`.
-    accuracy: the share of correct samples (avg@n), with its 95% interval `low` to `high`; `lenient` is that under
-        lenient extraction, `accuracy_answered` that of the samples with an answer.
-    no_answer: `loop` (the text repeats itself) plus `truncated` (no loop, cut off by max_tokens) plus
-        `finished_without_answer`.
-    commonest: the answer given most often, with its share of the samples with an answer: near 1, a model has learnt a
-        constant.
-    test_at: the paper's Test@k for each k up to `samples`, of sampled answers only; of trees for each k up to the
-        chains of the largest one, if there are enough trees.
-    majority: how often the answer that most samples give is right; None where answers do not vote.
-    mean_tokens, tokens_p50, ...: mean and percentiles of generated tokens.
-    detectable: the least difference that two such rows can show.
-    """
-
-    task: str
-    n: int
-    samples: int
-    temperature: float
-    top_p: float
-    decoding: str
-    max_tokens: int
-    accuracy: float
-    low: float
-    high: float
-    lenient: float
-    no_answer: float
-    loop: float
-    truncated: float
-    finished_without_answer: float
-    accuracy_answered: float | None
-    commonest: str | None
-    commonest_share: float | None
-    test_at: Mapping[str, Accuracy]
-    majority: Accuracy | None
-    mean_tokens: float
-    tokens_p50: int
-    tokens_p90: int
-    tokens_p99: int
-    detectable: float | None
-    families: Mapping[str, FamilyOutcome]
-
-
-@dataclass(frozen=True, slots=True)
-class InstructionOutcome(IFScore):
-    """What one language group's answers to one turn of a task follow, with the ratio of no-answer outputs."""
-
-    task: str
-    no_answer: float
-
-
-@dataclass(frozen=True, slots=True)
-class ConstantBaseline:
-    """The best constant answer to a task's questions and its accuracy: what a model gets that ignores the question."""
-
-    task: str
-    answer: str
-    accuracy: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokensUsed:
-    """Tokens of all samples of an evaluation: read as prompts, and generated."""
-
-    prompt: int
-    completion: int
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One model's numbers."""
-
-    model: str
-    rows: tuple[Outcome, ...]
-    instructions: tuple[InstructionOutcome, ...]
-    baselines: tuple[ConstantBaseline, ...]
-    tokens: TokensUsed
-
-
-def compute_metrics(model: str, questions: Sequence[Asked], samples: Sequence[EvalSample]) -> Evaluated:
-    """All numbers of a model's samples; may wait for the math workers, where answers vote."""
-    return Evaluated(
+def score_samples(model: str, questions: Sequence[Asked], samples: Sequence[EvalSample], folder: Path) -> ModelScores:
+    """All scores of a model's samples; may wait for the math workers, where answers vote."""
+    return ModelScores(
         model=model,
-        rows=tuple(outcomes(questions, samples)),
-        instructions=tuple(instruction_scores(questions, samples)),
-        baselines=tuple(constant_baselines(questions)),
-        tokens=TokensUsed(sum(s.prompt_tokens for s in samples), sum(s.tokens for s in samples)),
+        rows=score_tasks(questions, samples),
+        instructions=instruction_scores(questions, samples),
+        baselines=constant_baselines(questions),
+        tokens=TokensUsed(prompt=sum(s.prompt_tokens for s in samples), completion=sum(s.tokens for s in samples)),
+        folder=folder,
     )
 
 
-def outcomes(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[Outcome]:
-    """The rows of the table, in the order of the samples."""
+def score_tasks(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[TaskScores]:
+    """The scores of each task and later turn, in the order of the samples."""
     asked = {(question.task, question.id): (task, question) for task, question in questions}
-    return [_outcome(row, by_question, asked) for row, by_question in by_task_turn(samples).items()]
+    return [_score_task(name, by_question, asked) for name, by_question in by_task_turn(samples).items()]
 
 
-def _outcome(
-    row: str, by_question: Mapping[str, Sequence[EvalSample]], asked: Mapping[tuple[str, str], Asked]
-) -> Outcome:
+def _score_task(
+    task_turn: str, by_question: Mapping[str, Sequence[EvalSample]], asked: Mapping[tuple[str, str], Asked]
+) -> TaskScores:
     samples = [sample for found in by_question.values() for sample in found]
     first, n = samples[0], len(samples) // len(by_question)
     task, _ = asked[first.task, first.id]
-    ends = Counter(map(_end, samples))
-    answered = ends["correct"] + ends["wrong"]
+    counts = Counter(map(_verdict_or_reason, samples))
+    answered = counts["correct"] + counts["wrong"]
     answers = [sample.answer for sample in samples if sample.answer is not None]
     commonest, commonest_share = statistics.constant_baseline(answers) if answers else (None, None)
     tokens = sorted(sample.tokens for sample in samples)
     # Percentiles: the least number of tokens that so many percent of the samples do not exceed.
     numbers: dict[str, Any] = {f"tokens_p{p}": tokens[math.ceil(len(tokens) * p / 100) - 1] for p in (50, 90, 99)}
-    numbers |= {reason: ends[reason] / len(samples) for reason in ("loop", "truncated", "finished_without_answer")}
+    numbers |= {reason: counts[reason] / len(samples) for reason in ("loop", "truncated", "finished_without_answer")}
     numbers |= {name: getattr(first, name) for name in ("decoding", *SAMPLING)}
-    accuracy = _accuracy([fmean(s.verdict == "correct" for s in found) for found in by_question.values()])
+    accuracy, low, high = _estimate([fmean(s.verdict == "correct" for s in found) for found in by_question.values()])
     majority = None
     if n > 1 and task.comparable:
-        majority = _accuracy([_vote(*asked[found[0].task, found[0].id], found) for found in by_question.values()])
-    return Outcome(
-        task=row,
+        majority = _estimate([_vote(*asked[found[0].task, found[0].id], found) for found in by_question.values()])
+    return TaskScores(
+        task=task_turn,
         n=len(by_question),
         samples=n,
         **numbers,
-        **accuracy._asdict(),
+        accuracy=accuracy,
+        low=low,
+        high=high,
         lenient=fmean((sample.lenient_verdict or sample.verdict) == "correct" for sample in samples),
         no_answer=(len(samples) - answered) / len(samples),
-        accuracy_answered=ends["correct"] / answered if answered else None,
+        accuracy_answered=counts["correct"] / answered if answered else None,
         commonest=commonest,
         commonest_share=commonest_share,
-        test_at=_test_at(by_question.values()),
+        test_at=_test_at(list(by_question.values())),
         majority=majority,
         mean_tokens=fmean(tokens),
-        detectable=statistics.minimum_detectable_difference(len(by_question), accuracy.accuracy),
+        detectable=statistics.minimum_detectable_difference(len(by_question), accuracy),
         families=_families(task, samples),
     )
 
 
-def _end(sample: EvalSample) -> str:
-    """Correct, wrong, or why there is no answer."""
+def _verdict_or_reason(sample: EvalSample) -> str:
+    """The verdict "correct" or "wrong", or why there is no answer: a loop, cut off by max_tokens, or finished."""
     if sample.verdict != "no_answer":
         return sample.verdict
     if diagnose(sample.response, finish_reason=sample.finish_reason, answered=False).loop:
@@ -192,24 +103,24 @@ def _end(sample: EvalSample) -> str:
     return "truncated" if sample.finish_reason == "length" else "finished_without_answer"
 
 
-def _test_at(questions: Collection[Sequence[EvalSample]]) -> dict[str, Accuracy]:
+def _test_at(questions: Sequence[Sequence[EvalSample]]) -> dict[str, Estimate]:
     """Test@k over questions: of independent samples by the formula, of trees by their first k chains."""
-    first = next(iter(questions))
+    first = questions[0]
     if first[0].tree_correct is not None:
         trees = [[sample.tree_correct or [] for sample in found] for found in questions]
         most = max(len(tree) for of_question in trees for tree in of_question)
         of_trees = [k for k in _TEST_AT if k <= most and len(first) >= statistics.MIN_TREES]
-        return {str(k): _accuracy([statistics.tree_test_at_k(each, k) for each in trees]) for k in of_trees}
+        return {str(k): _estimate([statistics.tree_test_at_k(each, k) for each in trees]) for k in of_trees}
     counts = [(len(found), sum(sample.verdict == "correct" for sample in found)) for found in questions]
     sampled = [k for k in _TEST_AT if k <= len(first) and first[0].temperature > 0]
-    return {str(k): _accuracy([statistics.pass_at_k(n, correct, k) for n, correct in counts]) for k in sampled}
+    return {str(k): _estimate([statistics.pass_at_k(n, correct, k) for n, correct in counts]) for k in sampled}
 
 
-def _accuracy(values: Sequence[float]) -> Accuracy:
+def _estimate(values: Sequence[float]) -> Estimate:
     """The mean over questions; Wilson's interval where each is all or nothing, as one sample a question is."""
     if all(value in (0, 1) for value in values):
-        return Accuracy(fmean(values), *statistics.wilson_interval(sum(values), len(values)))
-    return Accuracy(fmean(values), *statistics.clustered_interval(values))
+        return fmean(values), *statistics.wilson_interval(sum(values), len(values))
+    return fmean(values), *statistics.clustered_interval(values)
 
 
 def _vote(task: Task, question: Question, samples: Sequence[EvalSample]) -> float:
@@ -220,14 +131,14 @@ def _vote(task: Task, question: Question, samples: Sequence[EvalSample]) -> floa
     return float(samples[found.index(most[0][0])].verdict == "correct") if most else 0.0
 
 
-def _families(task: Task, samples: Sequence[EvalSample]) -> dict[str, FamilyOutcome]:
+def _families(task: Task, samples: Sequence[EvalSample]) -> dict[str, FamilyScores]:
     """By family where there are several, and always of plans."""
     names, plans = sorted({sample.family for sample in samples}), isinstance(task, Blocksworld)
-    rows: dict[str, FamilyOutcome] = {}
+    rows: dict[str, FamilyScores] = {}
     for family in names if plans or len(names) > 1 else ():
         members = [sample for sample in samples if sample.family == family]
         correct = [sample for sample in members if sample.verdict == "correct"]
-        rows[family] = FamilyOutcome(
+        rows[family] = FamilyScores(
             n=len({sample.id for sample in members}),
             accuracy=len(correct) / len(members),
             no_answer=fmean(sample.verdict == "no_answer" for sample in members),
@@ -242,14 +153,15 @@ def constant_baselines(questions: Sequence[Asked]) -> list[ConstantBaseline]:
     for task, question in questions:
         if task.answer_form != "text":
             golds.setdefault(task.name, []).append(question.gold)
-    return [ConstantBaseline(name, *statistics.constant_baseline(found)) for name, found in golds.items()]
+    best = {name: statistics.constant_baseline(found) for name, found in golds.items()}
+    return [ConstantBaseline(task=name, answer=answer, accuracy=share) for name, (answer, share) in best.items()]
 
 
-def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[InstructionOutcome]:
+def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[InstructionScores]:
     """The paper's IF(Zh), IF(En) and IF(Other) by turn, for each task that has instructions; from the replies alone."""
     # What was replied between two turns decides no instruction.
     asked = {(turn.task, turn.id, turn.turn): turn for _, first in questions for turn in turns_of(first)}
-    rows: list[InstructionOutcome] = []
+    rows: list[InstructionScores] = []
     for name in dict.fromkeys(sample.task for sample in samples):
         found = [
             (instruction_results(asked[name, s.id, s.turn], s.response, s.finish_reason), s.verdict == "no_answer")
@@ -258,5 +170,5 @@ def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]
         ]
         for score in if_scores(result for result, _ in found):
             none = [none for r, none in found if r.group == score.group and score.turn in (None, r.turn)]
-            rows.append(InstructionOutcome(**asdict(score), task=name, no_answer=fmean(none)))
+            rows.append(InstructionScores(**asdict(score), task=name, no_answer=fmean(none)))
     return rows

@@ -11,21 +11,19 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from cotree.base.atomic import write_json
 from cotree.base.rows import Row, write_jsonl
-from cotree.base.run_folder import read_json
 from cotree.eval.journal import EvalSample, content_hash
-from cotree.eval.metrics import Evaluated
 from cotree.eval.samplers import conversation
-from cotree.eval.settings import Asking
-from cotree.models.identity import identity
+from cotree.eval.scores import ModelScores
+from cotree.eval.settings import AskSettings
 from cotree.models.settings import Model
+from cotree.models.tokenizer import load_tokenizer
+from cotree.models.weights import identity, tokenizer_source
 from cotree.tasks.base import Asked, Question, Task
 from cotree.tasks.extract import ExtractionMode, visible_text
 
@@ -35,20 +33,22 @@ _DATE = "%Y-%m-%dT%H-%M-%S.%f"  # in the files' names
 
 
 def write_results(
-    folder: Path,
-    evaluated: Evaluated,
+    scores: ModelScores,
     questions: Sequence[Asked],
     samples: Sequence[EvalSample],
     *,
-    asking: Asking,
+    asking: AskSettings,
     model: Model,
     available: Mapping[str, int],
+    seconds: float,
 ) -> None:
-    """Write both kinds of files in place of those of an earlier time.
+    """Write both kinds of files into `scores.folder`, in place of those of an earlier time.
 
     Args:
         available: how many questions a task has in all, by task; by default as many as were asked.
+        seconds: the time that the evaluation took, earlier attempts included.
     """
+    folder, arguments = scores.folder, _generation_arguments(asking)
     before = [*folder.glob("results_????-??-??T*.json"), *folder.glob("samples_*_????-??-??T*.jsonl")]
     date = before[0].stem.rpartition("_")[2] if before else datetime.now().strftime(_DATE)
     tasks = {task.name: task for task, _ in questions}
@@ -59,9 +59,8 @@ def write_results(
         write_jsonl(written[-1], rows)
         task = tasks[rows[0]["doc"]["task"]]
         n = len({row["doc_id"] for row in rows})
-        hashes = [row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows]
         about = {
-            "results": _metrics(name, rows, evaluated),
+            "results": _metrics(name, rows, scores),
             "group_subtasks": [],
             "configs": {
                 "task": name,
@@ -69,7 +68,7 @@ def write_results(
                 "output_type": "generate_until",
                 "num_fewshot": 0,
                 "repeats": asking.samples,
-                "generation_kwargs": _arguments(asking),
+                "generation_kwargs": arguments,
                 "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
                 "metadata": {"version": task.prompt_version},
             },
@@ -77,7 +76,7 @@ def write_results(
             "n-shot": 0,
             "higher_is_better": {"exact_match": True},
             "n-samples": {"original": available.get(task.name, n), "effective": n},
-            "task_hashes": content_hash("".join(hashes)),
+            "task_hashes": content_hash("".join(r["doc_hash"] + r["prompt_hash"] + r["target_hash"] for r in rows)),
         }
         for key, value in about.items():
             by_key[key][name] = value
@@ -90,29 +89,25 @@ def write_results(
             "model_args": {"pretrained": model.weights or model.model},
             "model_sha": identity(model).get("weights"),
             "limit": max(cut, default=None),
-            "gen_kwargs": _arguments(asking),
+            "gen_kwargs": arguments,
             "random_seed": asking.seed,
         },
         "date": datetime.strptime(date, _DATE).timestamp(),
+        "total_evaluation_time_seconds": str(seconds),
+        "chat_template_sha": _chat_template_hash(model),
         "model_source": "cotree",
-        "model_name": evaluated.model,
-        "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", evaluated.model),
-        "cotree": {**asdict(evaluated), "asking": asking.model_dump(mode="json"), "questions": asked},
+        "model_name": scores.model,
+        "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", scores.model),
+        "cotree": {**scores.model_dump(), "asking": asking.model_dump(mode="json"), "questions": asked},
     }
     write_json(written[0], content)
     for old in set(before).difference(written):
         old.unlink()
 
 
-def questions_asked(folder: Path) -> set[tuple[str, str]] | None:
-    """(task, question id) of what the results in a folder are about; None where none are written yet."""
-    for path in folder.glob("results_*.json"):
-        asked = (read_json(path) or {})["cotree"]["questions"]
-        return {(task, id_) for task, ids in asked.items() for id_ in ids}
-    return None
-
-
-def _rows_by_name(questions: Sequence[Asked], samples: Sequence[EvalSample], asking: Asking) -> dict[str, list[Row]]:
+def _rows_by_name(
+    questions: Sequence[Asked], samples: Sequence[EvalSample], asking: AskSettings
+) -> dict[str, list[Row]]:
     """The rows of lm-eval's sample files by the names of their tasks, one for each question, turn and filter.
 
     The samples of a first turn are repeats of one request; a later turn is a request for each sample, because each
@@ -128,15 +123,16 @@ def _rows_by_name(questions: Sequence[Asked], samples: Sequence[EvalSample], ask
             requests = [found] if question is first else [[sample] for sample in found]
             conversations = [conversation(task, asked[request[0].sample], asking) for request in requests]
             prompts = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
-            about = {"doc_id": index, **_about_question(task, question, prompts, asking)}
+            about = {"doc_id": index, **_question_columns(task, question, prompts, asking)}
             for name in ("none",) if task.answer_form == "text" else ("strict-match", "flexible-extract"):
-                rows[re.sub(r"\W+", "_", found[0].task_turn)].append(about | _about_replies(task, requests, name))
+                rows[re.sub(r"\W+", "_", found[0].task_turn)].append(about | _reply_columns(task, requests, name))
             following = [each.follow_up(visible_text(s.response)) for each, s in zip(asked, found, strict=True)]
             asked = [each for each in following if each is not None]
     return rows
 
 
-def _about_question(task: Task, question: Question, prompts: Sequence[str], asking: Asking) -> Row:
+def _question_columns(task: Task, question: Question, prompts: Sequence[str], asking: AskSettings) -> Row:
+    """The columns of a row that say what was asked, with lm-eval's hashes of it."""
     doc = {
         "id": question.id,
         "task": task.name,
@@ -145,11 +141,11 @@ def _about_question(task: Task, question: Question, prompts: Sequence[str], aski
         "question": question.messages[-1]["content"],
         "answer": question.gold,
     }
-    arguments = [{"arg_0": prompt, "arg_1": _arguments(asking)} for prompt in prompts]
+    arguments = _generation_arguments(asking)
     return {
         "doc": doc,
         "target": question.gold,
-        "arguments": {f"gen_args_{place}": given for place, given in enumerate(arguments)},
+        "arguments": {f"gen_args_{i}": {"arg_0": prompt, "arg_1": arguments} for i, prompt in enumerate(prompts)},
         "metrics": ["exact_match"],
         "doc_hash": content_hash(json.dumps(doc, indent=2, ensure_ascii=False)),
         "prompt_hash": content_hash(prompts[0]),
@@ -157,19 +153,16 @@ def _about_question(task: Task, question: Question, prompts: Sequence[str], aski
     }
 
 
-def _about_replies(task: Task, requests: Sequence[Sequence[EvalSample]], name: str) -> Row:
-    """The replies under one filter."""
-    mode = _FILTERS[name]
+def _reply_columns(task: Task, requests: Sequence[Sequence[EvalSample]], filter_name: str) -> Row:
+    """The columns of a row that say what was replied, and what a filter extracts from it."""
+    mode = _FILTERS[filter_name]
     samples = [sample for request in requests for sample in request]
     verdicts = [s.verdict if mode == "strict" else s.lenient_verdict or s.verdict for s in samples]
-    answers = [
-        [task.extract(sample.response, sample.finish_reason, mode) or "[invalid]" for sample in request]
-        for request in requests
-    ]
+    answers = [[task.extract(s.response, s.finish_reason, mode) or "[invalid]" for s in each] for each in requests]
     return {
         "resps": [[sample.response for sample in request] for request in requests],
         "filtered_resps": [found[0] if len(found) == 1 else found for found in answers],
-        "filter": name,
+        "filter": filter_name,
         "exact_match": fmean(verdict == "correct" for verdict in verdicts),
         "cotree": {
             "verdicts": verdicts,
@@ -179,23 +172,34 @@ def _about_replies(task: Task, requests: Sequence[Sequence[EvalSample]], name: s
     }
 
 
-def _metrics(name: str, rows: Sequence[Row], evaluated: Evaluated) -> dict[str, Any]:
+def _metrics(name: str, rows: Sequence[Row], scores: ModelScores) -> dict[str, Any]:
     """lm-eval's metrics of one task, each by filter: "exact_match,strict-match"."""
     found: dict[str, Any] = {"name": name, "alias": name, "sample_len": len({row["doc_id"] for row in rows})}
-    for filter_ in dict.fromkeys(row["filter"] for row in rows):
-        values = [float(row["exact_match"]) for row in rows if row["filter"] == filter_]
-        found[f"exact_match,{filter_}"] = fmean(values)
-        found[f"exact_match_stderr,{filter_}"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else "N/A"
+    for filter_name in dict.fromkeys(row["filter"] for row in rows):
+        values = [float(row["exact_match"]) for row in rows if row["filter"] == filter_name]
+        found[f"exact_match,{filter_name}"] = fmean(values)
+        found[f"exact_match_stderr,{filter_name}"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else "N/A"
     doc = rows[0]["doc"]
-    scores = [s for s in evaluated.instructions if (s.task, s.turn) == (doc["task"], doc["turn"] + 1)]
-    for score in scores:
-        group = "none" if len(scores) == 1 else score.group
-        for level, field in (("prompt", "prompt"), ("inst", "instruction")):
-            found[f"{level}_level_strict_acc,{group}"] = getattr(score, f"{field}_strict")
-            found[f"{level}_level_loose_acc,{group}"] = getattr(score, f"{field}_loose")
+    groups = [s for s in scores.instructions if (s.task, s.turn) == (doc["task"], doc["turn"] + 1)]
+    for group in groups:
+        name = "none" if len(groups) == 1 else group.group
+        found[f"prompt_level_strict_acc,{name}"] = group.prompt_strict
+        found[f"prompt_level_loose_acc,{name}"] = group.prompt_loose
+        found[f"inst_level_strict_acc,{name}"] = group.instruction_strict
+        found[f"inst_level_loose_acc,{name}"] = group.instruction_loose
     return found
 
 
-def _arguments(asking: Asking) -> dict[str, Any]:
+def _chat_template_hash(model: Model) -> str | None:
+    """The sha256 of the template that rendered the prompts; None where a server did, or the model has none."""
+    source = tokenizer_source(model)
+    if source is None or model.mode == "chat":
+        return None
+    template = load_tokenizer(source, chats=False).chat_template
+    return content_hash(template) if template else None
+
+
+def _generation_arguments(asking: AskSettings) -> dict[str, Any]:
+    """`gen_kwargs` as lm-eval names them."""
     sampled = {"do_sample": asking.temperature > 0, "temperature": asking.temperature, "top_p": asking.top_p}
     return {"until": [], "max_gen_toks": asking.max_tokens, **sampled}

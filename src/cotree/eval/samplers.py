@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cotree.base.errors import UsageError
-from cotree.decode.strategies import choose_value, decode
-from cotree.eval.settings import Asking
+from cotree.decode.strategies import choose_value, search_answer
+from cotree.eval.settings import AskSettings
 from cotree.models.client import Choice, Request
 from cotree.models.endpoints import Endpoint
-from cotree.search.completer import Completer
-from cotree.search.prompts import example_messages
+from cotree.search.journal import SearchModels
 from cotree.search.settings import Search, Stop, Thought, Writer
+from cotree.search.thoughts import example_messages
 from cotree.tasks.base import Asked, Message, Question, Task
 
 # They share the request's prompt, and a server decodes them side by side.
@@ -29,8 +29,8 @@ Budgets = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """What a sampler brings: a choice a sample, whose `tokens` are all that was generated for it.
+class SampledReplies:
+    """The replies to one question: a choice for each sample, whose `tokens` are all that was generated for it.
 
     decoding: the search that chose it, for readers; "" for plain sampling.
     tree_answers: of a tree the answers of all its chains, in the order in which they ended.
@@ -47,11 +47,11 @@ class Sampler(Protocol):
 
     samples_per_call: int
 
-    async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
+    async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
         """The samples of these numbers, in their order; a number decides the seed of its sample."""
 
 
-def conversation(task: Task, question: Question, asking: Asking) -> list[Message]:
+def conversation(task: Task, question: Question, asking: AskSettings) -> list[Message]:
     """What the model is asked, before its chat template: the question, after worked examples if the settings say so."""
     shows_examples = asking.examples or asking.strategy is not None
     shown = example_messages(task.worked_examples(question), task.answer_form) if shows_examples else []
@@ -63,13 +63,13 @@ class PlainSampler:
 
     samples_per_call = _SAMPLES_PER_REQUEST
 
-    def __init__(self, endpoint: Endpoint, asking: Asking) -> None:
+    def __init__(self, endpoint: Endpoint, asking: AskSettings) -> None:
         self.endpoint, self.asking = endpoint, asking
         # A base model has no token that ends a turn: it would ask itself the next question.
         is_base = endpoint.tokenizer is not None and not endpoint.tokenizer.chat_template
         self.stop = ("\nQuestion:",) if is_base else ()
 
-    async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
+    async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
         """One request for all of them."""
         prompt = self.endpoint.prompt(conversation(task, question, self.asking))
         request = Request(
@@ -81,7 +81,7 @@ class PlainSampler:
             **self.asking.sampling(),
         )
         completion = await self.endpoint.client_for(question.id).complete(request)
-        return Sampled(completion.choices, completion.prompt_tokens)
+        return SampledReplies(completion.choices, completion.prompt_tokens)
 
 
 class SearchSampler:
@@ -89,13 +89,13 @@ class SearchSampler:
 
     samples_per_call = 1
 
-    def __init__(self, endpoint: Endpoint, asking: Asking, budgets: Budgets | None) -> None:
+    def __init__(self, endpoint: Endpoint, asking: AskSettings, budgets: Budgets | None) -> None:
         self.endpoint, self.asking, self.budgets = endpoint, asking, budgets
-        self.completer = Completer({endpoint.name: endpoint})
+        self.models = SearchModels({endpoint.name: endpoint})
         # A search has requests enough to keep a server busy; thousands at once would only wait.
         self._running = asyncio.Semaphore(search_settings(asking).trees_in_flight)
 
-    async def sample(self, task: Task, question: Question, numbers: range) -> Sampled:
+    async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
         """One search."""
         strategy, budget = self.asking.strategy, self.asking.budget_tokens
         shown = f"{budget} tokens"
@@ -107,10 +107,10 @@ class SearchSampler:
         settings = search_settings(self.asking, max(budget or 1, 1))
         value = choose_value(task, strategy, self.asking.value, settings)
         async with self._running:
-            best = await decode(
+            best = await search_answer(
                 task,
                 question,
-                self.completer,
+                self.models,
                 settings,
                 roles={"thinker": (Writer(model=self.endpoint.name),)},
                 strategy=strategy,
@@ -119,20 +119,22 @@ class SearchSampler:
             )
         choice = Choice(best.text, "length" if best.cut_off else "stop", best.spent.completion_tokens)
         decoding = f"{strategy} by {value}, {shown}"
-        return Sampled((choice,), best.spent.prompt_tokens, decoding, best.answers if strategy == "mcts" else None)
+        return SampledReplies(
+            (choice,), best.spent.prompt_tokens, decoding, best.answers if strategy == "mcts" else None
+        )
 
 
-def make_sampler(endpoint: Endpoint, asking: Asking, budgets: Budgets | None) -> Sampler:
+def make_sampler(endpoint: Endpoint, asking: AskSettings, budgets: Budgets | None) -> Sampler:
     """The sampler that the settings ask for."""
     return PlainSampler(endpoint, asking) if asking.strategy is None else SearchSampler(endpoint, asking, budgets)
 
 
-def samples_of_a_request(asking: Asking) -> int:
+def samples_of_a_request(asking: AskSettings) -> int:
     """The most samples that one request of a sampler asks for."""
     return min(asking.samples, _SAMPLES_PER_REQUEST) if asking.strategy is None else search_settings(asking).widest
 
 
-def search_settings(asking: Asking, budget_tokens: int = 1) -> Search:
+def search_settings(asking: AskSettings, budget_tokens: int = 1) -> Search:
     """How the search of an evaluation is done: the plain pattern, for about so many generated tokens."""
     return Search(
         rollouts=budget_tokens,
@@ -145,7 +147,7 @@ def search_settings(asking: Asking, budget_tokens: int = 1) -> Search:
     )
 
 
-def check_strategy(asking: Asking, questions: Sequence[Asked], budgets: Budgets | None) -> None:
+def check_strategy(asking: AskSettings, questions: Sequence[Asked], budgets: Budgets | None) -> None:
     """That the strategy has a budget for every question and can decide between answers of its kind.
 
     Raises:

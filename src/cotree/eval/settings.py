@@ -16,7 +16,7 @@ ValueName = Literal["vote", "likelihood"]
 SAMPLING = ("max_tokens", "temperature", "top_p")
 
 
-class Asking(Section):
+class AskSettings(Section):
     """How every question is asked; the same for every model of an evaluation.
 
     max_tokens: the most tokens of a reply. samples: completions a question; more than one need a temperature.
@@ -38,7 +38,7 @@ class Asking(Section):
     gguf: GGUFType | None = "Q8_0"
 
     @model_validator(mode="after")
-    def _consistent(self) -> Asking:
+    def _consistent(self) -> AskSettings:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("greedy samples are all alike: several samples need a temperature, e.g. temperature 0.8")
         if self.strategy is None and (self.value is not None or self.budget_tokens is not None):
@@ -52,7 +52,7 @@ class Asking(Section):
         return {name: getattr(self, name) for name in SAMPLING}
 
 
-class Evaluation(Asking):
+class Evaluation(AskSettings):
     """An `evaluations` node: a cell for each of `models` (names of models and students).
 
     questions: {task: how many}, the first so many of `split`; a `split: dev` evaluation is for tuning.

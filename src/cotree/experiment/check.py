@@ -6,26 +6,31 @@ Every model is asked through the very endpoint that the search uses, so what pas
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import Output
+from cotree.data.settings import Dataset
+from cotree.eval.asking import check_lengths
+from cotree.eval.settings import Evaluation
 from cotree.experiment.fingerprints import Fingerprints
-from cotree.experiment.preflight import Check, preflight
-from cotree.experiment.recipe import Recipe
-from cotree.experiment.run import run_folder
+from cotree.experiment.recipe import Node, Recipe
 from cotree.experiment.server_probe import QUESTION, ServerProbe
+from cotree.experiment.state import run_folder
+from cotree.experiment.work import tokenizer_of
 from cotree.models.client import Client, Request
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.models.weights import locate, parameter_count
-from cotree.search.reward import combine_step_scores, step_score_messages
+from cotree.models.weights import gguf_file, locate, parameter_count
+from cotree.search.reward import combine_step_scores, load_reward_function, step_score_messages
 from cotree.search.settings import Reward
 from cotree.tasks import Question
 
@@ -49,6 +54,8 @@ class Finding:
         return f"{'FAIL' if self.problem else 'ok  '} {self.subject}: {self.check}: {self.problem or self.remark}"
 
 
+# A subject, what is checked of it, and the check itself: it returns a remark, or raises CotreeError.
+Check = tuple[str, str, Callable[[], str]]
 # Waits for one check of a subject, notes and shows what was found, and returns whether it passed.
 Record = Callable[[str, str, Awaitable[str]], Awaitable[bool]]
 
@@ -77,24 +84,94 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
         return not finding.problem
 
     async def check_all() -> None:
-        disk: Check = (f"folder {runs_dir}", "usable", partial(_disk, recipe, runs_dir))
-        for subject, name, look in (*preflight(recipe, Fingerprints(recipe), list(recipe.nodes.values())), disk):
+        for subject, name, look in preflight(Fingerprints(recipe), recipe.nodes.values()):
             await record(subject, name, asyncio.to_thread(look))
+        await record(f"folder {runs_dir}", "usable", asyncio.to_thread(_disk, recipe, runs_dir))
         # One after the other: two models in this process need not fit into memory together.
         for name in recipe.models:
-            await _model(recipe, name, record)
+            await _check_model(recipe, name, record)
 
     asyncio.run(check_all())
     failed = [finding for finding in findings if finding.problem]
     if failed:
-        first = f"{failed[0].subject}: {failed[0].check}: {failed[0].problem}"
-        raise UsageError(
-            f"{len(failed)} of {len(findings)} checks failed; {'the first: ' if failed[1:] else ''}{first}"
-        )
+        first = f"{'the first: ' if failed[1:] else ''}{failed[0].subject}: {failed[0].check}: {failed[0].problem}"
+        raise UsageError(f"{len(failed)} of {len(findings)} checks failed; {first}")
     return findings
 
 
+def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterator[Check]:
+    """What can be known of these nodes without asking a model: packages, questions, tokenizers, lengths, rewards."""
+    recipe, by_id = fingerprints.recipe, {node.id: node for node in nodes}
+    if by_id:
+        yield "packages", "installed", partial(_packages, recipe, by_id.values())
+    for name, node in by_id.items():
+        settings = node.settings
+        if node.kind in ("trees", "evaluations"):
+            yield name, f"{settings.split} questions", partial(_questions, fingerprints, node)
+        if node.kind == "trees" and settings.reward is not None and settings.reward.function is not None:
+            yield name, "reward function", partial(_reward_function, settings.reward.function)
+        if node.kind == "datasets" and settings.trees and settings.gates.contamination:
+            yield name, "contamination", partial(_contamination, fingerprints, node)
+        if node.kind == "students":
+            yield name, "student", partial(_chat_template, recipe, node.name)
+        if node.kind == "evaluations":
+            for model in {recipe.root_model(model) for model in settings.models}:
+                if recipe.models[model].weights is not None:
+                    yield name, f"questions fit into `{model}`", partial(_lengths, fingerprints, node, model)
+
+
+def _packages(recipe: Recipe, nodes: Iterable[Node[Any]]) -> str:
+    """That the extras are installed which these nodes need: llama.cpp to serve weights, torch to train."""
+    asked = [name for node in nodes if node.kind == "trees" for name in node.settings.writers]
+    asked += [name for node in nodes if node.kind == "evaluations" for name in node.settings.models]
+    needed = ["xllamacpp"] if any(recipe.models[recipe.root_model(name)].weights for name in asked) else []
+    trainings = [node.settings.training for node in nodes if node.kind == "students"]
+    needed += ["torch", "accelerate"] if trainings else []
+    needed += ["peft"] if any(training.lora for training in trainings) else []
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            extra = "local" if package == "xllamacpp" else "train"
+            raise UsageError(f"{package} is not installed; pip install 'cotree[{extra}]', or use `make demo`")
+    return ", ".join(needed) or "none needed"
+
+
+def _questions(fingerprints: Fingerprints, node: Node[Any]) -> str:
+    return f"{len(fingerprints.questions(node))} there"
+
+
+def _reward_function(name: str) -> str:
+    load_reward_function(name)
+    return f"{name} loads"
+
+
+def _chat_template(recipe: Recipe, student: str) -> str:
+    tokenizer_of(recipe, student)
+    return "has a chat template"
+
+
+def _lengths(fingerprints: Fingerprints, node: Node[Evaluation], name: str) -> str:
+    """That every question and its reply fit into a model's context."""
+    recipe, settings = fingerprints.recipe, node.settings
+    tokenizer = tokenizer_of(recipe, name, chats=False)
+    weights = gguf_file(recipe.models[name], settings.gguf)
+    check_lengths(weights, tokenizer, fingerprints.questions(node), settings, name=name)
+    return "they do"
+
+
+def _contamination(fingerprints: Fingerprints, node: Node[Dataset]) -> str:
+    """How many questions of a dataset's trees repeat one of an evaluation; that not all do."""
+    trees = [fingerprints.recipe.nodes[f"trees/{name}"] for name in node.settings.trees]
+    asked, repeated = sum(len(fingerprints.questions(each)) for each in trees), len(fingerprints.contaminated(node))
+    if repeated >= asked:
+        raise UsageError(
+            f"datasets.{node.name}: all {asked} questions of its trees repeat one of an evaluation, so nothing is "
+            "left; ask the evaluation another split, or set gates.contamination: false"
+        )
+    return f"{repeated} of {asked} questions repeat one of an evaluation"
+
+
 def _disk(recipe: Recipe, runs_dir: Path) -> str:
+    """That the disk of the run folder has room for the recipe's students and can be written."""
     folder = run_folder(recipe, runs_dir).path.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -114,7 +191,7 @@ def _disk(recipe: Recipe, runs_dir: Path) -> str:
     return found
 
 
-async def _model(recipe: Recipe, name: str, record: Record) -> None:
+async def _check_model(recipe: Recipe, name: str, record: Record) -> None:
     """All checks of one model, on each of its servers."""
     subject, model = f"model `{name}`", recipe.models[name]
     async with AsyncExitStack() as opened:
@@ -139,13 +216,12 @@ async def _model(recipe: Recipe, name: str, record: Record) -> None:
                 await record(where, "exact", probe.exact())
                 await record(where, "stop strings", probe.stops())
                 await record(where, "samples", probe.samples())
-                await record(where, "seed", probe.seed())
 
 
 def _reward_of(recipe: Recipe, name: str) -> Reward:
     """How the recipe uses a process reward model."""
-    rewards = [node.trees.reward for node in recipe.of_kind("trees") if node.trees.reward is not None]
-    return next((reward for reward in rewards if reward.process == name), Reward(process=name))
+    rewards = [node.settings.reward for node in recipe.of_kind("trees")]
+    return next((reward for reward in rewards if reward is not None and reward.process == name), Reward(process=name))
 
 
 async def _scores(client: Client, reward: Reward) -> str:

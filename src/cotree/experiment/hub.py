@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -25,18 +25,18 @@ def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
     Raises:
         UsageError: the hub is not reached, or has no such dataset.
     """
-    unpinned = {n.dataset.hub for n in recipe.of_kind("datasets") if n.dataset.hub and "@" not in n.dataset.hub}
-    if not unpinned:
-        return recipe
+    hubs = {node.settings.hub for node in recipe.of_kind("datasets") if node.settings.hub is not None}
     known = _revisions(folder)
-    commits = {hub: known.get(hub) or _newest_commit(hub) for hub in unpinned if ask or hub in known}
+    commits = {hub: known.get(hub) or _newest_commit(hub) for hub in hubs if "@" not in hub and (ask or hub in known)}
+    if not commits:
+        return recipe
 
     def pin(value: Any) -> Any:
         if isinstance(value, list):
             return [pin(item) for item in value]
-        return f"{value}@{commits[value]}" if isinstance(value, str) and value in commits else value
+        return f"{value}@{commits[value]}" if value in commits else value
 
-    written = yaml.safe_load(yaml.safe_dump(dict(recipe.written)))
+    written = copy.deepcopy(dict(recipe.written))
     for entry in written["datasets"].values():
         for place in (entry, entry.get("sweep") or {}):
             if "hub" in place:
@@ -69,24 +69,19 @@ def _newest_commit(hub: str) -> str:
 def offline() -> Iterator[None]:
     """While the block runs, the hub's libraries use what is in their caches and ask no network."""
     before = {name: os.environ.get(name) for name in _OFFLINE}
-    loaded = {(module.__name__, name): getattr(module, name) for module, name in _offline_switches()}
-    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-    for module, name in _offline_switches():
-        setattr(module, name, True)
+    _set_offline(dict.fromkeys(_OFFLINE, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-        for module, name in _offline_switches():  # those that were loaded in the block have read the environment
-            of_environment = (before[name] or "").upper() in {"1", "ON", "YES", "TRUE"}
-            setattr(module, name, loaded.get((module.__name__, name), of_environment))
+        _set_offline(before)
 
 
-def _offline_switches() -> list[tuple[ModuleType, str]]:
-    """The loaded modules of the hub's libraries that have read one of the variables, each with its name."""
-    modules = map(sys.modules.get, ("huggingface_hub.constants", "datasets.config"))
-    return [(module, name) for module in modules if module is not None for name in _OFFLINE if hasattr(module, name)]
+def _set_offline(values: Mapping[str, str | None]) -> None:
+    """Set the variables, and what loaded modules of the hub's libraries have read from them."""
+    for name, value in values.items():
+        os.environ[name] = value or ""
+        if value is None:
+            del os.environ[name]
+        for module in map(sys.modules.get, ("huggingface_hub.constants", "datasets.config")):
+            if hasattr(module, name):
+                setattr(module, name, (value or "").upper() in {"1", "ON", "YES", "TRUE"})

@@ -1,16 +1,22 @@
-"""A run as Python sees it: its nodes, trees, rows, students and tables."""
+"""A run for reading: its nodes, trees, rows, students and tables in Python, and the rows of `cotree preview`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row, read_rows
 from cotree.base.run_folder import NodeRecord, RunFolder, find_run, read_json
 from cotree.base.settings import nearest
+from cotree.experiment.recipe import Recipe
+from cotree.experiment.state import run_folder
+from cotree.experiment.work import tokenizer_of
 from cotree.search.store import StoredTree, TreeStore
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class Run:
@@ -73,11 +79,6 @@ class Run:
         return path
 
 
-def _trees_in(path: Path, config: str) -> Iterator[StoredTree]:
-    with TreeStore(path) as store:
-        yield from store.trees(config)
-
-
 def open_run(path: str | Path) -> Run:
     """Open a run folder for reading.
 
@@ -85,3 +86,26 @@ def open_run(path: str | Path) -> Run:
         UsageError: there is no run, or one of an older cotree.
     """
     return Run(find_run(Path(path)))
+
+
+def preview_dataset(recipe: Recipe, runs_dir: Path, name: str, rows: int) -> Text:
+    """The first rows of a dataset node as its trainer sees them, token by token.
+
+    Raises:
+        UsageError: the recipe has no such dataset, or it has not been made yet.
+    """
+    from cotree.data.preview import preview
+
+    known = {node.name: node for node in recipe.of_kind("datasets")}
+    if name not in known:
+        raise UsageError(f"unknown dataset `{name}`; {nearest(name, known)}")
+    path = run_folder(recipe, runs_dir).node(f"datasets/{name}").path / "train.parquet"
+    if not path.is_file():
+        raise UsageError(f"no rows at {path}; make them with `cotree run RECIPE --only datasets/{name}`")
+    settings = known[name].settings
+    return preview(path, tokenizer_of(recipe, settings.tokenizer), settings.max_tokens, rows)
+
+
+def _trees_in(path: Path, config: str) -> Iterator[StoredTree]:
+    with TreeStore(path) as store:
+        yield from store.trees(config)

@@ -15,12 +15,11 @@ from typing import Any
 from cotree.base.errors import CotreeError
 from cotree.base.numbers import duration, number
 from cotree.base.run_folder import NodeRecord, RunFolder
-from cotree.data.settings import Dataset
+from cotree.eval.settings import Evaluation
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import offline, pinned
 from cotree.experiment.recipe import Node, Recipe, Student
-from cotree.experiment.run import run_folder
-from cotree.experiment.state import State, equal_content, states_of
+from cotree.experiment.state import State, equal_content, run_folder, states_of
 from cotree.models.weights import locate, parameter_count
 from cotree.search.settings import Matrix, Trees
 
@@ -58,10 +57,7 @@ class NodePlan:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; nodes that are no evaluation have no `cells`."""
-        found = asdict(self)
-        if self.cells is None:
-            del found["cells"]
-        return found
+        return {key: value for key, value in asdict(self).items() if key != "cells" or value is not None}
 
 
 def plan(recipe: Recipe, runs_dir: Path = Path("runs")) -> list[NodePlan]:
@@ -75,14 +71,16 @@ def plan(recipe: Recipe, runs_dir: Path = Path("runs")) -> list[NodePlan]:
     with offline():
         fingerprints = Fingerprints(recipe)
         states = states_of(folder, fingerprints, recipe.nodes)
-        for name, content in equal_content(folder, None, states).items():
-            why = f"is the same as {content.path.relative_to(folder.path)}"
-            states = [replace(state, state="done", why=(why,)) if state.name == name else state for state in states]
+        equal = equal_content(folder, None, states)
+        for index, state in enumerate(states):
+            if state.name in equal:
+                why = f"is the same as {equal[state.name].path.relative_to(folder.path)}"
+                states[index] = replace(state, state="done", why=(why,))
         estimates = _Estimates(recipe, folder, fingerprints)
-        plans = []
-        for node in recipe.nodes.values():
-            plans.append(_plan_of(node, [state for state in states if state.node.id == node.id], estimates))
-    return plans
+        return [
+            _plan_of(node, [state for state in states if state.node is node], estimates)
+            for node in recipe.nodes.values()
+        ]
 
 
 def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
@@ -96,14 +94,11 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
             f"{each.memory_mb / 1000:.1f} GB of memory" if each.memory_mb else "",
             f"{each.disk_mb / 1000:.1f} GB of disk" if each.disk_mb and each.disk_mb > 100 else "",
         ]
-        why = f" ({', '.join(each.why)})" if each.why else ""
         cost = ", ".join(filter(None, costs))
-        lines.append(f"{each.name:<{width}}  {each.state}{why}{'; ' if cost else ''}{cost}")
+        lines.append(f"{each.name:<{width}}  {_with_reasons(each)}{'; ' if cost else ''}{cost}")
         for cell in each.cells or ():
-            if (cell.state, cell.why) == (each.state, each.why):
-                continue
-            why = f" ({', '.join(cell.why)})" if cell.why else ""
-            lines.append(f"{'':<{width}}    {cell.model}: {cell.state}{why}")
+            if (cell.state, cell.why) != (each.state, each.why):
+                lines.append(f"{'':<{width}}    {cell.model}: {_with_reasons(cell)}")
     known = [each.seconds for each in plans if each.seconds]
     if known:
         unknown = any(each.state != "done" and each.seconds is None for each in plans)
@@ -111,32 +106,28 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
     return lines
 
 
-def _plan_of(node: Node, states: Sequence[State], estimates: _Estimates) -> NodePlan:
-    why = list(dict.fromkeys(reason for state in states for reason in state.why))
-    regrow = sum(state.regrow for state in states)
-    if regrow:
-        why.append(f"{regrow} finished trees would be grown again: needs --regrow")
-    names = [state.state for state in states]
-    state = names[0] if len({*names}) == 1 else "partial"
-    cells = [Cell(str(s.model), s.state, list(s.why)) for s in states] if node.kind == "evaluations" else None
-    shown = [] if cells and len({*names}) > 1 else why
-    if state == "done":
-        return NodePlan(node.id, state, shown, list(node.reads), cells=cells)
+def _with_reasons(each: NodePlan | Cell) -> str:
+    return f"{each.state} ({', '.join(each.why)})" if each.why else each.state
+
+
+def _plan_of(node: Node[Any], states: Sequence[State], estimates: _Estimates) -> NodePlan:
+    """The plan of a node from its state, or from those of an evaluation's cells."""
+    alike = len({state.state for state in states}) == 1
+    planned = NodePlan(node.id, states[0].state if alike else "partial", [], list(node.reads))
+    if node.kind == "evaluations":
+        planned = replace(planned, cells=[Cell(str(each.model), each.state, list(each.why)) for each in states])
+    if alike:  # else each cell has its own reasons
+        why = dict.fromkeys(reason for state in states for reason in state.why)
+        regrow = [
+            f"{each.regrow} finished trees would be grown again: needs --regrow" for each in states if each.regrow
+        ]
+        planned = replace(planned, why=[*why, *regrow])
+    if planned.state == "done":
+        return planned
     try:
-        cost = estimates.of(node, [s for s in states if s.state != "done"])
+        return estimates.add_to(planned, node, sum(each.state != "done" for each in states))
     except CotreeError:  # weights or questions are not here, as `why` says
-        cost = _Cost()
-    return NodePlan(
-        node.id, state, shown, list(node.reads), cost.tokens, cost.seconds, cost.memory_mb, cost.disk_mb, cells=cells
-    )
-
-
-@dataclass(frozen=True)
-class _Cost:
-    tokens: int | None = None
-    seconds: float | None = None
-    memory_mb: int | None = None
-    disk_mb: int | None = None
+        return planned
 
 
 class _Estimates:
@@ -144,33 +135,37 @@ class _Estimates:
 
     def __init__(self, recipe: Recipe, run: RunFolder, fingerprints: Fingerprints) -> None:
         self.recipe, self.run, self.fingerprints = recipe, run, fingerprints
-        self.records = run.nodes()
-        self.cells = run.cells()
+        self.records, self.cells = run.nodes(), run.cells()
 
-    def of(self, node: Node, left: Sequence[State]) -> _Cost:
-        """The cost of a node, or of the cells of it that are left."""
-        if isinstance(node.settings, Trees):
+    def add_to(self, planned: NodePlan, node: Node[Any], cells: int) -> NodePlan:
+        """The plan of a node with what it costs, of an evaluation with what so many of its cells cost."""
+        if node.kind == "datasets":
+            return planned
+        if node.kind == "students":
+            return self._add_training(planned, node)
+        if node.kind == "trees":
             tokens = self._tokens_of_trees(node)
-            return _Cost(tokens, _over(tokens, _speed(self.records, "trees/")))
-        if isinstance(node.settings, Dataset):
-            return _Cost()
-        if isinstance(node.settings, Student):
-            return self._of_training(node, node.settings)
-        questions = len(self.fingerprints.questions(node))
-        spent = [
-            record.result["tokens"]["completion"]
-            / max(sum(row["n"] * row["samples"] for row in record.result["rows"]), 1)
-            for record in self.cells.values()
-            if record.done
-        ]
-        each = fmean(spent) if spent else node.evaluation.max_tokens / 2
-        each = node.evaluation.budget_tokens or each
-        tokens = round(questions * len(left) * node.evaluation.samples * each)
-        return _Cost(tokens, _over(tokens, _speed(self.cells)))
+            done = [record for name, record in self.records.items() if record.done and name.startswith("trees/")]
+        else:
+            done = [record for record in self.cells.values() if record.done]
+            tokens = self._tokens_of_cell(node, done) * cells
+        speed = _tokens_a_second(done)
+        return replace(planned, tokens=tokens, seconds=round(tokens / speed, 1) if speed else None)
 
-    def _tokens_of_trees(self, node: Node) -> int | None:
+    def _tokens_of_cell(self, node: Node[Evaluation], done: Sequence[NodeRecord]) -> int:
+        """The tokens of a budget or of the cells that were answered, else half of what a reply may have."""
+        each = node.settings.budget_tokens or node.settings.max_tokens / 2
+        if done and node.settings.budget_tokens is None:
+            each = fmean(
+                record.result["tokens"]["completion"]
+                / max(sum(row["n"] * row["samples"] for row in record.result["rows"]), 1)
+                for record in done
+            )
+        return round(len(self.fingerprints.questions(node)) * node.settings.samples * each)
+
+    def _tokens_of_trees(self, node: Node[Trees]) -> int:
         """Measured tokens a tree where this node has trees, else what its patterns write."""
-        settings = node.trees
+        settings = node.settings
         if settings.tokens_of is not None:
             return self._tokens_of_trees(self.recipe.nodes[f"trees/{settings.tokens_of}"])
         questions = len(self.fingerprints.questions(node))
@@ -178,22 +173,22 @@ class _Estimates:
         counts = record.result.get("counts", {}) if record else {}
         if counts.get("trees"):
             return round(float(counts["tokens"]["completion"]) * questions / int(counts["trees"]))
-        each = settings.max_thought_tokens * _THOUGHT_FILL
-        tree = fmean(_thoughts_of_tree(pattern, settings.rollouts) for pattern in settings.patterns.values()) * each
+        thoughts = fmean(_thoughts_of_tree(pattern, settings.rollouts) for pattern in settings.patterns.values())
+        tree = thoughts * settings.max_thought_tokens * _THOUGHT_FILL
         return round(questions * min(tree, settings.stop.tokens or tree))
 
-    def _of_training(self, node: Node, student: Student) -> _Cost:
-        root = self.recipe.models[self.recipe.root_model(node.name)]
-        assert root.weights is not None
-        weights = locate(root.weights)
-        disk = round(5 * parameter_count(weights) / _MB)
-        rows = self.run.node(f"datasets/{student.data}").path / "train.parquet"
+    def _add_training(self, planned: NodePlan, node: Node[Student]) -> NodePlan:
+        """The plan of a student with the disk it takes and, once its rows are there, its tokens, time and memory."""
+        weights = locate(str(self.recipe.models[self.recipe.root_model(node.name)].weights))
+        planned = replace(planned, disk_mb=round(5 * parameter_count(weights) / _MB))
+        rows = self.run.node(f"datasets/{node.settings.data}").path / "train.parquet"
         if not rows.is_file():
-            return _Cost(disk_mb=disk)
+            return planned
         from cotree.train.plan import plan as plan_training
 
-        planned = plan_training(rows, weights, student.training, node.seed)
-        return _Cost(planned.tokens, round(planned.seconds, 1), round(planned.peak_bytes / _MB), disk)
+        found = plan_training(rows, weights, node.settings.training, node.seed)
+        memory = round(found.peak_bytes / _MB)
+        return replace(planned, tokens=found.tokens, seconds=round(found.seconds, 1), memory_mb=memory)
 
 
 def _thoughts_of_tree(pattern: Matrix, rollouts: int) -> float:
@@ -207,16 +202,8 @@ def _thoughts_of_tree(pattern: Matrix, rollouts: int) -> float:
     return first + (rollouts - 1) * (fmean(rows) / 2 + 1)
 
 
-def _speed(records: Mapping[Any, NodeRecord], kind: str = "") -> float | None:
-    """Generated tokens a second over what is done."""
-    done = [record for name, record in records.items() if record.done and (not kind or str(name).startswith(kind))]
-    tokens = 0
-    for record in done:
-        counted = record.result.get("counts", record.result).get("tokens", {})
-        tokens += counted.get("completion", 0)
-    seconds = sum(record.seconds for record in done)
+def _tokens_a_second(done: Sequence[NodeRecord]) -> float | None:
+    """The speed at which models wrote what is done."""
+    counts: list[Mapping[str, Any]] = [record.result.get("counts", record.result).get("tokens", {}) for record in done]
+    tokens, seconds = sum(each.get("completion", 0) for each in counts), sum(record.seconds for record in done)
     return tokens / seconds if tokens and seconds else None
-
-
-def _over(tokens: int | None, speed: float | None) -> float | None:
-    return None if tokens is None or speed is None else round(tokens / speed, 1)

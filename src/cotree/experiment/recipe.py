@@ -6,32 +6,35 @@ a graph: `Recipe.nodes` has every node after those that it reads.
 
 from __future__ import annotations
 
-import graphlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 
+from cotree.base.atomic import write_text
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import KINDS, Kind, folder_name
-from cotree.base.settings import nearest, parse_section, parse_value
+from cotree.base.settings import Section, apply_override, nearest, parse_section
 from cotree.data.settings import Dataset
 from cotree.eval.settings import Evaluation
-from cotree.experiment.entries import Entry, resolve_entries
+from cotree.experiment.entries import Entry, resolve_entries, sort_by_need
 from cotree.models.settings import Model
 from cotree.search.settings import Trees
 from cotree.search.thoughts import THOUGHT_TYPES
 from cotree.tasks import TASKS, is_own_task
-from cotree.train.methods import METHODS
-from cotree.train.settings import Optimizer
+from cotree.train.settings import METHODS, Optimizer
 
 _OLD_KEYS = ("tasks", "search", "build", "train", "eval", "roles")
 _LONGEST_NAME = 200  # of the 255 bytes that a file's name may have, some are left for a draft's
-_HOMES = {"thoughts": "trees", "patterns": "trees", "rollouts": "trees", "questions": "trees"}
+_OF_TREES = ("thoughts", "patterns", "rollouts", "questions")  # settings that are easily written one level too high
+# The keys whose values may be paths, beside the names of tasks in `questions`.
+_PATHS = {"models": ("weights", "base", "tokenizer"), "trees": ("function",), "datasets": ("file",), "evaluations": ()}
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -48,45 +51,26 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node of the experiment. reads: the ids of the nodes that it needs ("trees/train")."""
+class Node(Generic[S]):
+    """A node of the experiment.
+
+    kind, name: together its id, "students/dpo". entry: its name in the recipe, without swept values and seed. like: the
+    entry that it copies. settings: a Trees, Dataset, Student or Evaluation, as its kind is. reads: the ids of the nodes
+    that it needs ("trees/train").
+    """
 
     kind: Kind
     name: str
     entry: str
     like: str | None
     seed: int
-    settings: Trees | Dataset | Student | Evaluation
+    settings: S
     reads: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
         """Kind and name: "students/dpo"."""
         return f"{self.kind}/{self.name}"
-
-    @property
-    def trees(self) -> Trees:
-        """The settings of a trees node."""
-        assert isinstance(self.settings, Trees)
-        return self.settings
-
-    @property
-    def dataset(self) -> Dataset:
-        """The settings of a dataset node."""
-        assert isinstance(self.settings, Dataset)
-        return self.settings
-
-    @property
-    def student(self) -> Student:
-        """The settings of a student node."""
-        assert isinstance(self.settings, Student)
-        return self.settings
-
-    @property
-    def evaluation(self) -> Evaluation:
-        """The settings of an evaluation node."""
-        assert isinstance(self.settings, Evaluation)
-        return self.settings
 
 
 @dataclass(frozen=True)
@@ -100,18 +84,18 @@ class Recipe:
     name: str
     seed: int
     models: Mapping[str, Model]
-    nodes: Mapping[str, Node]
+    nodes: Mapping[str, Node[Any]]
     written: Mapping[str, Any]
     home: Path | None = None
 
-    def of_kind(self, kind: Kind) -> list[Node]:
+    def of_kind(self, kind: Kind) -> list[Node[Any]]:
         """The nodes of one kind, in order."""
         return [node for node in self.nodes.values() if node.kind == kind]
 
     def root_model(self, name: str) -> str:
         """The model whose weights a student descends from; of a model itself."""
         while name not in self.models:
-            name = self.nodes[f"students/{name}"].student.parent
+            name = self.nodes[f"students/{name}"].settings.parent
         return name
 
     def with_needed(self, wanted: Iterable[str]) -> list[str]:
@@ -156,10 +140,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     in_run = path.name == "recipe.yaml" and (path.parent / ".lock").is_file()
     home = path.parent if in_run and not any(override.startswith("name=") for override in overrides) else None
     try:
-        _absolute_paths(raw, path.parent.absolute(), strict=True)
+        _make_paths_absolute(raw, path.parent.absolute(), strict=True)
         for override in overrides:
             _override(raw, override)
-        _absolute_paths(raw, Path.cwd(), strict=False)
+        _make_paths_absolute(raw, Path.cwd(), strict=False)
         return build_recipe(raw, home)
     except UsageError as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None  # names may hold line breaks
@@ -178,7 +162,7 @@ def build_recipe(raw: Mapping[str, Any], home: Path | None = None) -> Recipe:
         )
     for key in raw:
         if key not in (known := ("name", "seed", "models", *KINDS)):
-            hint = f"it is a setting of an entry of `{_HOMES[key]}`" if key in _HOMES else nearest(key, known)
+            hint = "it is a setting of an entry of `trees`" if key in _OF_TREES else nearest(key, known)
             raise UsageError(f"unknown key `{key}`; {hint}")
     sections = {key: raw.get(key) or {} for key in ("models", *KINDS)}
     for key, section in sections.items():
@@ -196,8 +180,10 @@ def build_recipe(raw: Mapping[str, Any], home: Path | None = None) -> Recipe:
     models = {key: parse_section(Model, value, f"models.{key}") for key, value in sections["models"].items()}
     entries = resolve_entries({kind: sections[kind] for kind in KINDS}, models)
     nodes = {node.id: node for node in (_node(entry, seed) for entry in entries)}
-    recipe = Recipe(name, seed, models, _ordered(nodes), raw, home)
-    _check_models(recipe)
+    order = sort_by_need({key: node.reads for key, node in nodes.items()})
+    recipe = Recipe(name, seed, models, {key: nodes[key] for key in order}, raw, home)
+    for node in recipe.nodes.values():
+        _check_fit(recipe, node)
     return replace(recipe, nodes={key: _with_tokenizer(recipe, node) for key, node in recipe.nodes.items()})
 
 
@@ -206,166 +192,124 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(dict(recipe.written), sort_keys=False, allow_unicode=True)
 
 
-def _node(entry: Entry, seed: int) -> Node:
+def write_starter(path: Path) -> str:
+    """Write a commented recipe to start from, with every kind of node; returns what to do next.
+
+    Raises:
+        UsageError: there is a file already.
+    """
+    if path.exists():
+        raise UsageError(f"{path} is there already; name another file")
+    name = path.stem if path.stem[:1].isalnum() else "mine"
+    starter = files("cotree.experiment").joinpath("starter.yaml").read_text(encoding="utf-8")
+    write_text(path, starter.replace("{file}", str(path)).replace("{name}", name))
+    return f"{path}: a recipe to start from; `cotree plan {path}` shows what it would do"
+
+
+def _node(entry: Entry, seed: int) -> Node[Any]:
+    """A node with its settings checked, each for itself."""
     where = f"{entry.kind}.{entry.name}"
     if len(folder_name(entry.name)) > _LONGEST_NAME:
-        raise UsageError(
-            f"{entry.kind}.{entry.entry}: its name with the swept values is too long for a folder; shorten it"
-        )
-    seed = seed if entry.seed is None else entry.seed
-    settings: Trees | Dataset | Student | Evaluation
-    if entry.kind == "trees":
-        settings = trees = parse_section(Trees, entry.values, where)
-        _tasks_known(trees.questions, where)
-        reads = [f"trees/{trees.tokens_of}"] if trees.tokens_of else []
-        reads += [f"students/{name}" for name in trees.writers]
-    elif entry.kind == "datasets":
-        settings = data = parse_section(Dataset, entry.values, where)
-        reads = [f"trees/{name}" for name in data.trees]
-        reads += [f"datasets/{name}" for name in (data.size_of, data.questions_of) if name]
-    elif entry.kind == "students":
-        settings = student = _student(entry.values, where)
-        reads = [f"students/{student.parent}", f"datasets/{student.data}"]
+        where = f"{entry.kind}.{entry.entry}"
+        raise UsageError(f"{where}: its name with the swept values is too long for a folder; shorten it")
+    sections: dict[Kind, type[Section]] = {"trees": Trees, "datasets": Dataset, "evaluations": Evaluation}
+    if entry.kind == "students":
+        settings: Any = _student(entry.values, where)
     else:
-        settings = evaluation = parse_section(Evaluation, entry.values, where)
-        _tasks_known(evaluation.questions, where)
-        reads = [f"students/{name}" for name in evaluation.models]
-        reads += [f"evaluations/{evaluation.tokens_of}"] if evaluation.tokens_of else []
-    return Node(entry.kind, entry.name, entry.entry, entry.like, seed, settings, tuple(dict.fromkeys(reads)))
+        settings = parse_section(sections[entry.kind], entry.values, where)
+    for name in getattr(settings, "questions", ()):  # of trees and evaluations
+        if name not in TASKS and not is_own_task(name):
+            raise UsageError(f"{where}.questions: unknown task `{name}`; {nearest(name, TASKS)}")
+    seed = seed if entry.seed is None else entry.seed
+    return Node(entry.kind, entry.name, entry.entry, entry.like, seed, settings, entry.reads)
 
 
 def _student(values: Mapping[str, Any], where: str) -> Student:
-    rest = dict(values)
-    own = {key: rest.pop(key, None) for key in ("from", "method", "data")}
-    for key, value in own.items():
-        if not isinstance(value, str):
-            what = {"from": "the model or student it starts from", "method": " or ".join(METHODS), "data": "a dataset"}
-            raise UsageError(f"`{where}.{key}` is missing, or no name; give {what[key]}")
-    if own["method"] not in METHODS:
-        raise UsageError(f"{where}.method: unknown method `{own['method']}`; {nearest(own['method'], METHODS)}")
-    training = METHODS[str(own["method"])].settings
-    return Student(str(own["from"]), str(own["method"]), str(own["data"]), parse_section(training, rest, where))
+    training = dict(values)
+    parent, method, data = (training.pop(key, None) for key in ("from", "method", "data"))
+    if not isinstance(data, str):
+        raise UsageError(f"`{where}.data` is missing, or no name; give a dataset")
+    if method not in [*METHODS]:
+        raise UsageError(f"{where}.method: unknown method `{method}`; {nearest(method, METHODS)}")
+    return Student(parent, method, data, parse_section(METHODS[method], training, where))
 
 
-def _tasks_known(questions: Iterable[str], where: str) -> None:
-    for name in questions:
-        if name not in TASKS and not is_own_task(name):
-            raise UsageError(f"{where}.questions: unknown task `{name}`; {nearest(name, TASKS)}")
+def _check_fit(recipe: Recipe, node: Node[Any]) -> None:
+    """That a node fits what it reads: every model can write, score or be trained as it is asked to, and rows are of the
+    kind that is trained on."""
+    where, settings = f"{node.kind}.{node.name}", node.settings
+    writers: list[str] = []
+    if isinstance(settings, Trees):
+        process = settings.reward.process if settings.reward is not None else None
+        writers = [name for name in settings.writers if name != process]
+        if process is not None and not (process in recipe.models and recipe.models[process].mode == "pooling"):
+            raise UsageError(f"{where}.reward.process: `{process}` writes; it needs a model with `mode: pooling`")
+    elif isinstance(settings, Evaluation):
+        writers = [*settings.models]
+    elif isinstance(settings, Dataset):
+        own = [kind for name in settings.trees for kind in recipe.nodes[f"trees/{name}"].settings.thoughts]
+        for kind in settings.leave_out:
+            if kind not in (known := [*THOUGHT_TYPES, *own]):
+                raise UsageError(f"{where}.leave_out: unknown thought type `{kind}`; {nearest(kind, known)}")
+    elif isinstance(settings, Student):
+        root = recipe.root_model(node.name)
+        if recipe.models[root].weights is None:
+            raise UsageError(f"{where}.from: `{root}` is a server; a student's weights must be here")
+        rows, needed = recipe.nodes[f"datasets/{settings.data}"].settings.rows, settings.training.row_kind
+        if rows != needed and (needed, rows) != ("dpo", "step_pairs"):
+            raise UsageError(f"{where}: {settings.method} trains on {needed} rows, `{settings.data}` has {rows}")
+    for name in writers:
+        if name in recipe.models and recipe.models[name].mode == "pooling":
+            raise UsageError(f"{where}: `{name}` is `mode: pooling`, which scores and writes nothing")
 
 
-def _ordered(nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """The nodes, each after those that it reads, otherwise kind after kind as they are written; models are no nodes."""
-    reads = {node.id: [name for name in node.reads if name in nodes] for node in nodes.values()}
-    sorter = graphlib.TopologicalSorter(reads)
-    try:
-        sorter.prepare()
-    except graphlib.CycleError as error:
-        raise UsageError(f"{' -> '.join(reversed(error.args[1]))} is a circle: a node cannot need itself") from None
-    place = {name: index for index, name in enumerate(nodes)}
-    ordered: dict[str, Node] = {}
-    ready: list[str] = []
-    while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
-        first = ready.pop(0)
-        ordered[first] = replace(nodes[first], reads=tuple(reads[first]))
-        sorter.done(first)
-    return ordered
-
-
-def _check_models(recipe: Recipe) -> None:
-    """That every model can do what is asked of it: write, score, or be trained."""
-
-    def scores(name: str) -> bool:
-        return name in recipe.models and recipe.models[name].mode == "pooling"
-
-    for node in recipe.nodes.values():
-        where = f"{node.kind}.{node.name}"
-        if isinstance(node.settings, Trees):
-            process = node.settings.reward.process if node.settings.reward is not None else None
-            writers = [name for name in node.settings.writers if name != process]
-            if process is not None and not scores(process):
-                raise UsageError(f"{where}.reward.process: `{process}` writes; it needs a model with `mode: pooling`")
-        elif isinstance(node.settings, Evaluation):
-            writers = list(node.settings.models)
-        else:
-            writers = []
-        if wrong := [name for name in writers if scores(name)]:
-            raise UsageError(f"{where}: `{wrong[0]}` is `mode: pooling`, which scores and writes nothing")
-        if isinstance(node.settings, Dataset):
-            own = [kind for name in node.settings.trees for kind in recipe.nodes[f"trees/{name}"].trees.thoughts]
-            for kind in node.settings.leave_out:
-                if kind not in (known := [*THOUGHT_TYPES, *own]):
-                    raise UsageError(f"{where}.leave_out: unknown thought type `{kind}`; {nearest(kind, known)}")
-        if isinstance(node.settings, Student):
-            root = recipe.root_model(node.name)
-            if recipe.models[root].weights is None:
-                raise UsageError(f"{where}.from: `{root}` is a server; a student's weights must be here")
-            rows, needed = (
-                recipe.nodes[f"datasets/{node.settings.data}"].dataset.rows,
-                METHODS[node.settings.method].rows,
-            )
-            if rows != needed and not (needed == "dpo" and rows == "step_pairs"):
-                raise UsageError(
-                    f"{where}: {node.settings.method} trains on {needed} rows, `{node.settings.data}` has {rows}"
-                )
-
-
-def _with_tokenizer(recipe: Recipe, node: Node) -> Node:
-    """The node; a dataset's with the model whose tokens count named."""
-    if not isinstance(node.settings, Dataset) or node.settings.tokenizer is not None:
+def _with_tokenizer(recipe: Recipe, node: Node[Any]) -> Node[Any]:
+    """The node; a dataset's with the model whose tokens count: the one that it names, that of its students, or the only
+    one that has weights."""
+    if node.kind != "datasets":
         return node
-    readers = [student for student in recipe.of_kind("students") if student.student.data == node.name]
+    readers = [student.name for student in recipe.of_kind("students") if student.settings.data == node.name]
     weights = [name for name, model in recipe.models.items() if model.weights is not None]
-    candidates = list(dict.fromkeys(recipe.root_model(student.name) for student in readers)) or weights
+    candidates = list(dict.fromkeys(map(recipe.root_model, readers))) or weights
+    if node.settings.tokenizer is not None:
+        candidates = [node.settings.tokenizer]
     if len(candidates) != 1:
         several = f"; {', '.join(candidates)} could be meant" if candidates else ""
         raise UsageError(f"datasets.{node.name}: name the model whose tokens count, `tokenizer: MODEL`{several}")
+    model = recipe.models[recipe.root_model(candidates[0])]
+    if model.weights is None and model.tokenizer is None:
+        raise UsageError(f"model `{candidates[0]}` has no tokenizer to count with; give it `tokenizer`")
     return replace(node, settings=node.settings.model_copy(update={"tokenizer": candidates[0]}))
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     """Change one value of a written recipe; entries that are like the changed one follow."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"`{override}` is no override; write it as key.subkey=value, e.g. students.dpo.beta=0.3")
-    *sections, last = key.split(".")
-    if sections and sections[0] in KINDS and len(sections) > 1 and sections[1] not in (raw.get(sections[0]) or {}):
-        raise UsageError(f"`{override}`: unknown {sections[0]} entry `{sections[1]}`; "
-                         f"{nearest(sections[1], raw.get(sections[0]) or {})}")  # fmt: skip
-    place: Any = raw
-    for section in sections:
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
-            raise UsageError(f"`{override}`: `{section}` is a value, not a section")
-    place[last] = parse_value(text, override)
+    kind, *names = override.partition("=")[0].split(".")
+    entries = raw.get(kind) or {}
+    if kind in KINDS and len(names) > 1 and names[0] not in entries:
+        raise UsageError(f"`{override}`: unknown {kind} entry `{names[0]}`; {nearest(names[0], entries)}")
+    apply_override(raw, override, "students.dpo.beta=0.3")
 
 
-def _absolute_paths(raw: dict[str, Any], folder: Path, *, strict: bool) -> None:
-    """Make a written recipe's paths absolute: those that exist in `folder`, and (strict) what can only be a path."""
+def _make_paths_absolute(raw: dict[str, Any], folder: Path, *, strict: bool) -> None:
+    """Make the paths of a written recipe absolute: what exists in `folder`, and (strict) what can only be a path."""
 
-    def absolute(value: Any, *, path: bool = False) -> Any:
+    def absolute(value: Any, key: str) -> Any:
         if not isinstance(value, str) or not value or "://" in value:
+            return value
+        if (key == "questions" and not is_own_task(value)) or (key == "function" and ".py:" not in value):
             return value
         file, colon, attribute = value.partition(":")
         place = os.path.abspath(folder / os.path.expanduser(file))
-        must_be_path = path or (value.endswith(".gguf") and not colon)
+        must_be_path = key == "file" or (value.endswith(".gguf") and not colon)
         return f"{place}{colon}{attribute}" if os.path.exists(place) or (strict and must_be_path) else value
 
-    def entries(kind: str) -> list[dict[str, Any]]:
-        section = raw.get(kind)
-        return [entry for entry in section.values() if isinstance(entry, dict)] if isinstance(section, dict) else []
+    def replaced(value: Any, keys: Sequence[str], key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {absolute(n, key) if key == "questions" else n: replaced(item, keys, n) for n, item in value.items()}
+        if isinstance(value, list):
+            return [replaced(item, keys, key) for item in value]
+        return absolute(value, key) if key in keys else value
 
-    for model in entries("models"):
-        model.update({key: absolute(model[key]) for key in ("weights", "base", "tokenizer") if key in model})
-    for dataset in entries("datasets"):
-        if "file" in dataset:
-            dataset["file"] = absolute(dataset["file"], path=True)
-    for node in [*entries("trees"), *entries("evaluations")]:
-        if isinstance(node.get("questions"), dict):
-            node["questions"] = {
-                absolute(name) if is_own_task(str(name)) else name: n for name, n in node["questions"].items()
-            }
-        if isinstance(node.get("reward"), dict) and ".py:" in str(node["reward"].get("function")):
-            node["reward"]["function"] = absolute(node["reward"]["function"])
+    for section in raw.keys() & _PATHS.keys():
+        raw[section] = replaced(raw[section], _PATHS[section])

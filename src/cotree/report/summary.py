@@ -10,34 +10,29 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cotree.base.atomic import write_json
 from cotree.base.errors import UsageError
 from cotree.base.numbers import group_name
 from cotree.base.run_folder import KINDS, NodeRecord, RunFolder
 from cotree.eval.journal import read_lines
+from cotree.eval.scores import ConstantBaseline, InstructionScores, StrictModel, TaskScores
 
 # One optimizer step of a training's log: `step`, and whatever its method measured.
 LogLine = dict[str, Any]
 # A node's id ("students/dpo") and the ids of the nodes that it reads.
 NodeReads = tuple[str, Sequence[str]]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Part(BaseModel):
-    """A part of summary.json. Types are strict ("0.5" is no number); further keys are kept as they are."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
-
-
-class Cell(Part):
-    """What an evaluation asked of whom. model: a model, or a student's node ("sft@seed=1").
+class EvaluatedModel(StrictModel):
+    """Whose scores a row has. evaluation: its node. model: a model, or a student's node ("sft@seed=1").
 
     student: the same without its seed ("sft"), so rows that differ in the seed alone have it in common.
+    fingerprint: of the evaluation of this model.
     """
 
     evaluation: str
@@ -45,78 +40,43 @@ class Cell(Part):
     student: str
     seed: int | None = None
     fingerprint: str = ""
-    task: str
 
     @property
     def names(self) -> tuple[str, ...]:
         """All that it may be called by: the student, the model, and the recipe's entry of both."""
         return self.student, self.model, self.student.partition("@")[0]
 
+
+class EvalRow(TaskScores, EvaluatedModel):
+    """One model's scores on one task or later turn. cut_off: `truncated`, under the name that tables have for it."""
+
+    cut_off: float | None = None
+
     @property
-    def about(self) -> str:
-        """What its numbers are about: the task, or the part of it that they are of."""
+    def section(self) -> str:
+        """The section of the table in which it stands: its task."""
         return self.task
 
 
-class EvalRow(Cell):
-    """One model on one task: `accuracy` with its 95% interval and the no-answer ratio, as fractions of all samples.
-
-    The other numbers are those of `eval.outcome`; `cut_off` is `truncated`.
-    """
-
-    n: int = Field(ge=1)
-    accuracy: Fraction
-    low: Fraction
-    high: Fraction
-    no_answer: Fraction
-    loop: float | None = None
-    truncated: float | None = None
-    cut_off: float | None = None
-    finished_without_answer: float | None = None
-    accuracy_answered: float | None = None
-    lenient: float | None = None
-    mean_tokens: float
-    max_tokens: int
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    decoding: str = ""
-    commonest: str | None = None
-    commonest_share: float | None = None
-
-
-class InstructionRow(Cell):
-    """Shares of prompts and of single instructions that one model followed, in one of the paper's IF groups.
-
-    turn: from 1; None for the mean of the group's turns. average: of the four shares.
-    """
-
-    group: str
-    turn: int | None = None
-    prompt_strict: float
-    prompt_loose: float
-    instruction_strict: float
-    instruction_loose: float
-    average: float
-    no_answer: float
+class InstructionRow(InstructionScores, EvaluatedModel):
+    """The instructions that one model followed, in one of the paper's IF groups."""
 
     @property
-    def about(self) -> str:
-        """What its numbers are about: "multi_if IF(En), turn 2"."""
+    def section(self) -> str:
+        """The section of the table in which it stands: "multi_if IF(En), turn 2"."""
         return group_name(self.task, self.group, self.turn or 0)
 
 
-class Baseline(Part):
-    """The best constant answer of a task: what a model gets that ignores the question."""
+class Baseline(ConstantBaseline):
+    """The best constant answer of a task that an evaluation asks."""
 
     evaluation: str
-    task: str
-    answer: str
-    accuracy: Fraction
 
 
-class NodeState(Part):
+class NodeState(BaseModel):
     """A node of the experiment: whether it is finished, and the seconds of work on it."""
+
+    model_config = StrictModel.model_config
 
     name: str
     reads: list[str] = []
@@ -124,15 +84,17 @@ class NodeState(Part):
     seconds: float = 0.0
 
 
-class Summary(Part):
+class Summary(BaseModel):
     """`summary.json`; sections of kinds of nodes that there are none of are empty.
 
-    evaluations: how each evaluation asks (`eval.settings.Asking`, and its questions and split).
+    evaluations: how each evaluation asks (`eval.settings.AskSettings`, and its questions and split).
     search: the counts of each trees node. compared: trees nodes at equal tokens (`search.summary.MethodResult`).
     data: the counts of each dataset, and whether its chains are `unverified`.
     train: of each student what it was trained from, on what and how, and the result.
     tokens: by node those of its prompts (`prompt` evaluated, `cached` not), `completion` (generated) and `trained`.
     """
+
+    model_config = StrictModel.model_config
 
     name: str
     seed: int = 0
@@ -175,7 +137,7 @@ def summarize_run(run: RunFolder, nodes: Sequence[NodeReads] | None = None) -> S
     recipe = read_recipe(run)
     records = {name: record for name, record in run.nodes().items() if not record.outdated}
     cells = {name: record for name, record in run.cells().items() if not record.outdated}
-    summary = _checked({"name": recipe["name"], "seed": recipe["seed"]}, run.path / "recipe.yaml")
+    summary = _validated({"name": recipe["name"], "seed": recipe["seed"]}, run.path / "recipe.yaml")
     used: list[NodeRecord] = []
     for name, reads in _nodes_with_content(records, cells, recipe) if nodes is None else nodes:
         kind, _, short = name.partition("/")
@@ -186,32 +148,29 @@ def summarize_run(run: RunFolder, nodes: Sequence[NodeReads] | None = None) -> S
         own = {part: record for part, record in contents.items() if record is not None}
         for part, record in own.items():
             if kind == "evaluations":
-                _add_cell(summary, short, evaluated(short, part, record, run.node(name, part).path / "node.json"))
+                _add_evaluation(summary, summarize_model(short, part, record, run.node(name, part).path / "node.json"))
             else:
                 _add_node(summary, kind, short, record)
-        state = NodeState(
-            name=name,
-            reads=[read for read in reads if not read.startswith("models/")],
-            done=bool(own) and len(own) == len(contents) and all(record.done for record in own.values()),
-            seconds=round(sum(record.seconds for record in own.values()), 1),
-        )
-        summary.nodes.append(state)
+        seconds = round(sum(record.seconds for record in own.values()), 1)
+        done = bool(own) and len(own) == len(contents) and all(record.done for record in own.values())
+        without_models = [read for read in reads if not read.startswith("models/")]
+        summary.nodes.append(NodeState(name=name, reads=without_models, done=done, seconds=seconds))
         if own:
-            summary.seconds[name] = state.seconds
+            summary.seconds[name] = seconds
         tokens: Counter[str] = Counter()
         for record in own.values():
             tokens.update(record.result.get("tokens") or record.result.get("counts", {}).get("tokens") or {})
         if tokens:
             summary.tokens[name] = dict(tokens)
         used += own.values()
-    last = used[-1] if used else NodeRecord("", "")
     created = min((record.created for record in used if record.created), default="")
+    last = used[-1] if used else NodeRecord("", "")
     about = {"created": created, "machine": dict(last.machine), "versions": dict(last.versions)}
     return summary.model_copy(update=about)
 
 
-def evaluated(evaluation: str, model: str, record: NodeRecord, file: Path) -> Summary:
-    """A summary of one cell alone, from what its evaluation left (`eval.metrics.Evaluated` as plain data).
+def summarize_model(evaluation: str, model: str, record: NodeRecord, file: Path) -> Summary:
+    """A summary of one evaluated model alone, from what its evaluation left (`eval.scores.ModelScores` as plain data).
 
     Args:
         evaluation: its node; "" for an evaluation of its own (`cotree eval`).
@@ -222,30 +181,30 @@ def evaluated(evaluation: str, model: str, record: NodeRecord, file: Path) -> Su
     """
     student, seed = split_seed(model) if evaluation else (model, None)
     named = {"evaluation": evaluation, "model": model, "student": student, "seed": seed}
-    cell, result = {**named, "fingerprint": record.fingerprint}, record.result
+    named, result = {**named, "fingerprint": record.fingerprint}, record.result
     content = {
         "name": "",
         "evaluations": {evaluation: result.get("asking") or {}},
-        "eval": [{**row, "cut_off": row.get("truncated"), **cell} for row in result.get("rows", ())],
-        "instructions": [{**row, **cell} for row in result.get("instructions", ())],
+        "eval": [{**row, "cut_off": row.get("truncated"), **named} for row in result.get("rows", ())],
+        "instructions": [{**row, **named} for row in result.get("instructions", ())],
         "baselines": [{**row, "evaluation": evaluation} for row in result.get("baselines", ())],
     }
-    return _checked(content, file)
+    return _validated(content, file)
 
 
-def _add_cell(summary: Summary, evaluation: str, cell: Summary) -> None:
-    summary.eval.extend(cell.eval)
-    summary.instructions.extend(cell.instructions)
-    summary.baselines.extend(best for best in cell.baselines if best not in summary.baselines)
-    summary.evaluations.setdefault(evaluation, {}).update(cell.evaluations[evaluation])
+def _add_evaluation(summary: Summary, of_model: Summary) -> None:
+    summary.eval.extend(of_model.eval)
+    summary.instructions.extend(of_model.instructions)
+    summary.baselines.extend(best for best in of_model.baselines if best not in summary.baselines)
+    for evaluation, asking in of_model.evaluations.items():
+        summary.evaluations.setdefault(evaluation, {}).update(asking)
 
 
 def _add_node(summary: Summary, kind: str, name: str, record: NodeRecord) -> None:
     result = record.result
     if kind == "students" and "train" in result:
-        summary.train[name] = {key: result.get(key) for key in ("parent", "method", "data", "differs")} | result[
-            "train"
-        ]
+        about = {key: result.get(key) for key in ("parent", "method", "data", "differs")}
+        summary.train[name] = about | result["train"]
     elif kind == "datasets" and "counts" in result:
         summary.data[name] = {**result["counts"], "unverified": record.parts.get("verified") is False}
     elif "counts" in result:
@@ -253,12 +212,12 @@ def _add_node(summary: Summary, kind: str, name: str, record: NodeRecord) -> Non
         summary.compared.extend({"trees": name, **row} for row in result.get("compared", ()))
 
 
-def _checked(content: Mapping[str, Any], where: Path) -> Summary:
+def _validated(content: Mapping[str, Any], file: Path) -> Summary:
     try:
         return Summary.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UsageError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UsageError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def read_recipe(run: RunFolder) -> dict[str, Any]:
@@ -285,11 +244,11 @@ def _nodes_with_content(
         reads[f"evaluations/{evaluation}"] = [*models, *record.reads]
     places = [f"{kind}/{entry}" for kind in KINDS for entry in recipe[kind]]
     there = [name for name in reads if name.partition("@")[0] in places]
-    there.sort(key=lambda name: (places.index(name.partition("@")[0]), natural(name)))
+    there.sort(key=lambda name: (places.index(name.partition("@")[0]), natural_sort_key(name)))
     return [(name, reads[name]) for name in there]
 
 
-def natural(name: str) -> list[tuple[float, str]]:
+def natural_sort_key(name: str) -> list[tuple[float, str]]:
     """A sort key by which "q-9" comes before "q-10"."""
     parts = re.split(r"(\d+(?:\.\d+)?)", name)
     return [(float(part), "") if part[:1].isdigit() else (0.0, part) for part in parts if part]

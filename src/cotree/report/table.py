@@ -7,8 +7,9 @@ seeds the table has mean and standard deviation. What the numbers rest on stands
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from cotree.base.run_folder import NodeFolder, NodeRecord, find_run, read_json
 from cotree.base.settings import nearest
 from cotree.base.statistics import minimum_detectable_difference
 from cotree.report.grid import Grid, Row, write_grids
-from cotree.report.summary import Baseline, EvalRow, InstructionRow, Summary, evaluated, split_seed, summarize_run
+from cotree.report.summary import Baseline, EvalRow, InstructionRow, Summary, split_seed, summarize_model, summarize_run
 from cotree.report.templates import lines, listed, sentence
 
 if TYPE_CHECKING:
@@ -104,32 +105,28 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Evaluations as a table. rows: task after task, in the order of the experiment.
+    """Evaluations as a table. rows: one for each model and task, task after task, in the order of the experiment.
 
-    followed: those of instructions. notes: what a reader must know.
+    instruction_rows: those of instructions. notes: what a reader must know.
     """
 
     rows: tuple[TableRow, ...]
-    followed: tuple[TableRow, ...]
+    instruction_rows: tuple[TableRow, ...]
     baselines: tuple[Baseline, ...]
     notes: tuple[str, ...]
 
     def tasks(self) -> dict[str, list[TableRow]]:
         """The rows by task, in order."""
-        found: dict[str, list[TableRow]] = {}
-        for row in self.rows:
-            found.setdefault(row.first.task, []).append(row)
-        return found
+        return {task: list(rows) for task, rows in groupby(self.rows, key=lambda row: str(row.first.task))}
 
     def limits(self) -> list[str]:
         """The least difference that each task's questions can show, of tasks with several rows."""
-        return [f"{task}: {resolution(rows)}" for task, rows in self.tasks().items() if len(rows) > 1]
+        return [f"{task}: {detectable_difference(rows)}" for task, rows in self.tasks().items() if len(rows) > 1]
 
     def claims(self) -> dict[str, list[str]]:
         """What the numbers of each task allow to be said, in a few sentences."""
-        constants = {task: [best for best in self.baselines if best.task == task] for task in self.tasks()}
         return {
-            task: lines("claims", rows, related(rows), constants[task], resolution(rows))
+            task: lines("claims", rows, pairs_to_compare(rows), self.baselines, detectable_difference(rows))
             for task, rows in self.tasks().items()
         }
 
@@ -144,9 +141,9 @@ class Table:
     def instructions(self) -> Grid:
         """Shares of instructions that were followed, strictly and loosely, under the paper's groups."""
         sections: dict[str, list[Row]] = {}
-        for row in self.followed:
+        for row in self.instruction_rows:
             shares = (percent(row.mean(key)) for key in _SHARES)
-            sections.setdefault(row.first.about, []).append((row.label, *shares))
+            sections.setdefault(row.first.section, []).append((row.label, *shares))
         return Grid(_INSTRUCTIONS_HEAD, sections, title="Instructions followed, %", named="group")
 
     def paper(self) -> Grid:
@@ -155,18 +152,21 @@ class Table:
         Tasks of one column are pooled, each weighed by its questions. Of instructions it has the mean of the four
         shares, over all turns where there are several.
         """
-        followed = {row.first.task for row in self.followed}
-        groups = Counter(group for _, group in {(row.first.task, row.first.group) for row in self.followed})
+        followed = {row.first.task for row in self.instruction_rows}
+        groups = Counter(group for _, group in {(row.first.task, row.first.group) for row in self.instruction_rows})
         pooled: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
         for row in self.rows:
             if row.first.task.partition(", turn ")[0] not in followed:
                 cell = (row.first.n, row.accuracy, row.mean("no_answer") or 0.0)
                 pooled.setdefault((row.label, PAPER_COLUMNS.get(row.first.task, row.first.task)), []).append(cell)
-        for score in self.followed:  # of a group with several turns their mean comes last
+        for score in self.instruction_rows:  # of a group with several turns their mean comes last
             group = score.first.group
             column = group if groups[group] == 1 else f"{score.first.task} {group}"
             pooled[score.label, column] = [(1, score.mean("average") or 0.0, score.mean("no_answer") or 0.0)]
-        cells = {key: _pooled(shares) for key, shares in pooled.items()}
+        cells = {}
+        for key, shares in pooled.items():
+            questions, accuracies, no_answers = zip(*shares, strict=True)
+            cells[key] = paper_form(fmean(accuracies, questions), fmean(no_answers, questions))
         columns = list(dict.fromkeys(column for _, column in cells))
         columns.sort(key=lambda column: (*_PAPER_ORDER, column.split()[-1]).index(column.split()[-1]))
         labels = dict.fromkeys(label for label, _ in cells)
@@ -175,7 +175,7 @@ class Table:
 
     def grids(self) -> list[Grid]:
         """What was measured; without the paper's form of it."""
-        return [self.accuracies(), self.instructions()] if self.followed else [self.accuracies()]
+        return [self.accuracies(), self.instructions()] if self.instruction_rows else [self.accuracies()]
 
     def render(self, form: str = "terminal") -> RenderableType:
         """The table with all notes as text: `markdown`, `latex` or `html`; `terminal` is something that rich prints.
@@ -193,11 +193,23 @@ class Table:
             "instructions": [
                 {"model": row.label, **row.first.model_dump(include={"evaluation", "task", "group", "turn"})}
                 | {key: row.mean(key) for key in (*_SHARES, "no_answer")}
-                for row in self.followed
+                for row in self.instruction_rows
             ],
             "baselines": [baseline.model_dump() for baseline in self.baselines],
             "notes": [*self.notes, *self.limits()],
         }
+
+
+def summary_lines(summary: Summary) -> Iterator[RenderableType]:
+    """What a run came to, for the terminal: its table with its notes, then a line or two for each node."""
+    if summary.eval:
+        table = make_table([(summary.name, summary)])
+        yield write_grids(table.grids(), (*table.notes, *table.limits()), "terminal")
+        yield ""
+    yield from lines("searches", summary)
+    yield from (f"  {line}" for line in lines("compared", summary.compared))
+    yield from lines("datasets", summary)
+    yield from lines("times", summary)
 
 
 def table_of(paths: Sequence[str]) -> Table:
@@ -212,15 +224,20 @@ def table_of(paths: Sequence[str]) -> Table:
     """
     if not paths:
         raise UsageError("name a run folder, RUN:STUDENT, or a folder of `cotree eval`")
-    found = [_read(path) for path in paths]
-    called = {folder: folder.resolve().name for folder, _ in found}
-    names = Counter(called.values())
-    unique = {folder: name if names[name] == 1 else str(folder) for folder, name in called.items()}
-    return make_table([(unique[folder], summary) for folder, summary in found])
+    found = [_read_evaluations(path) for path in paths]
+    names = unique_names({folder for folder, _ in found})
+    return make_table([(names[folder], summary) for folder, summary in found])
 
 
-def _read(path: str) -> tuple[Path, Summary]:
-    """The folder that a word names, and the evaluations that are meant: of a run, or one of its own."""
+def unique_names(folders: Collection[Path]) -> dict[Path, str]:
+    """What each folder is called in tables: by its last part, or by its whole path where two of them share that."""
+    names = {folder: folder.resolve().name for folder in folders}
+    counts = Counter(names.values())
+    return {folder: name if counts[name] == 1 else str(folder) for folder, name in names.items()}
+
+
+def _read_evaluations(path: str) -> tuple[Path, Summary]:
+    """The folder in an argument (a run, RUN:STUDENT, or a folder of `cotree eval`), and its evaluations."""
     folder, student = Path(path), ""
     if not folder.exists() and ":" in path:
         parent, _, student = path.rpartition(":")
@@ -232,23 +249,23 @@ def _read(path: str) -> tuple[Path, Summary]:
         own = (read_json(results[-1]) or {}).get("cotree")
         if not isinstance(own, dict):
             raise UsageError(f"{results[-1]} is of another program; give a folder of `cotree eval`, or a run folder")
-        record = NodeFolder(folder, folder / "older").record() or NodeRecord("", "")
-        summary = evaluated("", str(own.get("model")), replace(record, result=own), results[-1])
+        record = NodeFolder(folder).record() or NodeRecord("", "")
+        summary = summarize_model("", str(own.get("model")), replace(record, result=own), results[-1])
     else:
         summary = summarize_run(find_run(folder))
     if not summary.eval:
         raise UsageError(f"nothing has been evaluated in {folder} yet; finish an evaluation of it first")
-    return folder, _only(summary, student, folder) if student else summary
+    return folder, _rows_of_student(summary, student, folder) if student else summary
 
 
-def _only(summary: Summary, student: str, folder: Path) -> Summary:
-    """The rows of one student or model."""
-    sections = ("eval", "instructions")
-    meant = {key: [row for row in getattr(summary, key) if student in row.names] for key in sections}
-    if not meant["eval"]:
+def _rows_of_student(summary: Summary, student: str, folder: Path) -> Summary:
+    """The summary with the rows of one student or model only."""
+    scores = [row for row in summary.eval if student in row.names]
+    if not scores:
         known = dict.fromkeys(name for row in summary.eval for name in row.names)
         raise UsageError(f"{folder} has no evaluated student or model `{student}`; {nearest(student, known)}")
-    return summary.model_copy(update=meant)
+    instructions = [row for row in summary.instructions if student in row.names]
+    return summary.model_copy(update={"eval": scores, "instructions": instructions})
 
 
 def make_table(summaries: Sequence[NamedSummary]) -> Table:
@@ -268,7 +285,7 @@ def make_table(summaries: Sequence[NamedSummary]) -> Table:
     notes += [f"on {row.first.task} {line}" for row in rows for line in row.constants]
     return Table(
         rows=rows,
-        followed=tuple(row for row in found if isinstance(row.first, InstructionRow)),
+        instruction_rows=tuple(row for row in found if isinstance(row.first, InstructionRow)),
         baselines=tuple(baselines.values()),
         notes=tuple(dict.fromkeys([*notes, *of_each_run(_difference_notes)])),
     )
@@ -297,13 +314,6 @@ def _difference_notes(summary: Summary) -> list[str]:
     return notes
 
 
-def _pooled(shares: Sequence[tuple[int, float, float]]) -> str:
-    """A cell of the paper's form. shares: of each task its questions, accuracy and no-answer ratio."""
-    n = sum(questions for questions, _, _ in shares)
-    accuracy = sum(questions * accuracy for questions, accuracy, _ in shares) / n
-    return paper_form(accuracy, sum(questions * no_answer for questions, _, no_answer in shares) / n)
-
-
 def table_rows(summaries: Sequence[NamedSummary]) -> list[TableRow]:
     """The rows of summaries, of accuracies and of instructions: task after task, a student's rows of several
     evaluations one below the other; cells that an earlier summary has are left out."""
@@ -311,9 +321,10 @@ def table_rows(summaries: Sequence[NamedSummary]) -> list[TableRow]:
     shown: set[str] = set()
     for place, (_, summary) in enumerate(summaries):
         labels = _labels(summary)
-        for row in (*summary.eval, *summary.instructions):
+        all_rows: list[EvalRow | InstructionRow] = [*summary.eval, *summary.instructions]
+        for row in all_rows:
             if row.fingerprint not in shown:
-                groups.setdefault((place, labels[row.evaluation, row.student], row.about), []).append(row)
+                groups.setdefault((place, labels[row.evaluation, row.student], row.section), []).append(row)
         shown |= {row.fingerprint for row in summary.eval if row.fingerprint}
     runs_of = Counter(label for _, label in {(summaries[place][0], label) for place, label, _ in groups})
     rows = []
@@ -343,7 +354,7 @@ def _labels(summary: Summary) -> dict[tuple[str, str], str]:
     }
 
 
-def related(rows: Sequence[TableRow]) -> list[tuple[TableRow, TableRow]]:
+def pairs_to_compare(rows: Sequence[TableRow]) -> list[tuple[TableRow, TableRow]]:
     """Pairs of rows of one task whose difference the experiment is about: a row and its relatives in the same
     evaluation; a row without one, and the first row."""
     pairs = []
@@ -354,8 +365,8 @@ def related(rows: Sequence[TableRow]) -> list[tuple[TableRow, TableRow]]:
     return pairs
 
 
-def resolution(rows: Sequence[TableRow]) -> str:
+def detectable_difference(rows: Sequence[TableRow]) -> str:
     """The least difference between rows of one task that can be expected to show, at the accuracy nearest to 1/2."""
     n: int = min(row.first.n for row in rows)
     nearest_to_half = min((row.accuracy for row in rows), key=lambda share: abs(share - 0.5))
-    return sentence("resolution", n, minimum_detectable_difference(n, nearest_to_half))
+    return sentence("detectable_difference", n, minimum_detectable_difference(n, nearest_to_half))

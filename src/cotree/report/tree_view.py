@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import nlargest
@@ -22,7 +22,7 @@ _LARGE = 40  # thoughts; a larger tree is hard to read on a page
 
 
 @dataclass(frozen=True)
-class Use:
+class DatasetUse:
     """What a dataset made of a chain. role: "SFT row", "chosen", "rejected", ...; why: in a few words."""
 
     dataset: str
@@ -35,7 +35,7 @@ class ShownThought:
     """A thought, with what datasets made of the chain that ends in it."""
 
     node: StoredNode
-    uses: tuple[Use, ...]
+    uses: Sequence[DatasetUse]
 
     @property
     def prefix(self) -> str:
@@ -59,12 +59,32 @@ class Block:
 
 
 @dataclass(frozen=True)
+class DatasetRow:
+    """A row that a dataset took from a tree: its columns, and the settings by which it was chosen."""
+
+    dataset: str
+    settings: Mapping[str, Any]
+    columns: Mapping[str, Any]
+
+    @property
+    def length(self) -> str:
+        """By which length chains were chosen first."""
+        return str(self.settings.get("length", "shortest" if "chosen_leaf" in self.columns else "longest"))
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """A sort key: by dataset, and in it the chain first that was to be chosen first."""
+        tokens: int = self.columns.get("chosen_tokens") or self.columns.get("length_tokens") or 0
+        return self.dataset, -tokens if self.length == "longest" else tokens
+
+
+@dataclass(frozen=True)
 class TreeView:
-    """A stored tree and what datasets made of its chains, by the id of the leaf."""
+    """A stored tree with the rows that datasets took from it. trees: the name of its node."""
 
     trees: str
     tree: StoredTree
-    uses: Mapping[int, tuple[Use, ...]]
+    rows: Sequence[DatasetRow]
 
     @cached_property
     def verdicts(self) -> Counter[str]:
@@ -72,6 +92,21 @@ class TreeView:
         found = Counter(correct=0, wrong=0, no_answer=0)
         found.update(node.verdict for node in self.tree.nodes if node.verdict is not None)
         return found
+
+    @cached_property
+    def uses(self) -> dict[int, list[DatasetUse]]:
+        """What datasets made of its chains, by the id of the leaf."""
+        places: Counter[str] = Counter()
+        found: defaultdict[int, list[DatasetUse]] = defaultdict(list)
+        for row in sorted(self.rows, key=lambda row: row.place):
+            places[row.dataset] += 1
+            roles = {"chosen_leaf": "chosen", "rejected_leaf": "rejected"}
+            roles |= {"leaf_id": "SFT row" if "length_tokens" in row.columns else "process-reward row"}
+            for column, role in roles.items():
+                if column in row.columns:
+                    why = sentence("why_taken", role, row, self.verdicts, places[row.dataset])
+                    found[row.columns[column]].append(DatasetUse(row.dataset, role, why))
+        return dict(found)
 
     @property
     def name(self) -> str:
@@ -124,27 +159,7 @@ def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = Non
         with TreeStore(path) as store:
             for tree in store.trees(record.base):
                 if question is None or tree.question_id == question:
-                    yield _view(name, tree, rows[tree.tree_id])
-
-
-@dataclass(frozen=True)
-class DatasetRow:
-    """A row that a dataset took from a tree: its columns, and the settings by which it was chosen."""
-
-    dataset: str
-    settings: Mapping[str, Any]
-    columns: Mapping[str, Any]
-
-    @property
-    def length(self) -> str:
-        """By which length chains were chosen first."""
-        return str(self.settings.get("length", "shortest" if "chosen_leaf" in self.columns else "longest"))
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """A sort key: by dataset, and in it the chain first that was to be chosen first."""
-        tokens: int = self.columns.get("chosen_tokens") or self.columns.get("length_tokens") or 0
-        return self.dataset, -tokens if self.length == "longest" else tokens
+                    yield TreeView(name, tree, rows[tree.tree_id])
 
 
 def _dataset_rows(run: RunFolder) -> defaultdict[str, list[DatasetRow]]:
@@ -163,22 +178,6 @@ def _dataset_rows(run: RunFolder) -> defaultdict[str, list[DatasetRow]]:
         for row in rows:
             found[row["tree_id"]].append(DatasetRow(node.partition("/")[2], record.parts, row))
     return found
-
-
-def _view(name: str, tree: StoredTree, rows: Iterable[DatasetRow]) -> TreeView:
-    """A tree with what became of its chains."""
-    verdicts = Counter(node.verdict for node in tree.nodes)
-    places: Counter[str] = Counter()
-    uses: defaultdict[int, tuple[Use, ...]] = defaultdict(tuple)
-    for row in sorted(rows, key=lambda row: row.place):
-        places[row.dataset] += 1
-        roles = {"chosen_leaf": "chosen", "rejected_leaf": "rejected"}
-        roles |= {"leaf_id": "SFT row" if "length_tokens" in row.columns else "process-reward row"}
-        for column, role in roles.items():
-            if column in row.columns:
-                why = sentence("why_taken", role, row, verdicts, places[row.dataset])
-                uses[row.columns[column]] += (Use(row.dataset, role, why),)
-    return TreeView(name, tree, uses)
 
 
 def trees_to_show(run: RunFolder, trees: Iterable[str], number: int) -> list[TreeView]:

@@ -1,4 +1,4 @@
-"""`journal.db`: every completion that was paid for in a run, and which trees use it.
+"""`journal.db`: every completion that was paid for in a run, and which trees use it; and the models behind it.
 
 A completion is kept under the hash of its request (`Request.key`), committed before anybody uses it. So a search that
 was killed, or that is repeated with other settings, asks a model only what was never answered. The journal belongs to
@@ -8,28 +8,23 @@ the run: trees of all settings share it, and it outlives them.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
+from cotree.models.client import Completion, Request
+from cotree.models.endpoints import Endpoint
 from cotree.search.database import Database
 
 
-class Entry(NamedTuple):
-    """A completion in the journal.
+@dataclass(frozen=True)
+class UnusedCompletions:
+    """What was paid for some questions and is in no current tree: of earlier settings, or cut short.
 
-    key: sha256 of the request and the model's identity. question: whose tree asked first (`question_name`).
-    tokens: generated ones. completion: its JSON (choices, token counts, seconds).
+    tokens: generated ones.
     """
-
-    key: bytes
-    question: str
-    tokens: int
-    completion: str
-
-
-class Unused(NamedTuple):
-    """Completions, and their generated tokens, that no current tree uses."""
 
     completions: int
     tokens: int
@@ -58,19 +53,25 @@ class Journal(Database):
         with self._guard():
             self._keys = {key for (key,) in self._db.execute("SELECT key FROM completions")}
 
-    def recall(self, key: bytes) -> str | None:
-        """The JSON of the completion of a request, None where it was never answered."""
+    def recall(self, key: bytes) -> Completion | None:
+        """The completion of a request, None where it was never answered."""
         if key not in self._keys:
             return None
         with self._guard():
             row = self._db.execute("SELECT completion FROM completions WHERE key = ?", (key,)).fetchone()
-        return str(row[0])
+        return Completion.from_json(row[0])
 
-    def add(self, entries: Sequence[Entry]) -> None:
-        """Keep completions; committed, all or none, when this returns. The first one under a key stays."""
+    def add(self, key: bytes, question: str, completion: Completion) -> None:
+        """Keep a completion; committed when this returns. The first one under a key stays.
+
+        Args:
+            key: of the request and the model's identity (`Request.key`).
+            question: whose tree asked first (`question_name`).
+        """
+        row = (key, question, completion.completion_tokens, completion.to_json())
         with self._transaction():
-            self._db.executemany("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?)", entries)
-        self._keys.update(entry.key for entry in entries)
+            self._db.execute("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?)", row)
+        self._keys.add(key)
 
     def add_uses(self, tree_id: str, keys: Iterable[bytes]) -> None:
         """Note which completions a finished tree is made of."""
@@ -88,23 +89,75 @@ class Journal(Database):
             rows = [(place, question, tree_id) for question, tree_id in trees.items()]
             self._db.executemany("INSERT OR REPLACE INTO current VALUES (?, ?, ?)", rows)
 
-    def unused(self, questions: Collection[str]) -> Unused:
-        """What was paid for these questions (`question_name`) and is in no current tree of any store."""
+    def unused(self, questions: Collection[str]) -> UnusedCompletions:
+        """The completions of these questions (`question_name`) that no current tree of any store uses."""
         query = """
 SELECT count(*), coalesce(sum(tokens), 0) FROM completions WHERE question = ? AND NOT EXISTS (
   SELECT 1 FROM uses JOIN current USING (tree_id) WHERE uses.key = completions.key
 )"""
         with self._guard():
             counted = [self._db.execute(query, (question,)).fetchone() for question in questions]
-        return Unused(sum(count for count, _ in counted), sum(tokens for _, tokens in counted))
+        return UnusedCompletions(sum(count for count, _ in counted), sum(tokens for _, tokens in counted))
 
-    def share(self, name: str) -> int | None:
-        """How many extra rollouts each tree was given under this name; None if they were not yet shared out."""
-        with self._guard():
-            row = self._db.execute("SELECT rollouts FROM shares WHERE name = ?", (name,)).fetchone()
-        return None if row is None else int(row[0])
+    def extra_rollouts(self, name: str, computed: int) -> int:
+        """How many extra rollouts each tree gets that shares under this name: what was `computed` the first time.
 
-    def set_share(self, name: str, rollouts: int) -> None:
-        """Keep how many extra rollouts each tree is given, so that a resumed search gives as many."""
+        It is kept before it is spent, so that a resumed search, which finds other trees finished, spends as much.
+        """
         with self._transaction():
-            self._db.execute("INSERT INTO shares VALUES (?, ?)", (name, rollouts))
+            self._db.execute("INSERT OR IGNORE INTO shares VALUES (?, ?)", (name, computed))
+            (kept,) = self._db.execute("SELECT rollouts FROM shares WHERE name = ?", (name,)).fetchone()
+        return int(kept)
+
+
+@dataclass
+class Progress:
+    """The counts of a running search, for its progress line.
+
+    trees_wanted: later turns of conversations included. trees: finished; trees_before of them were there when this
+    process began. thoughts, verdicts: of the trees that this process finished. calls: requests that a model answered;
+    recalled: that the journal answered. tokens: generated in this process. cost: in the currency of the models' prices.
+    """
+
+    trees_wanted: int = 0
+    trees: int = 0
+    trees_before: int = 0
+    thoughts: int = 0
+    calls: int = 0
+    recalled: int = 0
+    tokens: int = 0
+    cost: float = 0.0
+    verdicts: Counter[str] = field(default_factory=lambda: Counter(correct=0, wrong=0, no_answer=0))
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since the search began in this process."""
+        return time.monotonic() - self.started
+
+
+class SearchModels:
+    """The open models of a search; with a journal, a request that was answered before is not sent again."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint], journal: Journal | None = None) -> None:
+        self.endpoints, self.journal, self.progress = endpoints, journal, Progress()
+
+    async def complete(self, model: str, request: Request, question: str) -> tuple[bytes, Completion]:
+        """The completion of a request and its key, from the journal or from the model and then into the journal.
+
+        Args:
+            question: whose it is (`question_name`): its requests go to one server, where its prompts are warm.
+        """
+        endpoint, progress = self.endpoints[model], self.progress
+        key = request.key(endpoint.identity)
+        recalled = None if self.journal is None else self.journal.recall(key)
+        if recalled is not None:
+            progress.recalled += 1
+            return key, recalled
+        completion = await endpoint.client_for(question).complete(request)
+        if self.journal is not None:
+            self.journal.add(key, question, completion)
+        progress.calls += 1
+        progress.tokens += completion.completion_tokens
+        progress.cost = sum(used.cost or 0.0 for used in self.endpoints.values())
+        return key, completion

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.client import Request
 from cotree.search.mcts import Node
-from cotree.search.prompts import chain_text
 from cotree.search.settings import Writer
 from cotree.search.store import StoredNode
-from cotree.search.thoughts import draw
+from cotree.search.thoughts import chain_text, draw
 from cotree.tasks import Question, Verdict
 
 if TYPE_CHECKING:
@@ -52,11 +51,15 @@ def load_reward_function(name: str) -> RewardFunction:
 
 
 async def chain_reward(growth: Growth, chain: Sequence[Node], verdict: Verdict | None) -> float:
-    """The reward in [0, 1] that the settings' `reward` gives a chain, also one that is not at its end."""
-    settings, question, text = growth.settings.reward, growth.question, chain_text(chain)
+    """The reward in [0, 1] that the settings' `reward` gives a chain, also one that is not at its end.
+
+    Raises:
+        CotreeError: the recipe's function raises or returns another number, or scores are missing.
+    """
+    settings, question = growth.settings.reward, growth.question
     assert settings is not None
     if settings.function is not None:
-        return _call(load_reward_function(settings.function), question, text, verdict)
+        return _function_reward(load_reward_function(settings.function), question, chain_text(chain), verdict)
     if settings.process is not None:
         messages = step_score_messages(question, [thought.text for thought in chain], settings.separator)
         request = Request(
@@ -65,22 +68,11 @@ async def chain_reward(growth: Growth, chain: Sequence[Node], verdict: Verdict |
         scored = await growth.complete(settings.process, request)
         return combine_step_scores(json.loads(scored.choices[0].text), len(chain), settings.combine)
     assert settings.judge is not None
-    asked = "\n\n".join(message["content"] for message in question.messages if message["role"] == "user")
-    content = f"Question:\n{asked}\n\nAnswer:\n{text}\n\nIs the final answer right? Reply with yes or no."
-    judged = await growth.continue_text(
-        Writer(model=settings.judge),
-        "The final answer is right:",
-        n=settings.samples,
-        max_tokens=4,
-        seed=draw(f"judge:{growth.seed}/{text}", 2**31),
-        stop=("\n",),
-        messages=[{"role": "user", "content": content}],
-    )
-    return fmean(choice.text.strip().lower().startswith(("yes", "true")) for choice in judged.choices)
+    return await _judge_reward(growth, settings.judge, settings.samples, chain_text(chain))
 
 
-def _call(function: RewardFunction, question: Question, text: str, verdict: Verdict | None) -> float:
-    """Call the user's reward function; an exception or a number outside [0, 1] is a CotreeError."""
+def _function_reward(function: RewardFunction, question: Question, text: str, verdict: Verdict | None) -> float:
+    """What the user's function returns; an exception or a number outside [0, 1] is a CotreeError."""
     try:
         reward = float(function(question, text, verdict))
     except Exception as error:
@@ -89,6 +81,18 @@ def _call(function: RewardFunction, question: Question, text: str, verdict: Verd
     if not 0.0 <= reward <= 1.0:
         raise CotreeError(f"reward.function: {reward} for question {question.id}; a reward is in [0, 1]")
     return reward
+
+
+async def _judge_reward(growth: Growth, judge: str, samples: int, text: str) -> float:
+    """The share of `samples` in which the model `judge` says yes when it is asked whether the answer is right."""
+    asked = "\n\n".join(message["content"] for message in growth.question.messages if message["role"] == "user")
+    content = f"Question:\n{asked}\n\nAnswer:\n{text}\n\nIs the final answer right? Reply with yes or no."
+    prompt = growth.models.endpoints[judge].prompt([{"role": "user", "content": content}])
+    seed = draw(f"judge:{growth.seed}/{text}", 2**31)
+    judged = await growth.continue_text(
+        Writer(model=judge), prompt, "The final answer is right:", n=samples, max_tokens=4, seed=seed, stop=("\n",)
+    )
+    return fmean(choice.text.strip().lower().startswith(("yes", "true")) for choice in judged.choices)
 
 
 def step_score_messages(question: Question, thoughts: Sequence[str], separator: str) -> tuple[tuple[str, str], ...]:
@@ -114,6 +118,6 @@ def combine_step_scores(scores: Sequence[float], steps: int, combine: Literal["l
     return {"least": min(scores), "product": math.prod(scores), "last": scores[-1]}[combine]
 
 
-def chain_score(chain: Sequence[Node | StoredNode]) -> tuple[float, float]:
-    """The score by which chains of one tree are ranked: the reward of the last thought, then the mean v/n over all."""
+def chain_rank_key(chain: Sequence[StoredNode]) -> tuple[float, float]:
+    """The sort key of chains of one tree, the best last: the reward of the last thought, then the mean v/n of all."""
     return chain[-1].reward or 0.0, sum(node.value / node.visits for node in chain if node.visits) / len(chain)

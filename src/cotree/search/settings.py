@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -23,14 +22,14 @@ class Writer(Section):
     top_p: float | None = Field(None, gt=0, le=1)
 
 
-def _writers(value: Any) -> Any:
+def _list_of_writers(value: Any) -> Any:
     """A role may be given as a name, a writer, or a list of these."""
     given = value if isinstance(value, list | tuple) else [value]
     return tuple({"model": writer} if isinstance(writer, str) else writer for writer in given)
 
 
 # Of several writers one is drawn by seed for each request.
-Role = Annotated[tuple[Writer, ...], BeforeValidator(_writers), Field(min_length=1)]
+Role = Annotated[tuple[Writer, ...], BeforeValidator(_list_of_writers), Field(min_length=1)]
 
 
 class Thought(Section):
@@ -98,7 +97,7 @@ class Reward(Section):
         return self
 
 
-def _patterns(value: Any) -> Any:
+def _with_shipped_patterns(value: Any) -> Any:
     """Names of shipped patterns, or a mapping in which an own pattern has its matrix and a shipped one null."""
     names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     given = dict.fromkeys(value) if names else value
@@ -126,9 +125,7 @@ class Search(Section):
     rollouts: int = Field(8, ge=1)
     leaves_per_round: int = Field(2, ge=1)
     exploration: float = Field(1.0, ge=0)
-    patterns: Annotated[dict[str, Matrix], BeforeValidator(_patterns)] = Field(
-        {name: {kind: dict(row) for kind, row in matrix.items()} for name, matrix in PATTERNS.items()}, min_length=1
-    )
+    patterns: Annotated[dict[str, Matrix], BeforeValidator(_with_shipped_patterns)] = Field(PATTERNS, min_length=1)
     thoughts: dict[str, Thought] = Field({})
     temperature: float = Field(0.8, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -139,6 +136,10 @@ class Search(Section):
     adaptive: bool = False
     reward: Reward | None = None
     trees_in_flight: Annotated[int, NOT_CONTENT] = Field(8, ge=1)
+
+    def thought(self, thought_type: str) -> Thought:
+        """How thoughts of a type are written; by default the shipped way."""
+        return self.thoughts.get(thought_type, Thought())
 
     @property
     def widest(self) -> int:
@@ -163,7 +164,7 @@ class Search(Section):
                     "reflection: {thinking: 1}, or set max_reflections to 0"
                 )
         # An answer is judged, and ends by itself.
-        answer = self.thoughts.get("answer", Thought())
+        answer = self.thought("answer")
         if answer.text is not None or answer.ends != "line":
             raise ValueError("thoughts.answer: only prefixes, role and max_tokens can change; it ends by itself")
         for prefix in answer.prefixes or ():
@@ -171,25 +172,38 @@ class Search(Section):
                 raise ValueError(f"thoughts.answer: `{prefix}` opens no box; end it with \\boxed{{")
         return self
 
-    def check_roles(self, roles: Mapping[str, Role]) -> None:
-        """Check that there is a thinker, and that every role is one of this search.
 
-        Raises:
-            ValueError: there is no thinker, or a role that nothing has.
-        """
-        if "thinker" not in roles:
+class SearchWithRoles(Search):
+    """A search with its models.
+
+    roles: {role: model, student, or a list of them}. `thinker` writes everything that no other role writes.
+    """
+
+    roles: dict[str, Role]
+
+    @model_validator(mode="after")
+    def _roles_known(self) -> Self:
+        if "thinker" not in self.roles:
             raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
         named = [thought.role for thought in self.thoughts.values() if thought.role is not None]
         known = list(dict.fromkeys(["thinker", "reflector", *THOUGHT_TYPES, *self.thoughts, *named]))
-        require_known("roles: unknown role", roles, known)
-        require_known("thoughts: unknown role", named, list(roles))
+        require_known("roles: unknown role", self.roles, known)
+        require_known("thoughts: unknown role", named, list(self.roles))
+        return self
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The models and students that are asked: those of a role, and the one that gives the reward."""
+        names = [writer.model for role in self.roles.values() for writer in role]
+        if self.reward is not None:
+            names += [name for name in (self.reward.judge, self.reward.process) if name is not None]
+        return tuple(dict.fromkeys(names))
 
 
-class Trees(Search):
+class Trees(SearchWithRoles):
     """A `trees` node: one tree for each question.
 
     questions: {task: how many}, the first so many of `split`; of conversations each turn is a tree.
-    roles: {role: model, student, or a list of them}. `thinker` writes everything that no other role writes.
     method: `mcts`, or `sampling`: independent whole chains (rejection sampling, best-of-n) with the same worked
         examples, first thought and thinker, up to `rollouts` of them and the stop conditions. What shapes a tree has no
         part in it: all of a pattern but its first type, exploration, leaves_per_round, max_depth, max_reflections,
@@ -200,23 +214,13 @@ class Trees(Search):
 
     questions: dict[str, Count] = Field(min_length=1)
     split: Split = "train"
-    roles: dict[str, Role]
     method: Literal["mcts", "sampling"] = "mcts"
     tokens_of: str | None = None
 
     @model_validator(mode="after")
-    def _roles_and_method(self) -> Trees:
-        self.check_roles(self.roles)
+    def _tokens_of_sampling(self) -> Trees:
         if self.tokens_of is not None and self.method != "sampling":
             raise ValueError(
                 "`tokens_of` is for `method: sampling`, which spends what other trees spent; use stop.tokens"
             )
         return self
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """The models and students that are asked: those of a role, and the one that gives the reward."""
-        names = [writer.model for role in self.roles.values() for writer in role]
-        if self.reward is not None:
-            names += [name for name in (self.reward.judge, self.reward.process) if name is not None]
-        return tuple(dict.fromkeys(names))

@@ -11,46 +11,41 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import Field, dataclass, fields
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cotree.base.errors import UsageError
 from cotree.search.database import Database
 
 
-class Cost(NamedTuple):
-    """What a stored tree took: rollouts, and generated tokens."""
-
-    rollouts: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StoredNode:
-    """A thought: a row of `nodes`, without its tree's id; the fields are its columns in their order."""
+    """A thought: a row of `nodes`, without its tree's id; the fields are its columns in their order.
+
+    `search.mcts.Node` is one that still grows.
+    """
 
     node_id: int  # 0 is the root; parents come before children
     parent_id: int | None
     type: str | None  # thought type; None for the root
     text: str  # with its prefix
-    prefix: str
-    model: str
-    depth: int
-    visits: int  # judged leaves at or below
-    value: float  # the sum of their rewards
-    verdict: str | None  # correct, wrong or no_answer; None if not a leaf that was judged
-    reward: float | None
-    answer: str | None
-    tokens: int
-    finish_reason: str
-    seed: int
-    seconds: float  # of the request that wrote it
+    prefix: str = ""
+    model: str = ""
+    depth: int = 0
+    visits: int = 0  # judged leaves at or below
+    value: float = 0.0  # the sum of their rewards
+    verdict: str | None = None  # correct, wrong or no_answer; None if not a leaf that the verifier judged
+    reward: float | None = None  # of a judged leaf, in [0, 1]; None where the chain goes on
+    answer: str | None = None
+    tokens: int = 0
+    finish_reason: str = "stop"
+    seed: int = 0
+    seconds: float = 0.0  # of the request that wrote it
 
     @property
     def is_open(self) -> bool:
         """Whether its line goes on: a mini-step that ended by its token count and not by itself."""
-        return self.finish_reason == "length" and self.verdict is None
+        return self.finish_reason == "length" and self.reward is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +73,11 @@ class StoredTree:
     completion_tokens: int  # all that was generated, duplicates dropped from the tree included
     nodes: list[StoredNode]
 
+    @property
+    def question_name(self) -> str:
+        """The name of the tree's question, as `search.thoughts.question_name` gives it."""
+        return f"{self.task}/{self.question_id}/{self.turn}"
+
     def chain(self, leaf_id: int) -> list[StoredNode]:
         """The thoughts from the first below the root down to a leaf."""
         nodes: list[StoredNode] = []
@@ -88,9 +88,8 @@ class StoredTree:
         return nodes[::-1]
 
 
-_NODE = fields(StoredNode)
-_TREE = [field for field in fields(StoredTree) if field.name != "nodes"]
-_node_values, _tree_values = (attrgetter(*(field.name for field in columns)) for columns in (_NODE, _TREE))
+_NODE_COLUMNS = fields(StoredNode)
+_TREE_COLUMNS = fields(StoredTree)[:-1]  # without the nodes
 _SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "float": "REAL", "list[dict[str, str]]": "TEXT"}  # messages: JSON
 
 
@@ -107,27 +106,22 @@ class TreeStore(Database):
     main_table = "trees"
     schema_version = 4
     schema = (
-        f"CREATE TABLE trees ({_columns(_TREE)}, PRIMARY KEY (tree_id)) WITHOUT ROWID",
-        f"""CREATE TABLE nodes (tree_id TEXT NOT NULL REFERENCES trees, {_columns(_NODE)},
+        f"CREATE TABLE trees ({_columns(_TREE_COLUMNS)}, PRIMARY KEY (tree_id)) WITHOUT ROWID",
+        f"""CREATE TABLE nodes (tree_id TEXT NOT NULL REFERENCES trees, {_columns(_NODE_COLUMNS)},
             PRIMARY KEY (tree_id, node_id)) WITHOUT ROWID""",
     )
 
-    def finished(self, config: str | None = None) -> dict[str, Cost]:
-        """The ids of all trees (of one config), and what each cost."""
+    def finished(self, config: str | None = None) -> dict[str, int]:
+        """The ids of all trees (of one config), with the rollouts that each took."""
         with self._guard():
-            query = "SELECT tree_id, rollouts, completion_tokens FROM trees WHERE config = coalesce(?, config)"
-            rows = self._db.execute(query, (config,))
-            return {str(tree_id): Cost(rollouts, tokens) for tree_id, rollouts, tokens in rows}
-
-    def configs(self) -> list[str]:
-        """The configs under which the store has trees; one, unless it was put together by hand."""
-        with self._guard():
-            return [str(config) for (config,) in self._db.execute("SELECT DISTINCT config FROM trees ORDER BY config")]
+            query = "SELECT tree_id, rollouts FROM trees WHERE config = coalesce(?, config)"
+            return dict(self._db.execute(query, (config,)))
 
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
-        row = [json.dumps(value) if isinstance(value, list) else value for value in _tree_values(tree)]
-        nodes = [(tree.tree_id, *_node_values(node)) for node in tree.nodes]
+        row = [getattr(tree, column.name) for column in _TREE_COLUMNS]
+        row = [json.dumps(value) if isinstance(value, list) else value for value in row]
+        nodes = [[tree.tree_id, *(getattr(node, column.name) for column in _NODE_COLUMNS)] for node in tree.nodes]
         with self._transaction():
             done = self._db.execute("INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", row)
             if done.rowcount:
@@ -144,14 +138,13 @@ class TreeStore(Database):
     def tree(self, tree_id: str) -> StoredTree:
         """One tree by its id."""
         with self._guard():
-            found = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,))
-            row = found.fetchone()
+            row = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,)).fetchone()
             if row is None:
                 raise UsageError(f"{self.path} has no tree {tree_id}")
             nodes = self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
-        known = dict(zip((column[0] for column in found.description), row, strict=True))
-        known["messages"] = json.loads(known["messages"])
-        return StoredTree(**known, nodes=[StoredNode(*node[1:]) for node in nodes])
+        values = dict(zip((column.name for column in _TREE_COLUMNS), row, strict=True))
+        values["messages"] = json.loads(values["messages"])
+        return StoredTree(**values, nodes=[StoredNode(*node[1:]) for node in nodes])
 
 
 def count_trees(path: Path) -> int:
@@ -163,11 +156,9 @@ def count_trees(path: Path) -> int:
     if not path.is_file():
         return 0
     # Without `immutable` even a reader makes files beside a store; with it the commits in a left `-wal` are not seen.
-    left = path.with_name(f"{path.name}-wal").exists()
+    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
     try:
-        with closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?{'mode=ro' if left else 'immutable=1'}", uri=True)
-        ) as db:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as db:
             return int(db.execute("SELECT count(*) FROM trees").fetchone()[0])
     except sqlite3.Error as error:
         raise UsageError(f"{path} is not a tree store ({error}); move it away") from None

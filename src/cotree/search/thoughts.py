@@ -1,56 +1,45 @@
-"""Thought types, the prefixes that they begin with, and the patterns that say which type may follow which.
+"""Thought types, the prefixes that they begin with, the patterns that say which type may follow which, and the texts of
+a search: what a model continues (worked examples, the question, the chain so far, a prefix), and what it writes.
 
-Whatever is drawn (a prefix, a pattern, a request's seed) is drawn by a seed alone. Of a type's prefixes the first is
-the paper's (its thought node table); the others are ours, for variety in the data.
+The shipped types and patterns are in `thoughts.yaml`. Whatever is drawn (a prefix, a pattern, a request's seed) is a
+pure function of a seed text, the same on every machine.
+
+Invariant: the prompt of a child begins with the prompt of its parent, so a server's prefix cache stays warm, and the
+model continues the very words that it (or another model) wrote. The worked examples are for search only: the student
+is trained and evaluated on the plain question.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import replace
+from importlib.resources import files
+from typing import NamedTuple
 
-from cotree.base.settings import nearest
-from cotree.tasks.base import AnswerForm, Question
+import yaml
+
+from cotree.base.settings import require_known
+from cotree.search.store import StoredNode
+from cotree.tasks.base import AnswerForm, Message, Question, Task, WorkedExample
 from cotree.tasks.extract import ANSWER_TAG
 
-ThoughtType = Literal["thinking", "sub_task", "reflection", "hypothesis", "double_check", "reclarify", "answer"]
-THOUGHT_TYPES: tuple[ThoughtType, ...] = get_args(ThoughtType)
+# {thought type or `root`: {next type: number of children}}
+Pattern = Mapping[str, Mapping[str, int]]
 
-PREFIXES: Mapping[str, tuple[str, ...]] = {
-    "thinking": ("",),
-    "sub_task": (
-        "Firstly, I need to break down this task.",
-        "First, I need to break down this task.",
-        "I need to break down this task.",
-    ),
-    "reflection": (
-        "Let's check the result. Wait! something is wrong...",
-        "Wait! something is wrong...",
-        "Let me check the result. Something is wrong...",
-    ),
-    "hypothesis": (
-        "I propose the following hypothesis:",
-        "I propose this hypothesis:",
-        "My hypothesis:",
-    ),
-    "double_check": (
-        "Now, I need to check whether all requirements are met.",
-        "Now I check whether all requirements are met.",
-        "I need to check the result.",
-    ),
-    "reclarify": (
-        "To ensure clarity, let me restate...",
-        "Let me restate...",
-        "To be clear:",
-    ),
-    "answer": ("The answer is: \\boxed{",),
-}
+_SHIPPED = yaml.safe_load((files("cotree.search") / "thoughts.yaml").read_text("utf-8"))
+PREFIXES: dict[str, list[str]] = _SHIPPED["prefixes"]
+PATTERNS: dict[str, dict[str, dict[str, int]]] = _SHIPPED["patterns"]
+THOUGHT_TYPES = tuple(PREFIXES)
+
+# One thought is one line and does not answer before its turn.
+THOUGHT_STOPS = ("\n", "The answer is")
+# Escaped ones are signs, not braces: `\left\{x\right.` opens nothing.
+_BRACES = re.compile(r"\\?[{}]")
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerFormat:
+class AnswerFormat(NamedTuple):
     """How an answer is written: its first words, the stop strings of its request, and what closes it afterwards."""
 
     prefix: str
@@ -59,53 +48,11 @@ class AnswerFormat:
 
 
 ANSWER_FORMATS: Mapping[AnswerForm, AnswerFormat] = {
-    # LaTeX has braces of its own: which one ends the box is seen when the line has come (`prompts.boxed_part`).
+    # LaTeX has braces of its own: which one ends the box is seen when the line has come (`read_box`).
     "boxed": AnswerFormat(PREFIXES["answer"][0], ("\n",), "}"),
     "number": AnswerFormat(PREFIXES["answer"][0], ("}", "\n"), "}"),
     "text": AnswerFormat(f"{ANSWER_TAG}\n", (), ""),
 }
-
-# {next type: number of children}, in the order in which the children are written.
-NextTypes = Mapping[str, int]
-Pattern = Mapping[str, NextTypes]
-
-# A chain ends with `answer`; after a reflection thinking starts afresh. The paper names the first two patterns and says
-# that there are four.
-PATTERNS: Mapping[str, Pattern] = {
-    "plain": {
-        "root": {"sub_task": 2},
-        "sub_task": {"thinking": 4},
-        "thinking": {"answer": 1},
-        "reflection": {"thinking": 1},
-    },
-    "hypothesis": {
-        "root": {"sub_task": 1},
-        "sub_task": {"hypothesis": 2},
-        "hypothesis": {"thinking": 4},
-        "thinking": {"answer": 1},
-        "reflection": {"thinking": 1},
-    },
-    "double_check": {
-        "root": {"sub_task": 1},
-        "sub_task": {"thinking": 4},
-        "thinking": {"double_check": 1, "answer": 1},
-        "double_check": {"answer": 1},
-        "reflection": {"thinking": 1},
-    },
-    "reclarify": {
-        "root": {"reclarify": 1},
-        "reclarify": {"sub_task": 1},
-        "sub_task": {"thinking": 4},
-        "thinking": {"double_check": 1, "thinking": 1},
-        "double_check": {"answer": 1},
-        "reflection": {"thinking": 1},
-    },
-}
-
-
-def draw(seed: str, options: int) -> int:
-    """An integer in [0, options), uniform over seeds: a pure function of `seed`, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) % options
 
 
 def check_pattern(name: str, pattern: Pattern, known: Sequence[str] = THOUGHT_TYPES) -> None:
@@ -116,8 +63,7 @@ def check_pattern(name: str, pattern: Pattern, known: Sequence[str] = THOUGHT_TY
     """
     where = f"pattern `{name}`"
     named = {following for row in pattern.values() for following in row}
-    for kind in sorted(named.difference(known)):
-        raise ValueError(f"{where}: unknown type `{kind}`; {nearest(kind, known)}")
+    require_known(f"{where}: unknown type", sorted(named), known)
     if "answer" in pattern:
         raise ValueError(f"{where}: nothing comes after an answer; delete its row `answer`")
     ending = {"answer"}
@@ -127,24 +73,99 @@ def check_pattern(name: str, pattern: Pattern, known: Sequence[str] = THOUGHT_TY
         raise ValueError(f"{where}: from `{kind}` no answer can be reached; let it lead to one: {kind}: {{answer: 1}}")
     # A wrong answer adds a reflection by itself, so its row needs nobody to lead to it.
     reached = {"root", "reflection"}
-    while more := [kind for known in reached for kind in pattern.get(known, ()) if kind not in reached]:
+    while more := [kind for before in reached for kind in pattern.get(before, ()) if kind not in reached]:
         reached.update(more)
     for kind in sorted(pattern.keys() - reached):
         raise ValueError(f"{where}: nothing leads to `{kind}`; name it in another row, or delete its own")
 
 
-def draw_prefix(kind: str, seed: str, prefixes: Mapping[str, Sequence[str]] = PREFIXES) -> str:
+def draw(seed: str, options: int) -> int:
+    """An integer in [0, options), uniform over seeds."""
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) % options
+
+
+def draw_prefix(prefixes: Sequence[str], seed: str) -> str:
     """One of a thought type's prefixes, drawn by seed."""
-    variants = prefixes[kind]
-    return variants[draw(f"prefix:{seed}", len(variants))]
+    return prefixes[draw(f"prefix:{seed}", len(prefixes))]
 
 
 def draw_pattern(names: Iterable[str], seed: str) -> str:
-    """One of the patterns' names, drawn by seed: the name with the highest hash, so that their order plays no part and
-    a pattern that is added takes only its own share of the trees."""
+    """One of the patterns' names, drawn by seed: the one with the highest hash.
+
+    So their order plays no part, and a pattern that is added takes over only its own share of the trees.
+    """
     return max(names, key=lambda name: hashlib.sha256(f"pattern:{seed}/{name}".encode()).digest())
 
 
 def question_name(question: Question) -> str:
-    """What names a question in seeds and in the journal: task, id and turn; not its text, which is in every prompt."""
+    """The name of a question in seeds and in the journal: "task/id/turn"; not its text, which is in every prompt."""
     return f"{question.task}/{question.id}/{question.turn}"
+
+
+def names_of_turns(question: Question) -> list[str]:
+    """The names of a question and of all later turns of its conversation."""
+    turns = range(question.turn, question.turn + 1 + len(question.later))
+    return [question_name(replace(question, turn=turn)) for turn in turns]
+
+
+def search_messages(task: Task, question: Question) -> list[Message]:
+    """The conversation that a search continues: worked examples, then the question."""
+    return [*example_messages(task.worked_examples(question), task.answer_form), *question.messages]
+
+
+def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> list[Message]:
+    """The examples as earlier turns: sub_task, thinking, answer, one thought a line.
+
+    They are the same for every pattern, so that a family's trees share one beginning, which a server evaluates once;
+    a type that they do not show is asked for by its prefix.
+    """
+    messages: list[Message] = []
+    for example in examples:
+        sub_task = f"{PREFIXES['sub_task'][0]} {example.steps['sub_task']}"
+        answer = f"{ANSWER_FORMATS[form].prefix}{example.answer}{ANSWER_FORMATS[form].close}"
+        messages.append({"role": "user", "content": example.question})
+        messages.append({"role": "assistant", "content": "\n".join([sub_task, example.steps["thinking"], answer])})
+    return messages
+
+
+def chain_text(thoughts: Iterable[StoredNode]) -> str:
+    """The text of a chain, a thought a line; a mini-step that ended inside a line is continued in that line."""
+    text, is_open = "", False
+    for thought in thoughts:
+        goes_on = not text or text.endswith("\n") or (is_open and not thought.prefix)
+        text += thought.text if goes_on else f"\n{thought.text}"
+        is_open = thought.is_open
+    return text
+
+
+def read_box(written: str) -> tuple[str, bool]:
+    """The content of a box, from what follows its `\\boxed{`, and whether a brace closes it; if none does, all."""
+    depth = 1
+    for brace in _BRACES.finditer(written):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return written[: brace.start()], True
+    return written, False
+
+
+def thought_text(
+    thought_type: str, prefix: str, written: str, form: AnswerForm, *, in_line: bool = False, is_open: bool = False
+) -> str:
+    """The text of a thought from its prefix and what the model wrote; "" where it wrote nothing.
+
+    A thought is one line; a boxed answer gets its closing brace, a free one stays as it is. A prefix alone is no
+    thought: a check that checks nothing is the formalistic thinking that the data should be free of.
+
+    Args:
+        in_line: the thought continues an open line, so its first space counts.
+        is_open: its own line goes on, so its last space counts.
+    """
+    if thought_type == "answer":
+        kept = read_box(written)[0] if form == "boxed" else written
+        return f"{prefix}{kept.strip()}{ANSWER_FORMATS[form].close}"
+    if not written.strip():
+        # The end of an open line is a step of its own, though it has no words.
+        return "\n" if in_line else ""
+    text = f"{prefix}{written}"
+    text = text if in_line else text.lstrip()
+    return text if is_open else text.rstrip()

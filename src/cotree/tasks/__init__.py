@@ -11,10 +11,8 @@ from cotree.tasks.generated import Arithmetic, Letters
 from cotree.tasks.ifeval import IFEval, MIFEval, MultiIF
 from cotree.tasks.mathematics import MATHEMATICS
 
-_PLANNING, _INSTRUCTIONS = (Blocksworld, BlocksworldOneShot), (IFEval, MultiIF, MIFEval)
-TASKS: dict[str, type[Task]] = {
-    kind.name: kind for kind in (*MATHEMATICS, *_PLANNING, *_INSTRUCTIONS, Arithmetic, Letters)
-}
+_OTHERS = (Blocksworld, BlocksworldOneShot, IFEval, MultiIF, MIFEval, Arithmetic, Letters)
+TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (*MATHEMATICS, *_OTHERS)}
 
 
 def task(name: str, data: str | Path | None = None) -> Task:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from cotree.base.errors import UsageError
 from cotree.tasks.extract import ExtractionMode, extract_answer, free_text_answer
 from cotree.tasks.loading import Source
-from cotree.tasks.plain_numbers import same_number
+from cotree.tasks.math_verdicts import same_number
 
 # Raise it when a change of extraction or of a verifier changes a verdict: kept completions are then judged again.
 VERDICT_VERSION = 1
@@ -158,14 +158,13 @@ class Task(ABC):
         return self.verify(answer, question)
 
     async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
-        """`judge` in a thread: some verdicts wait for another process, which must not block the event loop."""
+        """Run `judge` in a thread: some verdicts wait for another process, which must not block the event loop."""
         return await asyncio.to_thread(self.judge, question, completion, finish_reason)
 
     def content_of(self, question: Question) -> dict[str, Any]:
         """All that decides what is asked for a question and how replies are judged, as plain data."""
-        examples = [asdict(example) for example in self.worked_examples(question)]
         versions = {"prompt": self.prompt_version, "verifier": self.verifier_version}
-        return {**versions, "examples": examples, **asdict(question)}
+        return {**versions, "examples": [*map(asdict, self.worked_examples(question))], **asdict(question)}
 
     def _first(self, questions: list[Question], split: Split | None, limit: int | None) -> list[Question]:
         """The first `limit` of a split's questions; UsageError where there are fewer."""
@@ -177,6 +176,31 @@ class Task(ABC):
 
 # A question with the task that asks and judges it.
 Asked = tuple[Task, Question]
+
+
+def group_answers(task: Task, question: Question, answers: Sequence[str | None]) -> list[int | None]:
+    """Group answers to one question by meaning, so that samples can vote. The gold answer is never read.
+
+    An answer joins the first group whose first member means the same by the task's verifier: `1/2` and `0.5` are one.
+    May wait for the math workers, so call it in a thread from an event loop.
+
+    Returns:
+        The group number of each answer, from 0 in order of appearance; None where there is no answer.
+
+    Raises:
+        ValueError: the task's answers cannot be compared.
+    """
+    if not task.comparable:
+        raise ValueError(f"answers of {task.name} are free texts: no two say the same")
+    firsts: list[str] = []
+    group_of: dict[str | None, int | None] = {None: None}
+    for answer in answers:
+        if answer is not None and answer not in group_of:
+            same = (i for i, first in enumerate(firsts) if task.same_answer(answer, first, question))
+            group_of[answer] = next(same, len(firsts))
+            if group_of[answer] == len(firsts):
+                firsts.append(answer)
+    return [group_of[answer] for answer in answers]
 
 
 def user_prompt(text: str) -> tuple[Message, ...]:

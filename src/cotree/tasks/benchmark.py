@@ -6,12 +6,14 @@ training row belongs to `dev` depends on its id alone.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Mapping
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row
-from cotree.tasks.base import Question, Split, Task, hash_digit
-from cotree.tasks.loading import Source, load_rows
+from cotree.tasks.base import Question, Split, Task, WorkedExample, hash_digit
+from cotree.tasks.loading import Source, load_rows, packaged_yaml
 
 
 class Benchmark(Task):
@@ -27,8 +29,8 @@ class Benchmark(Task):
     id_field = "id"
 
     @abstractmethod
-    def question(self, row: Row) -> Question:
-        """The question of a row of the hub or of a local file."""
+    def question(self, row: Row) -> Question | None:
+        """The question of a row of the hub or of a local file; None for a row that belongs to another task."""
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The first `limit` questions (all by default). Without a split: all rows of `source`.
@@ -49,14 +51,27 @@ class Benchmark(Task):
     def _read_questions(self, source: Source) -> list[Question]:
         """Every row as a question; UsageError with the number of the first row that is not one of this task."""
         questions = []
-        for index, row in enumerate(self._rows(source)):
+        for index, row in enumerate(load_rows(source, self.data)):
             own_id = {} if row.get(self.id_field) is not None else {self.id_field: f"{source.id_prefix}{index}"}
             try:
                 questions.append(self.question(row | own_id))
             except Exception as error:  # noqa: BLE001 - the row may hold anything
                 reason = error if isinstance(error, UsageError) else f"not a row of {source.hub} ({error!r})"
                 raise UsageError(f"{self.name}, row {index + 1}: {reason}") from None
-        return questions
+        return [question for question in questions if question is not None]
 
-    def _rows(self, source: Source) -> list[Row]:
-        return load_rows(source, self.data)
+
+def shipped_examples(section: str, prompt: str = "{question}") -> tuple[WorkedExample, ...]:
+    """The worked examples of one section of `worked_examples.yaml`, each question put into `prompt`."""
+    return tuple(worked_example(fields, prompt) for fields in packaged_yaml("worked_examples.yaml")[section])
+
+
+def worked_example(fields: Mapping[str, str], prompt: str) -> WorkedExample:
+    """A worked example from its fields: `question`, whatever else the prompt shows, steps by thought type, `answer`."""
+    steps = {step: fields[step] for step in ("sub_task", "thinking", "double_check") if step in fields}
+    return WorkedExample(fill_prompt(prompt, fields), steps, fields["answer"])
+
+
+def fill_prompt(prompt: str, fields: Mapping[str, object]) -> str:
+    r"""A prompt with each `{name}` that is a field replaced by its value; other braces, as in `\boxed{}`, stay."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(fields.get(match[1], match[0])), prompt)

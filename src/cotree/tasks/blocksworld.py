@@ -15,11 +15,10 @@ from cotree.base.rows import Row
 from cotree.tasks.base import Question, Split, Verdict, WorkedExample, split_of, user_prompt, without_question
 from cotree.tasks.benchmark import Benchmark
 from cotree.tasks.extract import ExtractionMode
-from cotree.tasks.loading import Source, field_value, load_rows
+from cotree.tasks.loading import Source, field_value
 from cotree.tasks.plan_text import extract_plan, facts_in_words, one_shot, parse_problem, plan_in_words, zero_shot
 from cotree.tasks.strips import Action, CanonicalForm, Problem, canonical_form, optimal_plan, plan_error, random_problem
 
-_DOMAINS = ("blocksworld", "blocksworld_3")
 _BLOCKS, _SIZES, _DRAWS = "abcdefg", (3, 4, 5, 6, 7), 1000
 # PlanBench's problems have at most this many blocks, so those of six are none of its own.
 _MAX_BENCHMARK_SIZE = 5
@@ -70,12 +69,12 @@ class Blocksworld(Benchmark):
     answer_form = "text"
     generated = True
 
-    def question(self, row: Row) -> Question:
-        """The question of a row of the local file (`init`, `goal`) or of the hub (`query`)."""
-        if "init" in row:
-            problem = Problem.from_atoms(row["init"], field_value(row, "goal"))
-        else:
-            problem = parse_problem(field_value(row, "query"))
+    def question(self, row: Row) -> Question | None:
+        """The question of a row of the hub or of the local file: its prompt (`query`, `prompt_zero_shot`) says all."""
+        # The hub has logistics and obfuscated names beside blocks.
+        if row.get("domain") not in (None, "blocksworld", "blocksworld_3"):
+            return None
+        problem = parse_problem(field_value(row, "query", "prompt_zero_shot"))
         # The hub numbers the problems of three blocks from 1 again.
         group = "blocksworld_3" if len(problem.below) == 3 else "blocksworld"
         id_ = f"{group}-{row['instance_id']}" if "instance_id" in row else str(field_value(row, "id"))
@@ -90,16 +89,13 @@ class Blocksworld(Benchmark):
             questions = list(islice(self._generate(split, known), limit))
         return self._first(questions, split, limit)
 
-    def _rows(self, source: Source) -> list[Row]:
-        return [row for row in load_rows(source, self.data) if row.get("domain", "blocksworld") in _DOMAINS]
-
     def _generate(self, split: Split, known: Collection[CanonicalForm]) -> Iterator[Question]:
         """New problems of a split, one of each size in turn, none of the `known` ones; the form decides the split."""
         seen = set()
         for i in range(_DRAWS):
             for size in _SIZES:
                 rng = random.Random(f"blocksworld-{size}-{i}")
-                problem = random_problem(rng, rng.sample(_BLOCKS, size), whole=size <= _MAX_BENCHMARK_SIZE)
+                problem = random_problem(rng, rng.sample(_BLOCKS, size), complete_goal=size <= _MAX_BENCHMARK_SIZE)
                 stacked = {block: under for block, under in problem.goal.items() if under}
                 form, text = canonical_form(Problem(problem.below, stacked)), zero_shot(problem)
                 if form not in known and text not in seen and (split_of(str(form)) == "dev") == (split == "dev"):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cotree.tasks.extract import after_thinking, extract_answer
+from cotree.tasks.loading import packaged_yaml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,26 +37,11 @@ MAX_DUPLICATE_4GRAMS = 0.50
 # A short text loops if it was cut while its end repeated itself.
 MIN_TAIL_REPEATS = 4
 MIN_REPEATED_CHARACTERS = 20  # "= 10000" is no loop
-# Loops compress well; prose and mathematics stay below 4.2. Only shown as evidence, never a flag by itself.
-LOOP_ZLIB_RATIO = 6.0
 
 # Over-reflection. A correct chain reflects too (up to 17 markers in 1,000 tokens): it counts only without an answer.
 MIN_MARKER_DENSITY = 0.010  # markers a token
 MIN_MARKERS = 5
-MARKERS: Mapping[str, tuple[str, ...]] = {
-    "en": ("wait", "alternatively", "hmm", "hold on", "on second thought", "let me double-check", "let me re-check"),
-    "de": ("warte", "moment mal", "alternativ", "andererseits"),
-    "es": ("espera", "un momento", "alternativamente"),
-    "fr": ("attends", "attendez", "alternativement"),
-    "it": ("aspetta", "un attimo", "in alternativa"),
-    "pt": ("espere", "espera aí", "alternativamente"),
-    "ru": ("подожди", "подождите", "постой", "стоп"),
-    "hi": ("रुको", "रुकिए", "ठहरो"),
-    "ko": ("잠깐", "잠깐만", "아니면"),
-    "zh": ("等等", "等一下", "不对", "或者说", "再想想", "重新检查", "換個思路", "换个思路"),
-    "ja": ("待って", "待てよ", "もう一度考え", "あるいは", "うーん"),
-    "th": ("เดี๋ยวก่อน", "รอเดี๋ยว", "หรือว่า", "ลองคิดใหม่"),
-}
+MARKERS: Mapping[str, Sequence[str]] = packaged_yaml("languages.yaml")["reflection_markers"]
 # Where a final answer is looked for: at the end. Searching all of a long text takes half of the time.
 ANSWER_CHARACTERS = 20_000
 # Single words are looked up among the tokens; phrases, and words of scripts without spaces, in the text.
@@ -70,22 +55,19 @@ _PUNCTUATION = "\"'“”‘’«»¡¿.,:;!?…()[]*_-–—।"
 class Evidence:
     """The numbers from which a diagnosis is made.
 
-    new_8grams: the fraction of the last 400 8-grams of tokens that occur for the first time. duplicate_4grams: the
-    fraction of 4-grams that occurred before. repeats_at_its_end: a short text was cut while it repeated itself.
-    zlib_ratio: UTF-8 bytes by compressed bytes. reflection_density: markers a token. cut: by the token limit.
+    tokens: their count. new_8grams: the fraction of the last 400 8-grams of tokens that occur for the first time.
+    duplicate_4grams: the fraction of 4-grams that occurred before. repeats_at_its_end: a short text was cut while it
+    repeated itself. zlib_ratio: UTF-8 bytes by compressed bytes; over 6 in loops, below 4.2 in prose and mathematics,
+    and never a flag by itself. reflection_markers: their count. thinking_closed: no thinking tag is left open.
     """
 
-    characters: int
     tokens: int
     new_8grams: float
     duplicate_4grams: float
     repeats_at_its_end: bool
     zlib_ratio: float
-    compresses_like_a_loop: bool
     reflection_markers: int
-    reflection_density: float
     thinking_closed: bool
-    cut: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,35 +98,26 @@ def diagnose(text: str, *, finish_reason: str = "stop", answered: bool | None = 
     import numpy as np
 
     lower, cut, is_long = text.lower(), finish_reason == "length", len(text) > LONG_TEXT
-    number_of: defaultdict[str, int] = defaultdict()
-    number_of.default_factory = number_of.__len__
-    ids = np.array([number_of[token] for token in _TOKEN.findall(lower)], dtype=np.uint64)
-    new_8grams, duplicate_4grams = _repetition(ids)
-    repeats = cut and not is_long and _repeats_at_its_end(text)
-    loop = repeats or (is_long and (new_8grams < MIN_NEW_8GRAMS or duplicate_4grams > MAX_DUPLICATE_4GRAMS))
-    markers = _count_markers(lower, ids, number_of)
-    density = markers / max(len(ids), 1)
-    dense = markers >= MIN_MARKERS and density >= MIN_MARKER_DENSITY
-    final = after_thinking(text)
-    if answered is None:
-        plain = not (cut or loop or dense) and bool(final and final.strip())
-        explicit = final is not None and extract_answer(final[-ANSWER_CHARACTERS:], finish_reason) is not None
-        answered = plain or explicit
-    encoded = text.encode("utf-8", "replace")
-    ratio = len(encoded) / len(zlib.compress(encoded, 1))
+    tokens = _TOKEN.findall(lower)
+    number_of = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    ids = np.fromiter(map(number_of.__getitem__, tokens), np.uint64, len(tokens))
+    encoded, final = text.encode("utf-8", "replace"), after_thinking(text)
+    new_8grams, duplicate_4grams = _repetition_rates(ids)
     evidence = Evidence(
-        characters=len(text),
         tokens=len(ids),
         new_8grams=new_8grams,
         duplicate_4grams=duplicate_4grams,
-        repeats_at_its_end=repeats,
-        zlib_ratio=ratio,
-        compresses_like_a_loop=ratio > LOOP_ZLIB_RATIO,
-        reflection_markers=markers,
-        reflection_density=density,
+        repeats_at_its_end=cut and not is_long and _repeats_at_its_end(text),
+        zlib_ratio=len(encoded) / len(zlib.compress(encoded, 1)),
+        reflection_markers=_count_markers(lower, ids, number_of),
         thinking_closed=final is not None,
-        cut=cut,
     )
+    repetitive = new_8grams < MIN_NEW_8GRAMS or duplicate_4grams > MAX_DUPLICATE_4GRAMS
+    loop = evidence.repeats_at_its_end or (is_long and repetitive)
+    dense = evidence.reflection_markers >= max(MIN_MARKERS, MIN_MARKER_DENSITY * len(ids))
+    if answered is None:
+        explicit = final is not None and extract_answer(final[-ANSWER_CHARACTERS:], finish_reason) is not None
+        answered = explicit or (not (cut or loop or dense) and bool(final and final.strip()))
     return Diagnosis(
         loop=loop,
         over_reflection=dense and not answered,
@@ -154,7 +127,7 @@ def diagnose(text: str, *, finish_reason: str = "stop", answered: bool | None = 
     )
 
 
-def _repetition(ids: NDArray[np.uint64]) -> tuple[float, float]:
+def _repetition_rates(ids: NDArray[np.uint64]) -> tuple[float, float]:
     """`Evidence.new_8grams` and `Evidence.duplicate_4grams` of a text's tokens, each token as a number."""
     import numpy as np
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from cotree.tasks.loading import packaged_yaml
+
 ExtractionMode = Literal["strict", "lenient"]
 
 # The line before an answer that is a free text. Thoughts never contain these words, so the first such line is the tag.
@@ -31,19 +33,8 @@ _HASHES = re.compile(r"####[ \t]*+([^\n]++)")
 # A heading of the fourth level is no answer: `#### Step 2`, `#### 1. Add the numbers`.
 _HEADING = re.compile(r"\d++[.)][ \t]|[*_]*+[^\W\d_]{2}")
 
-# "The answer is" in English, Chinese, Spanish, French, Hindi, Italian, Portuguese, Russian.
-_ANSWER_IS = re.compile(
-    r"""(?: answer\**+\s*+(?:is|:|：|=)(?:\s++(?:indeed|clearly|simply|thus|therefore|then)\b)?+
-          | 答案\**+\s*+(?:应该是|应为|就是|是|为|:|：)
-          | respuesta(?:\s(?:final|correcta))?+\**+\s*+(?:es\b|:)
-          | réponse(?:\s(?:finale|correcte))?+\**+\s*+(?:est\b|:)
-          | (?:उत्तर|जवाब)\**+\s*+(?:है|:|=)?+
-          | risposta(?:\s(?:finale|corretta|esatta))?+\**+\s*+(?:è|:)
-          | resposta(?:\s(?:final|correta|certa))?+\**+\s*+(?:é|:)
-          | ответ(?:ом)?+\**+\s*+(?:является|равен|будет|это|[:—–-])
-        )[\s:：*]*+""",
-    re.IGNORECASE | re.VERBOSE,
-)
+_ANSWER_IS = "|".join(packaged_yaml("languages.yaml")["answer_is"].values())
+_ANSWER_MARKER = re.compile(rf"(?:{_ANSWER_IS})[\s:：*]*+", re.IGNORECASE)
 _MATHS = (
     r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{[^{}\n]{0,80}\}|\\[A-Za-z]++|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
@@ -131,7 +122,7 @@ def _last_after_hashes(text: str) -> tuple[str, int] | None:
 def _last_after_answer_is(text: str) -> tuple[str, int] | None:
     """The number or maths after the last "answer is" that has one, and the index where it ends."""
     found = None
-    for marker in _ANSWER_IS.finditer(text):
+    for marker in _ANSWER_MARKER.finditer(text):
         match = _VALUE.match(text, marker.end())
         if match is None or match.lastgroup is None:
             continue

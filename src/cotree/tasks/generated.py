@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from itertools import chain, islice
 
 from cotree.tasks.base import Question, Split, Task, WorkedExample, split_of, user_prompt, without_question
+from cotree.tasks.benchmark import shipped_examples
+from cotree.tasks.loading import packaged_text
 
 ANSWER_FORMAT = "Put the final answer in \\boxed{}."
 _DRAWS = 20_000
@@ -94,16 +95,6 @@ def _letter_question(word: str, letter: str) -> str:
     return f"How many times does the letter {letter} appear in {' '.join(word)}? {ANSWER_FORMAT}"
 
 
-def _letter_example(word: str, letter: str) -> WorkedExample:
-    n = word.count(letter)
-    steps = {
-        "sub_task": f"I number each {letter} that I find.",
-        "thinking": ", ".join(f"{i + 1} {letter}" for i in range(n)) + ".",
-        "double_check": f"The other letters are not {letter}, so {n} is right.",
-    }
-    return WorkedExample(_letter_question(word, letter), steps, str(n))
-
-
 class Letters(Task):
     r"""Count a letter in a spelled-out English word of 4 to 8 letters, which small models famously get wrong.
 
@@ -120,8 +111,7 @@ class Letters(Task):
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """`limit` questions (all by default: as many as the words give with balanced golds)."""
-        words = files("cotree.tasks").joinpath("words.txt").read_text(encoding="utf-8").split()
-        usable = [word for word in words if split in (None, split_of(word))]
+        usable = [word for word in packaged_text("words.txt").split() if split in (None, split_of(word))]
         by_count = []
         for n in _LETTER_COUNTS:
             pairs = [(word, letter) for word in usable for letter in sorted(set(word)) if word.count(letter) == n]
@@ -135,4 +125,4 @@ class Letters(Task):
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """One of each count; their words are in no split."""
-        return _letter_example("pineapple", "p"), _letter_example("garden", "r"), _letter_example("kitten", "t")
+        return shipped_examples("letters", f"{{question}} {ANSWER_FORMAT}")

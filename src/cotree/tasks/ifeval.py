@@ -6,16 +6,15 @@ Invariant: arguments that no checker takes are found when rows are read, before 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row
 from cotree.tasks.base import Question, Turn, Verdict, WorkedExample, user_prompt
-from cotree.tasks.benchmark import Benchmark
-from cotree.tasks.examples import shipped_examples
+from cotree.tasks.benchmark import Benchmark, shipped_examples
 from cotree.tasks.instructions import follows_strictly
-from cotree.tasks.instructions.registry import check_arguments
+from cotree.tasks.instructions.checkers import check_arguments
 from cotree.tasks.loading import Source, field_value
 
 
@@ -62,18 +61,11 @@ class IFEval(Benchmark):
 
     def question(self, row: Row) -> Question:
         """The question of a row with `key` or `id`, `prompt`, `instruction_id_list`, `kwargs`, perhaps `language`."""
-        names = field_value(row, "instruction_id_list")
-        turn = (field_value(row, "prompt"), names, field_value(row, "kwargs"))
-        return self._conversation(row, [turn], row.get("language", "English"))
+        return self._conversation(row, [row], row.get("language", "English"))
 
-    def _conversation(
-        self, row: Row, turns: Sequence[tuple[str, Sequence[str], Sequence[Any]]], language: str
-    ) -> Question:
-        """The first turn's question, with the later ones; a turn is its text, instruction ids and their arguments."""
-        first, *later = [
-            Turn(text, ", ".join(names), instruction_spec(names, arguments, language))
-            for text, names, arguments in turns
-        ]
+    def _conversation(self, row: Row, turns: Sequence[Row], language: str) -> Question:
+        """The first turn's question, with the later ones; each turn has the fields of an IFEval row."""
+        first, *later = [_read_turn(turn, language) for turn in turns]
         id_, prompt = str(field_value(row, "key", "id")), user_prompt(first.text)
         return Question(id_, self.name, prompt, first.gold, family=language, later=tuple(later), spec=first.spec)
 
@@ -117,17 +109,24 @@ class MultiIF(IFEval):
 
     def question(self, row: Row) -> Question:
         """The conversation of a row with `turns`, or with the hub's columns `turn_1_prompt` ..., JSON within JSON."""
-        if "turn_1_prompt" in row:
-            turns = list(_hub_turns(row))
-        else:
-            turns = [(t["prompt"], t["instruction_id_list"], t["kwargs"]) for t in field_value(row, "turns")]
+        turns = _hub_turns(row) if "turn_1_prompt" in row else field_value(row, "turns")
         return self._conversation(row, turns, field_value(row, "language"))
 
 
-def _hub_turns(row: Row) -> Iterator[tuple[str, Sequence[str], Sequence[Any]]]:
+def _read_turn(row: Row, language: str) -> Turn:
+    """The turn of a row with `prompt`, `instruction_id_list` and `kwargs`; its gold names the instructions."""
+    names = field_value(row, "instruction_id_list")
+    spec = instruction_spec(names, field_value(row, "kwargs"), language)
+    return Turn(field_value(row, "prompt"), ", ".join(names), spec)
+
+
+def _hub_turns(row: Row) -> list[Row]:
+    """The two or three turns of a row of the hub, each like an IFEval row."""
+    turns = []
     for n in (1, 2, 3):
         prompt, names, kwargs = (row[f"turn_{n}_{column}"] for column in ("prompt", "instruction_id_list", "kwargs"))
         # A conversation of two turns has the word None in the third's place.
         if prompt and prompt != "None":
-            arguments = [json.loads(given) for given in json.loads(kwargs)]
-            yield json.loads(prompt)["content"], json.loads(names), arguments
+            turn = {"prompt": json.loads(prompt)["content"], "instruction_id_list": json.loads(names)}
+            turns.append(turn | {"kwargs": [json.loads(arguments) for arguments in json.loads(kwargs)]})
+    return turns

@@ -10,8 +10,11 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row, read_rows
@@ -19,6 +22,17 @@ from cotree.base.rows import Row, read_rows
 DATA_VARIABLE = "COTREE_DATA"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
+
+
+def packaged_text(name: str) -> str:
+    """The text of a file that lies beside this module."""
+    return files("cotree.tasks").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def packaged_yaml(name: str) -> Any:
+    """The content of a YAML file that lies beside this module."""
+    return yaml.safe_load(packaged_text(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +71,10 @@ def load_rows(source: Source, data: str | Path | None = None) -> list[Row]:
         for file in (*given, Path(place, source.file), Path(place, f"{source.file}.gz")):
             if file.is_file():
                 return list(read_rows(file))
-    if data is None:
-        return _from_hub(source, source.hub)
-    if Path(data).is_dir() or (HUB_ID.fullmatch(str(data)) and Path(data).suffix not in _FILE_ENDINGS):
-        return _from_hub(source, str(data))
-    raise UsageError(f"no file or folder at {data}; {_how_to_name(source)}")
+    looks_like_hub = data is None or (HUB_ID.fullmatch(str(data)) and Path(data).suffix not in _FILE_ENDINGS)
+    if looks_like_hub or Path(str(data)).is_dir():
+        return _load_hub_rows(source, str(data or source.hub))
+    raise UsageError(f"no file or folder at {data}; {_data_hint(source)}")
 
 
 def field_value(row: Row, *names: str) -> Any:
@@ -73,14 +86,14 @@ def field_value(row: Row, *names: str) -> Any:
     raise UsageError(f"a row has no field `{'` or `'.join(names)}`; its fields: {there}")
 
 
-def _how_to_name(source: Source) -> str:
-    """The end of an error line: the ways to say where the rows are."""
+def _data_hint(source: Source) -> str:
+    """A hint for error lines: the ways to say where the rows are."""
     other = f"a file, a folder or a hub id ({source.hub}) with --data, or data= in Python"
     return f"set {DATA_VARIABLE} to a folder with {source.file}, or name {other}"
 
 
 @cache
-def _from_hub(source: Source, hub: str) -> list[Row]:
+def _load_hub_rows(source: Source, hub: str) -> list[Row]:
     """The rows of a hub id, or of a folder in the hub's layout; UsageError for whatever goes wrong."""
     import huggingface_hub
     from datasets import get_dataset_config_names, load_dataset
@@ -102,5 +115,5 @@ def _from_hub(source: Source, hub: str) -> list[Row]:
                 rows += splits[split]
     except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"no {source.file}: cannot load {hub} ({reason}); {_how_to_name(source)}") from None
+        raise UsageError(f"no {source.file}: cannot load {hub} ({reason}); {_data_hint(source)}") from None
     return rows

@@ -1,37 +1,41 @@
-r"""Whether a mathematical answer equals the gold one: math-verify's result, from processes that can be killed.
+r"""Whether an answer equals the gold one, as a number or as mathematics.
+
+People and models write numbers in many ways: `\$1,204.`, `1204.0`, `1204 apples` and `\frac{2408}{2}` are all 1204. A
+text that is one plain number is read here, in 10 µs; anything more, such as `2\pi`, is left to math-verify, which takes
+10 ms (`math_worker`). A test holds that the library agrees with what is decided without it.
 
 Invariant: a comparison takes at most `math_worker.LIMIT_SECONDS` and never fails the run, whatever the answer is. One
 that was stopped counts as wrong, with a detail that says so: there was an answer, and nobody would accept it.
-
-The workers are children of one `python -m` subprocess, which starts when it is first needed and ends with this process;
-so this works in threads, notebooks and scripts from stdin. Answers that are written like the gold one, and plain
-numbers, are decided here in 10 µs instead of the library's 10 ms; a test holds that the library agrees.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import queue
 import re
-import socket
-import subprocess
-import sys
-import threading
-from contextlib import suppress
+from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
-import cotree
-from cotree.base.errors import CotreeError
-from cotree.tasks.math_worker import LIMIT_BYTES, LIMIT_SECONDS
-from cotree.tasks.plain_numbers import normalize, parse_number
+from cotree.tasks.math_worker import LIMIT_BYTES, LIMIT_SECONDS, compare
 
+# Spacing, sizing and currency signs; a space between two letters or digits is kept, since it may mean a product.
+_FORMATTING = re.compile(
+    r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac)|(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])"
+    r"|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|\\?[$]|[€£¥₹]"
+)
+# `18 eggs`: math-verify knows few units, and takes the letters of others for variables.
+_UNIT = re.compile(r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen)\b)[A-Za-z]{3,}(?: [A-Za-z]{2,})*")
+# `18 cm`: where a number is asked for it is no product of variables.
+_SHORT_UNIT = re.compile(r"(?<=[0-9]) [A-Za-z]{1,2}$")
+# Digits of other scripts, such as Devanagari or full-width ones.
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
+_FRACTION = re.compile(r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$")
+# At most 40 digits: every gold has fewer, and Python's conversion stays fast.
+_DIGITS = "[0-9]{1,40}"
+_PLAIN = re.compile(
+    rf"[+-]?(?:(?:{_DIGITS}|[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,12}})(?:\.{_DIGITS})?|{_DIGITS}/(?=0*[1-9]){_DIGITS})"
+)
+_NUMBER_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 # Golds have up to a hundred characters; what is longer than this comes from a loop.
 _MAX_CHARACTERS = 1000
-# Seconds after the worker's own limit until a worker that does not keep it is killed.
-_GRACE_SECONDS = 2.0
-_NUMBER_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 
 
 @lru_cache(1 << 14)
@@ -41,7 +45,7 @@ def check_math_answer(gold: str, answer: str) -> tuple[bool, str]:
     Raises:
         CotreeError: no worker can be started.
     """
-    gold, answer = normalize(gold), normalize(answer)
+    gold, answer = normalize_answer(gold), normalize_answer(answer)
     if answer == gold:
         return True, ""
     numbers = parse_number(gold), parse_number(answer)
@@ -54,98 +58,27 @@ def check_math_answer(gold: str, answer: str) -> tuple[bool, str]:
     if based[0] and based[1]:
         # The library drops the base.
         return based[0].groups() == based[1].groups(), ""
-    equal = _ask_worker(gold, answer)
+    equal = compare(gold, answer)
     if equal is None:
         return False, f"not checked: stopped at {LIMIT_SECONDS:.0f} s or {LIMIT_BYTES >> 30} GiB"
     return equal, ""
 
 
-class _WorkerPool:
-    """The `math_worker` process and a socket to each of its children, one per core; ready when constructed."""
-
-    def __init__(self) -> None:
-        pairs = [socket.socketpair() for _ in range(os.cpu_count() or 1)]
-        child_ends = [child_end.fileno() for _, child_end in pairs]
-        # The subprocess must find the same packages, also those that are only on this process's sys.path.
-        path = os.pathsep.join([str(Path(cotree.__file__).parents[1]), *filter(None, sys.path)])
-        # -P: no file of the working directory, say a random.py, is imported instead of a library.
-        command = [sys.executable, "-P", "-m", "cotree.tasks.math_worker", *map(str, child_ends)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path},
-            pass_fds=child_ends,
-        )
-        self.sockets = [own_end for own_end, _ in pairs]
-        self._free: queue.LifoQueue[socket.socket] = queue.LifoQueue()
-        for own_end, child_end in pairs:
-            child_end.close()
-            own_end.settimeout(LIMIT_SECONDS + _GRACE_SECONDS)
-            self._free.put(own_end)
-        assert self.process.stdout is not None
-        if self.process.stdout.readline() != b"ready\n":
-            self.close()
-            raise CotreeError(f"the math verifier does not start; see what `{' '.join(command[:4])}` says")
-
-    def ask(self, gold: str, answer: str) -> bool | None:
-        """Whether they are equal, None when the comparison was stopped; OSError when the process is gone."""
-        own_end = self._free.get()
-        try:
-            own_end.sendall(json.dumps([gold, answer]).encode() + b"\n")
-            # The worker sends its few bytes at once, so they arrive at once.
-            reply = own_end.recv(16)
-            if not reply:
-                raise ConnectionResetError
-        except BaseException:
-            # A reply that still comes would be taken for that to the next question on this socket.
-            self.close()
-            own_end.close()
-            raise
-        finally:
-            self._free.put(own_end)
-        equal: bool | None = json.loads(reply)
-        return equal
-
-    def close(self) -> None:
-        """Kill the process; comparisons that other threads wait for fail with OSError."""
-        self.process.kill()
-        self.process.wait()
-        # Its children hold the other end of the pipe until they notice, so nobody reads it to its end.
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        for own_end in self.sockets:
-            # Not closed: a thread that waits on the descriptor would go on waiting, and its number may be used again.
-            with suppress(OSError):
-                own_end.shutdown(socket.SHUT_RDWR)
+def same_number(left: str, right: str) -> bool:
+    """Whether two answers are the same number, or the same text once both are normalized."""
+    left, right = (_SHORT_UNIT.sub("", normalize_answer(text)) for text in (left, right))
+    return left == right or (parse_number(left) is not None and parse_number(left) == parse_number(right))
 
 
-_starting = threading.Lock()
-_pool: _WorkerPool | None = None
+def normalize_answer(text: str) -> str:
+    """An answer in ASCII digits, without dollar signs, spacing, a unit, or a dot at its end."""
+    text = _FOREIGN_DIGIT.sub(lambda digit: str(int(digit[0])), text.strip())
+    text = _FORMATTING.sub("", text).removesuffix(".")
+    unit = _UNIT.fullmatch(text)
+    return unit[1] if unit else text
 
 
-def _ask_worker(gold: str, answer: str) -> bool | None:
-    """Whether math-verify takes the answer for the gold, None when it was stopped. Starts the process if need be."""
-    global _pool
-    for _ in range(2):
-        with _starting:
-            if _pool is None or _pool.process.poll() is not None:
-                _pool = _WorkerPool()
-            pool = _pool
-        with suppress(OSError):
-            # It fails if somebody killed the process or interrupted another thread, whatever the answer is: once more.
-            return pool.ask(gold, answer)
-    raise CotreeError("the math verifier died twice; is there enough memory?")
-
-
-def _forget_pool() -> None:
-    """Give a forked child its own pool: it must not use its parent's sockets."""
-    global _starting, _pool
-    _starting = threading.Lock()
-    for own_end in _pool.sockets if _pool else ():
-        own_end.close()
-    _pool = None
-
-
-os.register_at_fork(after_in_child=_forget_pool)
+def parse_number(text: str) -> Fraction | None:
+    """The value of a normalized text that is one plain number (decimal or fraction), else None."""
+    plain = _FRACTION.sub(r"\1\2/\3", text)
+    return Fraction(plain.replace(",", "")) if _PLAIN.fullmatch(plain) else None

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row
 from cotree.tasks.base import Question, Verdict, WorkedExample, user_prompt
-from cotree.tasks.benchmark import Benchmark
-from cotree.tasks.examples import shipped_examples
+from cotree.tasks.benchmark import Benchmark, shipped_examples
 from cotree.tasks.extract import last_boxed
 from cotree.tasks.loading import Source, field_value
 from cotree.tasks.math_verdicts import check_math_answer
@@ -24,10 +23,10 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 class Mathematics(Benchmark):
     """What these tasks have in common: the prompt, the fields of a row, the verifier.
 
-    examples: their section of `worked_examples.yaml`.
+    examples_section: that of `worked_examples.yaml` which has their worked examples.
     """
 
-    examples = "competition"
+    examples_section = "competition"
 
     def question(self, row: Row) -> Question:
         """The question of a row of the hub or of a local file."""
@@ -45,7 +44,7 @@ class Mathematics(Benchmark):
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three examples, the same for every question of the task."""
-        return shipped_examples(self.examples, f"{{question}}\n{INSTRUCTION}")
+        return shipped_examples(self.examples_section, f"{{question}}\n{INSTRUCTION}")
 
 
 class GSM8K(Mathematics):
@@ -63,13 +62,9 @@ class GSM8K(Mathematics):
     name = "gsm8k"
     description = "grade-school word problems; train and dev split too"
     prompt_version = "gsm8k/boxed-1"
-    source = Source(
-        "gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, configs=("main",), split="test", id_prefix="gsm8k-test-"
-    )
-    training = Source(
-        "gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, configs=("main",), split="train", id_prefix="gsm8k-train-"
-    )
-    examples = "gsm8k"
+    source = Source("gsm8k_test.jsonl", "openai/gsm8k", "MIT", 1319, ("main",), "test", "gsm8k-test-")
+    training = Source("gsm8k_train_500.jsonl", "openai/gsm8k", "MIT", 7473, ("main",), "train", "gsm8k-train-")
+    examples_section = "gsm8k"
 
     def _gold(self, row: Row) -> str:
         # On the hub, `answer` is the whole solution, which ends with the number after `####`.
@@ -95,6 +90,7 @@ class MATH500(Mathematics):
 
 
 _SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+_CONFIGS = tuple(_SUBJECTS.split())
 
 
 class MATHTraining(Mathematics):
@@ -108,13 +104,7 @@ class MATHTraining(Mathematics):
     description = "competition mathematics for training; evaluate on math500"
     prompt_version = "math/boxed-1"
     source = training = Source(
-        "math_train_500.jsonl",
-        "EleutherAI/hendrycks_math",
-        "MIT",
-        size=7500,
-        configs=tuple(_SUBJECTS.split()),
-        split="train",
-        id_prefix="math-train-",
+        "math_train_500.jsonl", "EleutherAI/hendrycks_math", "MIT", 7500, _CONFIGS, "train", "math-train-"
     )
 
     def _gold(self, row: Row) -> str:

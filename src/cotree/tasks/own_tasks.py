@@ -7,8 +7,7 @@ Invariant: a task that loads is complete; a fault in the file is one line that n
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,11 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row
 from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, split_of, user_prompt, without_question
-from cotree.tasks.benchmark import Benchmark
-from cotree.tasks.examples import fill_prompt, worked_example
+from cotree.tasks.benchmark import Benchmark, fill_prompt, worked_example
 from cotree.tasks.loading import Source, field_value
-from cotree.tasks.math_verdicts import check_math_answer
-from cotree.tasks.plain_numbers import same_number
+from cotree.tasks.math_verdicts import check_math_answer, same_number
 
 # Each takes (gold, answer) and returns whether the answer is right, and a detail.
 VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {
@@ -33,23 +30,13 @@ VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {
 }
 
 
-class FileExample(BaseModel):
-    """A solved question for the search prompt, with whatever other fields the prompt shows."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    question: str
-    sub_task: str
-    thinking: str
-    double_check: str = ""
-    answer: str
-
-
 class TaskFile(BaseModel):
     """The content of a task's YAML file; unknown keys are errors.
 
     data: a file beside it, a folder or a hub id. fields: what the rows call the id, the question, the gold answer and
     whatever else the prompt uses. prompt: each `{name}` in it stands for a field. extractor: `answer` as for the
-    shipped tasks, or `text` for all of the reply after its thinking and the answer tag.
+    shipped tasks, or `text` for all of the reply after its thinking and the answer tag. examples: solved questions for
+    the search prompt: `question` and whatever else the prompt shows, `sub_task`, `thinking`, `double_check`, `answer`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,11 +44,11 @@ class TaskFile(BaseModel):
     description: str = ""
     data: str
     fields: dict[str, str] = {"id": "id", "question": "question", "gold": "answer"}
-    prompt: str
+    prompt: Annotated[str, Field(pattern=r"\{question\}")]
     prompt_version: str = "1"
     extractor: Literal["answer", "text"] = "answer"
     verifier: Literal["math", "number", "text"] = "math"
-    examples: tuple[FileExample, ...] = ()
+    examples: tuple[dict[str, str], ...] = ()
 
 
 class YamlTask(Benchmark):
@@ -99,7 +86,7 @@ class YamlTask(Benchmark):
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """The file's examples, asked by its prompt."""
-        examples = (worked_example(example.model_dump(), self.file.prompt) for example in self.file.examples)
+        examples = (worked_example({"double_check": "", **fields}, self.file.prompt) for fields in self.file.examples)
         return without_question(examples, question)
 
 
@@ -112,17 +99,10 @@ def load_own_task(name: str, data: str | Path | None) -> Task:
     if name.endswith((".yaml", ".yml")):
         return YamlTask(Path(name), data)
     path, _, class_name = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"cotree_own.{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up there.
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        found = runpy.run_path(path, run_name=f"cotree_own.{Path(path).stem}").get(class_name)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's file may raise anything
         raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from None
-    found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise UsageError(f"{path} has no subclass of cotree.Task called `{class_name}`")
     own = found(data)
@@ -142,11 +122,10 @@ def _read_task_file(path: Path) -> TaskFile:
     missing = {"id", "question", "gold"} - file.fields.keys()
     if missing:
         raise UsageError(f"{path}: `fields` says nothing about {', '.join(sorted(missing))}; name the column")
-    if "{question}" not in file.prompt:
-        raise UsageError(f"{path}: `prompt` has no {{question}}; put it where the question goes")
-    shown = {name for name in file.fields.keys() - FileExample.model_fields.keys() if f"{{{name}}}" in file.prompt}
+    shown = {name for name in file.fields if f"{{{name}}}" in file.prompt}
+    wanted = shown | {"sub_task", "thinking", "answer"}
     for number, example in enumerate(file.examples):
-        if set(example.model_extra or ()) != shown:
-            extra = ", ".join(sorted(shown)) or "none"
-            raise UsageError(f"{path}: `examples.{number}`: its fields beside the steps must be the prompt's: {extra}")
+        if example.keys() - {"double_check"} != wanted:
+            keys = ", ".join(sorted(wanted))
+            raise UsageError(f"{path}: `examples.{number}`: its keys must be {keys}, and double_check if you like")
     return file

@@ -1,7 +1,6 @@
 """Blocksworld in words: PlanBench's prompts from a problem, and a plan from whatever a model wrote.
 
-The templates (`planbench_rules.txt` too), the colours and the order of facts are PlanBench's: Valmeekam et al., NeurIPS
-2023, arXiv 2206.10498, https://github.com/karthikv792/LLMs-Planning, MIT License, Copyright (c) 2023 Karthik Valmeekam.
+The templates, the colours (`planbench.yaml`) and the order of facts are PlanBench's.
 
 Invariant: extraction takes time linear in a text's length and knows nothing of the problem, so a plan with an
 impossible action or an unknown block is still a plan, which the simulator refuses.
@@ -11,25 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 
 from cotree.tasks.extract import ANSWER_TAG, after_thinking, visible_text
+from cotree.tasks.loading import packaged_yaml
 from cotree.tasks.strips import TABLE, Action, Problem
 
-_COLOURS = "red blue orange yellow white magenta black cyan green violet silver gold"
-COLOUR_OF = dict(zip("abcdefghijkl", _COLOURS.split(), strict=True))
+_PLANBENCH = packaged_yaml("planbench.yaml")
+COLOUR_OF: dict[str, str] = dict(zip("abcdefghijkl", _PLANBENCH["colours"], strict=True))
 _LETTER_OF = {colour: letter for letter, colour in COLOUR_OF.items()}
-_SENTENCES = {
-    "clear": "the {} block is clear",
-    "handempty": "the hand is empty",
-    "on": "the {} block is on top of the {} block",
-    "ontable": "the {} block is on the table",
-    "pick-up": "pick up the {} block",
-    "put-down": "put down the {} block",
-    "stack": "stack the {} block on top of the {} block",
-    "unstack": "unstack the {} block from on top of the {} block",
-}
 _FACT = re.compile(r"the (\w+) block is (?:on top of the (\w+) block|on the table)")
 
 # An action in PDDL or in words, with what may stand before it in its line; groups: step number, verb, two blocks. A
@@ -52,7 +40,7 @@ _VERBS = {"pick": "pick-up", "put": "put-down", "place": "put-down"}
 
 def plan_in_words(plan: Sequence[Action]) -> list[str]:
     """A plan's actions (`("stack", "a", "b")`), or atoms in the same form, as PlanBench words them."""
-    return [_SENTENCES[name].format(*(COLOUR_OF[block] for block in blocks)) for name, *blocks in plan]
+    return [_PLANBENCH["sentences"][name].format(*(COLOUR_OF[block] for block in blocks)) for name, *blocks in plan]
 
 
 def facts_in_words(atoms: Sequence[str]) -> str:
@@ -63,20 +51,15 @@ def facts_in_words(atoms: Sequence[str]) -> str:
 
 def zero_shot(problem: Problem) -> str:
     """PlanBench's zero-shot prompt."""
-    return f"{_rules()}{_statement(problem)}What is the plan to achieve my goal? Just give the actions in the plan."
+    question = "What is the plan to achieve my goal? Just give the actions in the plan."
+    return f"{_PLANBENCH['rules']}\n{_statement(problem)}{question}"
 
 
 def one_shot(problem: Problem, example: Problem, plan: Sequence[Action]) -> str:
     """PlanBench's one-shot prompt: `example` and its `plan`, then the problem; the model writes on after `[PLAN]`."""
     request, steps = "My plan is as follows:\n\n[PLAN]\n", "\n".join(plan_in_words(plan))
     solved = f"{_statement(example)}{request}{steps}\n[PLAN END]\n\n"
-    return f"{_rules()}{solved}{_statement(problem)}{request}".rstrip("\n")
-
-
-@cache
-def _rules() -> str:
-    """The rules of the game, with which every prompt begins."""
-    return files("cotree.tasks").joinpath("planbench_rules.txt").read_text(encoding="utf-8") + "\n"
+    return f"{_PLANBENCH['rules']}\n{solved}{_statement(problem)}{request}".rstrip("\n")
 
 
 def _statement(problem: Problem) -> str:
@@ -93,7 +76,8 @@ def parse_problem(prompt: str) -> Problem:
 
 def _parse_facts(facts: str) -> dict[str, str]:
     """What each block stands on, for the blocks of which these facts say it."""
-    return {_LETTER_OF[block]: _LETTER_OF[under] if under else TABLE for block, under in _FACT.findall(facts)}
+    found = {_LETTER_OF[block]: _LETTER_OF[under] if under else TABLE for block, under in _FACT.findall(facts)}
+    return dict(sorted(found.items()))
 
 
 def extract_plan(completion: str, finish_reason: str = "stop") -> list[Action] | None:

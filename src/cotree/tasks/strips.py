@@ -7,7 +7,7 @@ stack and unstack two, the hand holds one block, and the goal must hold at the e
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import comb, factorial
@@ -17,7 +17,6 @@ from cotree.base.errors import UsageError
 Action = tuple[str, ...]  # ("stack", "a", "b")
 TABLE = ""
 _HAND = "hand"
-_BLOCKS = frozenset("abcdefghijkl")  # those that PlanBench has a colour for
 _ARITY = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
 CanonicalForm = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -32,72 +31,48 @@ class Problem:
     below: Mapping[str, str]
     goal: Mapping[str, str]
 
-    @classmethod
-    def from_atoms(cls, init: Iterable[str], goal: Iterable[str]) -> Problem:
-        """A problem from ground atoms: `on a b`, `ontable b`; `clear` and `handempty` in `init` follow from these.
-
-        Raises:
-            UsageError: a goal of another kind, or a block that stands nowhere or is not one of a to l.
-        """
-        for atom in goal:
-            if not atom.startswith(("on ", "ontable ")):
-                raise UsageError(f"blocksworld goal `{atom}`: a goal says `on X Y` or `ontable X`")
-        problem = cls(_placed(init), _placed(goal))
-        for block in (*problem.below, *problem.goal):
-            if block not in _BLOCKS or block not in problem.below:
-                wanted = "blocks are named a to l and all stand somewhere at first"
-                raise UsageError(f"blocksworld block `{block}`: {wanted}")
-        return problem
-
     def init_atoms(self) -> list[str]:
         """The first state in full, in PlanBench's order (sorted)."""
-        covered = set(self.below.values())
-        clear = [f"clear {block}" for block in self.below if block not in covered]
-        return sorted([*clear, "handempty", *_atoms(self.below)])
+        clear = [f"clear {block}" for block in self.below if block not in self.below.values()]
+        return sorted([*clear, "handempty", *_support_atoms(self.below)])
 
     def goal_atoms(self) -> list[str]:
         """The goal, sorted."""
-        return sorted(_atoms(self.goal))
+        return sorted(_support_atoms(self.goal))
 
 
-def _placed(atoms: Iterable[str]) -> dict[str, str]:
-    words = [atom.split() for atom in atoms]
-    return {w[1]: w[2] if w[0] == "on" else TABLE for w in words if w[0] in ("on", "ontable")}
-
-
-def _atoms(below: Mapping[str, str]) -> list[str]:
+def _support_atoms(below: Mapping[str, str]) -> list[str]:
     return [f"on {block} {under}" if under else f"ontable {block}" for block, under in below.items()]
 
 
 def plan_error(problem: Problem, plan: Sequence[Action]) -> str | None:
     """Why a plan does not solve a problem: its first impossible step, or the goals that it misses. None if it does."""
     below, held = dict(problem.below), ""
-    for step, action in enumerate(plan, 1):
-        reason = ""
-        name, block = action[0], action[1]
-        if len(action) - 1 != _ARITY[name]:
+    for step, (name, *blocks) in enumerate(plan, 1):
+        block, under = (*blocks, TABLE)[:2]
+        takes = name in ("pick-up", "unstack")
+        if len(blocks) != _ARITY[name]:
             reason = f"{name} takes {_ARITY[name]} block{'s' * (_ARITY[name] > 1)}"
-        elif name in ("pick-up", "unstack"):
-            under = TABLE if name == "pick-up" else action[2]
-            if held:
-                reason = f"the hand holds {held}"
-            elif below.get(block) != under:
-                reason = f"{block} is not on {under or 'the table'}"
-            elif block in below.values():
-                reason = f"{block} is not clear"
-            else:
+        elif takes and held:
+            reason = f"the hand holds {held}"
+        elif takes and below.get(block) != under:
+            reason = f"{block} is not on {under or 'the table'}"
+        elif takes and block in below.values():
+            reason = f"{block} is not clear"
+        elif not takes and held != block:
+            reason = f"not holding {block}"
+        elif name == "stack" and (under not in below or under in below.values()):
+            reason = f"{under} is not clear"
+        else:
+            if takes:
                 held = block
                 del below[block]
-        elif held != block:
-            reason = f"not holding {block}"
-        elif name == "stack" and (action[2] not in below or action[2] in below.values()):
-            reason = f"{action[2]} is not clear"
-        else:
-            below[block], held = TABLE if name == "put-down" else action[2], ""
-        if reason:
-            return f"step {step}: ({' '.join(action)}): {reason}"
+            else:
+                below[block], held = under, ""
+            continue
+        return f"step {step}: ({' '.join([name, *blocks])}): {reason}"
     missed = {block: under for block, under in problem.goal.items() if below.get(block) != under}
-    return f"goal not reached: {', '.join(sorted(_atoms(missed)))}" if missed else None
+    return f"goal not reached: {', '.join(sorted(_support_atoms(missed)))}" if missed else None
 
 
 def optimal_plan(problem: Problem) -> list[Action]:
@@ -192,13 +167,13 @@ def random_state(rng: random.Random, blocks: Sequence[str]) -> dict[str, str]:
     return {block: TABLE if i in bottoms else order[i - 1] for i, block in enumerate(order)}
 
 
-def random_problem(rng: random.Random, blocks: Sequence[str], whole: bool) -> Problem:
+def random_problem(rng: random.Random, blocks: Sequence[str], complete_goal: bool) -> Problem:
     """A uniform first state, and as its goal a second uniform state that does not hold yet.
 
-    whole: the goal says of every block where it stands; else, as in PlanBench, only what stands on what.
+    complete_goal: the goal says of every block where it stands; else, as in PlanBench, only what stands on what.
     """
     while True:
         below, end = random_state(rng, blocks), random_state(rng, blocks)
-        problem = Problem(below, end if whole else {block: under for block, under in end.items() if under})
+        problem = Problem(below, end if complete_goal else {block: under for block, under in end.items() if under})
         if not problem.goal.items() <= below.items():
             return problem

@@ -1,20 +1,35 @@
-"""What happens after each step of a run: a line of `log.jsonl`, warnings, a stop, and which checkpoint is kept."""
+"""What happens after each step of a run: a line of `log.jsonl`, warnings, a stop, which checkpoint is kept, a plot."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from cotree.base.atomic import atomic_draft, explain_write_errors
-from cotree.train.metrics import best_step, chosen_falls, no_answer_rises
-from cotree.train.result import StepLog
+from cotree.base.atomic import explain_write_errors, write_text
+from cotree.base.numbers import sparkline
+from cotree.base.progress import Output, Update
 from cotree.train.settings import Probe
+
+WINDOW = 10
+_NOT_PLOTTED = ("grad_norm", "learning_rate", "seconds", "tokens", "rejected_reward", "dpo_loss", "sft_loss")
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """One optimizer step: its loss, its metrics (means over the rows of the step), and a warning."""
+
+    step: int
+    total_steps: int
+    loss: float
+    metrics: dict[str, float]
+    warning: str | None = None
 
 
 @dataclass
@@ -42,8 +57,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cut the log back to the checkpoint: what a killed run did after it is about to be done again."""
         if state.is_world_process_zero:
-            with atomic_draft(self.log) as draft:
-                draft.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
+            write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
         self.seconds_before = state.log_history[-1]["seconds"] if state.log_history else 0.0
         state.save_steps = args.save_steps  # not those of when the checkpoint was written
         if state.best_global_step is not None:  # the folder may have been moved since
@@ -61,7 +75,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             state.log_history.pop()  # Trainer's own summary at the end
             return
         if self.probe is not None and "probe_no_answer" in entry:
-            self._decide(self.probe, state, control)
+            self._use_probe(self.probe, state, control)
         if not any("warning" in line for line in state.log_history) and (falls := chosen_falls(state.log_history)):
             entry["warning"] = falls
         entry["seconds"] = self.seconds()
@@ -72,10 +86,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(entry) + "\n")
         if self.on_step is not None:
             metrics = {name: value for name, value in entry.items() if name not in ("step", "loss", "warning")}
-            warnings = (entry["warning"],) if "warning" in entry else ()
-            self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], metrics, warnings))
+            self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], metrics, entry.get("warning")))
 
-    def _decide(self, probe: Probe, state: TrainerState, control: TrainerControl) -> None:
+    def _use_probe(self, probe: Probe, state: TrainerState, control: TrainerControl) -> None:
         """Stop if answers go missing, and make this step's checkpoint the best one if it is."""
         history = state.log_history
         if probe.stop_rise is not None and (rises := no_answer_rises(history, probe.stop_rise)):
@@ -87,3 +100,54 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             state.best_global_step, state.best_model_checkpoint = state.global_step, None
             # Trainer loads the best checkpoint at the end; the last step needs none.
             control.should_save = state.global_step < state.max_steps
+
+
+def chosen_falls(history: Sequence[dict[str, Any]]) -> str | None:
+    """A warning if over the last steps chosen chains were less likely than under the reference, else None.
+
+    Args:
+        history: the logged metrics of all steps so far.
+    """
+    rewards = [entry["chosen_reward"] for entry in history[-WINDOW:] if "chosen_reward" in entry]
+    if len(rewards) < WINDOW or fmean(rewards) >= 0:
+        return None
+    return (
+        f"chosen_falls: over the last {WINDOW} steps chosen chains are less likely than under the SFT checkpoint "
+        f"(reward {fmean(rewards):.3f}): raise alpha, or lower learning_rate"
+    )
+
+
+def no_answer_rises(history: Sequence[dict[str, Any]], stop_rise: float) -> str | None:
+    """A warning if the last probe's no-answer ratio is more than `stop_rise` above the first one's, else None."""
+    ratios = [entry["probe_no_answer"] for entry in history if "probe_no_answer" in entry]
+    rise = ratios[-1] - ratios[0]
+    return f"no_answer_rises: by {rise:.2f} since the first probe; training stops here" if rise > stop_rise else None
+
+
+def best_step(history: Sequence[dict[str, Any]]) -> int:
+    """The probed step with the least (no-answer, loop) ratios; of equal ones the last, which learnt most."""
+    probed = [entry for entry in history if "probe_no_answer" in entry]
+    best = min(probed, key=lambda entry: (entry["probe_no_answer"], entry["probe_loop"], -entry["step"]))
+    return int(best["step"])
+
+
+def plot_steps(name: str, update: Update, output: Output) -> Callable[[StepLog], None]:
+    """An `on_step` that shows each metric's last value and course, a line each, in the counter `update` of `output`.
+
+    Args:
+        name: of the student, for warnings.
+        update: as `output.progress` yields it.
+        output: prints the warnings.
+    """
+    seen: dict[str, list[float]] = {}
+
+    def show(log: StepLog) -> None:
+        for metric, value in ({"loss": log.loss} | log.metrics).items():
+            if metric not in _NOT_PLOTTED:
+                seen.setdefault(metric, []).append(value)
+        lines = [f"{metric:<15} {values[-1]:>8.3g}  {sparkline(values)}" for metric, values in seen.items()]
+        update(log.step, log.total_steps, "\n".join(lines))
+        if log.warning is not None:
+            output.print(f"  warning at {name} step {log.step}: {log.warning}")
+
+    return show

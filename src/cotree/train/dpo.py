@@ -12,22 +12,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from cotree.base.atomic import write_text
 from cotree.models.encode import EncodedPair
 from cotree.train.forest import Scored, forest_logps, packs
-from cotree.train.losses import dpo_loss, joint_loss, margin_weights, weighted
-from cotree.train.memory import explain_out_of_memory, pack_out_of_memory
+from cotree.train.losses import dpo_loss, joint_loss, margin_weights
+from cotree.train.rows import sft_weights
 from cotree.train.settings import DPO
-from cotree.train.steps import Step
 from cotree.train.student import student_sha256
-from cotree.train.trainer import StepTrainer, sum_over_processes
+from cotree.train.trainer import StepTrainer, explain_out_of_memory
 
 
 class PairTrainer(StepTrainer[EncodedPair]):
@@ -38,96 +37,92 @@ class PairTrainer(StepTrainer[EncodedPair]):
     `rejected_reward` (beta times the log-ratio, where there is a reference), `dpo_loss`, `sft_loss` (alpha not 0).
     """
 
-    @classmethod
-    def prepare_rows(
-        cls,
-        model: PreTrainedModel,
-        rows: list[EncodedPair],
-        arguments: TrainingArguments,
-        settings: DPO,
-        *,
-        student: Path,
-        references: Path,
-    ) -> list[EncodedPair]:
-        """The pairs with the student as their reference, kept in `references` in a file named by what it depends on."""
-        model.to(arguments.device)
-        if not settings.has_reference:
-            return rows
-        margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
-        chains = [(len(pair.prompt), *pair.sequences) for pair in rows]
-        inputs = [student_sha256(student), chains, margin, arguments.bf16]
-        name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-        path = references / f"{name}.json"
-        with arguments.main_process_first(local=False):
-            stored = json.loads(path.read_text()) if path.exists() else None
-        if stored is not None:
-            return _referenced(rows, stored)
-        rows = with_reference(model, rows, arguments, settings)
-        if arguments.process_index == 0:
-            write_text(path, json.dumps([pair.reference for pair in rows]))
-        return rows
+    def step_weights(self, rows: Sequence[EncodedPair]) -> list[Tensor]:
+        """The weight of each token of chosen in the SFT term."""
+        return sft_weights(rows, self.settings.scope, self.settings.sft_norm)
 
-    def pack_loss(self, model: nn.Module, rows: Sequence[EncodedPair], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def pack_loss(
+        self, model: nn.Module, rows: Sequence[EncodedPair], weights: Sequence[Tensor], step_rows: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the pairs of a pack add to L = L_DPO + alpha L_SFT(chosen) of the step."""
         settings: DPO = self.settings
-        weights = [step.weights[id(row)] for row in rows]
-        chosen, policy = pair_logps(model, rows, settings, weights if settings.alpha else ())
+        chosen, policy = pair_logps(model, rows, settings, sft=settings.alpha > 0)
+        weights = [each[len(each) - len(logps) :] for each, logps in zip(weights, chosen, strict=True)]
         reference = policy.new_tensor([row.reference for row in rows])
-        gamma = settings.simpo_gamma if settings.loss == "simpo" else 0.0
-        losses, d = dpo_loss(
-            policy, reference, beta=settings.beta, label_smoothing=settings.label_smoothing, gamma=gamma
-        )
-        loss, dpo, sft = joint_loss(
-            losses,
-            chosen,
-            weights,
-            alpha=settings.alpha,
-            sft_norm=settings.sft_norm,
-            pairs=step.rows,
-            tokens=step.tokens,
-        )
-        margin = d + gamma
-        means = {"margin": margin, "accuracy": (margin > 0).to(d)}
-        means |= dict(zip(("chosen_logps", "rejected_logps"), policy.unbind(1), strict=True))
+        losses, margin = dpo_loss(policy, reference, settings)
+        loss, dpo, sft = joint_loss(losses, chosen, weights, alpha=settings.alpha, pairs=step_rows)
+        means = {"margin": margin, "accuracy": (margin > 0).to(margin)}
+        means |= {"chosen_logps": policy[:, 0], "rejected_logps": policy[:, 1]}
         if settings.has_reference:
             rewards = settings.beta * (policy - reference)
-            means |= dict(zip(("chosen_reward", "rejected_reward"), rewards.unbind(1), strict=True))
-        metrics = {name: values.sum() / step.rows for name, values in means.items()}
+            means |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
+        metrics = {name: values.sum() / step_rows for name, values in means.items()}
         return loss, metrics | {"dpo_loss": dpo} | ({"sft_loss": sft} if settings.alpha else {})
 
 
 def pair_logps(
-    model: nn.Module, pairs: Sequence[EncodedPair], settings: DPO, sft: Sequence[Tensor] = ()
+    model: nn.Module, pairs: Sequence[EncodedPair], settings: DPO, *, sft: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Log-probabilities of some pairs, from one forward pass; a token that counts nowhere is not scored.
+    """Log-probabilities of some pairs, from one forward pass; a shared prefix that counts nowhere is not scored.
 
     Args:
         model: see `forest_logps`.
-        pairs: of this pack.
-        settings: decide the weights in the margin.
-        sft: for each pair the weights of chosen's tokens in the SFT term, if there is one; only where they are not 0
-            matters here.
+        pairs: of one pack.
+        settings: decide the weights in the margin, and the scope of the SFT term.
+        sft: whether there is an SFT term, too.
 
     Returns:
-        Those of chosen's tokens (0 for one that is not scored), and the sums in the margin: (pairs, 2), of chosen and
-        of rejected.
+        Those of chosen's tokens, without the prefix where it is not scored; and the sums in the margin: (pairs, 2), of
+        chosen and of rejected.
     """
-    margins: list[Tensor] = []
+    whole_chosen = sft and settings.scope != "suffix"
+    scored: list[Scored] = []
+    weights: list[Tensor] = []
     for pair in pairs:
-        chosen, rejected = len(pair.chosen), len(pair.rejected)
-        margins.append(margin_weights(chosen, rejected, pair.prefix, settings))
-        margins.append(margin_weights(rejected, chosen, pair.prefix, settings))
-    needed = margins.copy()
-    if sft:
-        needed[::2] = [margin + weights for margin, weights in zip(margins[::2], sft, strict=True)]
-    starts = [min(int((weights == 0).long().cumprod(0).sum()), len(weights) - 1) for weights in needed]
-    chains = [(ids, len(pair.prompt)) for pair in pairs for ids in pair.sequences]
-    scored = [Scored(ids, prompt + start) for (ids, prompt), start in zip(chains, starts, strict=True)]
-    logps = [
-        nn.functional.pad(values, (start, 0)) for values, start in zip(forest_logps(model, scored), starts, strict=True)
-    ]
-    sums = torch.stack([weighted(values, weights) for values, weights in zip(logps, margins, strict=True)])
-    return logps[::2], sums.view(-1, 2)
+        masked = pair.prefix if settings.mask_prefix else 0
+        sides = ((pair.chosen, pair.rejected, 0 if whole_chosen else masked), (pair.rejected, pair.chosen, masked))
+        for side, other, start in sides:
+            start = min(start, len(side) - 1)  # chosen may be the beginning of rejected
+            scored.append(Scored(pair.prompt + side, len(pair.prompt) + start))
+            weights.append(margin_weights(len(side), len(other), pair.prefix, settings)[start:])
+    logps = forest_logps(model, scored)
+    sums = [(values * weight.to(values)).sum() for values, weight in zip(logps, weights, strict=True)]
+    return logps[::2], torch.stack(sums).view(-1, 2)
+
+
+def stored_reference(
+    model: PreTrainedModel,
+    pairs: Sequence[EncodedPair],
+    arguments: TrainingArguments,
+    settings: DPO,
+    *,
+    student: Path,
+    folder: Path,
+) -> list[EncodedPair]:
+    """The pairs with the student as their reference, computed once and kept in a file named by what it depends on.
+
+    Args:
+        model: as `student` has it.
+        pairs: of one epoch.
+        arguments: of the trainer.
+        settings: of the method.
+        student: the folder that training starts from.
+        folder: of the file; other runs from this student may share it.
+    """
+    margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
+    chains = [(len(pair.prompt), *pair.sequences) for pair in pairs]
+    inputs = [student_sha256(student), chains, margin, arguments.bf16]
+    name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{name}.json"
+    with arguments.main_process_first(local=False):
+        stored = json.loads(path.read_text()) if path.exists() else None
+    if stored is not None:
+        return [replace(pair, reference=tuple(logps)) for pair, logps in zip(pairs, stored, strict=True)]
+    model.to(arguments.device)
+    referenced = with_reference(model, pairs, arguments, settings)
+    if arguments.process_index == 0:
+        write_text(path, json.dumps([pair.reference for pair in referenced]))
+    return referenced
 
 
 def with_reference(
@@ -137,15 +132,12 @@ def with_reference(
 
     Packed like a step, and dealt out to the processes of a distributed run.
     """
-    place = {id(pair): index for index, pair in enumerate(pairs)}
+    number = {id(pair): index for index, pair in enumerate(pairs)}
     sums = torch.zeros(len(pairs), 2, device=arguments.device)
     model.eval()
     with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
         for pack in packs(pairs, settings.pack_tokens)[arguments.process_index :: arguments.world_size]:
-            with explain_out_of_memory(partial(pack_out_of_memory, pack, "in the reference", settings.pack_tokens)):
-                sums[[place[id(pair)] for pair in pack]] = pair_logps(model, pack, settings)[1].to(sums)
-    return _referenced(pairs, sum_over_processes(sums).tolist())
-
-
-def _referenced(pairs: Sequence[EncodedPair], logps: list[tuple[float, float]]) -> list[EncodedPair]:
-    return [replace(pair, reference=(chosen, rejected)) for pair, (chosen, rejected) in zip(pairs, logps, strict=True)]
+            with explain_out_of_memory("in the reference", pack, settings):
+                sums[[number[id(pair)] for pair in pack]] = pair_logps(model, pack, settings, sft=False)[1].to(sums)
+    total = reduce(sums, "sum").tolist()
+    return [replace(pair, reference=tuple(logps)) for pair, logps in zip(pairs, total, strict=True)]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cotree.models.encode import EncodedChain, EncodedPair, EncodedRow, prefix_tokens
-from cotree.train.attention import Backend, Layout
+from cotree.train.attention import Layout
 from cotree.train.losses import token_logps
 
 
@@ -43,44 +43,34 @@ class Forest:
     """
 
     def __init__(self, chains: Sequence[list[int]], device: torch.device | None = None) -> None:
-        order = sorted(range(len(chains)), key=lambda index: chains[index])
         row: list[int] = []
-        positions: list[Tensor] = []
-        places: dict[int, Tensor] = {}
-        ends = torch.empty(sum(map(len, chains)), dtype=torch.long)
-        runs: list[list[tuple[int, int]]] = []
+        positions: list[int] = []
+        ends = [0] * sum(map(len, chains))
+        paths: dict[int, list[int]] = {}
+        runs: list[tuple[list[int], int]] = []
         before: list[int] = []
-        path, spans = torch.empty(0, dtype=torch.long), list[tuple[int, int]]()
-        for index in order:
+        path: list[int] = []
+        for index in sorted(range(len(chains)), key=lambda index: chains[index]):
             inputs = chains[index][:-1]
             shared, start = prefix_tokens(before, inputs), len(row)
-            ends[path[shared:]] = start
+            for place in path[shared:]:
+                ends[place] = start
             row += inputs[shared:]
-            places[index] = path = torch.cat([path[:shared], torch.arange(start, len(row))])
-            spans = _first_places(spans, shared)
+            positions += range(shared, len(inputs))
+            path = [*path[:shared], *range(start, len(row))]
+            paths[index] = path
             if len(row) > start:
-                spans.append((start, len(row)))
-                runs.append(list(spans))
-                positions.append(torch.arange(shared, len(inputs)))
+                runs.append((path, len(row) - start))
             before = inputs
-        ends[path] = len(row)
-        self.paths = [places[index] for index in range(len(chains))]
+        for place in path:
+            ends[place] = len(row)
+        self.paths = [paths[index] for index in range(len(chains))]
         self.ids = torch.tensor(row, device=device)
-        self.positions = torch.cat(positions).to(device)
-        self.layout = Layout(ends[: len(row)].to(device), runs)
+        self.positions = torch.tensor(positions, device=device)
+        self.layout = Layout(torch.tensor(ends[: len(row)], device=device), runs)
 
 
-def _first_places(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """The first `count` places of some spans of the row."""
-    kept = []
-    for start, stop in spans:
-        if count > 0:
-            kept.append((start, min(stop, start + count)))
-        count -= stop - start
-    return kept
-
-
-def forest_logps(model: nn.Module, chains: Sequence[Scored], backend: Backend | None = None) -> list[Tensor]:
+def forest_logps(model: nn.Module, chains: Sequence[Scored]) -> list[Tensor]:
     """Log-probabilities of the scored tokens of each chain, from one forward pass of the (wrapped) model.
 
     Every (tokens so far, next token) that several chains score is computed once and given to each of them, so its
@@ -90,15 +80,13 @@ def forest_logps(model: nn.Module, chains: Sequence[Scored], backend: Backend | 
         model: a causal language model of a supported family, loaded with `attn_implementation=ATTENTION`; may be
             wrapped (DDP, FSDP, autocast), its forward is called as a whole.
         chains: at least one.
-        backend: of the attention; by default the fastest on the model's device.
 
     Returns:
         One (scored tokens,) tensor a chain, float32 or better.
     """
     device = next(model.parameters()).device
     forest = Forest([chain.ids for chain in chains], device)
-    forest.layout.backend = backend or ("flex" if device.type == "cuda" else "block")
-    contexts, targets, places = _edges(forest, chains)
+    contexts, targets, places = _distinct_targets(forest, chains)
     logits = model(
         input_ids=forest.ids[None],
         position_ids=forest.positions[None],
@@ -113,17 +101,23 @@ def forest_logps(model: nn.Module, chains: Sequence[Scored], backend: Backend | 
 
 def multiplicities(chains: Sequence[Scored]) -> list[Tensor]:
     """For each scored token of each chain, how many of the chains score the same token after the same tokens."""
-    *_, places = _edges(Forest([chain.ids for chain in chains]), chains)
+    *_, places = _distinct_targets(Forest([chain.ids for chain in chains]), chains)
     return list(torch.split(places.bincount()[places], [len(chain.ids) - chain.first for chain in chains]))
 
 
-def _edges(forest: Forest, chains: Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor]:
-    """The scored (place in the row, next token), each once, and which one each scored token of the chains is."""
-    contexts = torch.cat([path[chain.first - 1 :] for path, chain in zip(forest.paths, chains, strict=True)])
+def _distinct_targets(forest: Forest, chains: Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct pairs of a context and a token that is scored after it.
+
+    Returns:
+        The contexts' places in the row and the tokens' ids, both (pairs,); and for each scored token of all chains, in
+        their order, the number of its pair.
+    """
+    scored_paths = [path[chain.first - 1 :] for path, chain in zip(forest.paths, chains, strict=True)]
+    contexts = torch.tensor([place for path in scored_paths for place in path])
     targets = torch.tensor([token for chain in chains for token in chain.ids[chain.first :]])
     width = int(targets.max()) + 1
-    edges, places = torch.unique(contexts * width + targets, return_inverse=True)
-    return edges // width, edges % width, places
+    pairs, places = torch.unique(contexts * width + targets, return_inverse=True)
+    return pairs // width, pairs % width, places
 
 
 def packs(rows: Sequence[EncodedRow], cap: int) -> list[list[EncodedRow]]:
@@ -133,30 +127,31 @@ def packs(rows: Sequence[EncodedRow], cap: int) -> list[list[EncodedRow]]:
     the cut are computed twice.
     """
     dealt: list[list[EncodedRow]] = []
-    inside: list[list[int]] = []
-    size = cap
+    chains: list[list[int]] = []
+    size = 0
     for row in sorted(rows, key=lambda row: row.sequences):
-        new = _add_row(inside, row)
-        if not dealt or size + new > cap:
+        size += _insert_chains(chains, row)
+        if not dealt or size > cap:
             dealt.append([])
-            inside, size = [], 0
-            new = _add_row(inside, row)
+            chains = []
+            size = _insert_chains(chains, row)
         dealt[-1].append(row)
-        size += new
     return dealt
 
 
 def forest_tokens(rows: Sequence[EncodedChain | EncodedPair]) -> int:
     """Tokens in the forest of some rows, the last one of each chain included."""
-    inside: list[list[int]] = []
-    return sum(_add_row(inside, row) for row in rows)
+    chains: list[list[int]] = []
+    return sum(_insert_chains(chains, row) for row in rows)
 
 
-def _add_row(inside: list[list[int]], row: EncodedChain | EncodedPair) -> int:
-    """Add a row's chains to the sorted chains of a pack; returns how many tokens are new."""
-    new = 0
+def _insert_chains(chains: list[list[int]], row: EncodedChain | EncodedPair) -> int:
+    """Insert a row's chains into a sorted list of chains; returns how many tokens they add to its forest."""
+    added = 0
     for chain in row.sequences:
-        at = bisect(inside, chain)
-        new += len(chain) - max((prefix_tokens(chain, other) for other in inside[max(at - 1, 0) : at + 1]), default=0)
-        inside.insert(at, chain)
-    return new
+        at = bisect(chains, chain)
+        # In sorted order a chain shares its longest beginning with a neighbour.
+        neighbours = chains[max(at - 1, 0) : at + 1]
+        added += len(chain) - max((prefix_tokens(chain, other) for other in neighbours), default=0)
+        chains.insert(at, chain)
+    return added

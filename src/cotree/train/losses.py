@@ -7,7 +7,7 @@ that it is given, never by its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,42 +78,33 @@ def margin_weights(length: int, other: int, prefix: int, settings: DPO) -> Tenso
     return weights
 
 
-def dpo_loss(
-    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float, gamma: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def dpo_loss(policy: Tensor, reference: Tensor, settings: DPO) -> tuple[Tensor, Tensor]:
     """Conservative DPO (paper, Fine-grained DPO): the preference holds with probability 1 - eps.
 
         L = -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)
         d = beta [(log pi(y_w) - log pi(y_l)) - (log ref(y_w) - log ref(y_l))] - gamma
 
-    eps = 0 is DPO. The minimum over d is at log((1 - eps) / eps), not at infinity: a pair that is already told apart
-    that well pushes back. Tokens shared by y_w and y_l cancel in d, in value and in gradient, so whether the inputs
-    sum over whole completions or over what follows the shared prefix (masking-based DPO) is the same loss.
+    eps (`label_smoothing`) = 0 is DPO; gamma is 0 but for SimPO. The minimum over d is at log((1 - eps) / eps), not at
+    infinity: a pair that is already told apart that well pushes back. Tokens shared by y_w and y_l cancel in d, in
+    value and in gradient, so whether the inputs sum over whole completions or over what follows the shared prefix
+    (masking-based DPO) is the same loss.
 
     Args:
         policy, reference: (pairs, 2) log-probabilities of (chosen, rejected) in nats, summed with `margin_weights`; the
             reference's are 0 where there is none.
-        beta: scale of the implicit reward.
-        label_smoothing: eps in [0, 0.5).
-        gamma: SimPO's target margin.
+        settings: of the method.
 
     Returns:
-        The loss of each pair and its margin d, both (pairs,).
+        The loss of each pair and its margin d + gamma, both (pairs,).
     """
-    d = beta * ((policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])) - gamma
-    loss = -(1 - label_smoothing) * F.logsigmoid(d) - label_smoothing * F.logsigmoid(-d)
-    return loss, d
+    margin = settings.beta * ((policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1]))
+    d = margin - settings.simpo_gamma if settings.loss == "simpo" else margin
+    loss = -(1 - settings.label_smoothing) * F.logsigmoid(d) - settings.label_smoothing * F.logsigmoid(-d)
+    return loss, margin
 
 
 def joint_loss(
-    pair_losses: Tensor,
-    chosen_logps: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    *,
-    alpha: float,
-    sft_norm: Literal["token", "pair"],
-    pairs: int,
-    tokens: float,
+    pair_losses: Tensor, chosen_logps: Sequence[Tensor], weights: Sequence[Tensor], *, alpha: float, pairs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A pack's share of the paper's joint objective L = L_DPO + alpha L_SFT(chosen); its choice is alpha = 1.
 
@@ -122,13 +113,9 @@ def joint_loss(
     Args:
         pair_losses: (p,) from `dpo_loss`, for the p pairs of this pack.
         chosen_logps: for each pair the log-probabilities of its chosen tokens.
-        weights: of the same shapes, how much each counts in the SFT term: `sft_scope: full` is 1 everywhere, `suffix` 0
-            in the shared prefix, `dedup` 1 / (pairs of the step whose chosen chain has this very edge).
-        alpha: weight of the SFT term, which is not computed if it is 0. Not portable between the two norms.
-        sft_norm: `token`: mean over all SFT tokens of the step, so long chains weigh more (TRL's `sft` term when the
-            batch is one micro-batch). `pair`: mean over pairs of per-pair token means (LLaMA-Factory, OpenRLHF).
-        pairs: pairs in the whole optimizer step.
-        tokens: sum of the weights in the whole optimizer step.
+        weights: of the same shapes, from `rows.sft_weights` of the whole step.
+        alpha: weight of the SFT term, which is not computed if it is 0. Not portable between the two `sft_norm`s.
+        pairs: in the whole optimizer step.
 
     Returns:
         The share of L, of L_DPO and of L_SFT (without alpha), three scalars.
@@ -136,14 +123,11 @@ def joint_loss(
     dpo = pair_losses.sum() / pairs
     if not alpha:
         return dpo, dpo, torch.zeros_like(dpo)
-    sums = torch.stack([weighted(logps, weight) for logps, weight in zip(chosen_logps, weights, strict=True)])
-    if sft_norm == "token":
-        sft = -sums.sum() / (tokens or 1.0)
-    else:  # of a chosen chain with which rejected begins, `suffix` scores nothing
-        sft = -(sums / sums.new_tensor([float(weight.sum()) or 1.0 for weight in weights])).sum() / pairs
+    sft = sft_loss(chosen_logps, weights)
     return dpo + alpha * sft, dpo, sft
 
 
-def weighted(logps: Tensor, weights: Tensor) -> Tensor:
-    """Sum of log-probabilities (n,) with weights (n,), a scalar in the precision of the log-probabilities."""
-    return (logps * weights.to(logps)).sum()
+def sft_loss(logps: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """A pack's share of the SFT loss: minus the sum of log-probabilities times their `rows.sft_weights`, a scalar."""
+    together = torch.cat(list(logps))
+    return -(together * torch.cat(list(weights)).to(together)).sum()  # not @, which autocast would do in bf16

@@ -6,16 +6,28 @@ and a new one is zero at first, so the model at step 0 is the SFT checkpoint, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from safetensors import SafetensorError
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
+from cotree.base.errors import UsageError
+from cotree.tasks.diagnosis import diagnose
 from cotree.train.attention import ATTENTION, forest_attention
-from cotree.train.settings import LoRA
-from cotree.train.student import load_weights, make_readable, quiet
+from cotree.train.settings import LoRA, Probe
+from cotree.train.student import family_of, make_readable
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compiled: bool = False) -> PreTrainedModel:
@@ -33,7 +45,7 @@ def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compil
     # Attention is other for every pack: it would be compiled for each of them, and is not.
     outside: Callable[[Any], Any] = torch.compiler.disable
     AttentionInterface.register(ATTENTION, outside(forest_attention) if compiled else forest_attention)
-    model = load_weights(student, attn_implementation=ATTENTION).requires_grad_(True)
+    model = _load_weights(student).requires_grad_(True)
     if (student / "adapter_config.json").exists():
         model.name_or_path = ""  # no folder holds the merged weights
     if lora is not None:
@@ -46,6 +58,71 @@ def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compil
     if compiled:
         model.compile(dynamic=True)
     return model
+
+
+def checkpoint_layers(model: Any, *, keep_matrix_products: bool) -> None:
+    """Make a model's layers compute activations again in the backward pass instead of keeping them, in place.
+
+    Args:
+        model: a transformers model.
+        keep_matrix_products: keep the results of matrix products and attention, so that only what is cheap is computed
+            again: about a third less memory for a few percent more time. Else whole layers are computed again.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a layer is random
+    if keep_matrix_products:
+        policy = partial(_keep_or_recompute, model.config.hidden_size)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    with quiet():  # the method has another name in transformers to come
+        model.gradient_checkpointing_enable(options)
+
+
+def _keep_or_recompute(width: int, context: Any, operation: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
+    """Keep attention, and the products of hidden states (..., width) with weights (width, ...).
+
+    Others are the last product of a layer, which nothing in its backward pass reads, and the narrow ones of adapters.
+    On CUDA flex_attention is no such operation, and computed again.
+    """
+    of_hidden_states = operation in _PRODUCTS and inputs[-1].shape[0] == width
+    kept = of_hidden_states or operation is _ATTENTION
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def probe_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Probe) -> dict[str, float]:
+    """Have the student answer some prompts greedily: mean tokens, ratios of loops and of texts without an answer.
+
+    The model is given back as it was.
+
+    Args:
+        model: a transformers model, not wrapped.
+        tokenizer: its own.
+        prompts: token ids; only the first `questions` are asked.
+        settings: how many questions, and the tokens of an answer.
+    """
+    lengths, loops, missing = [], [], []
+    training, model_attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    try:
+        for prompt in prompts[: settings.questions]:
+            ids = torch.tensor([prompt], device=next(model.parameters()).device)
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each text would be compiled anew
+                written = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=settings.max_tokens,
+                    do_sample=False,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.eos_token_id,
+                )[0, len(prompt) :].tolist()
+            reason = "stop" if written[-1] == tokenizer.eos_token_id else "length"
+            found = diagnose(tokenizer.decode(written, skip_special_tokens=True), finish_reason=reason)
+            lengths.append(len(written))
+            loops.append(found.loop)
+            missing.append(found.no_answer)
+    finally:
+        model.set_attn_implementation(model_attention or ATTENTION)
+        model.train(training)
+    return {"probe_tokens": fmean(lengths), "probe_loop": fmean(loops), "probe_no_answer": fmean(missing)}
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any]) -> None:
@@ -67,3 +144,51 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any]) 
         model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     make_readable(folder)
+
+
+def _load_weights(source: str | Path) -> Any:
+    """A model in fp32 with all its weights; an adapter is merged into its base, which may be a hub id.
+
+    Weights that its files lack transformers would draw at random.
+    """
+    with quiet():
+        try:
+            if (Path(source) / "adapter_config.json").exists():
+                from peft import PeftConfig, PeftModel
+
+                base = _load_weights(PeftConfig.from_pretrained(source).base_model_name_or_path)
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                return PeftModel.from_pretrained(base, source).merge_and_unload()
+            family_of(AutoConfig.from_pretrained(source))
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch.float32,
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
+            raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0][:200]}") from error
+    wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if wrong:
+        raise UsageError(
+            f"cannot load the student {source}: {len(wrong)} of its weights are missing or of another shape "
+            f"({wrong[0]}, ...); fetch it again"
+        )
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While the block runs, transformers shows no progress bars and no warnings."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers about itself
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

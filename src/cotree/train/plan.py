@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from cotree.models.tokenizer import load_tokenizer
 from cotree.train.forest import forest_tokens, packs
-from cotree.train.rows import encode_file
+from cotree.train.rows import encode_file, fixed_steps
 from cotree.train.settings import DPO, Optimizer
-from cotree.train.steps import fixed_steps
 from cotree.train.student import student_config
 
 
@@ -43,11 +42,6 @@ class TrainPlan:
     peak_bytes: int
     seconds: float
 
-    @property
-    def token_ratio(self) -> float:
-        """Tokens that plain training computes for each one computed here."""
-        return self.tokens / self.packed_tokens
-
 
 def plan(rows: Path, student: Path, settings: Optimizer, seed: int) -> TrainPlan:
     """Plan `run.train` with these arguments; the student may also be a GGUF that is not converted yet.
@@ -56,14 +50,14 @@ def plan(rows: Path, student: Path, settings: Optimizer, seed: int) -> TrainPlan
         UsageError: rows or student cannot be trained on.
     """
     config, encoded = student_config(student), encode_file(rows, load_tokenizer(student), settings)
-    steps = fixed_steps([tuple(row.prompt) for row in encoded.rows], settings.batch_size, settings.epochs, seed)
+    steps = fixed_steps(encoded.rows, settings, seed)
     dealt = [pack for step in steps for pack in packs([encoded.rows[index] for index in step], settings.pack_tokens)]
     sizes = [forest_tokens(pack) for pack in dealt]
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config).num_parameters()
-    # A layer keeps about five rows of the model's width and two of the feed-forward's for each token (`recompute`);
-    # the vocabulary is kept where a token is scored.
-    kept = config.num_hidden_layers * (5 * config.hidden_size + 2 * config.intermediate_size)
+    # A layer keeps about six rows of the model's width and two of the feed-forward's for each token
+    # (`model.checkpoint_layers`); the vocabulary is kept where a token is scored.
+    kept = config.num_hidden_layers * (6 * config.hidden_size + 2 * config.intermediate_size)
     kept = kept // 6 if settings.gradient_checkpointing else kept
     peak = (4 if settings.lora else 16) * weights + 4 * max(sizes) * (kept + config.vocab_size)
     work = (4 if settings.lora else 6) * weights * sum(sizes)  # an adapter leaves out the gradients of the weights

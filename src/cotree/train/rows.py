@@ -1,17 +1,25 @@
-"""Rows of a dataset file as the token ids that a student is trained on; what it cannot be trained on is refused."""
+"""Rows of a dataset file as optimizer steps: token ids, the rows of each step, and how much each token counts.
+
+What a student cannot be trained on is refused.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import read_rows
 from cotree.data.kinds import check_template, faults_of, kind_of
 from cotree.models.encode import Encoded, EncodedChain, EncodedPair, encode_dpo, encode_sft
-from cotree.train.methods import method_of
+from cotree.train.forest import Scored, multiplicities
 from cotree.train.settings import Optimizer
 
 
@@ -22,7 +30,7 @@ def encode_file(path: Path, tokenizer: Any, settings: Optimizer) -> Encoded[Any]
         UsageError: the file is unreadable, empty, of another kind or built for another chat template, a row is not
             what its columns promise, or none fits into `max_tokens`.
     """
-    kind = method_of(settings).rows
+    kind = settings.row_kind
     rows = list(read_rows(path))
     if not rows:
         raise UsageError(f"{path} has no rows")
@@ -53,3 +61,55 @@ def check_fits(rows: Sequence[EncodedChain | EncodedPair], config: Any) -> None:
     positions = config.max_position_embeddings
     if longer := sum(row.longest_sequence > positions for row in rows):
         raise UsageError(f"{longer} rows are over the student's {positions} positions: set max_tokens={positions}")
+
+
+def fixed_steps(rows: Sequence[EncodedChain | EncodedPair], settings: Optimizer, seed: int) -> list[list[int]]:
+    """Row numbers of every optimizer step of a run: a new order each epoch, the last batch of an epoch may be short.
+
+    Rows of one prompt follow each other, so that a step has as much to share as it can. A fractional number of epochs
+    rounds up to whole steps.
+
+    Args:
+        rows: of one epoch.
+        settings: have the rows of a step, and the epochs.
+        seed: fixes the order of the prompts, and of the rows of each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, epochs = settings.batch_size, settings.epochs
+    steps: list[list[int]] = []
+    for _ in range(math.ceil(epochs)):
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for row in torch.randperm(len(rows), generator=generator).tolist():
+            by_prompt.setdefault(tuple(rows[row].prompt), []).append(row)
+        groups = list(by_prompt.values())
+        order = [row for group in torch.randperm(len(groups), generator=generator) for row in groups[group]]
+        steps += [order[at : at + size] for at in range(0, len(order), size)]
+    return steps[: math.ceil(epochs * math.ceil(len(rows) / size))]
+
+
+def sft_weights(rows: Sequence[EncodedChain | EncodedPair], scope: str, norm: str = "token") -> list[Tensor]:
+    """How much each token counts in the SFT loss of a step of these rows: minus the sum of weight * log-probability.
+
+    Args:
+        rows: all of the step.
+        scope: `full` counts every token of each (chosen) completion, `suffix` none in the prefix that both sides of a
+            pair share, `dedup` each 1 / (rows of the step that have this very token after the same tokens) times.
+        norm: `token`: the mean over all that counts in the step, so long chains weigh more (TRL's `sft` term when the
+            batch is one micro-batch). `pair`: the mean over rows of their own means (LLaMA-Factory, OpenRLHF).
+
+    Returns:
+        For each row (tokens of its completion,), float64.
+    """
+    if scope == "dedup":
+        chains = [Scored(row.sequences[0], len(row.prompt)) for row in rows]
+        counts = [1 / count.double() for count in multiplicities(chains)]
+    else:
+        counts = [torch.ones(len(row.sequences[0]) - len(row.prompt), dtype=torch.float64) for row in rows]
+    for row, count in zip(rows, counts, strict=True):
+        if scope == "suffix" and isinstance(row, EncodedPair):
+            count[: row.prefix] = 0
+    totals = [float(count.sum()) for count in counts]
+    if norm == "token":
+        totals = [fmean(totals)] * len(rows)
+    # A total is 0 where chosen has nothing after the prefix.
+    return [count / (total or 1.0) / len(rows) for count, total in zip(counts, totals, strict=True)]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,22 +22,42 @@ import torch
 
 from cotree.base.atomic import atomic_draft, write_json
 from cotree.models.tokenizer import load_tokenizer
-from cotree.train.arguments import resolve, training_arguments
-from cotree.train.callback import RunCallback
-from cotree.train.checkpoints import last_checkpoint, remove_checkpoints
+from cotree.train.callback import RunCallback, StepLog
+from cotree.train.dpo import PairTrainer, stored_reference
 from cotree.train.forest import forest_tokens
-from cotree.train.memory import explain_out_of_memory
-from cotree.train.methods import METHODS
-from cotree.train.metrics import probe_answers
-from cotree.train.model import load_model, save_model
-from cotree.train.result import StepLog, TrainResult
-from cotree.train.rows import check_fits, encode_file
-from cotree.train.settings import Optimizer
-from cotree.train.steps import fixed_steps
-from cotree.train.student import quiet
-from cotree.train.trainer import StepTrainer
+from cotree.train.model import load_model, probe_answers, quiet, save_model
+from cotree.train.rows import check_fits, encode_file, fixed_steps
+from cotree.train.settings import DPO, Optimizer
+from cotree.train.sft import ChainTrainer
+from cotree.train.trainer import StepTrainer, explain_out_of_memory, last_checkpoint, training_arguments
 
-__all__ = ["StepLog", "TrainResult", "resolve", "train"]
+TRAINERS: Mapping[str, type[StepTrainer[Any]]] = {"sft": ChainTrainer, "dpo": PairTrainer}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training run.
+
+    Attributes:
+        steps: optimizer steps that were made.
+        kept: the step whose student was kept: the last, or the best of the probes.
+        rows: rows trained on in an epoch.
+        too_long: rows left out because they are over the token limit.
+        tokens: tokens in the rows of all steps, prompts included.
+        packed: tokens computed for them, as shared ones are computed once.
+        seconds: wall time, over all interruptions.
+        first, final: the metrics of the first and of the last step.
+    """
+
+    steps: int
+    kept: int
+    rows: int
+    too_long: int
+    tokens: int
+    packed: int
+    seconds: float
+    first: dict[str, float]
+    final: dict[str, float]
 
 
 def train(
@@ -55,15 +76,15 @@ def train(
     Whether the content of `out` is of these rows and settings is for the caller to know (`base.run_folder`).
 
     Args:
-        method: a name in `methods.METHODS`.
+        method: a name in `settings.METHODS`.
         rows: a file of the method's rows (`data.kinds`).
-        student: the transformers folder that training starts from (`student.load_student`).
+        student: the transformers folder that training starts from (`student.student_folder`).
         out: folder of this run: `model/` (the trained student), `result.json`, `log.jsonl`; `trainer/` on the way.
         settings: of the method.
         seed: fixes the order of the rows.
         on_step: called after each optimizer step.
-        references: a folder where runs from one student share what is computed before the first step; without one it
-            is kept in `out` until the run is done.
+        references: a folder where runs from one student share their reference log-probabilities; without one they are
+            kept in `out` until the run is done.
 
     Raises:
         UsageError: rows, student or settings cannot be trained on.
@@ -72,63 +93,40 @@ def train(
     """
     started = monotonic()
     if (out / "model").exists():
-        remove_checkpoints(out / "trainer")  # a kill may have come between the two
+        _remove_checkpoints(out / "trainer")  # a kill may have come between the two
         return TrainResult(**json.loads((out / "result.json").read_text()))
     tokenizer = load_tokenizer(student)
     encoded = encode_file(rows, tokenizer, settings)
-    order = fixed_steps([tuple(row.prompt) for row in encoded.rows], settings.batch_size, settings.epochs, seed)
+    order = fixed_steps(encoded.rows, settings, seed)
     trainer: StepTrainer[Any] | None = None
     try:
         arguments = training_arguments(out, settings, len(order), seed)
         model = load_model(student, settings.lora, seed=seed, compiled=settings.compile)
         check_fits(encoded.rows, model.config)
-        trainer_class = trainer_of(method)
-        prepared = trainer_class.prepare_rows(
-            model,
-            encoded.rows,
-            arguments,
-            settings,
-            student=student,
-            references=references or out / "trainer/reference",
-        )
-        trainer = trainer_class(model, [[prepared[index] for index in step] for step in order], arguments, settings)
+        prepared = encoded.rows
+        if isinstance(settings, DPO) and settings.has_reference:
+            folder = references or out / "trainer/reference"
+            prepared = stored_reference(model, prepared, arguments, settings, student=student, folder=folder)
+        steps = [[prepared[index] for index in step] for step in order]
+        trainer = TRAINERS[method](model, steps, arguments, settings)
         del model
         # A process that ends with the group still open can be aborted by a thread of gloo or NCCL.
         atexit.register(trainer.accelerator.state.destroy_process_group)
-        prompts = list(dict.fromkeys(tuple(row.prompt) for row in encoded.rows))
-        trainer.probe = partial(_probe, trainer, tokenizer, prompts)
+        if settings.probe is not None:
+            prompts = [*dict.fromkeys(tuple(row.prompt) for row in encoded.rows)]
+            trainer.probe = partial(probe_answers, tokenizer=tokenizer, prompts=prompts, settings=settings.probe)
         callback = RunCallback(out / "log.jsonl", started, on_step, settings.probe)
         trainer.add_callback(callback)
+        with arguments.main_process_first(local=False):  # torn checkpoints are deleted once
+            checkpoint = last_checkpoint(out / "trainer")
         with quiet():
-            _train(trainer)
+            with explain_out_of_memory("outside the packs, where the optimizer keeps two numbers a weight: set lora"):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             result = _result(trainer, len(encoded.rows), encoded.too_long, callback.seconds())
             _store(trainer, tokenizer, out, result)
         return result
     finally:
-        _release(trainer)
-
-
-def trainer_of(method: str) -> type[StepTrainer[Any]]:
-    """The trainer of a method."""
-    module, _, name = METHODS[method].trainer.partition(":")
-    found: type[StepTrainer[Any]] = getattr(import_module(module), name)
-    return found
-
-
-def _probe(trainer: StepTrainer[Any], tokenizer: Any, prompts: list[tuple[int, ...]]) -> dict[str, float]:
-    settings = trainer.settings.probe
-    few = [list(prompt) for prompt in prompts[: settings.questions]]
-    with explain_out_of_memory(lambda: "in a probe: lower probe.max_tokens"):
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        return probe_answers(model, tokenizer, few, settings.max_tokens)
-
-
-def _train(trainer: StepTrainer[Any]) -> None:
-    """Make all steps after the last whole checkpoint."""
-    with trainer.args.main_process_first(local=False):  # torn checkpoints are deleted once
-        checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-    with explain_out_of_memory(lambda: "outside the packs, where the optimizer keeps two numbers a weight: set lora"):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        _free_memory(trainer)
 
 
 def _result(trainer: StepTrainer[Any], rows: int, too_long: int, seconds: float) -> TrainResult:
@@ -155,15 +153,22 @@ def _store(trainer: StepTrainer[Any], tokenizer: Any, out: Path, result: TrainRe
             draft.mkdir()
             save_model(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, draft, state_dict)
             write_json(out / "result.json", asdict(result))
-        remove_checkpoints(out / "trainer")
+        _remove_checkpoints(out / "trainer")
     trainer.accelerator.wait_for_everyone()
 
 
-def _release(trainer: StepTrainer[Any] | None) -> None:
+def _remove_checkpoints(folder: Path) -> None:
+    """Delete what a resume of a finished run would have needed; what reporters wrote beside it stays."""
+    for left in (*folder.glob("checkpoint-*"), folder / "reference"):
+        shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _free_memory(trainer: StepTrainer[Any] | None) -> None:
     """Give back the memory of weights, gradients and optimizer, also after an error: Trainer is full of cycles."""
     if trainer is not None:
         trainer.accelerator.free_memory()
-        trainer.probe = dict
         for name in ("model", "model_wrapped", "optimizer", "lr_scheduler", "callback_handler"):
             setattr(trainer, name, None)
     gc.collect()

@@ -1,8 +1,13 @@
-"""The settings of training: those of all methods (`Optimizer`), and those of each."""
+"""The settings of training: those of all methods (`Optimizer`), those of each, and the methods by name.
+
+Loads no torch: a recipe is checked by these. A new method is a class here with a line in `METHODS`, and a file with a
+trainer, which has a line in `run.TRAINERS`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -56,11 +61,7 @@ class Optimizer(Section):
     lora: LoRA | None = None
     report_to: Annotated[tuple[str, ...], NOT_CONTENT] = ()
     probe: Probe | None = None
-
-    @property
-    def scope(self) -> Literal["full", "suffix", "dedup"]:
-        """Which tokens count in the SFT loss of a step, and how often (`steps.sft_weights`)."""
-        return "full"
+    row_kind: ClassVar[Literal["sft", "dpo"]]  # the rows that the method trains on (`data.kinds`)
 
 
 class SFT(Optimizer):
@@ -70,11 +71,7 @@ class SFT(Optimizer):
     """
 
     sft_scope: Literal["full", "dedup"] = "full"
-
-    @property
-    def scope(self) -> Literal["full", "suffix", "dedup"]:
-        """The setting itself."""
-        return self.sft_scope
+    row_kind = "sft"
 
 
 class DPO(Optimizer):
@@ -100,6 +97,7 @@ class DPO(Optimizer):
     mask_prefix: bool = True
     sft_norm: Literal["token", "pair"] = "token"
     sft_scope: Literal["full", "suffix", "dedup"] | None = None
+    row_kind = "dpo"
 
     @property
     def scope(self) -> Literal["full", "suffix", "dedup"]:
@@ -110,3 +108,8 @@ class DPO(Optimizer):
     def has_reference(self) -> bool:
         """Whether the margin is relative to the SFT checkpoint."""
         return self.loss != "simpo" and not self.reference_free
+
+
+METHODS: Mapping[str, type[Optimizer]] = {"sft": SFT, "dpo": DPO}
+# Raised when the code changes what training makes from the same student, rows and settings.
+TRAINING_VERSION = 1

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from cotree.models.encode import EncodedChain
 from cotree.train.forest import Scored, forest_logps
-from cotree.train.losses import weighted
-from cotree.train.steps import Step
+from cotree.train.losses import sft_loss
+from cotree.train.rows import sft_weights
 from cotree.train.trainer import StepTrainer
 
 
 class ChainTrainer(StepTrainer[EncodedChain]):
     """The mean of -log pi over all completion tokens of a step, end of turn included. Metrics: `tokens` (scored)."""
 
-    def pack_loss(self, model: nn.Module, rows: Sequence[EncodedChain], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def step_weights(self, rows: Sequence[EncodedChain]) -> list[Tensor]:
+        """The weight of each completion token by `sft_scope`."""
+        return sft_weights(rows, self.settings.sft_scope)
+
+    def pack_loss(
+        self, model: nn.Module, rows: Sequence[EncodedChain], weights: Sequence[Tensor], step_rows: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the chains of a pack add to the step's mean, and how many tokens they score."""
         logps = forest_logps(model, [Scored(chain.sequences[0], len(chain.prompt)) for chain in rows])
-        sums = [weighted(values, step.weights[id(row)]) for values, row in zip(logps, rows, strict=True)]
-        count = torch.tensor(float(sum(map(len, logps))), device=sums[0].device)
-        return -torch.stack(sums).sum() / step.tokens, {"tokens": count}
+        loss = sft_loss(logps, weights)
+        return loss, {"tokens": loss.new_tensor(sum(map(len, logps)))}

@@ -8,52 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cotree.base.atomic import atomic_draft
+from cotree.base.atomic import atomic_draft, write_json
 from cotree.base.errors import UsageError
-from cotree.models.cache import cache_folder, file_sha256
 from cotree.models.families import FAMILIES, Family, reordered, to_halves, transformers_name
-from cotree.models.gguf_format import GGUF
-from cotree.models.tokenizer import gguf_tokenizer, load_tokenizer
-from cotree.models.weights import folder_sha256, locate
+from cotree.models.gguf_files import GGUF
+from cotree.models.tokenizer import gguf_tokenizer
+from cotree.models.weights import cache_folder, file_sha256, folder_sha256, locate
 
 # Others (dynamic, longrope) turn every position of a pass by its longest sequence.
 _ROPE = ("default", "linear", "llama3", "yarn")
-
-
-def load_student(source: str | Path, folder: Path) -> Path:
-    """Make `folder` a transformers folder (fp32 safetensors, tokenizer, config) of the student, if it is not there yet.
-
-    It appears whole or not at all, and one that is there is never written again.
-
-    Args:
-        source: a `.gguf` file, a transformers folder, or a hub id.
-        folder: where; its parent is created.
-
-    Returns:
-        `folder`.
-
-    Raises:
-        UsageError: the source does not exist, is of an unsupported family, or has no chat template.
-        CotreeError: the folder cannot be written.
-    """
-    if folder.exists():
-        return folder
-    with atomic_draft(folder) as draft:
-        draft.mkdir()
-        if str(source).endswith(".gguf"):
-            _from_gguf(GGUF(Path(source)), draft)
-        else:
-            _from_transformers(str(source), draft)
-        make_readable(draft)
-    return folder
 
 
 def student_folder(name: str) -> Path:
@@ -72,7 +40,43 @@ def student_folder(name: str) -> Path:
     source = locate(name)
     if source.is_dir():
         return source
-    return load_student(source, cache_folder() / f"{source.stem}-{file_sha256(source)[:12]}-transformers")
+    folder = cache_folder() / f"{source.stem}-{file_sha256(source)[:12]}-transformers"
+    if not folder.exists():
+        convert_gguf(source, folder)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path) -> Path:
+    """Make a new transformers folder (fp32 safetensors, tokenizer, config) of a GGUF file, whole or not at all.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UsageError: the file is no GGUF, is of an unsupported family, or has no chat template.
+        CotreeError: the folder cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    file = GGUF(source)
+    config = gguf_config(file)
+    weights: dict[str, np.ndarray] = {}
+    for name in file.tensors:
+        try:
+            target = transformers_name(name)
+            weights[target] = np.ascontiguousarray(reordered(file.array(name), target, config, to_halves))
+        except (KeyError, NotImplementedError, ValueError) as error:
+            raise UsageError(f"{source} has a tensor {name} that cotree cannot read: {error}") from error
+    tokenizer = gguf_tokenizer(file)
+    if not tokenizer.chat_template:
+        raise UsageError(f"{source} has no chat template: cotree trains chat models; take an instruct variant")
+    with atomic_draft(folder) as draft:
+        draft.mkdir()
+        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+        write_json(draft / "config.json", config)
+        tokenizer.save_pretrained(draft)
+        make_readable(draft)
+    return folder
 
 
 def student_sha256(folder: Path) -> str:
@@ -96,25 +100,6 @@ def make_readable(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _from_gguf(file: GGUF, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
-    config = gguf_config(file)
-    weights: dict[str, np.ndarray] = {}
-    for name in file.tensors:
-        try:
-            target = transformers_name(name)
-            weights[target] = np.ascontiguousarray(reordered(file.array(name), target, config, to_halves))
-        except (KeyError, NotImplementedError, ValueError) as error:
-            raise UsageError(f"{file.path} has a tensor {name} that cotree cannot read: {error}") from error
-    tokenizer = gguf_tokenizer(file)
-    if not tokenizer.chat_template:
-        raise UsageError(f"{file.path} has no chat template: cotree trains chat models; take an instruct variant")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-
-
 def gguf_config(file: GGUF) -> dict[str, Any]:
     """The transformers config of a GGUF file."""
     arch = file["general.architecture"]
@@ -124,7 +109,7 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
     if "rope_freqs.weight" in file.tensors or file.get(f"{arch}.rope.scaling.type", "none") != "none":
         raise UsageError(
             f"{file.path} scales its rotary positions, and GGUF does not keep how: give the model's transformers "
-            "folder or hub id as student instead"
+            "folder as student instead"
         )
     heads, width = file[f"{arch}.attention.head_count"], file[f"{arch}.embedding_length"]
     config = {
@@ -149,14 +134,6 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = file.get(f"tokenizer.ggml.{key}_token_id")
     return config
-
-
-def _from_transformers(source: str, folder: Path) -> None:
-    tokenizer = load_tokenizer(source)
-    model = load_weights(source)
-    with quiet():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def student_config(source: Path) -> Any:
@@ -204,59 +181,3 @@ def family_of(config: Any) -> Family:
     if getattr(config, "_attn_implementation", None) == "flash_attention_2":
         raise UsageError("cannot train with FlashAttention-2: remove `attn_implementation` from config.json")
     return family
-
-
-def load_weights(source: str | Path, **options: Any) -> Any:
-    """A transformers model in fp32 with all its weights: those that its files lack, transformers would draw at random.
-
-    Args:
-        source: a transformers folder, a PEFT adapter that names its base (it is merged), or a hub id.
-        options: of `from_pretrained`.
-
-    Raises:
-        UsageError: there is none, it is not trainable (see `family_of`), or its files are torn or lack
-            weights.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet():
-        try:
-            if (Path(source) / "adapter_config.json").exists():
-                from peft import PeftConfig, PeftModel
-
-                base = load_weights(PeftConfig.from_pretrained(source).base_model_name_or_path, **options)
-                warnings.filterwarnings("error", "Found missing adapter keys")
-                return PeftModel.from_pretrained(base, source).merge_and_unload()
-            family_of(AutoConfig.from_pretrained(source))
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
-            raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0][:200]}") from error
-    wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
-    if wrong:
-        raise UsageError(
-            f"cannot load the student {source}: {len(wrong)} of its weights are missing or of another shape "
-            f"({wrong[0]}, ...); fetch it again"
-        )
-    return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """While the block runs, transformers shows no progress bars and no warnings."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers about itself
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,32 +1,82 @@
-"""transformers.Trainer on whole optimizer steps.
+"""transformers.Trainer on whole optimizer steps: their gradients, its arguments, and its checkpoints.
 
 Invariant: an item of its data is a whole step, whose rows are fixed before anything is split; the loss divides by the
-rows and tokens of the step, so neither the cap of a pack nor the number of processes changes the gradient.
+rows and tokens of the step, so neither the cap of a pack nor the number of processes changes the gradient. A checkpoint
+counts once its marker file is there, so a kill at any moment leaves the last whole one.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from cotree.base.atomic import explain_write_errors
-from cotree.base.errors import CotreeError
-from cotree.models.encode import EncodedRow
-from cotree.train.checkpoints import complete_checkpoint
+from cotree.base.errors import CotreeError, UsageError
+from cotree.models.encode import EncodedChain, EncodedPair, EncodedRow
 from cotree.train.forest import forest_tokens, packs
-from cotree.train.memory import explain_out_of_memory, pack_out_of_memory
-from cotree.train.recompute import recompute_activations
-from cotree.train.steps import Step, whole_step
+from cotree.train.model import checkpoint_layers
+from cotree.train.settings import Optimizer
+
+_COMPLETE = "complete"
+Settings = TypeVar("Settings", bound=Optimizer)
+
+
+def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) -> TrainingArguments:
+    """Trainer's arguments for so many steps: a linear schedule with warm-up, checkpoints in `out`/trainer, silent.
+
+    Raises:
+        UsageError: a reporter is not installed, or a step has fewer rows than there are processes.
+    """
+    missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise UsageError(f"report_to: {', '.join(missing)} is not installed, or no reporter of transformers")
+    arguments = TrainingArguments(
+        output_dir=str(out / "trainer"),
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=resolve_precision(settings).precision == "bf16",
+        optim="adamw_torch_fused",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        # The first step of a warm-up has a learning rate of 0, so a run of one step has no warm-up.
+        warmup_steps=min(math.ceil(settings.warmup_ratio * steps), steps - 1),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        save_steps=settings.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(settings.report_to),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    if settings.batch_size < arguments.world_size:
+        raise UsageError(f"batch_size {settings.batch_size} is less than the {arguments.world_size} processes")
+    if settings.probe is not None and settings.probe.keep == "best":  # to Trainer that would need an evaluation
+        arguments.load_best_model_at_end, arguments.metric_for_best_model = True, "probe_no_answer"
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer wraps the model in DataParallel, which splits rows
+    return arguments
+
+
+def resolve_precision(settings: Settings) -> Settings:
+    """The settings with `precision: auto` replaced by what it becomes on this machine: bf16 on CUDA, else fp32."""
+    if settings.precision != "auto":
+        return settings
+    return settings.model_copy(update={"precision": "bf16" if torch.cuda.is_available() else "fp32"})
 
 
 class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
@@ -36,7 +86,8 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         steps: the rows of each optimizer step.
         settings: of the method.
         metrics: of the last step, means over its rows.
-        probe: gives the metrics of a probe; called at the steps of `settings.probe`.
+        probe: gives the metrics of a probe of the model that it gets, which is not wrapped; called at the steps of
+            `settings.probe`.
     """
 
     def __init__(
@@ -45,38 +96,28 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         self.steps = steps
         self.settings = settings
         self.metrics: dict[str, float] = {}
-        self.probe: Callable[[], dict[str, float]] = dict
-        if not (settings.compile or settings.gradient_checkpointing):
-            recompute_activations(model)
+        self.probe: Callable[[Any], dict[str, float]] | None = None
+        if settings.gradient_checkpointing or not settings.compile:
+            checkpoint_layers(model, keep_matrix_products=not settings.gradient_checkpointing)
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
 
-    @classmethod
-    def prepare_rows(
-        cls,
-        model: PreTrainedModel,
-        rows: list[EncodedRow],
-        arguments: TrainingArguments,
-        settings: Any,
-        *,
-        student: Path,
-        references: Path,
-    ) -> list[EncodedRow]:
-        """The rows with what the method needs to know of the model before its first step; here nothing.
-
-        Args:
-            model: as `student` has it.
-            rows: of one epoch.
-            arguments: as the trainer gets them.
-            settings: of the method.
-            student: the folder that training starts from.
-            references: a folder for what takes long to compute, which other runs from this student may share.
-        """
-        return rows
+    @abstractmethod
+    def step_weights(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
+        """How much each completion token of the rows of a whole step counts in its SFT loss (`rows.sft_weights`)."""
 
     @abstractmethod
-    def pack_loss(self, model: nn.Module, rows: Sequence[EncodedRow], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of the step's loss (to differentiate) and of its metrics that the rows of a pack add: scalars."""
+    def pack_loss(
+        self, model: nn.Module, rows: Sequence[EncodedRow], weights: Sequence[Tensor], step_rows: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the step's loss (to differentiate) and of its metrics that the rows of a pack add: scalars.
+
+        Args:
+            model: may be wrapped.
+            rows: of the pack.
+            weights: of their tokens, from `step_weights`.
+            step_rows: how many rows the whole step has.
+        """
 
     def packs(self, rows: Sequence[EncodedRow]) -> list[list[EncodedRow]]:
         """The packs of a step, at least one for each process if there are enough rows."""
@@ -87,7 +128,7 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         """Gradients of one optimizer step; returns its loss."""
         model.train()
         number = self.state.global_step + 1
-        step = whole_step(inputs, self.settings.scope)
+        weights = dict(zip(map(id, inputs), self.step_weights(inputs), strict=True))
         processes, rank = self.args.world_size, self.args.process_index
         dealt = self.packs(inputs)
         total = torch.zeros(())
@@ -100,16 +141,14 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
             # DDP needs one synchronisation a step, not one a pack; it divides the sum of gradients by the processes.
             with (
                 nullcontext() if turn == turns[-1] else self.accelerator.no_sync(model),
-                explain_out_of_memory(
-                    partial(pack_out_of_memory, pack, f"at step {number}", self.settings.pack_tokens)
-                ),
+                explain_out_of_memory(f"at step {number}", pack, self.settings),
             ):
                 with self.compute_loss_context_manager():
-                    loss, parts = self.pack_loss(model, pack, step)
+                    loss, parts = self.pack_loss(model, pack, [weights[id(row)] for row in pack], len(inputs))
                 self.accelerator.backward(loss * (counts * processes))
             total = total.to(loss) + counts * loss.detach()
             metrics = {name: metrics.get(name, 0) + counts * value.detach() for name, value in parts.items()}
-        sums = sum_over_processes(torch.stack([total, *(metrics[name].to(total) for name in metrics)]))
+        sums: Tensor = reduce(torch.stack([total, *(value.to(total) for value in metrics.values())]), "sum")
         if not math.isfinite(sums[0]):
             raise CotreeError(
                 f"the loss became {sums[0].item()} at step {number}: lower learning_rate, or look for broken rows"
@@ -119,15 +158,16 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's metrics, and a probe where one is due or training ends, to what Trainer logs and reports."""
-        step, settings = self.state.global_step, self.settings.probe
+        step = self.state.global_step
         if "loss" in logs:
             logs |= self.metrics
-            if settings is not None and ((step - 1) % settings.every == 0 or step == self.state.max_steps):
-                found = self.probe()
+            last = step == self.state.max_steps
+            if self.probe is not None and (last or (step - 1) % self.settings.probe.every == 0):
+                with explain_out_of_memory("in a probe: lower probe.max_tokens"):
+                    found = self.probe(self.accelerator.unwrap_model(self.model_wrapped))
                 # One set of numbers decides for all processes, which may round their texts apart.
-                device = self.args.device if self.args.world_size > 1 else None
-                values = sum_over_processes(torch.tensor([*found.values()], dtype=torch.float64, device=device))
-                logs |= dict(zip(found, (values / self.args.world_size).tolist(), strict=True))
+                values = torch.tensor([*found.values()], dtype=torch.float64, device=self.args.device)
+                logs |= dict(zip(found, reduce(values, "mean").tolist(), strict=True))
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[list[EncodedRow]]:
@@ -139,6 +179,7 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a whole checkpoint, and delete the older ones, which it replaces, but not the best one."""
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with explain_write_errors(checkpoint):
             try:
@@ -147,11 +188,39 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
                 raise OSError(str(error)) from error
             self.accelerator.wait_for_everyone()
             if self.args.process_index == 0:
-                complete_checkpoint(checkpoint, self.state.best_global_step)
+                (checkpoint / _COMPLETE).touch()
+                kept = {checkpoint.name, f"checkpoint-{self.state.best_global_step}"}
+                for other in checkpoint.parent.glob("checkpoint-*"):
+                    if other.name not in kept:
+                        shutil.rmtree(other)
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of a tensor over the processes of a distributed run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; deletes the torn ones that a kill left."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / _COMPLETE).exists():
+            shutil.rmtree(checkpoint)
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+@contextmanager
+def explain_out_of_memory(
+    where: str, pack: Sequence[EncodedChain | EncodedPair] = (), settings: Optimizer | None = None
+) -> Iterator[None]:
+    """Turn an allocation that fails in the block into a CotreeError: "out of memory", where, and what to lower.
+
+    Args:
+        where: in the training; without a pack also what to lower.
+        pack: the rows that are computed.
+        settings: of the method, with a pack.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        if settings is not None:
+            lower = f"pack_tokens (now {settings.pack_tokens})" if len(pack) > 1 else "max_tokens"
+            where += f", in a pack of {len(pack)} rows and {forest_tokens(pack)} tokens: lower {lower}"
+            where += ", or set gradient_checkpointing: true"
+        raise CotreeError(f"out of memory {where}") from error

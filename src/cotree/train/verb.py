@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cotree.base.atomic import explain_write_errors
 from cotree.base.errors import UsageError
 from cotree.base.numbers import duration
 from cotree.base.progress import Output
 from cotree.base.run_folder import NodeFolder, NodeRecord
-from cotree.base.settings import apply_override, content_of, nearest, parse_section
-from cotree.models.cache import file_sha256
+from cotree.base.settings import apply_override, hashed_settings, nearest, parse_section
 from cotree.models.encode import template_hash
 from cotree.models.tokenizer import load_tokenizer
-from cotree.train.arguments import resolve
-from cotree.train.display import plot_steps
-from cotree.train.methods import METHODS
-from cotree.train.result import StepLog, TrainResult
+from cotree.models.weights import file_sha256
+from cotree.train.callback import StepLog, plot_steps
 from cotree.train.rows import check_fits, encode_file
-from cotree.train.run import train
+from cotree.train.run import TrainResult, train
+from cotree.train.settings import METHODS, TRAINING_VERSION
 from cotree.train.student import student_config, student_folder, student_sha256
+from cotree.train.trainer import resolve_precision
 
 
 def train_rows(
@@ -47,7 +50,7 @@ def train_rows(
         output: where progress is shown.
 
     Raises:
-        UsageError: method, settings, student or rows cannot be trained with.
+        UsageError: method, settings, student or rows cannot be trained with, or another process trains in `out`.
         CotreeError: training failed after it had started; the same call resumes it.
     """
     if method not in METHODS:
@@ -59,37 +62,66 @@ def train_rows(
     seed = raw.pop("seed", 0)
     if type(seed) is not int:
         raise UsageError(f"`seed` must be a whole number, not {seed!r}")
-    settings = parse_section(METHODS[method].settings, raw, "")
+    settings = parse_section(METHODS[method], raw, "")
     if out.is_dir() and not (out / "older").is_dir() and not (out / "node.json").is_file() and any(out.iterdir()):
         raise UsageError(f"{out} holds other files; choose another folder, or one that `cotree train` made")
     folder = student_folder(str(student))
     tokenizer = load_tokenizer(folder)
     check_fits(encode_file(data, tokenizer, settings).rows, student_config(folder))
     parts = {
+        "version": TRAINING_VERSION,
         "method": method,
-        "settings": content_of(settings),
+        "settings": hashed_settings(settings),
         "seed": seed,
         "data": file_sha256(data),
         "student": student_sha256(folder),
         "template": template_hash(tokenizer),
     }
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    node = NodeFolder(out, out / "older")
-    record = node.begin(NodeRecord(fingerprint, fingerprint, parts))
-    if record.done:
-        output.print(f"{out} is done: this student on these rows with these settings")
-        return TrainResult(**record.result["train"])
-    with node.working(record) as work, output.progress(f"{method} steps") as update:
-        show = plot_steps(method, update, output)
+    node = NodeFolder(out)
+    with _locked(out):
+        record = node.begin(NodeRecord(fingerprint, fingerprint, parts))
+        if record.done:
+            output.print(f"{out} is done: this student on these rows with these settings")
+            return TrainResult(**record.result["train"])
+        with node.working(record) as work, output.progress(f"{method} steps") as update:
+            plot = plot_steps(method, update, output)
 
-        def on_step(log: StepLog) -> None:
-            work.beat()
-            show(log)
+            def on_step(log: StepLog) -> None:
+                work.save_periodically()
+                plot(log)
 
-        resolved = resolve(settings.model_copy(update=work.resolved))
-        work.resolved["precision"] = resolved.precision
-        result = train(method, data, folder, out, settings=resolved, seed=seed, on_step=on_step)
-        work.result |= {"train": asdict(result), "tokens": {"trained": result.tokens}, "method": method}
-        work.files += ["result.json", *(f"model/{file.name}" for file in (out / "model").glob("*.safetensors"))]
+            resolved = resolve_precision(settings.model_copy(update=work.resolved))
+            work.resolved["precision"] = resolved.precision
+            result = train(method, data, folder, out, settings=resolved, seed=seed, on_step=on_step)
+            work.result |= {"train": asdict(result), "tokens": {"trained": result.tokens}, "method": method}
+            work.files += ["result.json", *(f"model/{file.name}" for file in (out / "model").glob("*.safetensors"))]
     output.print(f"{out / 'model'}: {method}, {result.steps} steps on {result.rows} rows, {duration(result.seconds)}")
     return result
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a training's folder; those of one distributed run count as one.
+
+    The folder itself is locked: a file in it would move to `older/` with the rest.
+
+    Raises:
+        UsageError: another process trains there.
+        CotreeError: the folder cannot be made.
+    """
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"another cotree trains in {folder}; wait for it, or choose another folder") from None
+    except OSError:
+        pass  # NFS locks no folders
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
 from cotree.tasks.base import Question
 from cotree.tasks.extract import free_text_answer
-from cotree.tasks.instructions import characters, content, form  # noqa: F401 - they fill the registry
-from cotree.tasks.instructions.registry import CHECKERS
+from cotree.tasks.instructions.checkers import CHECKERS
 
 # The paper's columns; Multi-IF names languages in English, IFEval has none.
 _GROUPS: Mapping[str, str] = {"English": "IF(En)", "Chinese": "IF(Zh)"}
@@ -57,7 +57,7 @@ class IFScore:
 
 def follows_strictly(instruction: str, arguments: Mapping[str, Any], response: str) -> bool:
     """Whether the response as it is follows an instruction; an empty one follows none."""
-    return bool(response.strip()) and CHECKERS[instruction](response, **arguments)
+    return bool(response.strip() and CHECKERS[instruction](response, **arguments))
 
 
 def follows_loosely(instruction: str, arguments: Mapping[str, Any], response: str) -> bool:
@@ -83,12 +83,10 @@ def instruction_results(question: Question, completion: str, finish_reason: str 
 
 def if_scores(results: Iterable[InstructionResults]) -> list[IFScore]:
     """A score for each group and turn, and after a group of several turns their mean; groups in the paper's order."""
-    by_group: dict[str, dict[int, list[InstructionResults]]] = {}
-    for result in results:
-        by_group.setdefault(result.group, {}).setdefault(result.turn, []).append(result)
     scores: list[IFScore] = []
-    for group in sorted(by_group, key=_GROUP_ORDER.index):
-        turns = [_score(found) for _, found in sorted(by_group[group].items())]
+    ordered = sorted(results, key=lambda result: (_GROUP_ORDER.index(result.group), result.turn))
+    for group, of_group in groupby(ordered, key=attrgetter("group")):
+        turns = [_score(list(of_turn)) for _, of_turn in groupby(of_group, key=attrgetter("turn"))]
         scores += turns
         if len(turns) > 1:
             means = {name: fmean(getattr(score, name) for score in turns) for name in _FRACTIONS}
@@ -98,9 +96,7 @@ def if_scores(results: Iterable[InstructionResults]) -> list[IFScore]:
 
 def _score(results: Sequence[InstructionResults]) -> IFScore:
     """The score of all results of one group and turn."""
-    fractions = []
-    for verdicts in ([result.strict for result in results], [result.loose for result in results]):
-        fractions += [fmean(map(all, verdicts)), fmean(chain.from_iterable(verdicts))]
-    fractions.append(fmean(fractions))
-    named = dict(zip(_FRACTIONS, fractions, strict=True))
+    strict, loose = [result.strict for result in results], [result.loose for result in results]
+    fractions = [share for rows in (strict, loose) for share in (fmean(map(all, rows)), fmean(chain(*rows)))]
+    named = dict(zip(_FRACTIONS, [*fractions, fmean(fractions)], strict=True))
     return IFScore(results[0].group, results[0].turn, len(results), **named)

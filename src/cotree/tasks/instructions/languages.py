@@ -43,7 +43,7 @@ def words(text: str) -> list[str]:
 
 def sentences(text: str, language: str = "") -> list[str]:
     """The sentences of a text in a language, which is found by script and then by detection if it is not given."""
-    language = language or _script(text) or detect(text) or "en"
+    language = language or _script(text) or detect_language(text) or "en"
     if language == "hi":
         # Few texts write Hindi with periods, and those do so throughout.
         language = "danda" if "।" in text else "en"
@@ -79,7 +79,7 @@ def _detector() -> Any:
 
 
 @lru_cache(maxsize=64)
-def detect(text: str) -> str | None:
+def detect_language(text: str) -> str | None:
     """The language code of a text by langdetect (`en`, `zh-cn`), always the same one; None where it finds none."""
     if not _HAS_WORD.search(text):
         return None

@@ -16,10 +16,9 @@ from tests.support.tiny_student import Post, check_served, tiny_model, tiny_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models.export_gguf import export_gguf
 from cotree.models.families import FAMILIES, gguf_name, to_halves, to_pairs, transformers_name
-from cotree.models.gguf_format import GGUF
-from cotree.train.student import load_student
+from cotree.models.gguf_files import GGUF, export_gguf, write_gguf
+from cotree.train.student import convert_gguf
 
 PROMPT = "<|im_start|>user\nTom has 12 apples.\n\n3  boxes<|im_end|>\n<|im_start|>assistant\n"
 
@@ -51,7 +50,7 @@ def test_export_is_exact_for_every_family(
     # ASCII only: the engine reports no log-probability for a token that is half a character.
     vocabulary = tiny_tokenizer(ascii_only=True)
     base = write_tiny_gguf(tiny_model(model_type, tied), vocabulary, tmp_path / "base.gguf")
-    folder = load_student(base, tmp_path / "student")
+    folder = convert_gguf(base, tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.model_type == ("llama" if model_type == "mistral" else model_type)
     for name, values in tiny_model(model_type, tied).state_dict().items():
@@ -66,7 +65,7 @@ def test_export_is_exact_for_every_family(
 
 def test_q8_0_is_what_the_gguf_package_quantises_and_metadata_is_untouched(tmp_path: Path) -> None:
     base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
-    out = export_gguf(load_student(base, tmp_path / "student"), base, tmp_path / "q8.gguf", "Q8_0")
+    out = export_gguf(convert_gguf(base, tmp_path / "student"), base, tmp_path / "q8.gguf", "Q8_0")
     ours, theirs = gguf.GGUFReader(out), gguf.GGUFReader(base)
     originals = {tensor.name: tensor for tensor in theirs.tensors}
     assert {tensor.name for tensor in ours.tensors} == set(originals)
@@ -78,11 +77,27 @@ def test_q8_0_is_what_the_gguf_package_quantises_and_metadata_is_untouched(tmp_p
     same = {key for key in theirs.fields if not key.startswith("GGUF.") and key != "general.file_type"}
     assert {key: ours.fields[key].contents() for key in same} == {key: theirs.fields[key].contents() for key in same}
     assert ours.fields["general.file_type"].contents() == 7
+    before, after = GGUF(base), GGUF(out)
+    untouched = before.fields.keys() - {"general.file_type"}
+    assert {key: after.fields[key] for key in untouched} == {key: before.fields[key] for key in untouched}
+    assert after.fields.keys() - before.fields.keys() <= {"general.quantization_version"}
+
+
+def test_a_vocabulary_that_is_no_utf_8_is_copied(tmp_path: Path) -> None:
+    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(ascii_only=True), tmp_path / "base.gguf")
+    content = base.read_bytes()
+    assert b"<unused_" in content
+    base.write_bytes(content.replace(b"<unused_", b"\xff\xfe\xfdused_"))
+    file = GGUF(base)
+    write_gguf(tmp_path / "copy.gguf", file, "F32", shapes={"output_norm.weight": (64,)}, read=file.array)
+    copied = GGUF(tmp_path / "copy.gguf").fields["tokenizer.ggml.tokens"]
+    assert copied == file.fields["tokenizer.ggml.tokens"]
+    assert b"\xff\xfe\xfdused_" in copied
 
 
 def test_export_refuses_what_is_not_the_base_and_leaves_no_file(tmp_path: Path) -> None:
     base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
-    folder = load_student(base, tmp_path / "student")
+    folder = convert_gguf(base, tmp_path / "student")
     other = write_tiny_gguf(tiny_model("qwen3"), tiny_tokenizer(), tmp_path / "other.gguf")
     with pytest.raises(UsageError, match="is a 'qwen3' model"):
         export_gguf(folder, other, tmp_path / "out.gguf", "F16")
@@ -99,7 +114,7 @@ def test_export_refuses_what_is_not_the_base_and_leaves_no_file(tmp_path: Path) 
 
 def test_export_to_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path: Path) -> None:
     base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
-    folder = load_student(base, tmp_path / "student")
+    folder = convert_gguf(base, tmp_path / "student")
     (tmp_path / "full.gguf").write_text("old")
     with full_disk(), pytest.raises(CotreeError, match=r"cannot write .*full.gguf: .*File too large"):
         export_gguf(folder, base, tmp_path / "full.gguf", "F32")

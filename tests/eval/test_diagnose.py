@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cotree.base.errors import UsageError
+from cotree.eval.diagnose import diagnose_file
 from cotree.eval.journal import JOURNAL, EvalSample, append_line
-from cotree.eval.survey import diagnose_file
 
 LOOP = "I count the apples once more. " * 100
 

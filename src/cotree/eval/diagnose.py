@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import unquote
 
 from cotree.base.errors import UsageError
+from cotree.base.progress import one_line
 from cotree.base.rows import read_rows
 from cotree.data.gates import main_script
 from cotree.eval.journal import JOURNAL, read_samples
-from cotree.models.wire import one_line
+from cotree.tasks.base import VerdictKind
 from cotree.tasks.diagnosis import diagnose
 from cotree.tasks.loading import HUB_ID
 
@@ -26,10 +27,8 @@ _FLAGS = ("loop", "over_reflection", "instruction_failure", "no_answer")
 _TEXTS = ("completion", "response", "text", "output", "chosen", "solution", "messages", "conversations")
 _IDS = ("id", "question_id", "tree_id")
 _SOURCES = ("source", "task", "model", "benchmark")
-
-
 # The name of the file that a row stands in, its number there, and the row.
-Placed = tuple[str, int, Mapping[str, Any]]
+NumberedRow = tuple[str, int, Mapping[str, Any]]
 
 
 def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
@@ -49,7 +48,9 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
     worst: list[tuple[int, float, int, str, str, str]] = []
     for index, (file, number, row) in enumerate(_rows(where)):
         text = _text(row, field, f"{where}: row {number}")
-        found = diagnose(text, finish_reason=str(row.get("finish_reason") or "stop"), answered=_answered(row))
+        verdict = row.get("verdict")  # None or another word where no verifier looked for an answer
+        answered = verdict != "no_answer" if verdict in get_args(VerdictKind) else None
+        found = diagnose(text, finish_reason=str(row.get("finish_reason") or "stop"), answered=answered)
         source = next((str(row[name]) for name in _SOURCES if isinstance(row.get(name), str)), file)
         if Path(where).is_dir():  # several models or data sets
             source = f"{file}: {source}"
@@ -70,7 +71,8 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
             yield f"\n{name}: {flagged}; {len(text)} characters, ends: ...{text[-160:]!r}"
 
 
-def _rows(where: str | Path) -> Iterator[Placed]:
+def _rows(where: str | Path) -> Iterator[NumberedRow]:
+    """The rows of a file, of the files of a folder (an evaluation or a run), or of a data set on the hub."""
     path = Path(where)
     if path.is_dir():
         patterns = (JOURNAL, f"evaluations/*/*/{JOURNAL}", "datasets/*/train.parquet")
@@ -79,29 +81,35 @@ def _rows(where: str | Path) -> Iterator[Placed]:
             raise UsageError(f"{path} is neither a run nor an evaluation; name a file in it")
         for file in files:
             node = unquote(file.parent.relative_to(path).as_posix()).removeprefix("evaluations/")
-            yield from _rows_of(file, node if file.parent != path else file.stem)
+            yield from _rows_of_file(file, node if file.parent != path else file.stem)
     elif not path.exists() and HUB_ID.fullmatch(str(where)) and not path.suffix:
         yield from _hub_rows(str(where))
     else:
-        yield from _rows_of(path, path.stem)
+        yield from _rows_of_file(path, path.stem)
 
 
-def _rows_of(file: Path, name: str) -> Iterator[Placed]:
-    yield from _responses(name, map(asdict, read_samples(file)) if file.name == JOURNAL else read_rows(file))
+def _rows_of_file(file: Path, name: str) -> Iterator[NumberedRow]:
+    """The rows of one file; of a journal the samples that count."""
+    yield from _one_response_a_row(name, map(asdict, read_samples(file)) if file.name == JOURNAL else read_rows(file))
 
 
-def _hub_rows(id_: str) -> Iterator[Placed]:
+def _hub_rows(id_: str) -> Iterator[NumberedRow]:
+    """The rows of all splits of a data set on the hub, streamed.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
     from datasets import load_dataset
 
     try:
         for split, rows in load_dataset(id_, streaming=True).items():
-            yield from _responses(f"{id_}/{split}", rows)
+            yield from _one_response_a_row(f"{id_}/{split}", rows)
     except Exception as error:  # noqa: BLE001 - the hub client and `datasets` raise dozens of unrelated types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"cannot load {id_} from the hub: {reason}") from None
 
 
-def _responses(name: str, rows: Iterable[Any]) -> Iterator[Placed]:
+def _one_response_a_row(name: str, rows: Iterable[Any]) -> Iterator[NumberedRow]:
     """The rows as they are, but those of lm-eval, which has all samples of a question in one, once for each filter."""
     first_filter = None
     for number, row in enumerate(rows):
@@ -120,6 +128,7 @@ def _responses(name: str, rows: Iterable[Any]) -> Iterator[Placed]:
 
 
 def _text(row: Mapping[str, Any], field: str | None, where: str) -> str:
+    """The text of a row: of the column `field`, or of the first that is known to hold one; of messages the last."""
     names = (field,) if field is not None else _TEXTS
     value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list) and value and isinstance(value[-1], dict):
@@ -127,9 +136,3 @@ def _text(row: Mapping[str, Any], field: str | None, where: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{where} has no text in {', '.join(names)}; name its column with --field")
     return value
-
-
-def _answered(row: Mapping[str, Any]) -> bool | None:
-    """Whether a verifier found an answer; None where none looked."""
-    verdict = row.get("verdict")
-    return verdict != "no_answer" if verdict in ("correct", "wrong", "no_answer") else None
