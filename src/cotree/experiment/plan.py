@@ -6,6 +6,7 @@ from what was measured in the run so far, or from the recipe; what cannot be kno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,7 +151,7 @@ class _Estimates:
             done = [record for record in self.cells.values() if record.done]
             tokens = self._tokens_of_cell(node, done) * cells
         speed = _tokens_a_second(done)
-        return replace(planned, tokens=tokens, seconds=round(tokens / speed, 1) if speed else None)
+        return replace(planned, tokens=tokens, seconds=_tenths_up(tokens / speed) if speed else None)
 
     def _tokens_of_cell(self, node: Node[Evaluation], done: Sequence[NodeRecord]) -> int:
         """The tokens of a budget or of the cells that were answered, else half of what a reply may have."""
@@ -188,7 +189,7 @@ class _Estimates:
 
         found = plan_training(rows, weights, node.settings.training, node.seed)
         memory = round(found.peak_bytes / _MB)
-        return replace(planned, tokens=found.tokens, seconds=round(found.seconds, 1), memory_mb=memory)
+        return replace(planned, tokens=found.tokens, seconds=_tenths_up(found.seconds), memory_mb=memory)
 
 
 def _thoughts_of_tree(pattern: Matrix, rollouts: int) -> float:
@@ -207,3 +208,8 @@ def _tokens_a_second(done: Sequence[NodeRecord]) -> float | None:
     counts: list[Mapping[str, Any]] = [record.result.get("counts", record.result).get("tokens", {}) for record in done]
     tokens, seconds = sum(each.get("completion", 0) for each in counts), sum(record.seconds for record in done)
     return tokens / seconds if tokens and seconds else None
+
+
+def _tenths_up(seconds: float) -> float:
+    """Seconds rounded up to a tenth: what costs something never shows as nothing."""
+    return math.ceil(10 * seconds) / 10
