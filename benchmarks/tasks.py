@@ -24,7 +24,7 @@ from typing import Any
 from cotree.base.errors import UsageError
 from cotree.tasks import TASKS, Question, Task, task
 from cotree.tasks.loading import Row, Source, load_rows
-from cotree.tasks.math_verdicts import check_math_answer
+from cotree.tasks.math_verdicts import compare_cached
 from cotree.tasks.mathematics import Mathematics
 
 OUT = Path(__file__).parent / "out" / "tasks.json"
@@ -64,7 +64,7 @@ def rate(asked: Task, judged: Sequence[Judged], repeats: int = 3) -> float:
     asked.judge(*judged[0])
 
     def run(each: Callable[[Judged], object]) -> float:
-        check_math_answer.cache_clear()
+        compare_cached.cache_clear()
         started = time.perf_counter()
         if isinstance(asked, Mathematics):
             with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -25,8 +25,8 @@ from cotree.models.weights import locate, parameter_count
 from cotree.search.settings import Matrix, Trees
 
 _MB = 10**6
-# Of `max_thought_tokens`, what a thought has on average before anything was measured.
-_THOUGHT_FILL = 0.5
+# Of `max_thought_tokens`, what a thought has on average before anything was measured (10.5 of 32 in laptop.yaml).
+_THOUGHT_FILL = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,10 @@ class _Estimates:
     def _tokens_of_trees(self, node: Node[Trees]) -> int:
         """Measured tokens a tree where this node has trees, else what its patterns write."""
         settings = node.settings
-        if settings.tokens_of is not None:
-            return self._tokens_of_trees(self.recipe.nodes[f"trees/{settings.tokens_of}"])
         questions = len(self.fingerprints.questions(node))
+        if settings.tokens_of is not None:
+            other = self.recipe.nodes[f"trees/{settings.tokens_of}"]
+            return round(self._tokens_of_trees(other) * questions / len(self.fingerprints.questions(other)))
         record = self.records.get(node.id)
         counts = record.result.get("counts", {}) if record else {}
         if counts.get("trees"):

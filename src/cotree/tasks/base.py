@@ -17,10 +17,10 @@ from typing import Any, Literal
 from cotree.base.errors import UsageError
 from cotree.tasks.extract import ExtractionMode, extract_answer, free_text_answer
 from cotree.tasks.loading import Source
-from cotree.tasks.math_verdicts import same_number
+from cotree.tasks.math_text import same_number
 
 # Raise it when a change of extraction or of a verifier changes a verdict: kept completions are then judged again.
-VERDICT_VERSION = 1
+VERDICT_VERSION = 2
 
 VerdictKind = Literal["correct", "wrong", "no_answer"]
 Split = Literal["train", "dev", "test"]

@@ -24,11 +24,22 @@ _THINKING_OPENS = ("<think>", "<thinking>", "<|begin_of_thought|>", "<Thought>",
 _THINKING_CLOSES = ("</think>", "</thinking>", "<|end_of_thought|>", "</Thought>", "[/THINK]")
 _ANSWER_OPENS = ("<|begin_of_solution|>", "<Output>")
 _ANSWER_MARKUP = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
-_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\[{}]|[{}]")
+# Special tokens that leak into a text behind the end of a turn.
+_END_OF_TURN = re.compile(
+    r"<\|(?:im_end|im_start|eot_id|eom_id|end_of_text|endoftext|end)\|>|</s>|<(?:end|start)_of_turn>"
+    r"|<｜end▁of▁sentence｜>"
+)
+_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\\\(?=[{}])|\\[{}]|[{}]")
+# What joins two boxes to one answer: `\boxed{1}$ and $x = \boxed{2}`.
+_JOIN = re.compile(
+    r"(?:[\s$]|\\[()\[\]])*(?:[,;、，]|,?\s*(?:\\text\{\s*)?(?:and|or|和|或)\b(?:\s*\})?)"
+    r"(?:[\s$]|\\[()\[\]])*(?:[A-Za-z]\w{0,2}\s*=\s*)?"
+)
+_LONGEST_JOIN = 60
 # `\boxed 5$`, as the MATH authors' own extractor takes it.
 _UNBRACED_BOX = re.compile(r"\\boxed ([^${}\n]{1,100})\$")
 
-_NUMBER = r"-?[$€£¥₹]?\d++(?:,\d{3})*+(?:\.\d++)?+(?:/\d++)?+"
+_NUMBER = r"[-−]?[$€£¥₹]?(?:\d++(?:,\d{3})*+(?:\.\d++)?+|\.\d++)(?:/\d++)?+"
 _HASHES = re.compile(r"####[ \t]*+([^\n]++)")
 # A heading of the fourth level is no answer: `#### Step 2`, `#### 1. Add the numbers`.
 _HEADING = re.compile(r"\d++[.)][ \t]|[*_]*+[^\W\d_]{2}")
@@ -88,7 +99,11 @@ def visible_text(completion: str) -> str:
 
 
 def after_thinking(completion: str) -> str | None:
-    """The text after the last tag that closes thinking, without tags around the answer; None if thinking is open."""
+    """The text after the last tag that closes thinking, without tags around the answer; None if thinking is open.
+
+    Nothing behind the end of the model's turn is read.
+    """
+    completion = _END_OF_TURN.split(completion, maxsplit=1)[0]
     closes = (*_THINKING_CLOSES, *_ANSWER_OPENS)
     ends = [at + len(tag) for tag in closes if (at := completion.rfind(tag)) >= 0]
     text = completion[max(ends, default=0) :]
@@ -96,21 +111,34 @@ def after_thinking(completion: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` (`\fbox`, `\framebox`) whose braces balance, or None."""
-    # A stack of open braces: where the content of a box begins, -1 for any other brace.
-    opened: list[int] = []
-    start = end = -1
+    r"""The content of the last `\boxed{...}` (`\fbox`, `\framebox`) whose braces balance, or None.
+
+    Boxes before it that a comma, "and" or "or" joins to it belong to the same answer: "1, 2".
+    """
+    # A stack of open braces: where a box and its content begin, None for any other brace.
+    opened: list[tuple[int, int] | None] = []
+    boxes: list[tuple[int, int, int]] = []
     for match in _BRACES.finditer(text):
         brace = match.group()
         if brace == "}":
-            if opened and (begun := opened.pop()) > start:
-                start, end = begun, match.start()
-        elif brace not in ("\\{", "\\}"):
-            opened.append(match.end() if len(brace) > 1 else -1)
-    if start >= 0:
-        return text[start:end]
-    unbraced = _UNBRACED_BOX.findall(text)
-    return str(unbraced[-1]) if unbraced else None
+            if opened and (begun := opened.pop()):
+                boxes.append((*begun, match.start()))
+        elif brace not in ("\\{", "\\}", "\\\\"):
+            opened.append(match.span() if len(brace) > 1 else None)
+    if not boxes:
+        unbraced = _UNBRACED_BOX.findall(text)
+        return str(unbraced[-1]) if unbraced else None
+    boxes.sort()
+    begin, start, end = boxes.pop()
+    contents = [text[start:end]]
+    while boxes:
+        begin_before, start, end = boxes.pop()
+        if end > begin:
+            continue  # it contains the later one
+        if begin - end > _LONGEST_JOIN or not _JOIN.fullmatch(text, end + 1, begin):
+            break
+        begin, contents = begin_before, [text[start:end], *contents]
+    return ", ".join(dict.fromkeys(contents))
 
 
 def _last_after_hashes(text: str) -> tuple[str, int] | None:
@@ -132,6 +160,8 @@ def _last_after_answer_is(text: str) -> tuple[str, int] | None:
             answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,.;:*!'")
             follows = text[match.start("maths") + len(answer) :][:1]
             lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n。，；！।")
+            if _COMPUTATION.fullmatch(answer):  # 1 + 11 = 12
+                answer = answer.rpartition("=")[2].strip()
             if lone or _COMPUTATION.fullmatch(answer) or answer.count("{") != answer.count("}"):
                 continue
         if any(c.isalnum() for c in answer):

@@ -2,8 +2,9 @@ r"""Compare mathematical answers by math-verify in processes that can be killed.
 
 `compare` asks. The first call starts a server, a subprocess that loads math-verify once and forks a worker for each
 socket that it gets (`socket.send_fds` on its standard input). A worker takes JSON lines, `[gold, answer]`, and answers
-each with `true` or `false`. At the limit the kernel ends the worker, so that neither C code nor a number that fills the
+each with `true` or `false`. At a limit the kernel ends the worker, so that neither C code nor a number that fills the
 memory can delay it: the asking side then reads the end of the stream, and the next worker is forked in milliseconds.
+The limit is CPU time, so a verdict does not depend on what else the machine does; a long wall time stands behind it.
 
 The server ends with the process that started it, and its workers with it. All of this works in threads, in notebooks
 and in scripts from stdin, and a forked child of the asking process starts a server of its own.
@@ -30,9 +31,12 @@ from typing import Any
 
 import cotree
 from cotree.base.errors import CotreeError
+from cotree.tasks.math_text import parse_number
 
-LIMIT_SECONDS = 3.0
+CPU_SECONDS = 3.0
+WALL_SECONDS = 120.0
 LIMIT_BYTES = 2 << 30
+_OR = r"\lor "
 
 
 def compare(gold: str, answer: str) -> bool | None:
@@ -92,6 +96,7 @@ class _Server:
     def _fork_worker(self) -> socket.socket:
         """A socket to a new worker."""
         own_end, worker_end = socket.socketpair()
+        own_end.settimeout(WALL_SECONDS + 10)  # of a worker that is not even ended at its limit
         with worker_end:
             socket.send_fds(self._control, [b"x"], [worker_end.fileno()])
         return own_end
@@ -124,7 +129,8 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Nobody waits for workers that have ended: the kernel takes them away.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    # Without a handler the alarm ends a worker, whatever it is doing.
+    # Without a handler the timers' signals end a worker, whatever it is doing.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # A power tower or a factorial asks for all the memory there is.
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
@@ -148,27 +154,80 @@ def serve() -> None:
 def _work(requests: socket.socket) -> None:
     """Answer the lines of one socket until its other end is closed; ends the process at a limit."""
     for line in requests.makefile():
-        signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
         equal = math_equal(*json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         requests.sendall(json.dumps(equal).encode())
 
 
 def math_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify takes the answer for the gold; False where it fails on either."""
+    """Whether a normalized answer equals the gold one: for math-verify, and to the last digit. False where it fails.
+
+    Raises:
+        MemoryError: the comparison needs more than `LIMIT_BYTES`.
+    """
     from math_verify import verify
 
+    if {gold[:1], answer[:1]} == {"\\", "("} and r"\{" in (gold[:2], answer[:2]):
+        return False  # a set is no tuple, interval or point
+    number = parse_number(gold)
+    places = number.places if number is not None and number.approximate else None
     try:
-        # Its own time limits raise inside sympy and may leave half-made objects in sympy's caches: off.
-        return bool(verify(_parse_gold(gold), _parse(answer), timeout_seconds=None))
-    except (Exception, RecursionError, MemoryError):  # noqa: BLE001 - sympy raises anything
+        return any(
+            # Its own time limits raise inside sympy and may leave half-made objects in sympy's caches: off.
+            verify(one, other, float_rounding=places or 12, allow_set_relation_comp=True, timeout_seconds=None)
+            and _equal_digits(one, other, places)
+            for one in _parse_gold(gold)
+            for other in map(_union_of_inequalities, _parse(answer))
+        )
+    except MemoryError:
+        raise
+    except (Exception, RecursionError):  # noqa: BLE001 - sympy raises anything
         return False
 
 
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
+def _union_of_inequalities(answer: Any) -> Any:
+    """A list of inequalities, x < 1 or x > 2, as the union of their sets; anything else as it is."""
+    from sympy import Eq, FiniteSet, Union
+    from sympy.core.relational import Relational
 
-    return list(parse(f"${text}$", parsing_timeout=None))
+    def is_inequality(each: Any) -> bool:
+        return isinstance(each, Relational) and not isinstance(each, Eq)
+
+    is_list = isinstance(answer, FiniteSet) and bool(answer.args) and all(map(is_inequality, answer.args))
+    return Union(*(each.as_set() for each in answer.args)) if is_list else answer
+
+
+def _equal_digits(gold: Any, answer: Any, places: int | None) -> bool:
+    """Whether two expressions without variables, which math-verify compares in 15 digits, are equal in 20, or to the
+    gold's decimal places where it is an approximation; True for anything else."""
+    from sympy import Eq, Expr, Float, N
+
+    gold, answer = (each.rhs if isinstance(each, Eq) and each.lhs.is_Symbol else each for each in (gold, answer))
+    if not all(isinstance(each, Expr) and each.is_number for each in (gold, answer)):
+        return True
+    gold, answer = gold.doit(), answer.doit()
+    if gold == answer or gold.is_infinite or answer.is_infinite:
+        return bool(gold == answer)
+    difference = abs(N(gold - answer, 30))
+    if places is not None:
+        return bool(difference <= 10**-places / 2)
+    nearly = 1e-12 if gold.has(Float) or answer.has(Float) else 1e-20
+    return bool(difference <= nearly * abs(N(gold, 30)))
+
+
+def _parse(text: str) -> list[Any]:
+    """The ways to read an answer, as sympy has it; its `i` is the imaginary unit."""
+    from math_verify import parse
+    from sympy import Expr, I
+
+    found = parse(f"${text.replace(_OR, ',')}$", parsing_timeout=None)
+    return [
+        each.subs({symbol: I for symbol in each.free_symbols if symbol.name == "i"}) if isinstance(each, Expr) else each
+        for each in found
+    ]
 
 
 # Many answers to one question come one after another.

@@ -20,7 +20,8 @@ from cotree.base.rows import Row
 from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, split_of, user_prompt, without_question
 from cotree.tasks.benchmark import Benchmark, fill_prompt, worked_example
 from cotree.tasks.loading import Source, field_value
-from cotree.tasks.math_verdicts import check_math_answer, same_number
+from cotree.tasks.math_text import same_number
+from cotree.tasks.math_verdicts import check_math_answer
 
 # Each takes (gold, answer) and returns whether the answer is right, and a detail.
 VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {

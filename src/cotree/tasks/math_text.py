@@ -1,0 +1,188 @@
+r"""Mathematical answers in one spelling: `\$1,204.`, `1\,204.0`, `1204 apples` and `\frac{2408}{2}` are all 1204.
+
+`normalize_answer` writes an answer in plain LaTeX with ASCII digits. `parse_number` reads what is one number and
+nothing else; anything more, such as `2\pi`, is for math-verify.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from cotree.tasks.loading import packaged_yaml
+
+_SYMBOLS = str.maketrans(packaged_yaml("math_symbols.yaml"))
+# Digits of other scripts, such as Devanagari or full-width ones.
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
+# LaTeX's spaces are spaces, a negative one is none; `\\` ends a line, so its second half begins no command.
+_SPACING = re.compile(r"(\\\\)|\\!|\\(?:[ ,;:>]|(?:quad|qquad|thinspace|enspace)(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
+_SIZING = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])|(?<=\\)[dtc](?=frac)")
+_WORD = r"\\text(?:rm|bf|it)?\{\s*,?\s*"
+_SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\\(le|ge)(?:qslant|q)(?![A-Za-z])", r"\\\1 "),
+        (r"\\neq(?![A-Za-z])", r"\\ne "),
+        (r"\\varnothing", r"\\emptyset "),
+        (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"(?:√\s*|(?<![A-Za-z\\])sqrt)\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])", r"\\\1 "),
+        (r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
+        # Roman constants are the constants, and i(2-i) is a product.
+        (r"\\(?:mathrm|text|rm|operatorname)\s*(?:\{\s*([ei])\s*\}|([ei])(?![A-Za-z]))", r"\1\2"),
+        (r"(?<![A-Za-z\\])i\(", r"i\\cdot("),
+        (rf"{_WORD}or\s*\}}|(?<=[\s\d}})])\bor\b(?=[\s\d\\({{A-Za-z])", r"\\lor "),
+        (rf"{_WORD}and\s*\}}|(?<=[\s\d}})]),?\s*\band\b(?=\s)", r","),
+        (r"^\\text\{[^{}]*\b(?:answer|result)s?\b[^{}]*\}", ""),
+        (r"\{,\}", ","),
+        (r"^\(([0-9A-F]+)\)_", r"\1_"),
+        (r"\\?\$|[€£¥₹]", ""),
+    ]
+]
+# A space is kept only between two letters or digits, where it may mean a product.
+_NEEDLESS_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+# `18 eggs`: math-verify knows few units, and takes the letters of others for variables.
+_UNIT_WORDS = re.compile(r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen)\b)[A-Za-z]{3,}(?: [A-Za-z]{2,})*")
+_UNIT = r"(?:[mcdk]?m|[mk]?g|[md]?[lL]|in|ft|yd|mi|[mk]ph|s|sec|min|h|hrs?|lbs?|oz|k?(?:N|J|W|Pa|V|Hz)|mol|K|rpm)"
+_UNIT_POWER = rf"{_UNIT}(?:\^\{{?[0-9]\}}?)?"
+# A bare unit needs a space before it, else `2m` may be a product. What stands before it: a number, or one with roots.
+_UNITS_AT_END = re.compile(
+    rf"(?:(?<=[0-9A-Za-z}}]) {_UNIT_POWER}"
+    rf"|(?<=[0-9A-Za-z}}]) ?\\(?:text|mathrm|textrm|mbox)\{{[^{{}}]*\}}(?:\^\{{?[0-9]\}}?)?)"
+    rf"(?:/{_UNIT_POWER})?$"
+)
+# All that a number with roots, fractions and pi is made of.
+_CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|cdot|times)(?![A-Za-z])|[0-9{}()^+*/., -]")
+
+_WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)(?![A-Za-z])|[\s{}]")
+_CHOICE = re.compile(r"\(?([A-Z])[.):]?")
+_WORDS_ONLY = re.compile(r"(?:[^\W\d_]{2,}[\d.,;:'-]*)+")
+
+# A decimal fraction of so many places is taken for an approximation.
+_APPROXIMATE_PLACES = 3
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_NUMBER = re.compile(
+    rf"(?:.*\\approx)?\s*(?P<sign>[+-]?)(?P<unsigned>.*?)(?: ?(?P<scale>{'|'.join(_SCALES)}))?"
+    r"(?P<percent> ?(?:\\?%|\\?percent|\\text\{ ?percent\}))?",
+    re.DOTALL,
+)
+# Every gold has fewer than 40 digits, and Python's conversion stays fast.
+_DIGITS = "[0-9]{1,40}"
+_DECIMAL = rf"(?:{_DIGITS}|[0-9]{{1,3}}(?:[,' _][0-9]{{3}}){{1,12}})?(?:\.(?:{_DIGITS})?)?"
+_FRACTION = rf"\\frac ?(?:\{{(-?{_DIGITS})\}}|([0-9])) ?(?:\{{({_DIGITS})\}}|([0-9]))"
+_TEN_TO = r"10\^(?:\{(-?[0-9]{1,3})\}|([0-9]))"
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    r"""One number. value: as written, of `25\%` it is 25. places: digits after its decimal point, if that is the form.
+
+    approximate: it says so (`\approx`), or is a decimal fraction of three places or more.
+    """
+
+    value: Fraction
+    percent: bool
+    places: int
+    approximate: bool
+
+    def accepts(self, answer: Number) -> bool:
+        r"""Whether an answer equals this gold number.
+
+        Exact numbers compare exactly; to an approximation the answer must round. `25\%` is 25 and 0.25, but an integer
+        above 1 is no hundredth of a percentage: 10 is not `1000\%`.
+        """
+        golds, answers = {self.value}, {answer.value}
+        if self.percent and not answer.percent:
+            golds.add(self.value / 100)
+        if answer.percent and not self.percent and (self.value <= 1 or self.value.denominator > 1):
+            answers.add(answer.value / 100)
+        within = Fraction(1, 2 * 10**self.places) if self.approximate else 0
+        return any(abs(one - other) <= within for one in golds for other in answers)
+
+
+def normalize_answer(text: str) -> str:
+    """An answer in plain LaTeX with ASCII digits, without currency, sizing, needless spaces, a unit, or a final dot."""
+    text = _FOREIGN_DIGIT.sub(lambda digit: str(int(digit[0])), text.translate(_SYMBOLS))
+    text = _SPACING.sub(lambda space: space[1] or ("" if space[0] == r"\!" else " "), text)
+    text = _SIZING.sub("", text)
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    text = text.strip()
+    while text.endswith((".", r"\\", " ")):
+        text = text.removesuffix(r"\\").rstrip(". ")
+    text = re.sub(r"\s+", " ", text)
+    unit = _UNITS_AT_END.search(text)
+    if unit and not _CONSTANT.sub("", text[: unit.start()]):
+        text = text[: unit.start()]
+    text = _NEEDLESS_SPACE.sub("", text)
+    words = _UNIT_WORDS.fullmatch(text)
+    return words[1] if words else text
+
+
+def parse_number(text: str) -> Number | None:
+    """The value of a normalized text that is one number, else None."""
+    parts = _NUMBER.fullmatch(text)
+    if parts is None or not any(sign.isdigit() for sign in parts["unsigned"][:60]):
+        return None
+    for form, value_of in _FORMS:
+        if found := form.fullmatch(parts["unsigned"]):
+            try:
+                value = value_of(*found.groups()) * _SCALES.get(parts["scale"], 1)
+            except ZeroDivisionError:
+                return None
+            places = len(parts["unsigned"].partition(".")[2]) if value_of is _decimal else 0
+            approximate = r"\approx" in text or places >= _APPROXIMATE_PLACES
+            return Number(-value if parts["sign"] == "-" else value, parts["percent"] is not None, places, approximate)
+    return None
+
+
+def same_number(left: str, right: str) -> bool:
+    """Whether two answers are the same number, or the same text once both are normalized."""
+    left, right = normalize_answer(left), normalize_answer(right)
+    gold, answer = parse_number(left), parse_number(right)
+    return left == right or (gold is not None and answer is not None and gold.accepts(answer))
+
+
+def same_words(left: str, right: str) -> bool:
+    r"""Whether two normalized answers are one choice, `A)` and `(A)`, or the same words, `\text{June 20}` and
+    `June 20`."""
+    left, right = (_WRAPPERS.sub("", text) for text in (left, right))
+    choices = _CHOICE.fullmatch(left), _CHOICE.fullmatch(right)
+    if choices[0] and choices[1]:
+        return choices[0][1] == choices[1][1]
+    return left.casefold() == right.casefold() and _WORDS_ONLY.fullmatch(left) is not None
+
+
+def _decimal(text: str) -> Fraction:
+    return Fraction(re.sub("[,' _]", "", text).removesuffix(".") or "0")
+
+
+def _mixed(whole: str | None, *digits: str | None) -> Fraction:
+    r"""Of `4 4/9`, `1\frac{1}{2}` or `\frac12`; of each pair of groups one has matched."""
+    top, low = (int(each) for each in digits if each is not None)
+    return int(whole or 0) + Fraction(top, low)
+
+
+def _scientific(decimal: str | None, *powers: str | None) -> Fraction:
+    r"""Of `3e8`, `3\times10^8` or `10^{-7}`."""
+    power = next(int(each) for each in powers if each is not None)
+    return _decimal(decimal or "1") * Fraction(10) ** power
+
+
+def _repeating(whole: str, fixed: str, again: str) -> Fraction:
+    r"""Of `33.\overline{3}`."""
+    return _decimal(f"{whole}.{fixed}0") + Fraction(int(again), 10 ** len(fixed) * (10 ** len(again) - 1))
+
+
+# The forms of an unsigned number, each with what gives its value from the groups.
+_FORMS: list[tuple[re.Pattern[str], Callable[..., Fraction]]] = [
+    (re.compile(rf"({_DECIMAL})"), _decimal),
+    (re.compile(rf"({_DECIMAL})/({_DIGITS})"), lambda top, low: _decimal(top) / int(low)),
+    (re.compile(rf"({_DIGITS}) ({_DIGITS})/({_DIGITS})"), _mixed),
+    (re.compile(rf"({_DIGITS})? ?{_FRACTION}"), _mixed),
+    (re.compile(rf"({_DECIMAL})[eE]([+-]?[0-9]{{1,3}})"), _scientific),
+    (re.compile(rf"(?:({_DECIMAL})(?: ?\\times ?| ?\\cdot ?|\*))?{_TEN_TO}"), _scientific),
+    (re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\overline ?\{?([0-9]{1,20})\}?"), _repeating),
+]

@@ -1,0 +1,106 @@
+r"""Spellings of right and wrong mathematical answers, as models and graders' test suites have them."""
+
+from __future__ import annotations
+
+import pytest
+
+import cotree
+from cotree.tasks import Question
+
+CORRECT = [
+    # LaTeX's spaces are spaces.
+    ("(3,5)", r"\boxed{(3,\ 5)}"),
+    ("1,-2", r"\boxed{-2,\ 1}"),
+    ("1,2", r"\boxed{x = 1\ \text{or}\ x = 2}"),
+    (r"\{1,2,3\}", r"\boxed{\{1,\ 2,\ 3\}}"),
+    ("90", r"\boxed{90\ ^\circ}"),
+    # Groups of digits.
+    ("12345", "\\boxed{12\u202f345}"),
+    ("12345", r"\boxed{12\;345}"),
+    ("12345", r"\boxed{12'345}"),
+    ("12345", r"\boxed{12{,}345}"),
+    (r"11,\! 111,\! 100", r"\boxed{11111100}"),
+    ("12345", r"\boxed{12.345 thousand}"),
+    # Forms of one number.
+    (r"\frac{40}{9}", r"\boxed{4 4/9}"),
+    (r"\frac{3}{2}", r"\boxed{1\tfrac{1}{2}}"),
+    ("0.5", r"\boxed{½}"),
+    ("300000000", r"\boxed{3e8}"),
+    (r"3 \times 10^8", r"\boxed{3e8}"),
+    (r"\frac{1}{3}", r"\boxed{0.\overline{3}}"),
+    ("1101_2", r"\boxed{(1101)_2}"),
+    (r"\sqrt{2}", r"\boxed{√2}"),
+    (r"3\sqrt{3}", r"\boxed{3√3}"),
+    (r"\frac{\pi}{4}", r"\boxed{pi/4}"),
+    (r"2\pi", r"\boxed{2*pi}"),
+    ("e", r"\boxed{\text{e}}"),
+    (r"2+\mathrm{i}", r"\boxed{2+i}"),
+    ("1+2i", r"\boxed{i(2-i)}"),
+    # Percentages.
+    (r"25\%", r"\boxed{0.25}"),
+    ("0.25", r"\boxed{25\%}"),
+    (r"33\frac{1}{3}\%", r"\boxed{\frac{1}{3}}"),
+    # Approximations.
+    ("0.333", r"\boxed{\frac{1}{3}}"),
+    ("1.414", r"\boxed{\sqrt{2}}"),
+    (r"x \approx 3.1", r"\boxed{3.14}"),
+    # Units.
+    ("10", r"\boxed{10 cm^2}"),
+    ("10", r"\boxed{10 m/s}"),
+    ("70", r"\boxed{70 km/h}"),
+    (r"9\pi", r"\boxed{9\pi cm^3}"),
+    (r"2\sqrt{3}", r"\boxed{2\sqrt{3}\text{ cm}}"),
+    # Sets and relations.
+    ("[0,1)", r"\boxed{0 \le x < 1}"),
+    (r"(-\infty,-1)\cup(1,\infty)", r"\boxed{x<-1 \text{ or } x>1}"),
+    (r"(1,\infty)", r"\boxed{(1,∞)}"),
+    (r"\emptyset", r"\boxed{\varnothing}"),
+    (r"x^2+y^2=4", r"\boxed{x^2+y^2-4=0}"),
+    # Words and choices.
+    ("A", r"\boxed{A)}"),
+    (r"\text{(C)}", r"\boxed{C}"),
+    (r"\text{June 20}", r"\boxed{June 20}"),
+    (r"\text{no solution}", r"\boxed{No solution}"),
+    # Where the answer stands.
+    ("1,2", r"\boxed{1} and \boxed{2}"),
+    ("1,2", r"so $x = \boxed{1}$ or $x = \boxed{2}$."),
+    ("7", r"\boxed{7\\}"),
+    ("0.5", "The answer is .5"),
+    ("-12", "The answer is −12."),
+    ("12", "The answer is 1 + 11 = 12."),
+    ("12", "\\boxed{12}<|im_end|>\n<|im_start|>user\nAnd \\boxed{13}?"),
+]
+WRONG = [
+    ("2", r"x = \boxed{1} or x = \boxed{2}"),
+    (r"\frac1{2^{99}}", r"\boxed{\frac1{2^{98}}}"),
+    (r"\frac{1}{20!}", r"\boxed{\frac{1}{21!}}"),
+    ("0.1", r"\boxed{0.1000001}"),
+    ("0.0000001", r"\boxed{0.0000002}"),
+    ("0.333", r"\boxed{0.33}"),
+    ("3.14", r"\boxed{\pi}"),
+    (r"1+\frac1{\mathrm e}", r"\boxed{1-\frac1{\mathrm e}}"),
+    (r"\{0,9\}", r"\boxed{(0,9)}"),
+    ("(0,9)", r"\boxed{\{0,9\}}"),
+    ("10", r"\boxed{1000\%}"),
+    (r"25\%", r"\boxed{2500}"),
+    ("(1,2)", r"\boxed{(2,\ 1)}"),
+    (r"\text{odd}", r"\boxed{even}"),
+    (r"\text{June 20}", r"\boxed{July 20}"),
+    ("x>3", r"\boxed{x \ge 3}"),
+    ("204_5", r"\boxed{204_6}"),
+    ("7", r"\boxed{7x}"),
+]
+
+
+def verdict(gold: str, response: str) -> str:
+    return cotree.task("math500").judge(Question("q", "math500", (), gold), response).kind
+
+
+@pytest.mark.parametrize(("gold", "response"), CORRECT)
+def test_a_right_answer_is_correct_however_it_is_written(gold: str, response: str) -> None:
+    assert verdict(gold, response) == "correct"
+
+
+@pytest.mark.parametrize(("gold", "response"), WRONG)
+def test_what_only_looks_like_the_gold_answer_is_wrong(gold: str, response: str) -> None:
+    assert verdict(gold, response) == "wrong"
