@@ -47,11 +47,11 @@ def test_chains_are_the_judged_leaves_with_the_tokens_that_are_trained(tree: Sto
 def test_what_is_no_chain_is_counted_by_its_reason() -> None:
     cut = replace(node(4, 1, "thinking", "and and", "no_answer"), finish_reason="length")
     leaves = [node(2, 1, "answer", "3", "correct"), node(3, 1, "answer", "3", "correct"), cut]
-    leaves += [node(5, 1, "answer", "\\boxed{", "no_answer")]
+    leaves += [node(5, 1, "answer", "4", "undecided"), node(6, 1, "answer", "\\boxed{", "no_answer")]
     tree = tree_of("x", [node(0, None, None), node(1, 0, "sub_task", "I add."), *leaves])
     rules = Rules(Dataset(trees="t", rows="sft"), tokenizer())
     assert [c.leaf_id for c in read_chains(tree, rules)] == [2]
-    assert rules.counts.chains_left_out == {"repeated_in_tree": 1, "thought_cut": 1, "no_answer": 1}
+    assert rules.counts.chains_left_out == {"repeated_in_tree": 1, "thought_cut": 1, "undecided": 1, "no_answer": 1}
     everything = Dataset(trees="t", rows="dpo", unanswered=True, leave_out=("sub_task", "thinking"))
     rules = Rules(everything, tokenizer())
     assert [c.leaf_id for c in read_chains(tree, rules)] == [2], "nothing is left of the path that was cut"

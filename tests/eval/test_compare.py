@@ -56,6 +56,15 @@ def journal(path: Path, right: list[list[bool]], **changes: object) -> Path:
     return path
 
 
+def test_a_question_that_could_not_be_judged_is_left_out(tmp_path: Path) -> None:
+    first = journal(tmp_path / "a.jsonl", [[True], [False], [False]])
+    second = journal(tmp_path / "b.jsonl", [[True], [True], [False]])
+    undecided = EvalSample("letters", "q1", "x", "stop", 3, 9, "undecided", "2", "3", prompt_hash="abc", max_tokens=16)
+    append_line(second, asdict(undecided))
+    (found,) = compare_evaluations(first, second)
+    assert (found.n, found.difference) == (2, 0.0)
+
+
 def test_who_gained_and_who_lost(tmp_path: Path) -> None:
     first = journal(tmp_path / "a.jsonl", [[True], [False], [False], [True]])
     second = journal(tmp_path / "b" / "journal.jsonl", [[False], [True], [True], [True]]).parent

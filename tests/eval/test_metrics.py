@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cotree.base.errors import CotreeError
 from cotree.base.statistics import clustered_interval, wilson_interval
 from cotree.eval.journal import EvalSample
 from cotree.eval.metrics import score_tasks
@@ -49,6 +50,15 @@ def test_no_answer_is_loop_or_cut_off_or_finished() -> None:
     (row,) = score_tasks(ASKED, [sample(i, "wrong", answer=answer) for i, answer in enumerate("3252")])
     assert (row.commonest, row.commonest_share) == ("2", 0.5)
     assert (row.test_at, row.majority, row.samples) == ({}, None, 1), "a greedy answer is no sample"
+
+
+def test_what_could_not_be_judged_is_in_no_number_and_counted() -> None:
+    samples = [sample(0, "correct"), sample(1, "wrong"), sample(2, "undecided")]
+    (row,), (without,) = score_tasks(ASKED, samples), score_tasks(ASKED, samples[:2])
+    assert row.undecided == 1 and row.n == 2
+    assert row.model_copy(update={"undecided": 0}) == without
+    with pytest.raises(CotreeError, match="letters: no reply could be judged"):
+        score_tasks(ASKED, samples[2:])
 
 
 KINDS: tuple[VerdictKind, ...] = ("correct", "wrong", "no_answer")

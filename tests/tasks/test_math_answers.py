@@ -104,3 +104,9 @@ def test_a_right_answer_is_correct_however_it_is_written(gold: str, response: st
 @pytest.mark.parametrize(("gold", "response"), WRONG)
 def test_what_only_looks_like_the_gold_answer_is_wrong(gold: str, response: str) -> None:
     assert verdict(gold, response) == "wrong"
+
+
+@pytest.mark.parametrize("gold", ["proof", "N/A", "", '{"answer": 4}', "See the solution."])
+def test_a_gold_that_cannot_be_compared_with_makes_no_answer_wrong(gold: str) -> None:
+    assert verdict(gold, r"\boxed{4}") == "undecided"
+    assert verdict(gold, "I do not know.") == "no_answer"

@@ -155,9 +155,9 @@ def test_a_hostile_answer_costs_its_limit_and_no_more(names: tuple[str, ...]) ->
 
     with ThreadPoolExecutor(2) as pool:
         for kind, detail, seconds in pool.map(judged, names):
-            assert (kind, detail) == ("wrong", "not checked: stopped at 3 s of CPU time or 2 GiB")
-            # It is tried twice. The rest is for a busy machine, since the limit is CPU time.
-            assert seconds < 2 * CPU_SECONDS + 6
+            assert (kind, detail) == ("undecided", "not checked: stopped at 3 s of CPU time or 2 GiB")
+            # Twice the limit of CPU time; on a busy machine that is several times as much of the clock's.
+            assert seconds < 20 * CPU_SECONDS
     assert check_math_answer("x^2", "x \\cdot x") == (True, "")
 
 
@@ -223,7 +223,7 @@ def test_a_comparison_that_was_stopped_is_tried_again_and_never_remembered(monke
     monkeypatch.setattr(verdicts, "compare", lambda gold, answer: next(replies))
     assert check_math_answer("a+b", "b+7a-6a") == (True, "")
     right, why = check_math_answer("a+b", "b+8a-7a")
-    assert not right and why.startswith("not checked: stopped at ")
+    assert right is None and why.startswith("not checked: stopped at ")
     assert check_math_answer("a+b", "b+8a-7a") == (True, "")
 
 
@@ -266,7 +266,7 @@ async def test_a_slow_verdict_does_not_hold_up_the_loop() -> None:
     while not slow.done():
         await asyncio.sleep(0.02)
         longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
-    assert (await slow).kind == "wrong"
+    assert (await slow).kind == "undecided"
     assert longest < CPU_SECONDS / 2
 
 

@@ -69,6 +69,8 @@ def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Ru
     """The chain to a judged leaf, its tokens not yet counted, or the reason why it is left out."""
     settings, reward, whole = rules.settings, leaf.reward or 0.0, tree.chain(leaf.node_id)
     is_cut_off = verdict == "no_answer" and leaf.type != "answer" and leaf.finish_reason == "length"
+    if verdict == "undecided":
+        return verdict
     if verdict == "no_answer" and not (is_cut_off and settings.unanswered):
         return "thought_cut" if is_cut_off else "no_answer"
     kept = whole
@@ -82,7 +84,7 @@ def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Ru
         assert rules.judge is not None
         judged = rules.judge(tree, text)
         verdict, reward = judged.kind, judged.reward
-        if verdict == "no_answer":
+        if verdict in ("no_answer", "undecided"):
             return verdict
     value, nodes = fmean(map(mean_value, thoughts)), tuple(node.node_id for node in thoughts)
     return Chain(tree.tree_id, leaf.node_id, text, verdict, reward=reward, value=value, nodes=nodes)

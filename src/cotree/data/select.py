@@ -173,7 +173,7 @@ def _why_tree_left_out(tree: StoredTree, rules: Rules) -> str | None:
 
 def pass_rate(tree: StoredTree) -> float:
     """The share of a tree's judged leaves that are correct; a missing answer is one that is not."""
-    verdicts = [node.verdict for node in tree.nodes if node.verdict is not None]
+    verdicts = [node.verdict for node in tree.nodes if node.verdict not in (None, "undecided")]
     return verdicts.count("correct") / max(len(verdicts), 1)
 
 

@@ -57,7 +57,7 @@ class OpenTask(Task):
         """The same words, or by math-verify the same number or formula."""
         if left.casefold().split() == right.casefold().split():
             return True
-        return any(c.isdigit() for c in left + right) and check_math_answer(right, left)[0]
+        return any(c.isdigit() for c in left + right) and check_math_answer(right, left)[0] is True
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,8 @@ class _RunningEvaluation:
         sample = self._by_prompt.get((key, prompt_hash))
         if sample is None:
             return False
-        if (sample.verdict_version, sample.reference_hash) != (VERDICT_VERSION, _reference_hash(task, question)):
+        judged_by = (sample.verdict_version, sample.reference_hash)
+        if sample.verdict == "undecided" or judged_by != (VERDICT_VERSION, _reference_hash(task, question)):
             sample = await _judge(task, question, sample)
         if sample is not self._last_lines[key]:
             append_line(self._journal, asdict(sample))

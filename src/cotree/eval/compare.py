@@ -98,9 +98,15 @@ def _questions_asked(folder: Path) -> set[tuple[str, str]] | None:
 def compare_row(row: str, first: SamplesOf, second: SamplesOf, names: Sequence[str]) -> Difference:
     """Compare two models' samples of one row of the table; `names` are theirs, for errors.
 
+    Questions of which a reply could not be judged are left out.
+
     Raises:
         UsageError: the questions differ, or how they were asked.
     """
+    undecided = {id_ for side in (first, second) for id_ in side if any(s.verdict == "undecided" for s in side[id_])}
+    first, second = ({id_: side[id_] for id_ in side if id_ not in undecided} for side in (first, second))
+    if not first and not second:
+        raise UsageError(f"{row}: no reply could be judged; look at the questions' gold answers")
     if only := sorted(first.keys() ^ second.keys()):
         has, lacks = names if only[0] in first else reversed(names)
         fix = "evaluate both on the same questions"

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from cotree.base import statistics
+from cotree.base.errors import CotreeError
 from cotree.eval.asking import turns_of
 from cotree.eval.journal import EvalSample, by_task_turn
 from cotree.eval.scores import (
@@ -57,6 +58,10 @@ def score_tasks(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> li
 def _score_task(
     task_turn: str, by_question: Mapping[str, Sequence[EvalSample]], asked: Mapping[tuple[str, str], Asked]
 ) -> TaskScores:
+    undecided = sum(sample.verdict == "undecided" for found in by_question.values() for sample in found)
+    by_question = without_undecided(by_question)
+    if not by_question:
+        raise CotreeError(f"{task_turn}: no reply could be judged; look at the questions' gold answers")
     samples = [sample for found in by_question.values() for sample in found]
     first, n = samples[0], len(samples) // len(by_question)
     task, _ = asked[first.task, first.id]
@@ -77,6 +82,7 @@ def _score_task(
         task=task_turn,
         n=len(by_question),
         samples=n,
+        undecided=undecided,
         **numbers,
         accuracy=accuracy,
         low=low,
@@ -92,6 +98,11 @@ def _score_task(
         detectable=statistics.minimum_detectable_difference(len(by_question), accuracy),
         families=_families(task, samples),
     )
+
+
+def without_undecided(by_question: Mapping[str, Sequence[EvalSample]]) -> dict[str, Sequence[EvalSample]]:
+    """The samples by question, without the questions of which a sample could not be judged."""
+    return {id_: found for id_, found in by_question.items() if all(sample.verdict != "undecided" for sample in found)}
 
 
 def _verdict_or_reason(sample: EvalSample) -> str:

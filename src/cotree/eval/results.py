@@ -163,7 +163,7 @@ def _reply_columns(task: Task, requests: Sequence[Sequence[EvalSample]], filter_
         "resps": [[sample.response for sample in request] for request in requests],
         "filtered_resps": [found[0] if len(found) == 1 else found for found in answers],
         "filter": filter_name,
-        "exact_match": fmean(verdict == "correct" for verdict in verdicts),
+        "exact_match": fmean([verdict == "correct" for verdict in verdicts if verdict != "undecided"] or [0.0]),
         "cotree": {
             "verdicts": verdicts,
             "finish_reasons": [sample.finish_reason for sample in samples],

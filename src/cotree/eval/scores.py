@@ -35,6 +35,7 @@ class TaskScores(StrictModel):
 
     task: `EvalSample.task_turn`. n, samples: questions, and samples of each.
     temperature, top_p, decoding, max_tokens: as in `EvalSample`.
+    undecided: samples that could not be judged; their questions are in no other number of the row.
     accuracy: the share of correct samples (avg@n), with its 95% interval `low` to `high`; `lenient` is that under
         lenient extraction, `accuracy_answered` that of the samples with an answer.
     no_answer: `loop` (the text repeats itself) plus `truncated` (no loop, cut off by max_tokens) plus
@@ -51,6 +52,7 @@ class TaskScores(StrictModel):
     task: str
     n: int = Field(ge=1)
     samples: int = 1
+    undecided: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     decoding: str = ""

@@ -283,6 +283,7 @@ def make_table(summaries: Sequence[NamedSummary]) -> Table:
     if any(row.deviation is not None for row in rows):
         notes.append("±: standard deviation over seeds; the other numbers of such a row are their means")
     notes += [f"on {row.first.task} {line}" for row in rows for line in row.constants]
+    notes += [line for row in rows for each in row.rows if (line := sentence("not_judged", row.label, each))]
     return Table(
         rows=rows,
         instruction_rows=tuple(row for row in found if isinstance(row.first, InstructionRow)),

@@ -58,7 +58,7 @@ class VerifierScorer:
     async def score_answer(self, growth: Growth, answer: Node) -> tuple[Verdict, float]:
         """The verifier's verdict, and its reward or the recipe's; without an answer the reward is the verifier's, 0."""
         verdict = await growth.task.judge_async(growth.question, answer.text, answer.finish_reason)
-        if growth.settings.reward is None or verdict.kind == "no_answer":
+        if growth.settings.reward is None or verdict.kind in ("no_answer", "undecided"):
             return verdict, verdict.reward
         return verdict, await chain_reward(growth, answer.chain(), verdict)
 

@@ -34,7 +34,7 @@ class StoredNode:
     depth: int = 0
     visits: int = 0  # judged leaves at or below
     value: float = 0.0  # the sum of their rewards
-    verdict: str | None = None  # correct, wrong or no_answer; None if not a leaf that the verifier judged
+    verdict: str | None = None  # correct, wrong, no_answer or undecided; None if not a leaf that the verifier judged
     reward: float | None = None  # of a judged leaf, in [0, 1]; None where the chain goes on
     answer: str | None = None
     tokens: int = 0

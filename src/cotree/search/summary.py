@@ -84,6 +84,7 @@ def _counts_of_tree(tree: StoredTree) -> dict[str, int]:
         "correct": answers["correct"],
         "wrong": answers["wrong"],
         "no_answer": answers["no_answer"],
+        "undecided": answers["undecided"],
         "cut": sum(node.verdict is not None and node.type != "answer" for node in tree.nodes),
         "questions_with_correct": "correct" in verdicts,
         "questions_with_both": {"correct", "wrong"} <= verdicts,

@@ -1,6 +1,6 @@
 """What a task is: questions with a prompt, an answer extractor and a verifier.
 
-Invariant: a verdict is one of three kinds that are never merged, and extraction alone decides whether a completion has
+Invariant: a verdict is one of four kinds that are never merged, and extraction alone decides whether a completion has
 an answer, before the verifier sees it.
 """
 
@@ -22,7 +22,7 @@ from cotree.tasks.math_text import same_number
 # Raise it when a change of extraction or of a verifier changes a verdict: kept completions are then judged again.
 VERDICT_VERSION = 2
 
-VerdictKind = Literal["correct", "wrong", "no_answer"]
+VerdictKind = Literal["correct", "wrong", "no_answer", "undecided"]
 Split = Literal["train", "dev", "test"]
 AnswerForm = Literal["boxed", "number", "text"]
 Message = dict[str, str]
@@ -71,8 +71,9 @@ class Question:
 class Verdict:
     """The verifier's result.
 
-    kind: `correct`, `wrong` or `no_answer`. reward: in [0, 1]; 1 exactly for `correct`. answer: what was extracted,
-    None when there was none. detail: why, for people; may be empty.
+    kind: `correct`, `wrong`, `no_answer`, or `undecided` where an answer could not be judged (stopped at a limit, or
+    the gold cannot be read): that is in no rate and no dataset. reward: in [0, 1]; 1 exactly for `correct`. answer:
+    what was extracted, None when there was none. detail: why, for people; may be empty.
     """
 
     kind: VerdictKind
@@ -81,9 +82,10 @@ class Verdict:
     detail: str = ""
 
     @classmethod
-    def of(cls, correct: bool, answer: str, detail: str = "") -> Verdict:
-        """The verdict on an answer that is simply right (reward 1) or wrong (reward 0)."""
-        return cls("correct" if correct else "wrong", float(correct), answer, detail)
+    def of(cls, correct: bool | None, answer: str, detail: str = "") -> Verdict:
+        """The verdict on an answer that is right (reward 1), wrong (reward 0), or could not be judged (None)."""
+        kind: VerdictKind = "undecided" if correct is None else "correct" if correct else "wrong"
+        return cls(kind, float(correct or 0), answer, detail)
 
 
 @dataclass(frozen=True, slots=True)

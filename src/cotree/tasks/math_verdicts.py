@@ -4,7 +4,7 @@ A text that is one number is compared here, exactly and in some 10 µs (`math_te
 left to math-verify, which takes 10 ms (`math_worker`).
 
 Invariant: a comparison is bounded in CPU time and memory and never fails the run, whatever the answer is. One that was
-stopped is tried once more and never remembered; it counts as wrong, with a detail that says so.
+stopped is tried once more and never remembered, and is undecided.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from cotree.tasks.math_worker import CPU_SECONDS, LIMIT_BYTES, compare
 _NUMBER_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 # Golds have up to a hundred characters; what is longer than this comes from a loop.
 _MAX_CHARACTERS = 1000
+# What stands in the place of an answer that nobody can compare with: a word for none, or an object.
+_NO_GOLD = re.compile(r"|proof.*|n/?a|none|null|nan|see (?:the )?solution.*|[\[{]\s*['\"].*", re.IGNORECASE | re.DOTALL)
 _STOPPED = f"not checked: stopped at {CPU_SECONDS:.0f} s of CPU time or {LIMIT_BYTES >> 30} GiB"
 
 
@@ -25,16 +27,18 @@ class _StoppedError(Exception):
     """A comparison that was stopped at a limit: an exception, because a cache keeps none."""
 
 
-def check_math_answer(gold: str, answer: str) -> tuple[bool, str]:
-    """Whether an answer equals the gold one, and why it was not compared ("" if it was).
+def check_math_answer(gold: str, answer: str) -> tuple[bool | None, str]:
+    """Whether an answer equals the gold one (None: not known), and why it was not compared ("" if it was).
 
     Raises:
         CotreeError: no worker can be started.
     """
+    if _NO_GOLD.fullmatch(gold.strip()):
+        return None, f"the gold answer {gold.strip()[:40]!r} cannot be compared with"
     try:
         return compare_cached(gold, answer)
     except _StoppedError:
-        return False, _STOPPED
+        return None, _STOPPED
 
 
 @lru_cache(1 << 14)

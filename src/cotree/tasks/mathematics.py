@@ -38,7 +38,7 @@ class Mathematics(Benchmark):
         return str(field_value(row, "answer")).strip()
 
     def verify(self, answer: str, question: Question) -> Verdict:
-        """By math-verify. What it cannot compare in the time and memory that it gets is wrong; `detail` says so."""
+        """By math-verify. What it cannot compare in the time and memory that it gets is undecided."""
         correct, detail = check_math_answer(question.gold, answer)
         return Verdict.of(correct, answer, detail)
 

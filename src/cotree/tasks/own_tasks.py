@@ -23,8 +23,8 @@ from cotree.tasks.loading import Source, field_value
 from cotree.tasks.math_text import same_number
 from cotree.tasks.math_verdicts import check_math_answer
 
-# Each takes (gold, answer) and returns whether the answer is right, and a detail.
-VERIFIERS: dict[str, Callable[[str, str], tuple[bool, str]]] = {
+# Each takes (gold, answer) and returns whether the answer is right (None: it could not be judged), and a detail.
+VERIFIERS: dict[str, Callable[[str, str], tuple[bool | None, str]]] = {
     "math": check_math_answer,
     "number": lambda gold, answer: (same_number(answer, gold), ""),
     "text": lambda gold, answer: (answer.casefold().split() == gold.casefold().split(), ""),
