@@ -1,1 +1,1 @@
-"""AskSettings models questions; accuracy with the no-answer ratio, intervals, paired comparisons, results files."""
+"""Asking models questions; accuracy with the no-answer ratio, intervals, paired comparisons, results files."""

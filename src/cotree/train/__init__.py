@@ -1,1 +1,1 @@
-"""The training room: SFT and DPO rows become a student, as a transformers folder and as GGUF."""
+"""SFT and DPO: rows become a student, as a transformers folder and as GGUF."""
