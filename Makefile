@@ -37,7 +37,7 @@ help:
 tour: $(TOUR)
 	@.venv/bin/cotree run recipes/tour.yaml $(ARGS)
 	@.venv/bin/cotree show runs/tour
-	@.venv/bin/cotree show runs/tour --question ongoing-o
+	@.venv/bin/cotree show runs/tour --best
 
 demo: $(RUN)
 	@.venv/bin/cotree run recipes/laptop.yaml $(ARGS)

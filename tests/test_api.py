@@ -80,3 +80,18 @@ def test_importing_and_judging_load_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_paths_may_be_strings_and_one_name_needs_no_list(tmp_path: Path) -> None:
+    """What a user types first: plain strings, and a name where a list of names could stand."""
+    recipe = cotree.load_recipe(str(Path(__file__).parents[1] / "recipes" / "tour.yaml"))
+    planned = {node.state for node in cotree.plan(recipe, str(tmp_path))}
+    assert planned == {"new"}
+    with pytest.raises(cotree.UsageError, match="unknown node `student`"):
+        cotree.run(recipe, str(tmp_path), only="student")
+    with pytest.raises(cotree.UsageError, match=r"no folder at .*nowhere"):
+        cotree.table(str(tmp_path / "nowhere"))
+    with pytest.raises(cotree.UsageError, match="no samples at "):
+        cotree.compare(str(tmp_path), str(tmp_path))
+    with pytest.raises(cotree.UsageError, match="unknown task `lettrs`"):
+        cotree.evaluate("smollm2-135m-instruct", "lettrs")

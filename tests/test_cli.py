@@ -188,7 +188,8 @@ def test_a_starter_is_planned_at_once(tmp_path: Path) -> None:
     nodes = json.loads(done.stdout)["nodes"]
     assert {node["state"] for node in nodes} == {"new"} and not any(node["why"] for node in nodes)
     assert sorted(os.listdir(tmp_path)) == ["mine.yaml"]
-    lines = shell("plan", "mine.yaml", cwd=tmp_path).stdout.strip().split("\n")
+    *lines, time = shell("plan", "mine.yaml", cwd=tmp_path).stdout.strip().split("\n")
+    assert time == "how long it takes is known once a part of it has run here"
     assert [line.split()[0] for line in lines] == [node["name"] for node in nodes]
     assert all(line.split()[1].strip(";") == "new" for line in lines)
 

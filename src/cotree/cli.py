@@ -109,12 +109,13 @@ def show(
     run: RunArgument,
     question: Annotated[str | None, typer.Option(help="The id of a question: its tree is drawn.")] = None,
     trees: Annotated[str | None, typer.Option(help="The trees node, where a run has several.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Draw the tree that shows most.")] = False,
 ) -> None:
     """Show the trees of a run: a list, or one tree with its thoughts, verdicts, values and chosen chains."""
     from cotree.base.run_folder import find_run
     from cotree.report.show import show_run
 
-    Output().print(show_run(find_run(run), trees, question))
+    Output().print(show_run(find_run(run), trees, question, best))
 
 
 @app.command(epilog="Example: cotree preview recipes/laptop.yaml pairs --rows 2")

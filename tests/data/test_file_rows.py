@@ -85,7 +85,7 @@ def test_our_own_rows_come_back_as_they_were(tmp_path: Path, kind: str) -> None:
     ours = rows_in(tmp_path / "of trees")
     counts = dataset_from(ours, tmp_path / "of a file", kind)
     assert rows_in(tmp_path / "of a file") == ours
-    assert (counts.rows_left_out, counts.columns_left_out, counts.trees) == ({}, [], 0)
+    assert (counts.rows_left_out, counts.columns_left_out, counts.trees) == ({}, {}, 0)
     card = (tmp_path / "of a file" / "README.md").read_text()
     assert "Rows of a file or of the hub" in card and "theirs.jsonl" not in card and "- mcts" not in card
 
@@ -113,20 +113,20 @@ def test_preferences_of_trls_types_become_pairs(tmp_path: Path, row: Row) -> Non
 
 
 def test_what_is_not_kept_of_a_row_is_counted_and_named(tmp_path: Path) -> None:
-    reply = {"role": "assistant", "content": "It is \\boxed{3}", "reasoning": "I add.", "name": None}
+    reply = {"role": "assistant", "content": "It is \\boxed{3}", "mood": "glad", "name": None}
     rows: list[Row] = [
         {"messages": [*USER, reply], "source": "x", "id": 7, "reward": "high", "value": 0.5, "empty": None},
         {"prompt": USER, "completion": [*REPLY, *REPLY]},
         {"prompt": "1 + 2?", "completion": "It is \\boxed{3}."},
     ]
     counts = dataset_from(rows, tmp_path / "it")
-    assert counts.columns_left_out == ["messages.reasoning", "reward", "source"]
+    assert counts.columns_left_out == {"messages.mood": 1, "reward": 1, "source": 1}
     assert counts.rows_left_out == {"malformed": 1}
     assert counts.faults[0].startswith("row 1: column completion: must be exactly one assistant message")
     assert counts.lines()[1:] == [
         "left out: malformed 1",
         f"the first malformed row: {counts.faults[0]}",
-        "columns that are not kept: messages.reasoning, reward, source",
+        "columns that are not kept, and how many rows have them: messages.mood 1, reward 1, source 1",
     ]
     first, second = rows_in(tmp_path / "it")
     assert (first["tree_id"], first["question_id"], first["value"], first["reward"]) == ("7", "7", 0.5, None)
@@ -221,7 +221,7 @@ def test_an_import_is_gated_and_verified_where_the_gold_is_known(tmp_path: Path,
                                     "special_tokens": 2, "wrong": 2}  # fmt: skip
     assert counts.faults == ["row 14: no `conversations`, no `messages`, and no prompt with a response; it has words"]
     assert [row["reward"] for row in read_rows(tmp_path / "ours.parquet")] == [1.0, 1.0, None]
-    assert counts.columns_left_out == ["gold"]
+    assert counts.columns_left_out == {"gold": 2}
     assert counts.lines()[0] == "3 sft rows (letters 3), 2 of them verified"
 
 

@@ -54,7 +54,7 @@ def test_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         "left out: wrong 1, malformed 1",
         "the first malformed row: row 2: no `conversations`, no `messages`, and no prompt with a response; "
         "it has words",
-        "columns that are not kept: gold, source",
+        "columns that are not kept, and how many rows have them: gold 2, source 2",
     ]
     assert [row["completion"][0]["content"] for row in read_rows(out)] == ["So \\boxed{2}"]
 

@@ -417,6 +417,13 @@ def test_the_decode_verb_prints_answer_chain_votes_and_tokens(
     assert re.search(r"\d+ chains; \d+ tokens generated, \d+ read .* stopped by: rollouts", said)
 
 
+def test_decode_says_how_often_a_request_was_sent_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeServerThread(reply=talk, models=("one",), faults={1: "reset", 3: "429"}) as fake:
+        found = decode("How many?", fake.url, served="one", boxed=True, rollouts=3)
+        assert fake.calls == found.spent.requests + 2
+    assert f"in {found.spent.requests} calls (sent again after failures: 2); stopped by" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_no_answer_is_a_failure_in_one_line(
     quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

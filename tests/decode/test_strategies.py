@@ -97,7 +97,7 @@ class Secret(str):
 
     __slots__ = ()
     __eq__ = __ne__ = __str__ = __repr__ = __len__ = __iter__ = __contains__ = __format__ = __add__ = _looked
-    __hash__ = __getitem__ = strip = casefold = _looked
+    __hash__ = __getitem__ = strip = casefold = translate = _looked
 
 
 class Hidden(Mapping[str, Any]):

@@ -18,6 +18,7 @@ from cotree.eval.settings import AskSettings
 from cotree.models.settings import Model
 from cotree.report.table import table_of
 from cotree.tasks import Verdict, task
+from cotree.tasks.base import VERDICT_VERSION
 from cotree.tasks.generated import Letters
 
 QUIET = Output(quiet=True)
@@ -78,7 +79,7 @@ def test_verdicts_on_the_chains_of_a_tree_are_those_of_todays_code(
         how = HOW | {"strategy": "mcts", "out": tmp_path}
         first = evaluate_model(server.url, ["letters"], **how)
         calls, before = server.calls, read_samples(tmp_path / JOURNAL)
-        monkeypatch.setattr(asking_module, "VERDICT_VERSION", 2)
+        monkeypatch.setattr(asking_module, "VERDICT_VERSION", VERDICT_VERSION + 1)
         monkeypatch.setattr(Letters, "verify", lambda self, answer, question: Verdict("wrong", 0.0, answer))
         again = evaluate_model(server.url, ["letters"], **how)
         assert server.calls == calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,23 @@ def test_any_fault_is_one_line(tmp_path: Path, place: tuple[Any, ...], value: An
     except UsageError as error:
         fault = str(error)
         assert "\n" not in fault and fault.startswith(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trees.train.questions": {"nowhere.yaml": 2}}, "trees.train.questions: no task file at .*nowhere.yaml"),
+        ({"models.tny.gguf": "F16"}, "unknown models entry `tny`"),
+    ],
+)
+def test_what_is_not_here_is_named_when_the_recipe_is_read(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    with pytest.raises(UsageError, match=message):
+        load_recipe(LAPTOP, overrides)
+
+
+def test_only_names_the_node_of_a_bare_name() -> None:
+    with pytest.raises(UsageError, match="did you mean `students/dpo`"):
+        load_recipe(LAPTOP).with_needed(["dpo"])

@@ -86,9 +86,9 @@ async def test_ready_asks_the_way_that_will_be_used() -> None:
     [
         ({"content": "four"}, "", False),
         ({"content": ""}, "", False),
-        ({"content": None}, "has no text", False),
-        ({}, "has no text", False),
-        (None, "has no text", False),
+        ({"content": None}, "has no text", True),
+        ({}, "has no text", True),
+        (None, "has no text", True),
         ({"content": "", "reasoning_content": "hm"}, "without a reasoning parser", True),
         ({"content": "", "reasoning": "hm"}, "without a reasoning parser", True),
         ({"content": "four", "reasoning_content": None}, "", False),

@@ -9,12 +9,21 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.tiny_student import dpo_row, message, sft_row, tiny_tokenizer
+from tests.support.tiny_student import TEMPLATE, dpo_row, message, sft_row, tiny_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cotree.base.errors import UsageError
-from cotree.models.encode import encode_chains, encode_dpo, encode_sft, prefix_tokens, template_hash
+from cotree.models.encode import (
+    EncodedChain,
+    RowError,
+    encode_chains,
+    encode_dpo,
+    encode_each,
+    encode_sft,
+    prefix_tokens,
+    template_hash,
+)
 
 END = 2  # <|im_end|>
 
@@ -124,3 +133,51 @@ def test_counting_tokens_needs_neither_torch_nor_transformers() -> None:
         "import sys, cotree.models.encode; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# As Qwen3's published template lays out the last reply: reasoning between think tags, empty where there is none.
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% set text = m['content'] %}{% set thought = '' %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + text }}{% else %}{{ m['content'] }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+KEEPS_THE_ANSWER = TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]").replace(
+    "NEWLINE", "'\n'"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "kept"),
+    [
+        (THINKS, "<think>\nidea\n</think>\n\nThe answer is 7.", True),
+        (THINKS, "Let me see. <think>\nidea\n</think>\n\nThe answer is 7.", False),
+        (THINKS, "<think>\na\n</think>\n\nSo <think>\nb\n</think>\n\n7", False),
+        (THINKS, "<think>\nunfinished", False),
+        (THINKS, "The answer is 7.", False),
+        (KEEPS_THE_ANSWER, "<think>\nidea\n</think>\n\n7", False),
+        (KEEPS_THE_ANSWER, "The answer is 7.", True),
+        (TEMPLATE.replace("NEWLINE", "''").replace("message['content']", "message['content'] | trim"), " 7\n", True),
+    ],
+)
+def test_a_row_that_the_template_would_change_is_none(template: str, text: str, kept: bool) -> None:
+    (chain,) = encode_each(broken(template), [(message("user", "3 + 4?"), message("assistant", text))])
+    assert isinstance(chain, EncodedChain) == kept
+    if isinstance(chain, RowError):
+        assert chain.reason == "template_changes" and "would be trained as" in str(chain)
+
+
+def test_a_question_that_the_template_does_not_print_is_no_row() -> None:
+    prompt = [*message("system", "Be brief."), *message("user", "3 + 4?")]
+    drops = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    (chain,) = encode_each(broken(drops + TEMPLATE.replace("NEWLINE", "''")), [(prompt, message("assistant", "7"))])
+    assert isinstance(chain, RowError) and "does not print the system's message" in str(chain)
+
+
+def test_todays_date_is_the_same_in_every_row_and_run() -> None:
+    dated = broken("{{ strftime_now('%d %b %Y') }}" + TEMPLATE.replace("NEWLINE", "''"))
+    (chain,) = encode_chains(dated, [(message("user", "a"), message("assistant", "b"))])
+    assert dated.decode(chain.prompt).startswith("26 Jul 2024<|im_start|>user")
+    assert template_hash(dated) == template_hash(dated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from typing import Any
 
@@ -16,6 +17,7 @@ from cotree.models.client import Client, Counters, Request
 from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
 from cotree.models.settings import Model, Price
 from cotree.models.tokenizer import token_counter
+from cotree.models.weights import identity_text
 
 KEY = "sk-very-secret-0123456789"
 
@@ -135,3 +137,28 @@ async def test_tokens_that_nobody_counts_are_estimated() -> None:
             done = await endpoints["m"].clients[0].complete(request("x" * 37))
             # "hi", a line break and 37 characters, four bytes a token.
             assert endpoints["m"].clients[0].counters.prompt_tokens == done.prompt_tokens + 10
+
+
+@pytest.mark.parametrize("mode", ["chat", "completions"])
+def test_parameters_are_left_out_and_renamed_and_nothing_else_changes(mode: str) -> None:
+    asked = request() if mode == "chat" else Request("p", stop=("x",))
+    plain = json.loads(asked.body("m"))
+    assert asked.body("m", (), {}) == asked.body("m")
+    changed = json.loads(asked.body("m", ("temperature", "seed"), {"max_tokens": "max_completion_tokens"}))
+    assert changed.pop("max_completion_tokens") == plain.pop("max_tokens")
+    assert changed == {name: value for name, value in plain.items() if name not in ("temperature", "seed")}
+
+
+async def test_a_recipes_omit_and_rename_reach_the_server_and_only_omit_is_another_model() -> None:
+    async with FakeServer(models=["other"]) as server:
+        plain = Model(url=server.url, model="fake", mode="chat")
+        renamed = Model(**plain.model_dump() | {"rename": {"max_tokens": "max_completion_tokens"}})
+        both = Model(**renamed.model_dump() | {"omit": ["temperature"]})
+        async with open_endpoints({"m": both}) as endpoints:
+            await endpoints["m"].clients[0].complete(request())
+        assert len(server.requests) == 2
+        for body in server.requests:
+            assert "max_completion_tokens" in body and not {"max_tokens", "temperature"} & body.keys()
+    assert identity_text(plain) == identity_text(renamed) != identity_text(both)
+    with pytest.raises(ValueError, match="`omit` and `rename` are for servers"):
+        Model(weights="x.gguf", omit=("seed",))

@@ -125,13 +125,13 @@ async def test_the_prompt_of_an_abandoned_attempt_is_counted(how: str) -> None:
             task.cancel()
             await asyncio.wait([task])
         done = await c.complete(request("five words of a prompt"))
-        assert c.counters == Counters(2, 10, 0, done.completion_tokens)
+        assert c.counters == Counters(2, 10, 0, done.completion_tokens, 0 if how == "cancelled" else 1)
 
 
 async def test_refused_attempts_cost_no_tokens() -> None:
     async with FakeServer(faults={0: "429", 1: "500"}) as server, client(server.url) as c:
         done = await c.complete(request("three words here"))
-        assert c.counters == Counters(3, 3, 0, done.completion_tokens)
+        assert c.counters == Counters(3, 3, 0, done.completion_tokens, 2)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])

@@ -261,7 +261,7 @@ def test_judging_works_from_stdin_in_threads_in_a_loop_and_after_a_fork(tmp_path
 
 
 async def test_a_slow_verdict_does_not_hold_up_the_loop() -> None:
-    slow = asyncio.create_task(task("math500").judge_async(ask("x"), "\\boxed{8^{8^{8^8}}}"))
+    slow = asyncio.create_task(task("math500").judge_async(ask("x^2"), f"\\boxed{{{HOSTILE['tower']}}}"))
     longest, last = 0.0, time.perf_counter()
     while not slow.done():
         await asyncio.sleep(0.02)

@@ -10,6 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,7 +181,8 @@ class Candidates:
 def import_file(
     source: Path, student: str, out: Path, *, task: str | None, held_out: Sequence[str], max_tokens: int
 ) -> DatasetCounts:
-    """Write the rows of a file that pass the gates as SFT rows; returns what was written and left out.
+    """Write the rows of a file that pass the gates as SFT rows, or as pairs where the first one has `chosen` and
+    `rejected`; returns what was written and left out.
 
     Args:
         student: whose tokens count: a packaged name, a `.gguf`, a folder or a hub id.
@@ -194,14 +196,19 @@ def import_file(
     folder_or_hub = Path(student).is_dir() or ("/" in student and not student.endswith(".gguf"))
     tokenizer = load_tokenizer(student if folder_or_hub else locate(student))
     judging = None if task is None else find_task(task)
+    rows = read_rows(source)
+    first = next(rows, {})
+    kind: Literal["sft", "dpo"] = "dpo" if {"chosen", "rejected"} <= first.keys() else "sft"
     rules = Rules(
-        Dataset(file=str(source), rows="sft", max_tokens=max_tokens),
+        Dataset(file=str(source), rows=kind, max_tokens=max_tokens),
         tokenizer,
         row_judge=row_judge(judging),
         held_out=[question for name in held_out for question in find_task(name).questions()],
     )
-    write_rows(out, file_rows(read_rows(source), rules, judging.name if judging else source.stem), rules)
-    if task is not None:
+    write_rows(
+        out, file_rows(chain([first] if first else [], rows), rules, judging.name if judging else source.stem), rules
+    )
+    if task is not None and kind == "sft":
         rules.counts.verified = sum(reward == 1 for reward in read_columns(out)["reward"])
     return rules.counts
 

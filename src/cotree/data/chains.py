@@ -12,7 +12,7 @@ from statistics import fmean
 
 from cotree.data.gates import Rules
 from cotree.data.settings import TextForm
-from cotree.models.encode import encode_chains, unfinished_turn
+from cotree.models.encode import RowError, encode_each, unfinished_turn
 from cotree.search.store import StoredNode, StoredTree
 from cotree.search.thoughts import Pattern, chain_text
 
@@ -59,7 +59,12 @@ def read_chains(tree: StoredTree, rules: Rules) -> list[Chain]:
                 rules.counts.leave_out("repeated_in_tree", chains=1)
     chats = [(tree.messages, chain.messages) for chain in found.values()]
     chains = []
-    for chain, ids in zip(found.values(), encode_chains(rules.tokenizer, chats), strict=True):
+    for chain, ids in zip(found.values(), encode_each(rules.tokenizer, chats), strict=True):
+        if isinstance(ids, RowError):
+            rules.counts.leave_out(ids.reason, chains=1)
+            if not rules.counts.template_faults:
+                rules.counts.template_faults.append(f"tree {chain.tree_id}: {ids}")
+            continue
         seen = unfinished_turn(ids) if chain.verdict == "no_answer" else ids
         chains.append(replace(chain, tokens=tuple(seen.completion), prompt_tokens=len(ids.prompt)))
     return chains

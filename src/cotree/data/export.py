@@ -22,6 +22,13 @@ from cotree.base.rows import Row, read_rows, write_jsonl
 from cotree.data.kinds import check_file, write_parquet
 from cotree.search.store import StoredTree, TreeStore
 
+# What a trainer does with the replies before the last one, and how to stop it. (TRL's scores completions only.)
+_EARLIER_REPLIES = {
+    "llamafactory": "LLaMA-Factory would train too: set `mask_history: true` in its config",
+    "axolotl": 'axolotl would train too: write `"train": false` into these messages, `message_field_training: train` '
+    "into the dataset's part of the config",
+}
+
 
 def export_to(source: Path, to: str, out: str) -> list[str]:
     """Export a run, a folder of datasets, one dataset or one file to a form by its name; returns a line for each file.
@@ -43,7 +50,7 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
         raise UsageError(f"unknown form `{to}`; known: jsonl, {', '.join(trainers)}, trees, hub")
     if source.suffix == ".db":
         raise UsageError(f"{source} holds trees; export it with --to trees, or a dataset that was made of it")
-    information, written, left_out = dict[str, Any](), list[Path](), list[str]()
+    information, written, left_out, notes = dict[str, Any](), list[Path](), list[str](), list[str]()
     for file in _files(source, "datasets", "train.parquet"):
         name = file.resolve().parent.name if file.name == "train.parquet" else file.stem.split(".")[0]
         kind, _ = check_file(file)
@@ -55,6 +62,8 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
             raise UsageError(f"the export would replace {file} itself; name another folder with -o")
         write_jsonl(path, read_rows(file) if to == "jsonl" else map(_trainer_row, read_rows(file)))
         written.append(path)
+        if to in _EARLIER_REPLIES and kind == "sft" and any(map(_has_earlier_reply, read_rows(file))):
+            notes.append(f"{path}: has conversations whose earlier replies {_EARLIER_REPLIES[to]}")
         if to == "llamafactory":
             information[f"cotree_{name}"] = {"file_name": path.name, **trainers[to][kind]}
         if to == "axolotl":
@@ -72,7 +81,11 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
             mend = "mend it or name another folder"
             raise UsageError(f"{path} is no JSON object, so nothing can be added to it; {mend}") from None
         write_json(path, known | information)
-    return [*map(str, written), *left_out]
+    return [*map(str, written), *left_out, *notes]
+
+
+def _has_earlier_reply(row: Row) -> bool:
+    return any(message["role"] == "assistant" for message in row["prompt"])
 
 
 def _files(source: Path, kind: str, name: str) -> list[Path]:

@@ -6,7 +6,8 @@ and named.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,23 @@ from cotree.base.progress import one_line
 from cotree.base.rows import Row
 from cotree.data.gates import Messages, Rules
 from cotree.data.kinds import REQUIRED, faults_of, optional_columns
-from cotree.models.encode import encode_chains, encode_dpo
+from cotree.models.encode import RowError, encode_chains, encode_dpo
 
 # ShareGPT's names (Sky-T1, OpenThoughts).
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "generation", "output", "solution")
-_TURN_PARTS = {"from", "value", "role", "content"}
+# Reasoning in a column of its own (s1K, OpenThoughts), and the column of the answer that it leads to, if a certain one.
+_REASONINGS = {
+    "reasoning_content": None,
+    "reasoning": None,
+    "thinking": None,
+    "thinking_trajectories": None,
+    "deepseek_thinking_trajectory": "deepseek_attempt",
+    "deepseek_reasoning": "deepseek_solution",
+}
+_MESSAGE_REASONINGS = ("reasoning_content", "reasoning", "thinking")
+_SYSTEMS = ("system", "system_prompt")
 _FAULTS_KEPT = 20
 
 
@@ -57,7 +68,7 @@ def file_rows(rows: Iterable[Row], rules: Rules, name: str) -> Iterator[tuple[in
     Args:
         name: the task of rows that name none.
     """
-    kind, counts, left_out = rules.settings.rows, rules.counts, set[str]()
+    kind, counts, left_out = rules.settings.rows, rules.counts, Counter[str]()
     read = _prompt_and_completion if kind == "sft" else _prompt_and_sides
     for number, raw in enumerate(rows):
         try:
@@ -69,26 +80,34 @@ def file_rows(rows: Iterable[Row], rules: Rules, name: str) -> Iterator[tuple[in
             known |= {"pattern": "external"} if kind == "sft" else {"rejected_finished": True}
             row = known | own | messages
             reason = _why_left_out(raw, row, rules)
-        except (ValueError, UsageError) as error:  # a UsageError: the chat template cannot render it
+        except RowError as error:
+            counts.leave_out(error.reason, rows=1)
+            if len(counts.template_faults) < _FAULTS_KEPT:
+                counts.template_faults.append(f"row {number}: {str(error).removeprefix('row 0: ')}")
+            continue
+        except (ValueError, UsageError) as error:
             counts.leave_out("malformed", rows=1)
             if len(counts.faults) < _FAULTS_KEPT:
                 counts.faults.append(f"row {number}: {str(error).removeprefix('row 0: ')}")
             continue
-        left_out |= _names(raw) - used - own.keys() - {"id"}
+        left_out.update(_names(raw) - used - own.keys() - {"id"})
         for column in used:
-            turns = raw.get(column)
+            turns = [raw[column]] if isinstance(raw.get(column), dict) else raw.get(column)
             if isinstance(turns, list):
-                left_out.update(f"{column}.{part}" for turn in turns for part in _names(turn) - _TURN_PARTS)
+                records = [turn for turn in turns if isinstance(turn, dict)]
+                left_out.update(
+                    {f"{column}.{part}" for turn in records for part in _names(turn) - {*_turn_parts(turn)}}
+                )
         if reason is None:
             yield 0, row
         else:
             counts.leave_out(reason, rows=1)
-    counts.columns_left_out = sorted(left_out)
+    counts.columns_left_out = dict(left_out)
 
 
 def _names(record: Row) -> set[str]:
-    """The names of the values that a row or a turn has."""
-    return {name for name, value in record.items() if value is not None}
+    """The names of the values that a row or a turn has; an empty list or text is none."""
+    return {name for name, value in record.items() if value not in (None, "", [])}
 
 
 def _why_left_out(raw: Row, row: Row, rules: Rules) -> str | None:
@@ -133,18 +152,23 @@ def _prompt_and_completion(raw: Row) -> tuple[Row, set[str]]:
     Raises:
         ValueError: it is of no known form.
     """
-    for column in ("conversations", "messages"):
-        if raw.get(column):
-            messages = _messages(raw[column])
-            if raw.get("system") and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": raw["system"]})
-            return {"prompt": messages[:-1], "completion": messages[-1:]}, {column, "system"}
-    prompt = next((column for column in _PROMPTS if _is_text_or_turns(raw.get(column))), None)
-    response = next((column for column in _RESPONSES if _is_text_or_turns(raw.get(column))), None)
-    if prompt is None or response is None:
+    if column := _conversation(raw):
+        messages, used = _with_system(raw, _messages(raw[column]))
+        return {"prompt": messages[:-1], "completion": messages[-1:]}, {column, *used}
+    responses = [answer for name, answer in _REASONINGS.items() if answer and raw.get(name)]
+    response = next((column for column in (*responses, *_RESPONSES) if _is_text_or_turns(raw.get(column))), None)
+    prompt, used = _prompt(raw)
+    if not prompt or response is None:
         has = ", ".join(raw)
         raise ValueError(f"no `conversations`, no `messages`, and no prompt with a response; it has {has}")
-    return {"prompt": _messages(raw[prompt], "user"), "completion": _messages(raw[response])}, {prompt, response}
+    completion = _messages(raw[response])
+    reasonings = [name for name, answer in _REASONINGS.items() if raw.get(name) and answer in (None, response)]
+    for name in reasonings[:1]:
+        thoughts = raw[name] if isinstance(raw[name], list) else [raw[name]]
+        if all(isinstance(thought, str) for thought in thoughts):
+            completion[-1]["content"] = _reasoned("\n\n".join(thoughts), completion[-1]["content"])
+            used.add(name)
+    return {"prompt": prompt, "completion": completion}, used | {response}
 
 
 def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
@@ -153,16 +177,64 @@ def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
     Raises:
         ValueError: it is of no known form.
     """
-    prompt, used = raw.get("prompt"), {"prompt", "chosen", "rejected"}
-    if not all(raw.get(side) and isinstance(raw[side], str | list) for side in ("chosen", "rejected")):
+    if not all(raw.get(side) and isinstance(raw[side], str | list | dict) for side in ("chosen", "rejected")):
         raise ValueError(f"no `chosen` and `rejected`, each a text or messages; it has {', '.join(raw)}")
     chosen, rejected = _messages(raw["chosen"]), _messages(raw["rejected"])
+    prompt, used = _prompt(raw)
+    if column := _conversation(raw):
+        prompt, used = _with_system(raw, _messages(raw[column]))
+        used.add(column)
+    used |= {"chosen", "rejected"}
     shared = chosen[:-1]
-    if shared and shared == rejected[:-1] and (isinstance(prompt, str) or not prompt):
-        return {"prompt": shared, "chosen": chosen[-1:], "rejected": rejected[-1:]}, used
-    if not _is_text_or_turns(prompt):
+    if shared and shared == rejected[:-1]:
+        said = "\n".join(str(message["content"]) for message in shared)
+        if not all(str(message["content"]) in said for message in prompt):
+            raise ValueError("the prompt is none that `chosen` and `rejected` begin with")
+        prompt, chosen, rejected = shared, chosen[-1:], rejected[-1:]
+    if not prompt:
         raise ValueError("no `prompt`, and `chosen` and `rejected` share none")
-    return {"prompt": _messages(prompt, "user"), "chosen": chosen, "rejected": rejected}, used
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, used
+
+
+def _conversation(raw: Row) -> str | None:
+    """The column that has the whole conversation, if one has."""
+    return next((column for column in ("conversations", "messages") if raw.get(column)), None)
+
+
+def _prompt(raw: Row) -> tuple[Messages, set[str]]:
+    """The prompt of a row without a conversation, and the columns it is read from: one column; of Alpaca's rows the
+    instruction with its input on a line of its own, after the turns of `history`."""
+    column = next((column for column in _PROMPTS if _is_text_or_turns(raw.get(column))), None)
+    if column is None:
+        return [], set()
+    messages, used = _messages(raw[column], "user"), {column}
+    if column == "instruction" and isinstance(raw[column], str):
+        given, history = raw.get("input"), raw.get("history")
+        if given and isinstance(given, str):
+            messages[0]["content"] = "\n".join(filter(None, (raw[column], given)))
+            used.add("input")
+        if history:
+            try:
+                turns = [(str(asked), str(answer)) for asked, answer in history]
+            except (TypeError, ValueError):
+                raise ValueError("`history` is no list of [question, answer]") from None
+            earlier = (zip(("user", "assistant"), turn, strict=True) for turn in turns)
+            messages[:0] = [{"role": role, "content": text} for turn in earlier for role, text in turn]
+            used.add("history")
+    messages, systems = _with_system(raw, messages)
+    return messages, used | systems
+
+
+def _with_system(raw: Row, messages: Messages) -> tuple[Messages, set[str]]:
+    """The messages after the system message that a column of its own has, and that column; where they begin with
+    another one, the column is not used."""
+    column = next((column for column in _SYSTEMS if raw.get(column)), None)
+    if column is None:
+        return messages, set()
+    first = {"role": "system", "content": raw[column]}
+    if messages[0]["role"] == "system":
+        return messages, {column} if messages[0] == first else set()
+    return [first, *messages], {column}
 
 
 def _is_text_or_turns(value: Any) -> bool:
@@ -171,15 +243,35 @@ def _is_text_or_turns(value: Any) -> bool:
 
 
 def _messages(turns: Any, role: str = "assistant") -> Messages:
-    """Turns as messages; a text is one message of that role."""
+    """Turns as messages; a text is one message of that role, a turn alone is one message."""
     if isinstance(turns, str):
         return [{"role": role, "content": turns}]
     try:
-        return [
-            {"role": _ROLES[turn["from"]], "content": turn["value"]}
-            if "from" in turn
-            else {"role": _ROLES[turn["role"]], "content": turn["content"]}
-            for turn in turns
-        ]
-    except (KeyError, TypeError) as error:
+        return [_message(turn) for turn in ([turns] if isinstance(turns, dict) else turns)]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a turn is no {{from, value}} or {{role, content}} of a known role ({error})") from None
+
+
+def _message(turn: Mapping[str, Any]) -> dict[str, str]:
+    """One turn, with the reasoning that it has in a field of its own; of two pairs of fields the one that is not null
+    (Arrow gives every row the fields of all)."""
+    parts = _turn_parts(turn)
+    role, content = _ROLES[turn[parts[0]]], turn[parts[1]]
+    for name in parts[2:]:
+        content = _reasoned(turn[name], content or "")
+    return {"role": role, "content": content}
+
+
+def _turn_parts(turn: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of what is read of a turn: its role, its text, and its reasoning if it has any."""
+    pair = ("role", "content") if turn.get("role") is not None else ("from", "value")
+    reasonings = (name for name in _MESSAGE_REASONINGS if turn.get(name) and isinstance(turn[name], str))
+    reasoning = next(reasonings, None) if _ROLES.get(turn.get(pair[0], "")) == "assistant" else None
+    return pair if reasoning is None else (*pair, reasoning)
+
+
+def _reasoned(reasoning: str, answer: Any) -> Any:
+    """An answer after its reasoning, which is put between think tags unless the answer has it already."""
+    if not isinstance(answer, str) or not reasoning.strip() or reasoning.strip() in answer:
+        return answer
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{answer.strip()}"

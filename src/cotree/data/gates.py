@@ -58,8 +58,9 @@ class DatasetCounts:
         chains_left_out, rows_left_out: how many, by reason (`REASONS`).
         completion_tokens: of all rows together; of pairs both sides.
         mean_tokens: of a row's `completion`, or of its `chosen`, `rejected` and the `prefix` that these two share.
-        faults: what is wrong with the first malformed rows of a file.
-        columns_left_out: of a file, those that our rows do not have.
+        faults: what is wrong with the first malformed rows of a file. template_faults: with the first rows that the
+            student's chat template refuses or changes.
+        columns_left_out: of a file, those that our rows do not have, and how many rows have them.
     """
 
     kind: str
@@ -73,7 +74,8 @@ class DatasetCounts:
     completion_tokens: int = 0
     mean_tokens: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    columns_left_out: list[str] = field(default_factory=list)
+    template_faults: list[str] = field(default_factory=list)
+    columns_left_out: dict[str, int] = field(default_factory=dict)
 
     def leave_out(self, reason: str, *, chains: int = 0, rows: int = 0) -> None:
         """Count chains that become no row, or candidate rows that are not written."""
@@ -96,8 +98,10 @@ class DatasetCounts:
         verified = "" if self.verified is None else f", {self.verified} of them verified"
         lines = [f"{self.rows} {self.kind} rows ({tasks}){verified}", f"left out: {left_out or 'nothing'}"]
         lines += [f"the first malformed row: {fault}" for fault in self.faults[:1]]
+        lines += [f"the first row that the chat template refuses or changes: {it}" for it in self.template_faults[:1]]
         if self.columns_left_out:
-            lines.append(f"columns that are not kept: {', '.join(self.columns_left_out)}")
+            columns = (f"{name} {number}" for name, number in sorted(self.columns_left_out.items()))
+            lines.append(f"columns that are not kept, and how many rows have them: {', '.join(columns)}")
         return lines
 
     def why_empty(self) -> str:
@@ -108,7 +112,7 @@ class DatasetCounts:
             return f"no rows, because there is nothing to choose from: {nothing}"
         source = f"of {self.chains} chains in {self.trees} trees" if self.trees else "of the file's rows"
         clauses = ", ".join(f"{number} {REASONS[reason]['clause']}" for reason, number in left_out)
-        first = f" (the first: {self.faults[0]})" if self.faults else ""
+        first = "".join(f" (the first: {fault})" for fault in (self.faults + self.template_faults)[:1])
         return f"no rows: {source}, {clauses}{first}; {REASONS[left_out[0][0]]['remedy']}"
 
     def _left_out(self) -> list[tuple[str, int]]:

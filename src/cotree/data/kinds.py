@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, Valida
 from cotree.base.atomic import atomic_draft
 from cotree.base.errors import UsageError
 from cotree.base.rows import ROWS_PER_BATCH, Row, read_metadata, read_rows
-from cotree.models.encode import template_hash
+from cotree.models.encode import special_words, template_hash
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -175,7 +175,7 @@ def check_file(path: Path) -> tuple[str, int]:
         if not kind:
             types = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in REQUIRED.items())
             raise UsageError(f"{path}: row 0 has the columns of no type that is trained on ({types})")
-        faults += [f"row {count - 1}, {fault}" for fault in faults_of(row, kind)]
+        faults += [f"row {count - 1}, {fault}" for fault in faults_of(row, kind) or turn_faults(row, kind)]
     if not count:
         raise UsageError(f"{path} has no rows")
     if faults:
@@ -191,6 +191,20 @@ def faults_of(row: Row, kind: str) -> list[str]:
         f"not {str(fault['input'])[:60]!a}"
         for fault in _pydantic_errors(row, kind)
     ]
+
+
+def turn_faults(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """The texts of a faultless row that name a token which opens or ends a turn: training would read it as the token.
+
+    tokenizer: of the student, whose own special tokens are looked for too.
+    """
+    special, faults = special_words(tokenizer), []
+    for column in REQUIRED[kind]:
+        values = row[column] if isinstance(row[column], list) else [row[column]]
+        for at, value in enumerate(values):
+            if found := special.search(str(value["content"] if isinstance(value, dict) else value)):
+                faults.append(f"column {column}.{at}: the text names the special token {found[0]}; take it out")
+    return faults
 
 
 def optional_columns(row: Row, kind: str) -> Row:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cotree.base.rows import Row, read_rows
 from cotree.data.kinds import check_file, check_template
-from cotree.models.encode import encode_dpo, encode_sft
+from cotree.models.encode import RowError, encode_dpo, encode_sft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,9 +49,16 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
                 line = f"{'right' if right else 'wrong':>8} │ {visible(step)}\n"
                 text.append(line, style="green" if right else "red")
         return text
-    lengths = []
+    lengths, refused = [], 0
     for index, row in enumerate(read_rows(path)):
-        parts, longest = _parts(row, kind, tokenizer)
+        try:
+            parts, longest = _parts(row, kind, tokenizer)
+        except RowError as error:
+            refused += 1
+            if index < rows or refused == 1:
+                fault = str(error).removeprefix("row 0: ")
+                text.append(f"\nrow {index}: cannot be trained on: {visible(fault)}\n", style="red")
+            continue
         lengths.append(longest)
         if index < rows:
             sizes = ", ".join(f"{len(ids)} {part}" for part, ids in parts.items())
@@ -62,8 +69,10 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
                     shown = visible(line.replace("\n", "⏎")) + "\n"
                     text.append(f"{part:>8} │ ", style="bold").append(shown, style=_STYLES[part])
     dropped = sum(length > max_tokens for length in lengths)
-    text.append(f"\n{count} rows of {min(lengths)} to {max(lengths)} tokens; ")
+    text.append(f"\n{len(lengths)} rows of {min(lengths, default=0)} to {max(lengths, default=0)} tokens; ")
     text.append(f"{dropped} would be dropped (over {max_tokens})")
+    if refused:
+        text.append(f"; {refused} rows that the chat template refuses or changes cannot be trained on", style="red")
     return text
 
 

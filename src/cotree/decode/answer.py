@@ -133,9 +133,11 @@ def decode(
     async def search() -> Decoded:
         async with open_endpoints(settings.asked_models(), widest=settings.widest) as endpoints:
             models, roles = SearchModels(endpoints), settings.roles
-            return await search_answer(
+            best = await search_answer(
                 kind, asked, models, settings, roles=roles, strategy=strategy, value=value, seed=seed, on_round=show
             )
+            best.spent.repeats = sum(client.counters.repeats for one in endpoints.values() for client in one.clients)
+            return best
 
     with first_cotree_error(), output.progress("tokens") as update:
         best = asyncio.run(search())
@@ -145,7 +147,8 @@ def decode(
         output.print("votes: " + ", ".join(f"{count:.3g} for “{answer}”" for answer, count in best.votes.items()))
     output.print(
         f"{best.chains} chains; {spent.completion_tokens} tokens generated, {spent.prompt_tokens} read "
-        f"({spent.cached_tokens} cached) in {spent.requests} calls; stopped by: {best.stopped}"
+        f"({spent.cached_tokens} cached) in {spent.requests} calls"
+        f"{f' (sent again after failures: {spent.repeats})' if spent.repeats else ''}; stopped by: {best.stopped}"
     )
     if best.answer is None:
         why = ": max_tokens cut them off" if best.cut_off else ""

@@ -64,13 +64,13 @@ class Difference:
         ]
 
 
-def compare_evaluations(first: Path, second: Path) -> list[Difference]:
+def compare_evaluations(first: str | Path, second: str | Path) -> list[Difference]:
     """Compare two evaluations row by row: folders of `cotree eval`, or of one model in an evaluation of a run.
 
     Raises:
         UsageError: one is no such folder, or they did not ask the same questions in the same way.
     """
-    left, right = samples_by_row(first), samples_by_row(second)
+    left, right = samples_by_row(Path(first)), samples_by_row(Path(second))
     names = (str(first), str(second))
     return [compare_row(row, left.get(row, {}), right.get(row, {}), names) for row in dict.fromkeys([*left, *right])]
 

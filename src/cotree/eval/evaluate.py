@@ -129,7 +129,7 @@ async def open_local(
 
 def evaluate_model(
     model: str,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     data: str | Path | None = None,
     split: Split = "test",
@@ -174,7 +174,9 @@ def evaluate_model(
     settings = {key: options.pop(key) for key in AskSettings.model_fields if key in options}
     settings["gguf"] = gguf or (None if model.endswith(".gguf") and ":" not in model else "Q8_0")
     asking = parse_section(AskSettings, settings, "")
-    questions = load_questions([(task, limit) for task in tasks], split, data=data, family=family)
+    questions = load_questions(
+        [(task, limit) for task in ([tasks] if isinstance(tasks, str) else tasks)], split, data=data, family=family
+    )
     if not questions:
         raise UsageError("name a task to evaluate on, e.g. --task gsm8k; `cotree tasks` lists them")
     available = {task.name: len(task.questions(split)) for task in {task for task, _ in questions}}

@@ -108,6 +108,8 @@ def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterato
         settings = node.settings
         if node.kind in ("trees", "evaluations"):
             yield name, f"{settings.split} questions", partial(_questions, fingerprints, node)
+            if settings.tokens_of is not None:
+                yield name, "tokens_of", partial(_tokens_of, fingerprints, node)
         if node.kind == "trees" and settings.reward is not None and settings.reward.function is not None:
             yield name, "reward function", partial(_reward_function, settings.reward.function)
         if node.kind == "datasets" and settings.trees and settings.gates.contamination:
@@ -147,6 +149,19 @@ def _reward_function(name: str) -> str:
 def _chat_template(recipe: Recipe, student: str) -> str:
     tokenizer_of(recipe, student)
     return "has a chat template"
+
+
+def _tokens_of(fingerprints: Fingerprints, node: Node[Any]) -> str:
+    """That the node whose tokens are another's budget has all questions of that one."""
+    other = fingerprints.recipe.nodes[f"{node.kind}/{node.settings.tokens_of}"]
+    there = {(question.task, question.id) for _, question in fingerprints.questions(other)}
+    lacking = [question for _, question in fingerprints.questions(node) if (question.task, question.id) not in there]
+    if lacking:
+        raise UsageError(
+            f"{node.kind}.{node.name}.tokens_of: `{other.name}` lacks question `{lacking[0].id}` of {lacking[0].task} "
+            f"({len(lacking)} are lacking); ask no more questions than it"
+        )
+    return "it has all questions"
 
 
 def _lengths(fingerprints: Fingerprints, node: Node[Evaluation], name: str) -> str:

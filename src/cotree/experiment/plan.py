@@ -61,7 +61,7 @@ class NodePlan:
         return {key: value for key, value in asdict(self).items() if key != "cells" or value is not None}
 
 
-def plan(recipe: Recipe, runs_dir: Path = Path("runs")) -> list[NodePlan]:
+def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
     """The plan of a recipe's run as it stands, a node each, in order.
 
     Raises:
@@ -101,9 +101,11 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
             if (cell.state, cell.why) != (each.state, each.why):
                 lines.append(f"{'':<{width}}    {cell.model}: {_with_reasons(cell)}")
     known = [each.seconds for each in plans if each.seconds]
+    unknown = any(each.state != "done" and each.seconds is None for each in plans)
     if known:
-        unknown = any(each.state != "done" and each.seconds is None for each in plans)
         lines.append(f"about {duration(sum(known))}{' and what is not known yet' if unknown else ''}")
+    elif unknown:
+        lines.append("how long it takes is known once a part of it has run here")
     return lines
 
 
@@ -126,7 +128,7 @@ def _plan_of(node: Node[Any], states: Sequence[State], estimates: _Estimates) ->
     if planned.state == "done":
         return planned
     try:
-        return estimates.add_to(planned, node, sum(each.state != "done" for each in states))
+        return estimates.add_to(planned, node, [each for each in states if each.state != "done"])
     except CotreeError:  # weights or questions are not here, as `why` says
         return planned
 
@@ -138,34 +140,40 @@ class _Estimates:
         self.recipe, self.run, self.fingerprints = recipe, run, fingerprints
         self.records, self.cells = run.nodes(), run.cells()
 
-    def add_to(self, planned: NodePlan, node: Node[Any], cells: int) -> NodePlan:
-        """The plan of a node with what it costs, of an evaluation with what so many of its cells cost."""
+    def add_to(self, planned: NodePlan, node: Node[Any], left: Sequence[State]) -> NodePlan:
+        """The plan of a node with what it costs. left: its state, or those of an evaluation's cells not done."""
         if node.kind == "datasets":
             return planned
         if node.kind == "students":
             return self._add_training(planned, node)
         if node.kind == "trees":
-            tokens = self._tokens_of_trees(node)
+            tokens = self._tokens_of_trees(node, left[0].state)
             done = [record for name, record in self.records.items() if record.done and name.startswith("trees/")]
         else:
             done = [record for record in self.cells.values() if record.done]
-            tokens = self._tokens_of_cell(node, done) * cells
+            tokens = sum(self._tokens_of_cell(node, each, done) for each in left)
         speed = _tokens_a_second(done)
         return replace(planned, tokens=tokens, seconds=_tenths_up(tokens / speed) if speed else None)
 
-    def _tokens_of_cell(self, node: Node[Evaluation], done: Sequence[NodeRecord]) -> int:
-        """The tokens of a budget or of the cells that were answered, else half of what a reply may have."""
-        each = node.settings.budget_tokens or node.settings.max_tokens / 2
-        if done and node.settings.budget_tokens is None:
+    def _tokens_of_cell(self, node: Node[Evaluation], cell: State, done: Sequence[NodeRecord]) -> int:
+        """The tokens of a budget or of replies with this max_tokens, else half of it, for each question left."""
+        settings, limit = node.settings, node.settings.max_tokens
+        each = settings.budget_tokens or limit / 2
+        alike = [record.result for record in done if record.result["asking"]["max_tokens"] == limit]
+        if alike and settings.budget_tokens is None:
             each = fmean(
-                record.result["tokens"]["completion"]
-                / max(sum(row["n"] * row["samples"] for row in record.result["rows"]), 1)
-                for record in done
+                result["tokens"]["completion"] / max(sum(row["n"] * row["samples"] for row in result["rows"]), 1)
+                for result in alike
             )
-        return round(len(self.fingerprints.questions(node)) * node.settings.samples * each)
+        questions = len(self.fingerprints.questions(node))
+        record = self.cells.get((node.name, str(cell.model)))
+        if cell.state == "partial" and record is not None:
+            questions = max(questions - sum(row["n"] for row in record.result.get("rows", ())), 0)
+        return round(questions * settings.samples * each)
 
-    def _tokens_of_trees(self, node: Node[Trees]) -> int:
-        """Measured tokens a tree where this node has trees, else what its patterns write."""
+    def _tokens_of_trees(self, node: Node[Trees], state: str = "new") -> int:
+        """Measured tokens a tree for those that are left, where this node has trees of its settings; else what its
+        patterns write."""
         settings = node.settings
         questions = len(self.fingerprints.questions(node))
         if settings.tokens_of is not None:
@@ -173,8 +181,9 @@ class _Estimates:
             return round(self._tokens_of_trees(other) * questions / len(self.fingerprints.questions(other)))
         record = self.records.get(node.id)
         counts = record.result.get("counts", {}) if record else {}
-        if counts.get("trees"):
-            return round(float(counts["tokens"]["completion"]) * questions / int(counts["trees"]))
+        if counts.get("trees") and state != "changed":
+            left = max(questions - int(counts["trees"]), 0) if state == "partial" else questions
+            return round(float(counts["tokens"]["completion"]) * left / int(counts["trees"]))
         thoughts = fmean(_thoughts_of_tree(pattern, settings.rollouts) for pattern in settings.patterns.values())
         tree = thoughts * settings.max_thought_tokens * _THOUGHT_FILL
         return round(questions * min(tree, settings.stop.tokens or tree))

@@ -111,7 +111,9 @@ class Recipe:
         for name in wanted:
             meant = [n.id for n in self.nodes.values() if name in (n.id, f"{n.kind}/{n.entry}", n.kind)]
             if not meant:
-                raise UsageError(f"--only: unknown node `{name}`; {nearest(name, [*self.nodes, *KINDS])}")
+                known = [n.id for n in self.nodes.values() if n.name == name] or [*self.nodes, *KINDS]
+                hint = f"did you mean `{known[0]}`?" if len(known) == 1 else nearest(name, known)
+                raise UsageError(f"--only: unknown node `{name}`; {hint}")
             found.update(meant)
         for node in reversed(list(self.nodes.values())):
             if node.id in found:
@@ -119,12 +121,13 @@ class Recipe:
         return [name for name in self.nodes if name in found]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe (a YAML file, or a run folder, whose own recipe it then is) and apply `a.b.c=value` overrides.
 
     Raises:
         UsageError: one line that names the file, the key and the fix.
     """
+    path = Path(path)
     if path.is_dir():
         if not (path / "recipe.yaml").is_file():
             raise UsageError(f"{path} is a folder without a recipe.yaml; name a recipe file, or a run folder")
@@ -218,7 +221,11 @@ def _node(entry: Entry, seed: int) -> Node[Any]:
     else:
         settings = parse_section(sections[entry.kind], entry.values, where)
     for name in getattr(settings, "questions", ()):  # of trees and evaluations
-        if name not in TASKS and not is_own_task(name):
+        if is_own_task(name):
+            file = re.sub(r"(?<=\.py):\w*$", "", name)
+            if not os.path.isfile(file):
+                raise UsageError(f"{where}.questions: no task file at {file}")
+        elif name not in TASKS:
             raise UsageError(f"{where}.questions: unknown task `{name}`; {nearest(name, TASKS)}")
     seed = seed if entry.seed is None else entry.seed
     return Node(entry.kind, entry.name, entry.entry, entry.like, seed, settings, entry.reads)
@@ -246,6 +253,10 @@ def _check_fit(recipe: Recipe, node: Node[Any]) -> None:
             raise UsageError(f"{where}.reward.process: `{process}` writes; it needs a model with `mode: pooling`")
     elif isinstance(settings, Evaluation):
         writers = [*settings.models]
+        if settings.tokens_of is not None:
+            there = recipe.nodes[f"evaluations/{settings.tokens_of}"].settings.models
+            if lacking := [name for name in writers if name not in there]:
+                raise UsageError(f"{where}.tokens_of: `{settings.tokens_of}` does not ask `{lacking[0]}`; add it there")
     elif isinstance(settings, Dataset):
         own = [kind for name in settings.trees for kind in recipe.nodes[f"trees/{name}"].settings.thoughts]
         for kind in settings.leave_out:
@@ -286,7 +297,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     """Change one value of a written recipe; entries that are like the changed one follow."""
     kind, *names = override.partition("=")[0].split(".")
     entries = raw.get(kind) or {}
-    if kind in KINDS and len(names) > 1 and names[0] not in entries:
+    if kind in ("models", *KINDS) and len(names) > 1 and names[0] not in entries:
         raise UsageError(f"`{override}`: unknown {kind} entry `{names[0]}`; {nearest(names[0], entries)}")
     apply_override(raw, override, "students.dpo.beta=0.3")
 

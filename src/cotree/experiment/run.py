@@ -37,10 +37,10 @@ from cotree.report.table import summary_lines
 
 def run(
     recipe: Recipe,
-    runs_dir: Path = Path("runs"),
+    runs_dir: str | Path = "runs",
     *,
-    only: Sequence[str] = (),
-    source: Path | None = None,
+    only: str | Sequence[str] = (),
+    source: str | Path | None = None,
     regrow: bool = False,
     output: Output | None = None,
 ) -> RunFolder:
@@ -59,10 +59,11 @@ def run(
         CotreeError: work failed after it had started; the same call resumes it.
     """
     output = output or Output()
+    source = None if source is None else Path(source)
     folder = run_folder(recipe, runs_dir)
     recipe = pinned(recipe, folder)
     fingerprints = Fingerprints(recipe)
-    wanted = recipe.with_needed(only) if only else list(recipe.nodes)
+    wanted = recipe.with_needed([only] if isinstance(only, str) else only) if only else list(recipe.nodes)
     states = states_of(folder, fingerprints, wanted)
     for state in states:
         if state.fingerprint is None:
@@ -119,9 +120,10 @@ def _write_results(folder: RunFolder, recipe: Recipe, output: Output, out: Path 
 
     summary = summarize_run(folder, [(node.id, reads(node)) for node in recipe.nodes.values()])
     write_summary(folder, summary)
+    page = write_report(folder, summary, out)  # before anything is printed, which a closed pipe ends
     for line in summary_lines(summary):
         output.print(line)
-    return write_report(folder, summary, out)
+    return page
 
 
 def _bring_up_to_date(worker: Worker, state: State) -> None:

@@ -40,12 +40,13 @@ class State:
         return self.node.id if self.model is None else f"{self.node.id}/{self.model}"
 
 
-def run_folder(recipe: Recipe, runs_dir: Path) -> RunFolder:
+def run_folder(recipe: Recipe, runs_dir: str | Path) -> RunFolder:
     """The folder of a recipe's run: the one that it was read from, or `runs_dir/NAME`; it may not be there yet.
 
     Raises:
         UsageError: there is something else, or a run of an older cotree.
     """
+    runs_dir = Path(runs_dir)
     if recipe.home is not None:
         return find_run(recipe.home)
     path = runs_dir / recipe.name

@@ -275,6 +275,7 @@ def _show_search(update: Update, progress: Progress) -> None:
     seconds = max(progress.seconds, 1e-9)
     speed = f"{progress.thoughts / seconds:.1f} thoughts/s, {progress.tokens / seconds:.0f} tokens/s"
     cost = f", cost {progress.cost:.2f}" if progress.cost else ""
+    cost += f", {progress.repeats} requests sent again after failures" if progress.repeats else ""
     left = progress.trees_wanted - progress.trees
     until = duration(seconds / max(progress.trees - progress.trees_before, 1) * left)
     update(progress.trees, progress.trees_wanted, f"{verdicts}; {speed}{cost}; about {until} left")

@@ -11,11 +11,12 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import parsedate_to_datetime
-from typing import Self
+from functools import partial
+from typing import Self, TypeVar
 
 import aiohttp
 from yarl import URL
@@ -23,13 +24,26 @@ from yarl import URL
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import one_line
 from cotree.models.settings import RequestMode
-from cotree.models.wire import Choice, Completion, Counters, Failure, Request, error_message, model_names, read_reply
+from cotree.models.wire import (
+    Choice,
+    Completion,
+    Counters,
+    Failure,
+    Request,
+    error_message,
+    error_status,
+    model_names,
+    read_reply,
+)
 
 __all__ = ["Choice", "Client", "Completion", "Counters", "Request"]
 
 ATTEMPTS = 40
+# Of a reply that was paid for and is of no use: too few choices, or one that broke off.
+_PAID_ATTEMPTS = 5
 _CONNECT_SECONDS = 10.0
 _LONGEST_BACKOFF = 15.0
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -40,11 +54,12 @@ class Client:
     max_in_flight: requests at once; a request that waits to be repeated keeps its place, so that a failing server is
         asked less.
     count_tokens: length of a text in the model's tokens, where the server does not report it.
+    omit, rename: parameters that are not sent, or sent under another name.
     timeout, seconds_per_token: an attempt may take `timeout + seconds_per_token * max_tokens * n` seconds.
     attempts, patience: no new attempt after this many, or this many seconds after the first failure.
     backoff: seconds; the k-th repetition waits uniform(0, min(15, backoff * 2**(k-1))), or what `Retry-After` asks.
 
-    `counters` has the requests and tokens so far.
+    `counters` has the requests, repetitions and tokens so far.
     """
 
     name: str
@@ -54,6 +69,8 @@ class Client:
     max_in_flight: int
     count_tokens: Callable[[str], int]
     api_key: str | None = field(default=None, repr=False)
+    omit: Sequence[str] = ()
+    rename: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 60.0
     seconds_per_token: float = 0.5
     attempts: int = ATTEMPTS
@@ -91,57 +108,73 @@ class Client:
         """Generate `request.n` samples, with retries. Cancelling closes the connection and frees the slot.
 
         Raises:
-            CotreeError: the server refuses the request (4xx other than 429), or no attempt is left.
+            CotreeError: the server refuses the request or would give the same reply again, or no attempt is left.
         """
         limits = _limits(self.timeout + self.seconds_per_token * request.max_tokens * request.n)
-        attempts, deadline = 0, math.inf
         async with self._slots:
-            while True:
-                result = await self._attempt(request, limits)
-                if isinstance(result, Completion):
-                    return result
-                attempts += 1
-                now = time.monotonic()
-                deadline = min(deadline, now + self.patience)
-                longest = min(_LONGEST_BACKOFF, self.backoff * 2 ** min(attempts - 1, 20))
-                wait = (result.wait or 0.0) + self._jitter.uniform(0.0, longest)
-                if result.wait is None or attempts >= self.attempts or now + wait > deadline:
-                    break
-                await asyncio.sleep(wait)
-        tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-        raise CotreeError(f"{self}: {result.reason} ({tried}); fix that, then re-run the same command to resume")
+            result = await self._repeated(partial(self._attempt, request, limits))
+        if isinstance(result, Completion):
+            return result
+        raise CotreeError(f"{self}: {result.reason}; fix that, then re-run the same command to resume")
+
+    async def _repeated(self, attempt: Callable[[], Awaitable[T | Failure]]) -> T | Failure:
+        """Try until something else than a failure comes, or the last failure, which says how often it was tried."""
+        attempts, paid, deadline = 0, 0, math.inf
+        while True:
+            result = await attempt()
+            if not isinstance(result, Failure):
+                return result
+            attempts, paid = attempts + 1, paid + (result.counted is not None)
+            now = time.monotonic()
+            deadline = min(deadline, now + self.patience)
+            longest = min(_LONGEST_BACKOFF, self.backoff * 2 ** min(attempts - 1, 20))
+            wait = (result.wait or 0.0) + self._jitter.uniform(0.0, longest)
+            spent = attempts >= self.attempts or paid >= _PAID_ATTEMPTS or now + wait > deadline
+            if result.wait is None or spent:
+                tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+                return replace(result, reason=f"{result.reason} ({tried})")
+            await asyncio.sleep(wait)
+            self.counters.repeats += 1
 
     async def find_problem(self, mode: RequestMode = "completions") -> str:
         """Why the server cannot be asked, and the fix, in one line; "" if it is there and serves the model.
 
         Costs no tokens unless the server does not list the model: some (llama.cpp, Ollama) answer to other names too,
-        and some list none, so one token is asked for.
+        and some list none, so one token is asked for. A server that is busy or still loading is waited for as by a
+        request; one that cannot be connected to is not.
 
         Args:
             mode: how the model will be asked.
         """
         limits = _limits(2 * _CONNECT_SECONDS)
-        status, content = 0, b""
-        try:
-            async with self._session.get(self._root / "v1/models", timeout=limits, allow_redirects=False) as reply:
-                status, content = reply.status, await reply.read()
-            problem = "" if status in (200, 404, 405, 501) else self._refusal(status, content)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            problem = _connection_failure(error, limits).reason
-        if problem:
-            fix = "fix that" if status else "start the server or correct the recipe's `url`"
-            return f"{self}: {problem}; {fix}, then run the same command again"
-        served = model_names(content)
+        served = await self._repeated(partial(self._listed_models, limits))
+        if isinstance(served, Failure):
+            return f"{self}: {served.reason}{_advice(served)}, then run the same command again"
         if self.model in served:
             return ""
         rendered = mode == "completions"
         messages = () if rendered else (("user", "Hi"),)
         request = Request("Hi" if rendered else "", messages=messages, scores=mode == "pooling")
-        result = await self._attempt(request, limits)
+        result = await self._repeated(partial(self._attempt, request, limits))
         if isinstance(result, Completion):
             return ""
-        listed = f"the server lists {', '.join(served[:8])}: set `model` to one" if served else "fix that"
-        return f"{self}: {result.reason}; {listed}"
+        if served and result.wait is None:
+            return f"{self}: {result.reason}; the server lists {', '.join(served[:8])}: set `model` to one"
+        return f"{self}: {result.reason}{_advice(result)}, then run the same command again"
+
+    async def _listed_models(self, limits: aiohttp.ClientTimeout) -> list[str] | Failure:
+        """The names that the server lists, none where it has no such page."""
+        try:
+            async with self._session.get(self._root / "v1/models", timeout=limits, allow_redirects=False) as reply:
+                status, content = reply.status, await reply.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            failure = _connection_failure(error, limits)
+            lost = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            fix = "; start the server or correct the recipe's `url`"
+            return Failure(failure.reason + fix, None) if lost else failure
+        if status in (200, 404, 405, 501):
+            return model_names(content)
+        return Failure(self._refusal(status, content), _wait_after(status, reply.headers.get("Retry-After")))
 
     async def _attempt(self, request: Request, limits: aiohttp.ClientTimeout) -> Completion | Failure:
         """Send the request once and count its tokens; raises only when cancelled.
@@ -150,7 +183,7 @@ class Client:
         """
         self.counters.requests += 1
         started = time.perf_counter()
-        url, body = self._root / request.path, request.body(self.model)
+        url, body = self._root / request.path, request.body(self.model, self.omit, self.rename)
         try:
             # A redirected POST would become a GET, and the key would go wherever it points.
             async with self._session.post(url, data=body, timeout=limits, allow_redirects=False) as reply:
@@ -162,7 +195,8 @@ class Client:
         except asyncio.CancelledError:
             self._count_prompt(request)
             raise
-        if reply.status == 200:
+        status = error_status(content, reply.status)
+        if status == 200:
             result = read_reply(content, request, self.count_tokens)
             counted = result if isinstance(result, Completion) else result.counted
             if counted is None:
@@ -172,9 +206,7 @@ class Client:
             seconds = time.perf_counter() - started
             return replace(result, seconds=seconds) if isinstance(result, Completion) else result
         reason = self._refusal(reply.status, content)
-        if reply.status != 429 and reply.status < 500:
-            return Failure(reason, wait=None)
-        wait = _retry_after(reply.headers.get("Retry-After"))
+        wait = _wait_after(status, reply.headers.get("Retry-After"))
         return Failure(f"{reason}, asks to wait {wait:g} s" if wait else reason, wait)
 
     def _count_prompt(self, request: Request) -> None:
@@ -187,7 +219,8 @@ class Client:
         if self.api_key:  # servers like to quote it
             text = text.replace(self.api_key, "***")
         fix = {401: ": check the API key", 403: ": check the API key", 404: ": check `url`, `model` and `mode`"}
-        return f"HTTP {status}{f' ({text[:300]})' if text else ''}{fix.get(status, '')}"
+        error = " with an error" if status == 200 else ""
+        return f"HTTP {status}{error}{f' ({text[:300]})' if text else ''}{fix.get(status, '')}"
 
 
 def _root_url(name: str, url: str) -> URL:
@@ -219,6 +252,19 @@ def _connection_failure(error: Exception, limits: aiohttp.ClientTimeout) -> Fail
     if isinstance(error, TimeoutError):
         return Failure(f"no answer within {limits.total:.0f} s")
     return Failure(f"the connection broke ({reason})")
+
+
+def _advice(failure: Failure) -> str:
+    """What to do about a server that is not ready."""
+    if "; start the server" in failure.reason:
+        return ""
+    return "; fix that" if failure.wait is None else "; wait until it is ready"
+
+
+def _wait_after(status: int, retry_after: str | None) -> float | None:
+    """The least seconds until a refusal may have passed, None for one that will be the same again."""
+    passes = status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
+    return _retry_after(retry_after) if passes else None
 
 
 def _retry_after(value: str | None) -> float:

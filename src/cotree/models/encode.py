@@ -2,7 +2,8 @@
 
 Invariant: the ids of a chain are the template's rendering of the whole conversation, tokenised in one piece, and the
 ids of its prompt are what a server reads before it generates. Nothing is ever cut: a row that is too long is left out
-and counted. Imports neither torch nor transformers, so that datasets can count tokens as the trainer will.
+and counted. What is scored is the row's own words: a row that a template would change is none. Imports neither torch
+nor transformers, so that datasets can count tokens as the trainer will.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from unicodedata import normalize
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row
@@ -22,6 +25,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Sequence[dict[str, str]]  # messages: a role and a content each
+# The date in every prompt whose template prints today's: Llama 3.2's own where it does not know the day.
+_TODAY = datetime(2024, 7, 26)
+_DATES = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+# What opens or ends a turn under the chat templates of others: in a text it is a turn that leaked, whoever the student.
+_TURN_TOKENS = {
+    "ChatML: Qwen, SmolLM, Yi": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    "Llama 3 headers": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "Llama 3 texts": ("<|begin_of_text|>", "<|end_of_text|>"),
+    "Gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "Phi, GLM, Zephyr": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+    "Granite": ("<|start_of_role|>", "<|end_of_role|>"),
+    "Command R": ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+    "DeepSeek": ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+}
 
 
 class _TokenCounts:
@@ -88,43 +105,117 @@ class Encoded(Generic[EncodedRow]):
     too_long: int
 
 
+class RowError(UsageError):
+    """A row that cannot be trained on under this chat template, in one line; the other rows can.
+
+    Attributes:
+        reason: `template_refuses` (it cannot render the row) or `template_changes` (words would be lost or added).
+    """
+
+    def __init__(self, reason: str, fault: str) -> None:
+        super().__init__(fault)
+        self.reason = reason
+
+
 def encode_chains(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Turns, Turns]]) -> list[EncodedChain]:
+    """Encode as `encode_each`, where every row must be one that can be trained on.
+
+    Raises:
+        RowError: one is not; the message names it.
+        UsageError: as `encode_each`.
+    """
+    chains = []
+    for index, chain in enumerate(encode_each(tokenizer, chats)):
+        if isinstance(chain, RowError):
+            raise RowError(chain.reason, f"row {index}: {chain}")
+        chains.append(chain)
+    return chains
+
+
+def encode_each(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Turns, Turns]]
+) -> list[EncodedChain | RowError]:
     """Encode pairs of (prompt messages, completion messages) as the trainer will see them.
 
     A completion is one assistant message. Its ids end with the token that ends the turn; what a template adds after it
     (SmolLM2 and Qwen add a newline) is left out, because generation stops there: a student never writes those tokens,
     and a loss over them would look better than it is.
 
+    Returns:
+        In place of a chain what is wrong with it: the template cannot render it; the prompt's tokens are not a prefix
+        of the whole conversation's (the template rewrites earlier turns, or a merge crosses the boundary); a question
+        is not in the prompt as it is written, or the scored tokens are other words than the completion's.
+
     Raises:
-        UsageError: a completion is not one assistant message, the prompt's tokens are not a prefix of the whole
-            conversation's (the template rewrites earlier turns, or a merge crosses the boundary), or the template does
-            not end an assistant turn with a special token, so that the student could not learn to stop.
+        UsageError: a completion is not one assistant message, or the template does not end an assistant turn with a
+            special token, so that the student could not learn to stop.
     """
     for index, (_, completion) in enumerate(chats):
         if len(completion) != 1 or completion[0].get("role") != "assistant":
             raise UsageError(f"row {index}: a completion must be one assistant message")
     # The chains of a tree have one prompt: it is rendered and tokenised once.
     distinct = {json.dumps(prompt): prompt for prompt, _ in chats}
-    rendered = [_render(tokenizer, prompt, add_generation_prompt=True) for prompt in distinct.values()]
-    ids_of = dict(zip(distinct, _ids(tokenizer, rendered), strict=True))
-    rendered = [_render(tokenizer, [*prompt, *answer], add_generation_prompt=False) for prompt, answer in chats]
-    wholes = _ids(tokenizer, rendered)
+    prompts = {
+        key: _rendered_or_fault(tokenizer, prompt, add_generation_prompt=True) for key, prompt in distinct.items()
+    }
+    wholes = [
+        _rendered_or_fault(tokenizer, [*prompt, *answer], add_generation_prompt=False) for prompt, answer in chats
+    ]
+    texts = list(dict.fromkeys(text for text in [*prompts.values(), *wholes] if isinstance(text, str)))
+    ids_of = dict(zip(texts, _ids(tokenizer, texts), strict=True))
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.add(tokenizer.eos_token_id)
-    chains = []
-    for index, ((prompt, _), whole) in enumerate(zip(chats, wholes, strict=True)):
-        prompt_ids = ids_of[json.dumps(prompt)]
-        if whole[: len(prompt_ids)] != prompt_ids:
-            fault = f"row {index}: under this chat template the prompt's tokens are not a prefix of prompt + completion"
-            raise UsageError(f"{fault}; the student would be trained on other tokens than it is asked with")
-        completion_ids = whole[len(prompt_ids) :]
+    chains: list[EncodedChain | RowError] = []
+    for (prompt, answer), whole in zip(chats, wholes, strict=True):
+        asked = prompts[json.dumps(prompt)]
+        if isinstance(asked, RowError) or isinstance(whole, RowError):
+            chains.append(asked if isinstance(asked, RowError) else whole)  # type: ignore[arg-type]
+            continue
+        prompt_ids, completion_ids = ids_of[asked], ids_of[whole][len(ids_of[asked]) :]
+        if ids_of[whole][: len(prompt_ids)] != prompt_ids:
+            fault = "under this chat template the prompt's tokens are not a prefix of prompt + completion"
+            chains.append(_changed(f"{fault}; the student would be trained on other tokens than it is asked with"))
+            continue
         end = max((at for at, token in enumerate(completion_ids) if token in special), default=-1) + 1
         if end == 0 or tokenizer.decode(completion_ids[end:]).strip():
             fault = "this chat template does not end an assistant turn with a special token"
             fix = "take an instruct model whose template has an end-of-turn token"
             raise UsageError(f"{fault}: the student could not learn to stop; {fix}")
-        chains.append(EncodedChain(prompt_ids, completion_ids[:end]))
+        own, fault = completion_ids[:end], "nothing of it is scored"
+        while fault and own and own[-1] in special:  # a turn may end with several of them
+            own = own[:-1]
+            scored = tokenizer.decode(own, clean_up_tokenization_spaces=False)
+            fault = _change(prompt, asked, answer[0]["content"], scored)
+        chains.append(_changed(fault) if fault else EncodedChain(prompt_ids, completion_ids[:end]))
     return chains
+
+
+def _changed(fault: str) -> RowError:
+    return RowError("template_changes", f"{fault}; use another `tokenizer` or student, or write the rows otherwise")
+
+
+def _change(prompt: Turns, asked: str, completion: str, scored: str) -> str:
+    """What the chat template changes of a row, or nothing; white space around the whole and around think tags is free.
+
+    Earlier replies may lose their reasoning, as they do where the student is asked.
+
+    Args:
+        asked: the rendered prompt. scored: the words that training scores, without the end of turn.
+    """
+    for message in prompt:
+        if message["role"] != "assistant" and message["content"].strip() not in asked:
+            return f"the chat template does not print the {message['role']}'s message as it is written"
+    written, trained = _words(completion), _words(scored)
+    if trained == written or (asked.rstrip().endswith("<think>") and f"<think>{trained}" == written):
+        return ""
+    at = prefix_tokens(written, trained)
+    ours, theirs = (repr(text[max(at - 10, 0) : at + 30]) for text in (written, trained))
+    return f"the chat template changes the completion: {ours} would be trained as {theirs}"
+
+
+def _words(text: str) -> str:
+    """A text as it is compared: many tokenizers compose its characters, and templates lay out the thinking."""
+    return re.sub(r"\s*(</?think>)\s*", r"\1", normalize("NFC", text).strip())
 
 
 def encode_sft(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_tokens: int) -> Encoded[EncodedChain]:
@@ -159,25 +250,33 @@ def unfinished_turn(chain: EncodedChain) -> EncodedChain:
     return EncodedChain(chain.prompt, chain.completion[:-1])
 
 
-def prefix_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens that two completions share at their start."""
+def prefix_tokens(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The number of tokens (or letters) that two completions share at their start."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
 
 
-def special_words(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """A pattern of the special tokens' names, which the tokenizer reads as these tokens wherever a text has them."""
-    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+def special_words(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
+    """A pattern of the names that no text may have: those of this tokenizer's special tokens, which it would read as
+    the tokens themselves, and of what opens or ends a turn under the templates of others (these alone for None)."""
+    own = () if tokenizer is None else tokenizer.added_tokens_decoder.values()
+    names = [name for names in _TURN_TOKENS.values() for name in names]
+    names += [token.content for token in own if token.special and token.content]
+    return re.compile("|".join(map(re.escape, names)))
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides how messages become tokens: chat template, special tokens, the ids of a sample text.
+    """A hash of what decides how messages become tokens: chat template and what it renders a sample conversation to,
+    special tokens, the ids of a sample text.
 
     Rows that were selected by token counts under one tokenizer must not be trained under another: their hashes differ.
     """
     sample = "It's 1,024 \\boxed{-3.5}\n\n  12 naïve 日本 Wait! x_1 = \t7"
     template, special = tokenizer.chat_template, (tokenizer.eos_token, tokenizer.bos_token)
-    parts = [template, *special, len(tokenizer), *_ids(tokenizer, [sample])]
+    chat = [{"role": "user", "content": sample}, {"role": "assistant", "content": f"<think>\n{sample}\n</think>\n\n7"}]
+    rendered = [
+        str(_rendered_or_fault(tokenizer, turns, add_generation_prompt=len(turns) == 1)) for turns in (chat[:1], chat)
+    ]
+    parts = [template, *rendered, *special, len(tokenizer), *_ids(tokenizer, [sample])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -213,13 +312,27 @@ def _render(
     from jinja2 import TemplateError
 
     turns = [dict(message) for message in messages]
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template:  # a function passed to a template becomes a text
+        today = _DATES.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
+        options["chat_template"] = today
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, ValueError) as error:
+        text = tokenizer.apply_chat_template(turns, **options)
+    except (TemplateError, ValueError, TypeError, LookupError) as error:  # a template can do what any program can
         roles = ", ".join(turn["role"] for turn in turns)
         fault = f"the chat template cannot render a conversation of {roles}: {error}"
         raise UsageError(f"{fault}; use another `tokenizer` or student") from error
     return str(text)
+
+
+def _rendered_or_fault(
+    tokenizer: PreTrainedTokenizerBase, messages: Turns, *, add_generation_prompt: bool
+) -> str | RowError:
+    try:
+        return _render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    except UsageError as error:
+        return RowError("template_refuses", str(error))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

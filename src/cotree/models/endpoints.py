@@ -94,6 +94,8 @@ async def open_endpoints(
                     max_in_flight=model.max_in_flight,
                     count_tokens=token_counter(tokenizer),
                     api_key=api_key,
+                    omit=model.omit,
+                    rename=dict(model.rename.items()),
                     timeout=timeout,
                     attempts=attempts,
                 )

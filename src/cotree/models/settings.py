@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from cotree.base.settings import NOT_CONTENT, Section
 
 GGUFType = Literal["F32", "F16", "Q8_0"]
+# `n` samples and `stop` strings are what a search is made of; no server that refuses them can be used.
+Parameter = Literal["max_tokens", "temperature", "top_p", "seed", "add_generation_prompt", "continue_final_message"]
 RequestMode = Literal["completions", "chat", "pooling"]
 
 
@@ -32,6 +34,9 @@ class Model(Section):
         `/v1/chat/completions`, and needs no tokenizer; `pooling` is a process reward model behind vLLM's `/pooling`,
         which writes nothing and scores the steps of a chain.
     max_in_flight: requests a server at once; a large server is used better with more, a small one only queues them.
+    omit: parameters that the server refuses and that are not sent; its own values then hold, so this is content.
+    rename: other names for parameters that it knows by them (`{max_tokens: max_completion_tokens}`); the values are the
+        same, so this is not.
     api_key_env: the environment variable that holds the server's API key.
     """
 
@@ -42,6 +47,8 @@ class Model(Section):
     model: str = "default"
     tokenizer: str | None = None
     mode: RequestMode = "completions"
+    omit: tuple[Parameter, ...] = ()
+    rename: Annotated[dict[Parameter, str], NOT_CONTENT] = Field(default_factory=dict)
     api_key_env: Annotated[str | None, NOT_CONTENT] = None
     max_in_flight: Annotated[int, NOT_CONTENT] = Field(16, ge=1)
     price: Annotated[Price | None, NOT_CONTENT] = None
@@ -52,6 +59,8 @@ class Model(Section):
             raise ValueError("give exactly one of `weights` (in this process) or `url` (a server)")
         if self.weights is not None and self.mode != "completions":
             raise ValueError(f"`mode: {self.mode}` is for servers; weights in this process continue text exactly")
+        if self.weights is not None and (self.omit or self.rename):
+            raise ValueError("`omit` and `rename` are for servers; weights in this process take every parameter")
         if self.urls and self.mode == "completions" and self.tokenizer is None:
             raise ValueError("a `url` model needs `tokenizer` (hub id or folder): prompts are rendered on this side")
         return self

@@ -237,7 +237,7 @@ def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
 
     Weights: `{"weights": sha256, "gguf": type}`, with the sha256 of the `base` of a transformers folder, and a
     `tokenizer` that is not the weights' own. A served model: `{"model": name, "tokenizer": hub id or sha256}`, and its
-    `mode` where it is not asked for completions of rendered prompts.
+    `mode` where it is not asked for completions of rendered prompts, and what `omit` keeps from it.
 
     Args:
         gguf: the type at which weights are served, by default the model's own.
@@ -249,8 +249,9 @@ def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
     if tokenizer is not None and Path(tokenizer).exists():  # by its content, so that it may be moved
         tokenizer = _content_sha256(Path(tokenizer))
     if model.weights is None:
-        served = {"model": model.model, "tokenizer": tokenizer}
-        return served if model.mode == "completions" else served | {"mode": model.mode}
+        served: dict[str, Any] = {"model": model.model, "tokenizer": tokenizer}
+        served |= {} if model.mode == "completions" else {"mode": model.mode}
+        return served | ({"omit": sorted(model.omit)} if model.omit else {})
     source = locate(model.weights)
     found = {"weights": _content_sha256(source)}
     if source.is_dir():

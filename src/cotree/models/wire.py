@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, Literal
 
@@ -16,8 +16,12 @@ from cotree.base.progress import one_line
 from cotree.models.settings import Price
 
 FinishReason = Literal["stop", "length"]
-# `finish_reason` as servers give it. Anything else ("abort", "tool_calls", null) is a reply that broke off.
-_STOPPED, _CUT_OFF = ("stop", "eos_token", "stop_sequence"), ("length", "content_filter")
+# `finish_reason` as servers give it. A text with any other ("eos", "end_turn") is whole.
+_CUT_OFF = ("length", "content_filter", "max_tokens", "model_length")
+_BROKE_OFF = ("abort", "error", "cancelled", "insufficient_system_resource")
+_TOOL_CALLS = ("tool_calls", "function_call")
+# An error's `code` or `type` where an account is empty: HTTP 429, too, but no wait helps.
+_NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,19 @@ class Request:
         """Where a server takes such requests, relative to its root URL."""
         return "pooling" if self.scores else "v1/chat/completions" if self.messages else "v1/completions"
 
-    def body(self, model: str) -> bytes:
-        """The JSON to post to `path`; `model` is the model's name at the server."""
+    def body(self, model: str, omit: Sequence[str] = (), rename: Mapping[str, str] | None = None) -> bytes:
+        """The JSON to post to `path`.
+
+        Args:
+            model: the model's name at the server.
+            omit: parameters that are not sent.
+            rename: other names of parameters.
+        """
+        names = rename or {}
+        body = {names.get(name, name): value for name, value in self._parameters(model).items() if name not in omit}
+        return json.dumps(body).encode()
+
+    def _parameters(self, model: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": model}
         if self.messages:
             turns = [{"role": role, "content": content} for role, content in self.messages]
@@ -83,13 +98,13 @@ class Request:
         else:
             body["prompt"] = self.prompt
         if self.scores:
-            return json.dumps(body).encode()
+            return body
         for name in ("n", "max_tokens", "temperature", "top_p", "seed"):
             body[name] = getattr(self, name)
         body["stop"] = self.stop or None  # some servers refuse an empty list
         if self.logprobs:
             body |= {"logprobs": True, "top_logprobs": 1} if self.messages else {"logprobs": 1}
-        return json.dumps(body).encode()
+        return body
 
     def prompt_text(self) -> str:
         """The text that the model reads, without what a server's chat template adds: for counting tokens."""
@@ -146,12 +161,14 @@ class Counters:
     prompt_tokens, cached_tokens, completion_tokens: as the server reported them, those of unusable replies included.
         `prompt_tokens` has those of attempts, too, on which the server may have worked without a readable reply
         (timeout, reset, cancelled, garbage); what these generated is unknown.
+    repeats: attempts that repeated a failed one.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    repeats: int = 0
 
     def add(self, completion: Completion) -> None:
         """Count the tokens of a reply."""
@@ -211,15 +228,22 @@ def _read_choice(
     message = _mapping(entry.get("message"))
     text = message.get("content") if request.messages else entry.get("text")
     reason = entry.get("finish_reason")
-    if not isinstance(text, str) or reason not in (*_STOPPED, *_CUT_OFF):
-        return Failure("a choice of the reply has no text or did not finish")
-    if request.messages:  # some servers repeat the assistant's words that they were given
-        text = text.removeprefix(request.prompt)
+    reason = str(reason or "").casefold()
+    if reason in _BROKE_OFF or (text == "" and not reason):
+        words = f": {error_message(json.dumps(entry))[:300]}" if entry.get("error") else ""
+        return Failure(f"a choice of the reply broke off ({reason or 'empty, without finish_reason'}{words})")
+    if reason in _TOOL_CALLS:
+        return Failure("the model calls a tool instead of writing; start the server without a tool parser", None)
     if not text and (message.get("reasoning_content") or message.get("reasoning")):
         return Failure("the server keeps the reasoning apart from the text; start it without a reasoning parser", None)
+    if not isinstance(text, str):
+        return Failure("a choice of the reply has no text; does `mode` fit the server?", None)
+    if request.messages:  # some servers repeat the assistant's words that they were given
+        text = text.removeprefix(request.prompt)
     if not text.isascii():  # half of a surrogate pair is valid JSON, but no file or database takes it
         text = text.encode("utf-8", "replace").decode()
-    stopped = reason in _STOPPED
+    # Where no reason is given, a text of as many tokens as were allowed was cut.
+    stopped = reason not in _CUT_OFF if reason else (reported or count_tokens(text)) < request.max_tokens
     tokens = reported or count_tokens(text) + stopped
     choice = Choice(text, "stop" if stopped else "length", tokens)
     if not request.logprobs:
@@ -268,16 +292,33 @@ def model_names(content: bytes) -> list[str]:
     return [str(e["id"]) for e in map(_mapping, entries) if "id" in e] if isinstance(entries, list) else []
 
 
-def error_message(content: bytes) -> str:
+def error_status(content: bytes, status: int) -> int:
+    """The HTTP status that a reply means: some servers send an error with status 200, or an empty account as 429.
+
+    An error with status 200 means the status in its `code`, 400 without one.
+    """
+    payload = _json_object(content)
+    error = payload.get("error")
+    details = _mapping(error)
+    if any(details.get(key) in _NO_CREDIT for key in ("code", "type")):
+        return 402
+    told = payload.get("object") == "error" or ("choices" not in payload and {"detail", "message"} & payload.keys())
+    if status != 200 or not (error or told):
+        return status
+    code = str(details.get("code"))
+    return int(code) if code in ("408", "425", "429") or (code.isdecimal() and 500 <= int(code[:4]) < 600) else 400
+
+
+def error_message(content: bytes | str) -> str:
     """The message of an error reply, in one line."""
     payload = _json_object(content)
-    message = payload.get("error", payload)
+    message = payload.get("error") or payload
     if isinstance(message, dict):
         message = message.get("message") or message.get("detail") or message
-    return one_line(str(message or content.decode("utf-8", "replace")))
+    return one_line(str(message or (content if isinstance(content, str) else content.decode("utf-8", "replace"))))
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
+def _json_object(content: bytes | str) -> dict[str, Any]:
     """The JSON object of a reply, an empty one for anything else (endless brackets included)."""
     try:
         return _mapping(json.loads(content))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cotree.base.errors import UsageError
 from cotree.base.progress import one_line
@@ -98,13 +98,16 @@ def _terminal(grids: Sequence[Grid], notes: Sequence[str]) -> RenderableType:
     return Group(*parts)
 
 
-def terminal_table(head: Sequence[str], left: int) -> Table:
-    """An empty rich table without a frame. left: so many of its first columns are not of numbers."""
+def terminal_table(head: Sequence[str], left: int, vertical: Literal["bottom", "top"] = "bottom") -> Table:
+    """An empty rich table without a frame. left: so many of its first columns are not of numbers.
+
+    vertical: where the short cells of a row stand: "bottom" suits heads of several lines, "top" rows of several.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for place, name in enumerate(head):
-        table.add_column(Text(name), justify="left" if place < left else "right", vertical="bottom", overflow="fold")
+        table.add_column(Text(name), justify="left" if place < left else "right", vertical=vertical, overflow="fold")
     return table

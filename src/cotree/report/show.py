@@ -22,7 +22,7 @@ from cotree.base.settings import nearest
 from cotree.report.grid import terminal_table
 from cotree.report.summary import natural_sort_key, read_recipe
 from cotree.report.templates import sentence
-from cotree.report.tree_view import Block, TreeView, views_of
+from cotree.report.tree_view import Block, TreeView, trees_to_show, views_of
 
 _TYPES = {"thinking": "default", "sub_task": "blue", "reflection": "yellow", "hypothesis": "magenta"}
 _TYPES |= {"double_check": "cyan", "reclarify": "bright_blue"}
@@ -33,12 +33,15 @@ _ROLES = {"rejected": "red", "process-reward row": "default"}  # the others are 
 _TYPE_WIDTH, _WRITER_WIDTH = 14, 16  # of "double_check" and a mark; of a model's name, which the head has in full
 
 
-def show_run(run: RunFolder, trees: str | None = None, question: str | None = None) -> RenderableType:
+def show_run(
+    run: RunFolder, trees: str | None = None, question: str | None = None, best: bool = False
+) -> RenderableType:
     """The list of a run's trees, or the trees of one question, as something that rich prints.
 
     Args:
         trees: the name of a trees node; by default all of the run's.
         question: the id of a question.
+        best: in place of a question, the tree that shows most: with correct and wrong chains, and chains in datasets.
 
     Raises:
         UsageError: the run has no such trees, or no tree of that question.
@@ -49,11 +52,15 @@ def show_run(run: RunFolder, trees: str | None = None, question: str | None = No
     if trees is not None and trees not in nodes:
         raise UsageError(f"{run.path} has no trees `{trees}`; {nearest(trees, nodes)}")
     wanted = nodes if trees is None else [trees]
+    views: list[TreeView] = []
+    if best:
+        views = trees_to_show(run, wanted, 1)
     if question is not None:
         views = list(views_of(run, wanted, question=question))
         if not views:
             known = list(dict.fromkeys(view.tree.question_id for view in views_of(run, wanted)))
             raise UsageError(f"{run.path} has no tree of question `{question}`; {nearest(question, known[:20])}")
+    if views:
         return Group(*map(drawn_tree, sorted(views, key=_sort_key)), Text(sentence("legend"), style="dim"))
     lists = [_tree_list(name, views_of(run, [name])) for name in wanted]
     if not lists:
@@ -76,7 +83,7 @@ def _tree_list(name: str, views: Iterable[TreeView]) -> RenderableType:
     if not rows:
         return title
     marks = [mark for mark, _ in _VERDICTS.values()]
-    table = terminal_table(("question", "task", "thoughts", *marks, "rollouts", "tokens", "in datasets"), left=2)
+    table = terminal_table(("question", "task", "thoughts", *marks, "rollouts", "tokens", "in datasets"), 2, "top")
     table.columns[-1].justify = "left"
     styles = ("bold", "", "", *(style for _, style in _VERDICTS.values()), "", "", "")
     for _, _, _, cells in rows:

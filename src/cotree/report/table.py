@@ -212,7 +212,7 @@ def summary_lines(summary: Summary) -> Iterator[RenderableType]:
     yield from lines("times", summary)
 
 
-def table_of(paths: Sequence[str]) -> Table:
+def table_of(paths: str | Path | Sequence[str | Path]) -> Table:
     """The table of runs and of evaluations side by side; what two of them have in common comes once.
 
     Args:
@@ -224,7 +224,8 @@ def table_of(paths: Sequence[str]) -> Table:
     """
     if not paths:
         raise UsageError("name a run folder, RUN:STUDENT, or a folder of `cotree eval`")
-    found = [_read_evaluations(path) for path in paths]
+    several = [paths] if isinstance(paths, str | Path) else paths
+    found = [_read_evaluations(str(path)) for path in several]
     names = unique_names({folder for folder, _ in found})
     return make_table([(names[folder], summary) for folder, summary in found])
 

@@ -117,6 +117,7 @@ class Progress:
     trees_wanted: later turns of conversations included. trees: finished; trees_before of them were there when this
     process began. thoughts, verdicts: of the trees that this process finished. calls: requests that a model answered;
     recalled: that the journal answered. tokens: generated in this process. cost: in the currency of the models' prices.
+    repeats: requests that were sent again after a failure.
     """
 
     trees_wanted: int = 0
@@ -127,6 +128,7 @@ class Progress:
     recalled: int = 0
     tokens: int = 0
     cost: float = 0.0
+    repeats: int = 0
     verdicts: Counter[str] = field(default_factory=lambda: Counter(correct=0, wrong=0, no_answer=0))
     started: float = field(default_factory=time.monotonic)
 
@@ -160,4 +162,5 @@ class SearchModels:
         progress.calls += 1
         progress.tokens += completion.completion_tokens
         progress.cost = sum(used.cost or 0.0 for used in self.endpoints.values())
+        progress.repeats = sum(client.counters.repeats for used in self.endpoints.values() for client in used.clients)
         return key, completion

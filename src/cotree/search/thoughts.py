@@ -36,7 +36,7 @@ THOUGHT_TYPES = tuple(PREFIXES)
 # One thought is one line and does not answer before its turn.
 THOUGHT_STOPS = ("\n", "The answer is")
 # Escaped ones are signs, not braces: `\left\{x\right.` opens nothing.
-_BRACES = re.compile(r"\\?[{}]")
+_BRACES = re.compile(r"\\\\(?=[{}])|\\?[{}]")
 
 
 class AnswerFormat(NamedTuple):

@@ -26,6 +26,7 @@ import threading
 import time
 from contextlib import suppress
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ CPU_SECONDS = 3.0
 WALL_SECONDS = 120.0
 LIMIT_BYTES = 2 << 30
 _OR = r"\lor "
+_EXACT_PLACES = 12
 
 
 def compare(gold: str, answer: str) -> bool | None:
@@ -168,20 +170,30 @@ def math_equal(gold: str, answer: str) -> bool:
     Raises:
         MemoryError: the comparison needs more than `LIMIT_BYTES`.
     """
-    from math_verify import verify
-
     if {gold[:1], answer[:1]} == {"\\", "("} and r"\{" in (gold[:2], answer[:2]):
         return False  # a set is no tuple, interval or point
     number = parse_number(gold)
     places = number.places if number is not None and number.approximate else None
     try:
-        return any(
-            # Its own time limits raise inside sympy and may leave half-made objects in sympy's caches: off.
-            verify(one, other, float_rounding=places or 12, allow_set_relation_comp=True, timeout_seconds=None)
-            and _equal_digits(one, other, places)
-            for one in _parse_gold(gold)
-            for other in map(_union_of_inequalities, _parse(answer))
-        )
+        pairs = list(product(_parse_gold(gold), map(_union_of_inequalities, _parse(answer))))
+    except MemoryError:
+        raise
+    except (Exception, RecursionError):  # noqa: BLE001 - sympy raises anything
+        return False
+    return any(_equal_readings(one, other, places) for one, other in pairs)
+
+
+def _equal_readings(gold: Any, answer: Any, places: int | None) -> bool:
+    """Whether math-verify takes one reading of the answer for one of the gold, and their digits are equal.
+
+    places: after the decimal point, where the gold is an approximation.
+    """
+    from math_verify import verify
+
+    options = {"float_rounding": places or _EXACT_PLACES, "allow_set_relation_comp": True, "raise_on_error": True}
+    try:
+        # Its own time limits raise inside sympy and may leave half-made objects in sympy's caches: off.
+        return bool(verify(gold, answer, timeout_seconds=None, **options)) and _equal_digits(gold, answer, places)
     except MemoryError:
         raise
     except (Exception, RecursionError):  # noqa: BLE001 - sympy raises anything

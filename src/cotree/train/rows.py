@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import read_rows
-from cotree.data.kinds import check_template, faults_of, kind_of
-from cotree.models.encode import Encoded, EncodedChain, EncodedPair, encode_dpo, encode_sft
+from cotree.data.kinds import check_template, faults_of, kind_of, turn_faults
+from cotree.models.encode import Encoded, EncodedChain, EncodedPair, RowError, encode_dpo, encode_sft
 from cotree.train.forest import Scored, multiplicities
 from cotree.train.settings import Optimizer
 
@@ -37,11 +37,15 @@ def encode_file(path: Path, tokenizer: Any, settings: Optimizer) -> Encoded[Any]
     if kind_of(rows[0]) != kind:
         raise UsageError(f"{path} has no {kind} rows: their columns are {', '.join(rows[0])}")
     for index, row in enumerate(rows):
-        if faults := faults_of(row, kind):
+        # A rejected side may have a leaked turn: that can be why it is rejected.
+        if faults := faults_of(row, kind) or turn_faults({**row, "rejected": []}, kind, tokenizer):
             raise UsageError(f"{path}: row {index}, {faults[0]} (`cotree check-data {path}` finds all faults)")
     check_template(path, tokenizer)
     limit = settings.max_tokens or sys.maxsize
-    encoded: Encoded[Any] = (encode_sft if kind == "sft" else encode_dpo)(tokenizer, rows, limit)
+    try:
+        encoded: Encoded[Any] = (encode_sft if kind == "sft" else encode_dpo)(tokenizer, rows, limit)
+    except RowError as error:
+        raise UsageError(f"{path}: {error} (`cotree preview` shows it, `cotree import` leaves such rows out)") from None
     if not encoded.rows:
         raise UsageError(f"all {encoded.too_long} rows are over {settings.max_tokens} tokens: raise max_tokens")
     return encoded

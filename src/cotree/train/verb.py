@@ -32,8 +32,8 @@ from cotree.train.trainer import resolve_precision
 def train_rows(
     method: str,
     student: str | Path,
-    data: Path,
-    out: Path,
+    data: str | Path,
+    out: str | Path,
     *,
     overrides: Sequence[str] = (),
     output: Output | None = None,
@@ -55,7 +55,7 @@ def train_rows(
     """
     if method not in METHODS:
         raise UsageError(f"unknown method `{method}`; {nearest(method, METHODS)}")
-    output = output or Output()
+    output, data, out = output or Output(), Path(data), Path(out)
     raw: dict[str, Any] = {}
     for override in overrides:
         apply_override(raw, override, "epochs=2")

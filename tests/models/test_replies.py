@@ -1,0 +1,129 @@
+"""Replies that will be the same again, of servers with words of their own: asked for once, and told as they are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from aiohttp import web
+from tests.support.asking import client, raw_server, request
+from tests.support.fake_server import FakeServer
+
+from cotree.base.errors import CotreeError
+from cotree.models.client import Choice, Completion, Request
+
+KEY = "sk-very-secret-0123456789"
+CHAT = request("", n=1, max_tokens=4, messages=(("user", "why"),))
+
+
+async def ask(reply: Any, asked: Request, status: int = 200, **options: Any) -> tuple[Completion | str, int, int]:
+    """What a server's one reply becomes, a completion or the error's words; how often it was asked, and repeats."""
+    calls = []
+
+    async def answer(_: web.Request) -> web.Response:
+        calls.append(1)
+        return web.json_response(reply, status=status)
+
+    async with raw_server(answer) as url, client(url, **({"attempts": 6} | options)) as c:
+        try:
+            found: Completion | str = await c.complete(asked)
+        except CotreeError as error:
+            found = str(error)
+        return found, len(calls), c.counters.repeats
+
+
+@pytest.mark.parametrize("reason", [None, "", "eos", "end_turn", "STOP", "missing"])
+@pytest.mark.parametrize("words", [" one two", " one two three four"])
+async def test_a_whole_reply_is_a_whole_reply_whatever_its_finish_reason(reason: str | None, words: str) -> None:
+    choice = {"text": words} if reason == "missing" else {"text": words, "finish_reason": reason}
+    found, calls, repeats = await ask({"choices": [choice]}, request(n=1, max_tokens=4))
+    assert isinstance(found, Completion)
+    # Of a reason that says nothing, only the number of tokens tells whether the text was cut.
+    cut = len(words.split()) == 4 and reason in (None, "", "missing")
+    assert found.choices == (Choice(words, "length" if cut else "stop", len(words.split()) + (not cut)),)
+    assert (calls, repeats) == (1, 0)
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter", "max_tokens", "model_length", "MAX_TOKENS"])
+async def test_a_text_that_was_cut_is_known_by_any_servers_word_for_it(reason: str) -> None:
+    found, calls, _ = await ask({"choices": [{"text": " one", "finish_reason": reason}]}, request(n=1))
+    assert isinstance(found, Completion)
+    assert (found.choices[0].finish_reason, calls) == ("length", 1)
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ({"message": {"content": None, "reasoning_content": "hm"}, "finish_reason": "stop"}, "reasoning parser"),
+        ({"message": {"content": None, "reasoning": "hm"}, "finish_reason": "length"}, "reasoning parser"),
+        ({"message": {"content": None}, "finish_reason": "stop"}, "has no text"),
+        ({"message": {"content": [{"type": "text"}]}, "finish_reason": "stop"}, "has no text"),
+        ({"message": {"content": "", "tool_calls": [{}]}, "finish_reason": "tool_calls"}, "calls a tool"),
+    ],
+)
+async def test_a_choice_without_text_will_be_the_same_again(choice: Any, says: str) -> None:
+    found, calls, repeats = await ask({"choices": [choice]}, CHAT)
+    assert says in str(found)
+    assert "(1 attempt)" in str(found)
+    assert (calls, repeats) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            {"error": {"message": "The prompt has\n9000 tokens", "code": 400}},
+            "HTTP 200 with an error (The prompt has 9000",
+        ),
+        ({"error": "no such model"}, "HTTP 200 with an error (no such model)"),
+        ({"error": {"message": "no credit"}, "choices": []}, "(no credit)"),
+        ({"object": "error", "message": "bad stop", "code": 40001}, "(bad stop)"),
+        ({"detail": "Not here"}, "(Not here)"),
+        ({"error": {"message": f"{KEY} is no key"}}, "(*** is no key)"),
+        ({"error": {"message": "x" * 290 + KEY}}, "x***"),
+    ],
+)
+@pytest.mark.parametrize("asked", [request(), CHAT, Request("", messages=(("user", "why"),), scores=True)])
+async def test_an_error_with_status_200_is_told_in_the_servers_words_at_the_first(
+    body: Any, says: str, asked: Request
+) -> None:
+    found, calls, _ = await ask(body, asked, api_key=KEY)
+    assert says in str(found)
+    assert KEY[:8] not in str(found)
+    assert (calls, "\n" in str(found)) == (1, False)
+
+
+@pytest.mark.parametrize("code", [408, 425, 429, "429", 500, 503])
+async def test_an_error_with_status_200_that_will_pass_is_asked_again(code: int | str) -> None:
+    found, calls, repeats = await ask({"error": {"message": "busy", "code": code}}, CHAT, attempts=3)
+    assert "HTTP 200 with an error (busy) (3 attempts)" in str(found)
+    assert (calls, repeats) == (3, 2)
+
+
+@pytest.mark.parametrize("field", ["code", "type"])
+@pytest.mark.parametrize("word", ["insufficient_quota", "billing_hard_limit_reached", "billing_not_active"])
+@pytest.mark.parametrize("status", [200, 429])
+async def test_an_empty_account_is_not_asked_again(field: str, word: str, status: int) -> None:
+    found, calls, _ = await ask({"error": {"message": "You exceeded your quota", field: word}}, CHAT, status)
+    assert "(You exceeded your quota)" in str(found)
+    assert calls == 1
+
+
+@pytest.mark.parametrize(("status", "expected"), [(408, 3), (425, 3), (429, 3), (502, 3), (501, 1), (505, 1), (402, 1)])
+async def test_only_what_may_pass_is_asked_again(status: int, expected: int) -> None:
+    found, calls, repeats = await ask({"error": {"message": "no"}}, CHAT, status, attempts=3)
+    assert f"HTTP {status} (no)" in str(found)
+    assert (calls, repeats) == (expected, expected - 1)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+async def test_a_paid_reply_that_is_of_no_use_is_asked_for_five_times_at_most(reason: str) -> None:
+    said = {"choices": [{"message": {"content": " one"}, "finish_reason": reason, "error": {"message": "upstream"}}]}
+    found, calls, repeats = await ask(said, CHAT)
+    assert re.search(rf"broke off \({reason}.*\(5 attempts\)", str(found))
+    assert (calls, repeats) == (5, 4)
+    async with FakeServer(ignores={"n"}) as server, client(server.url) as c:
+        with pytest.raises(CotreeError, match=r"1 choices came back for n=2 \(5 attempts\)"):
+            await c.complete(request())
+        assert server.calls == 5
