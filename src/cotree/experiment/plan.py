@@ -25,6 +25,8 @@ from cotree.models.weights import locate, parameter_count
 from cotree.search.settings import Matrix, Trees
 
 _MB = 10**6
+# Records keep tenths of seconds, so work that took less may have none.
+_LEAST_SECONDS = 0.05
 # Of `max_thought_tokens`, what a thought has on average before anything was measured (10.5 of 32 in laptop.yaml).
 _THOUGHT_FILL = 1 / 3
 
@@ -217,7 +219,7 @@ def _tokens_a_second(done: Sequence[NodeRecord]) -> float | None:
     """The speed at which models wrote what is done."""
     counts: list[Mapping[str, Any]] = [record.result.get("counts", record.result).get("tokens", {}) for record in done]
     tokens, seconds = sum(each.get("completion", 0) for each in counts), sum(record.seconds for record in done)
-    return tokens / seconds if tokens and seconds else None
+    return tokens / max(seconds, _LEAST_SECONDS) if tokens else None
 
 
 def _tenths_up(seconds: float) -> float:
