@@ -224,3 +224,15 @@ def test_what_is_not_here_is_unresolved_and_no_network_is_asked(tmp_path: Path, 
     assert cells["m"]["why"][0].startswith("unresolved: ") and cells["a"]["why"][0].startswith("unresolved: ")
     assert found["evaluations/e"]["tokens"] == 2 * 2 * 512, "planned from the recipe"
     assert sorted(os.listdir(tmp_path)) == ["r.yaml"]
+
+
+def test_only_what_is_left_is_priced_and_changed_settings_are_not_priced_as_before(done: Done) -> None:
+    written, runs = done
+    fewer = planned(written, runs, ("trees.train.questions.letters", 1))["trees/train"]
+    assert fewer.tokens == 0, "nothing is asked"
+    more = planned(written, runs, ("trees.train.questions.letters", 3))["trees/train"]
+    again = planned(written, runs, ("trees.train.rollouts", 80))["trees/train"]
+    assert more.tokens and again.tokens and again.tokens > 10 * more.tokens
+    short = planned(written, runs, ("evaluations.test.questions.letters", 2))["evaluations/test"]
+    long = planned(written, runs, ("evaluations.test.max_tokens", 800))["evaluations/test"]
+    assert short.tokens and long.tokens and long.tokens >= 50 * short.tokens

@@ -15,7 +15,7 @@ from tests.support.experiment import KeptOutput
 from tests.support.fake_server import FakeServerThread
 
 from cotree.base.errors import UsageError
-from cotree.experiment.recipe import load_recipe
+from cotree.experiment.recipe import build_recipe, load_recipe
 from cotree.experiment.run import run
 
 LAPTOP = Path(__file__).parents[2] / "recipes" / "laptop.yaml"
@@ -78,3 +78,14 @@ def test_only_trees_of_a_larger_recipe_need_no_more(tmp_path: Path, monkeypatch:
         run(recipe, tmp_path, only=["students"], output=KeptOutput())
     with pytest.raises(UsageError, match=r"xllamacpp is not installed; pip install 'cotree\[local\]'"):
         run(recipe, tmp_path, output=KeptOutput())
+
+
+def test_tokens_of_with_more_questions_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    with FakeServerThread(chat_only=True) as server:
+        models = {"far": {"url": server.url, "model": "fake", "mode": "chat"}}
+        trees = {"train": {"questions": {"letters": 1}, "roles": {"thinker": "far"}, "rollouts": 2}}
+        trees["sampled"] = {"like": "train", "method": "sampling", "tokens_of": "train", "questions": {"letters": 3}}
+        recipe = build_recipe({"name": "more", "models": models, "trees": trees})
+        with pytest.raises(UsageError, match=r"trees.sampled.tokens_of: `train` lacks question .* \(2 are lacking\)"):
+            run(recipe, tmp_path, output=KeptOutput())
+        assert server.calls == 0

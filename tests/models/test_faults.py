@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from tests.support.asking import client, raw_server, request, texts, until
 from tests.support.fake_server import FakeServer, Fault, Kind
 
 from cotree.base.errors import CotreeError
 from cotree.models.client import Choice, Counters
+from cotree.models.llama_cpp import _warm_up
 
 
 @pytest.mark.parametrize("kind", ["429", "500", "reset", "half", "garbage", "empty", "fewer"])
@@ -215,3 +217,19 @@ async def test_the_timeout_grows_with_the_tokens_asked_for() -> None:
         await c.complete(request(max_tokens=10, n=30))
         await c.complete(request(max_tokens=300, n=1))
         assert c.counters.requests == 4
+
+
+async def test_the_engine_in_this_process_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    asked = []
+
+    async def complete(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        return web.json_response({})
+
+    app = web.Application()
+    app.router.add_post("/completion", complete)
+    async with TestServer(app) as server:
+        await asyncio.to_thread(_warm_up, f"http://127.0.0.1:{server.port}")
+    assert len(asked) == 1

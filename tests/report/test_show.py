@@ -203,3 +203,9 @@ def test_the_trees_of_the_report_are_those_that_datasets_took_and_one_of_each_ta
     assert views[0].tree.question_id == "bags-12"
     assert [view.tree.task for view in views] == ["arithmetic", "letters", "arithmetic"]
     assert trees_to_show(run, [], 3) == []
+
+
+def test_the_tree_that_shows_most_is_drawn_without_its_name(run: RunFolder) -> None:
+    out = io.StringIO()
+    Console(file=out, width=100).print(show_run(run, best=True))
+    assert out.getvalue() == shown(run, "bags-12"), "the only one with chains in datasets"

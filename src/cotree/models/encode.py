@@ -168,8 +168,11 @@ def encode_each(
     chains: list[EncodedChain | RowError] = []
     for (prompt, answer), whole in zip(chats, wholes, strict=True):
         asked = prompts[json.dumps(prompt)]
-        if isinstance(asked, RowError) or isinstance(whole, RowError):
-            chains.append(asked if isinstance(asked, RowError) else whole)  # type: ignore[arg-type]
+        if isinstance(asked, RowError):
+            chains.append(asked)
+            continue
+        if isinstance(whole, RowError):
+            chains.append(whole)
             continue
         prompt_ids, completion_ids = ids_of[asked], ids_of[whole][len(ids_of[asked]) :]
         if ids_of[whole][: len(prompt_ids)] != prompt_ids:
