@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ import typer
 
 import cotree
 from cotree.base.errors import CotreeError, UsageError, first_cotree_error
-from cotree.base.progress import Output, terminal_safe
+from cotree.base.progress import Output, SafeStream
 
 _INTERRUPTED = 130
 
@@ -215,7 +216,7 @@ def table(
     """Show the evaluations of runs in one table; equal cells come once."""
     found = cotree.table(runs)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(found.to_json(), indent=1))
     else:
         Output().print(found.render(format_))
 
@@ -255,11 +256,11 @@ def import_(
     held_out: Annotated[list[str] | None, typer.Option(help="A task whose questions must not be in it.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Rows over this many tokens are left out and counted.")] = 16_384,
 ) -> None:
-    """Turn long chains of thought that others distilled into SFT rows, gated and verified."""
+    """Turn long chains or pairs of others into rows; gated, and judged where a gold answer is known."""
     from cotree.data.build import import_file
 
     counts = import_file(file, student, out, task=task, held_out=held_out or [], max_tokens=max_tokens)
-    typer.echo(f"{out}: " + "\n".join(counts.lines()))
+    Output().print(f"{out}: " + "\n".join(counts.lines()))
 
 
 @app.command(epilog="Example: cotree export runs/laptop --to llamafactory -o LLaMA-Factory/data")
@@ -272,7 +273,7 @@ def export(
     from cotree.data.export import export_to
 
     for written in export_to(source, to, out):
-        typer.echo(written)
+        Output().print(written)
 
 
 @app.command(name="check-data", epilog="Example: cotree check-data rows.jsonl")
@@ -284,7 +285,7 @@ def check_data(
 
     for file in files:
         kind, rows = check_file(file)
-        typer.echo(f"{file}: {rows} faultless {kind} rows")
+        Output().print(f"{file}: {rows} faultless {kind} rows")
 
 
 @app.command(epilog="Example: cotree clean runs/laptop --dry-run")
@@ -356,7 +357,7 @@ def decode(
         output=Output(quiet=quiet),
     )
     if quiet:
-        Output().print(found.answer)
+        Output().print(str(found.answer))
 
 
 @app.command(epilog="Example: cotree serve http://gpu1:8000 --served Qwen/Qwen3-8B --budget-tokens 4000")
@@ -406,7 +407,7 @@ def init(
     """Write a commented recipe to start from."""
     from cotree.experiment.recipe import write_starter
 
-    typer.echo(write_starter(path))
+    Output().print(write_starter(path))
 
 
 @app.command(epilog="Example: cotree tasks")
@@ -437,6 +438,7 @@ def models() -> None:
 
 def main() -> None:
     """The `cotree` command."""
+    sys.stderr = SafeStream(sys.stderr)  # what the interpreter and libraries write there too
     # Without a network the hub's client would warn of each of its retries; what fails in the end is one line.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # The tokenizers need no torch, so its absence is no news.
@@ -451,6 +453,8 @@ def main() -> None:
     except CotreeError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"the name {str(error.filename)[-300:]} is too long for a file; shorten it", UsageError.exit_code)
         if error.errno != errno.ENOSPC:
             raise
         _fail(f"the disk is full ({error.filename or ''}); free some space, then re-run the same command to resume", 1)
@@ -464,7 +468,9 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"cotree: {terminal_safe(message)}", file=sys.stderr, flush=True)
+    """End with one line on stderr, in which no URL shows a password."""
+    line = re.sub(r"(?<=/)[^/\s@]+:[^/\s@]+@", "***@", " ".join(message.split()))
+    print(f"cotree: {line}", file=sys.stderr, flush=True)
     # The engine's threads may be inside a long decode; what matters is on disk already.
     if code == _INTERRUPTED:
         sys.stdout.flush()

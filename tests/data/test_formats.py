@@ -312,7 +312,10 @@ def test_a_check_of_what_is_no_dataset(tmp_path: Path) -> None:
         ("d.parquet", b"PAR2", "is no Parquet file"),
         ("e.jsonl.gz", b"no gzip", "no JSON row"),
         ("f.jsonl.gz", gzip.compress(json.dumps(GOOD_ROW).encode())[:-12], "no JSON row"),
-        ("g.json", b"5", "must be an array of rows"),
+        ("g.json", b"5", "a row must be an object .*; rows come as .*lines or an array"),
+        ("g.json", b'[{"prompt": 1}, 5]', "a row must be an object"),
+        ("g.json", b'[{"prompt": 1},\n {]', "line 2"),
+        ("g.json", b'{\n  "data": []\n}', "line 1: no JSON row .*; rows come as .*lines or an array"),
         (
             "h.jsonl",
             json.dumps(GOOD_ROW).replace('"A"', '"\\ud800"').encode(),
@@ -332,6 +335,15 @@ def test_a_check_of_what_is_no_dataset(tmp_path: Path) -> None:
         check_file(tmp_path / "i.parquet")
     with pytest.raises(UsageError, match="no file at"):
         check_file(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
+@pytest.mark.parametrize("start", ["", "\n  ", "\ufeff"])
+def test_the_content_says_whether_it_is_json_lines_or_an_array(tmp_path: Path, name: str, start: str) -> None:
+    packed = gzip.compress if name.endswith(".gz") else bytes
+    for text in ("\n".join(map(json.dumps, [GOOD_ROW] * 2)), json.dumps([GOOD_ROW] * 2, indent=2)):
+        (tmp_path / name).write_bytes(packed((start + text).encode()))
+        assert list(read_rows(tmp_path / name)) == [GOOD_ROW] * 2
 
 
 def test_bytes_are_no_words(tmp_path: Path) -> None:

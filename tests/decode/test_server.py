@@ -20,6 +20,7 @@ from tests.decode.test_strategies import poem, talk
 from tests.support.asking import until
 from tests.support.fake_server import FakeServer, FakeServerThread, count_tokens
 from tests.support.search import PlainTemplate
+from yarl import URL
 
 from cotree.base.errors import UsageError
 from cotree.base.progress import Output
@@ -163,62 +164,32 @@ async def test_max_completion_tokens_is_the_budget_also_where_the_server_has_non
         assert reply["choices"][0]["search"]["stopped"] == "tokens"
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"user": "me"}, "user"),
-        ({"n": 0}, "n"),
-        ({"n": 99}, "n"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": ""}, "stop"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "It"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
-        ({"model": "another"}, "model"),
-    ],
-)
-async def test_what_cannot_be_done_is_refused_in_openais_form(body: dict[str, Any], param: str) -> None:
+async def test_size_and_addresses() -> None:
     async with FakeServer(reply=talk) as fake, served(fake) as (session, _):
-        status, reply = await ask(session, **body)
-        assert status == (404 if param == "model" else 400)
-        assert reply["error"]["param"].split(".")[0] == param
-        assert reply["error"]["type"] == "invalid_request_error"
-        assert reply["error"]["message"]
-        assert fake.calls == 0
-        nothing: dict[str, Any] = {
-            "frequency_penalty": 0,
-            "presence_penalty": 0.0,
-            "logprobs": False,
-            "tools": None,
-            "user": None,
-        }
-        assert (await ask(session, **nothing))[0] == 200, "asking for nothing is no request"
-
-
-async def test_garbage_size_and_addresses() -> None:
-    async with FakeServer(reply=talk) as fake, served(fake) as (session, _):
-        for data, status in ((b"{", 400), (b"[1]", 400), (b'"x"', 400), (b"[" * 10**5, 400), (b" " * (1 << 21), 413)):
-            async with session.post("/v1/chat/completions", data=data) as reply:
-                assert reply.status == status
-                assert (await reply.json())["error"]["message"]
-        strange = {"Content-Type": "application/json; charset=foo"}
-        async with session.post("/v1/chat/completions", data=b"{}", headers=strange) as reply:
-            assert reply.status == 400
+        async with session.post("/v1/chat/completions", data=b" " * (1 << 21)) as reply:
+            assert reply.status == 413
+            assert (await reply.json())["error"]["message"]
         for method, path, status in (("GET", "/v1/chat/completions", 405), ("GET", "/nowhere", 404)):
             async with session.request(method, path) as reply:
                 assert (reply.status, "error" in await reply.json()) == (status, True)
-        async with session.get("/v1/models") as reply:
-            assert [model["id"] for model in (await reply.json())["data"]] == ["one"]
         async with session.get("/health") as reply:
             assert await reply.json() == {"status": "ok", "searches": 0}
         assert fake.calls == 0
+
+
+@pytest.mark.parametrize("name", ["one", "Qwen/Qwen3-8B"])
+async def test_models_are_listed_and_found_by_name(name: str) -> None:
+    async with FakeServer(reply=talk) as fake, served(fake, served=name) as (session, _):
+        async with session.get("/v1/models") as reply:
+            listed, address = (await reply.json())["data"], str(reply.url)
+        assert [model["id"] for model in listed] == [name]
+        for path in (name, name.replace("/", "%2F")):
+            async with session.get(URL(f"{address}/{path}", encoded=True)) as reply:
+                assert (reply.status, await reply.json()) == (200, listed[0])
+        for path in ("two", "%ff", "one%00", "Qwen"):
+            async with session.get(URL(f"{address}/{path}", encoded=True)) as reply:
+                assert reply.status == 404
+                assert (await reply.json())["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +201,16 @@ async def test_garbage_size_and_addresses() -> None:
         ({"Origin": "null"}, 403),
         ({"Origin": "http://["}, 403),
         ({"Host": "127.0.0.1:x:y"}, 403),
-        ({"Origin": "http://localhost:3000", "Host": "localhost:1"}, 200),
+        ({"Origin": ""}, 403),
+        ({"Origin": "http://127.0.0.1:9"}, 403),
+        ({"Origin": "http://localhost:3000", "Host": "localhost:1"}, 403),
+        ({"Origin": "http://localhost", "Host": "localhost:8000"}, 403),
+        ({"Origin": "http://localhost:99999", "Host": "localhost:99999"}, 403),
+        ({"Origin": "http://localhost:8000", "Host": "localhost:8000"}, 200),
+        ({"Origin": "http://LOCALHOST:8000", "Host": "localhost:8000"}, 200),
+        ({"Origin": "http://localhost", "Host": "localhost:80"}, 200),
+        ({"Origin": "https://localhost", "Host": "localhost"}, 200),
+        ({"Origin": "http://[::1]:8000", "Host": "[::1]:8000"}, 200),
         ({"Host": "localhost:8000"}, 200),
         ({}, 200),
     ],
@@ -334,6 +314,7 @@ async def test_the_official_client_works(monkeypatch: pytest.MonkeyPatch) -> Non
             max_retries=0,
         )
         assert [model.id async for model in await client.models.list()] == ["one"]
+        assert (await client.models.retrieve("one")).id == "one"
         whole = await client.chat.completions.create(model="one", messages=HELLO, temperature=0.7, n=2, seed=4)
         assert whole.choices[0].message.content.startswith("The answer is")
         assert whole.usage.completion_tokens_details.reasoning_tokens > 0

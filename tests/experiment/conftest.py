@@ -64,7 +64,7 @@ def hold() -> Iterator[Callable[[Path], Callable[[], None]]]:
     processes = []
 
     def start(folder: Path) -> Callable[[], None]:
-        code = "import sys, time; from pathlib import Path; from cotree.experiment.run import locked\n"
+        code = "import sys, time; from pathlib import Path; from cotree.base.lock import locked\n"
         code += "with locked(Path(sys.argv[1])):\n    print('works', flush=True); time.sleep(600)"
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
         processes.append(process)

@@ -106,6 +106,8 @@ def test_nodes_come_after_what_they_read() -> None:
         ({"students__a": {"like": "sft", "seeds": [1, 1]}}, "`seeds` is a list of different whole numbers"),
         ({"trees__a": {"like": "train", "seeds": [1]}}, "`seeds` is for students"),
         ({"students__a": {"like": "sft", "sweep": {"alpha": 1}}}, "must be {key: [values]}"),
+        ({"students__a": {"like": "dpo", "sweep": {"beta": [2], "alpha": [1, 0.5, 1.0]}}}, "`alpha` has a value twice"),
+        ({"students__a": {"like": "dpo", "sweep": {"data": ["pairs", "pairs"]}}}, "`data` has a value twice"),
         (
             {"students__a": {"like": "dpo", "sweep": {"beta": [1, 2]}}, "students__b": {"like": "dpo", "from": "a"}},
             "is a sweep of several students; name one of a@beta=1, a@beta=2",
@@ -117,6 +119,13 @@ def test_nodes_come_after_what_they_read() -> None:
         ({"trees__a": {"like": "train", "roles": {"thinkr": "small"}}}, "`thinker` is missing"),
         ({"trees__a": {"like": "train", "questions": {"leters": 2}}}, "unknown task `leters`; did you mean `letters`?"),
         ({"trees__a": {"like": "train", "tokens_of": "train"}}, "`tokens_of` is for `method: sampling`"),
+        (
+            {"datasets__a": {"like": "chains", "length": {"longer": 1}}},
+            "`datasets.a.length`: unknown length `longer`; did you mean `longest`?",
+        ),
+        ({"datasets__a": {"like": "chains", "length": "shorter"}}, "`shorter`; did you mean `shortest`?"),
+        ({"datasets__a": {"like": "chains", "length": [1]}}, "unknown length `[1]`; known: longest, medium, shortest"),
+        ({"datasets__a": {"like": "chains", "length": {"longest": 0.5}}}, "a weight is a whole number of at least 1"),
         ({"datasets__a": {"like": "chains", "rejected": "wrong"}}, "`rejected` is for rows: dpo, not sft"),
         (
             {"datasets__a": {"file": "x.jsonl", "rows": "sft", "length": "longest"}},

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.experiment.conftest import Done
 from tests.support.experiment import KeptOutput, begun, knowing_reply, small, step_by_step
 from tests.support.fake_server import FakeServerThread
@@ -243,6 +246,20 @@ def test_another_process_in_the_run_is_refused(done: Done, hold: Callable[[Path]
     assert sorted(runs.rglob("*")) == before
     release()
     assert begun(written, runs) == []
+
+
+def test_of_two_runs_at_once_one_is_refused_and_nothing_is_asked_twice(student: Path, tmp_path: Path) -> None:
+    with FakeServerThread(chat_only=True, reply=knowing_reply, latency=0.05) as server:
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(small(server.url, student), sort_keys=False))
+        words = [sys.executable, "-m", "cotree.cli", "run", "r.yaml", "--only", "trees"]
+        started = [
+            subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for _ in "ab"
+        ]
+        ended = sorted((process.wait(), process.communicate()[1]) for process in started)
+        asked = [json.dumps(body, sort_keys=True) for body in server.requests]
+    assert [code for code, _ in ended] == [0, 2] and len(asked) == len(set(asked)) > 10
+    assert ended[1][1].startswith("cotree: another cotree works in ") and ended[1][1].count("\n") == 1
 
 
 def test_a_full_disk_ends_in_one_line_and_the_same_call_goes_on(done: Done, server: FakeServerThread) -> None:

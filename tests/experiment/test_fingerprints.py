@@ -131,7 +131,8 @@ def changed_by(raw: dict[str, Any], before: Prints, *changes: tuple[str, Any]) -
 SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
     Model: ("models.far", {
         "weights": None, "base": None, "gguf": None, "tokenizer": "other/tokenizer", "mode": None, "model": "larger",
-        "url": "http://elsewhere:9", "api_key_env": "KEY", "max_in_flight": 3, "price": {"completion": 2.0},
+        "url": "http://elsewhere:9", "api_key_env": "KEY", "max_in_flight": 3, "timeout": 60.0,
+        "price": {"completion": 2.0},
         "omit": ["seed"], "rename": {"max_tokens": "max_completion_tokens"},
     }),
     Trees: ("trees.train", {
@@ -210,7 +211,8 @@ def test_every_setting_is_in_the_table(section: type[Section]) -> None:
 def test_what_changes_speed_or_place_only_is_in_no_fingerprint(folder: Path) -> None:
     raw = written(folder)
     assert {path.rpartition(".")[2] for path in SPEED} == {
-        "url", "rename", "api_key_env", "max_in_flight", "price", "trees_in_flight", "license", "pack_tokens",
+        "url", "rename", "api_key_env", "max_in_flight", "timeout", "price", "trees_in_flight", "license",
+        "pack_tokens",
         "save_steps", "gradient_checkpointing", "compile", "report_to",
     }  # fmt: skip
     before = prints_of(build_recipe(raw))

@@ -238,3 +238,12 @@ def test_what_is_not_here_is_named_when_the_recipe_is_read(
 def test_only_names_the_node_of_a_bare_name() -> None:
     with pytest.raises(UsageError, match="did you mean `students/dpo`"):
         load_recipe(LAPTOP).with_needed(["dpo"])
+
+
+def test_a_run_of_an_older_cotree_and_a_node_for_a_setting_are_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(UsageError, match=r"a run of an older cotree.*docs/migration\.md"):
+        load_recipe(tmp_path)
+    for word in ("students/dpo", "trees"):
+        with pytest.raises(UsageError, match=f"`{word}` is a node or a kind, no setting; .* --only {word}"):
+            load_recipe(LAPTOP, [word])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,8 @@ from cotree.models.encode import (
     encode_each,
     encode_sft,
     prefix_tokens,
+    render_prompt,
+    shortens_replies,
     template_hash,
 )
 
@@ -135,31 +139,12 @@ def test_counting_tokens_needs_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-# As Qwen3's published template lays out the last reply: reasoning between think tags, empty where there is none.
-THINKS = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-    "{% set text = m['content'] %}{% set thought = '' %}{% if '</think>' in text %}"
-    "{% set thought = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
-    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + text }}{% else %}{{ m['content'] }}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-KEEPS_THE_ANSWER = TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]").replace(
-    "NEWLINE", "'\n'"
-)
-
-
 @pytest.mark.parametrize(
     ("template", "text", "kept"),
     [
-        (THINKS, "<think>\nidea\n</think>\n\nThe answer is 7.", True),
-        (THINKS, "Let me see. <think>\nidea\n</think>\n\nThe answer is 7.", False),
-        (THINKS, "<think>\na\n</think>\n\nSo <think>\nb\n</think>\n\n7", False),
-        (THINKS, "<think>\nunfinished", False),
-        (THINKS, "The answer is 7.", False),
-        (KEEPS_THE_ANSWER, "<think>\nidea\n</think>\n\n7", False),
-        (KEEPS_THE_ANSWER, "The answer is 7.", True),
         (TEMPLATE.replace("NEWLINE", "''").replace("message['content']", "message['content'] | trim"), " 7\n", True),
+        (TEMPLATE.replace("NEWLINE", "''").replace("message['content']", "message['content'] | upper"), "So 7", False),
+        (TEMPLATE.replace("NEWLINE", "''").replace("message['content']", "'Hm. ' + message['content']"), "7", False),
     ],
 )
 def test_a_row_that_the_template_would_change_is_none(template: str, text: str, kept: bool) -> None:
@@ -169,6 +154,69 @@ def test_a_row_that_the_template_would_change_is_none(template: str, text: str, 
         assert chain.reason == "template_changes" and "would be trained as" in str(chain)
 
 
+def published(name: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with a published chat template, of which TRL has copies, and its special tokens."""
+    (folder,) = find_spec("trl").submodule_search_locations  # type: ignore[union-attr, misc]
+    tokenizer = broken((Path(folder) / "chat_templates" / f"{name}.jinja").read_text("utf-8"))
+    marks = ("start_header_id|>", "end_header_id|>", "eot_id|>", "｜User｜>", "｜Assistant｜>", "｜end▁of▁sentence｜>")
+    named = ["<" + mark if mark.startswith("｜") else "<|" + mark for mark in marks]
+    tokenizer.add_special_tokens({"additional_special_tokens": named})
+    return tokenizer
+
+
+REPLIES = {
+    "plain": "The answer is 7.",
+    "reasoned": "<think>\nidea\n</think>\n\nThe answer is 7.",
+    "late": "Let me see. <think>\nidea\n</think>\n\nThe answer is 7.",
+    "twice": "<think>\na\n</think>\n\nSo <think>\nb\n</think>\n\n7",
+    "unfinished": "<think>\nunfinished",
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_8", "deepseek_r1_distill", "llama3_2"]
+)
+def test_published_templates_train_what_the_student_is_asked_for_in_the_rows_own_words(name: str, reply: str) -> None:
+    tokenizer, text = published(name), REPLIES[reply]
+    prompt = message("user", "3 + 4?")
+    (chain,) = encode_each(tokenizer, [(prompt, message("assistant", text))])
+    asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+    opens = asked.endswith("<think>\n")
+    if opens and reply == "plain":
+        assert isinstance(chain, RowError) and "opens <think>, which the completion does not close" in str(chain)
+        return
+    assert isinstance(chain, EncodedChain)
+    own = tokenizer.decode(chain.completion[:-1])
+    assert tokenizer.decode(chain.prompt) == asked
+    assert own == (text.removeprefix("<think>\n") if opens else text)
+    assert tokenizer.decode(chain.completion[-1:]) in ("<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>")
+
+
+def test_a_pair_may_have_a_side_with_and_one_without_reasoning() -> None:
+    row = {"prompt": message("user", "3 + 4?"), "chosen": message("assistant", REPLIES["plain"]),
+           "rejected": message("assistant", REPLIES["unfinished"]), "rejected_finished": False}  # fmt: skip
+    tokenizer = published("qwen3")
+    (pair,) = encode_dpo(tokenizer, [row], 512).rows
+    assert tokenizer.decode(pair.prompt).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(pair.chosen) == "The answer is 7.<|im_end|>"
+    assert tokenizer.decode(pair.rejected) == "<think>\nunfinished"
+
+
+def test_earlier_replies_may_lose_their_reasoning_and_nothing_else() -> None:
+    prompt = [*message("user", "1 + 2?"), *message("assistant", "<think>\nI add.\n</think>\n\nIt is 3.")]
+    prompt += message("user", "And 4?")
+    assert shortens_replies(published("qwen3"), prompt)
+    assert not shortens_replies(published("qwen3_instruct_2507"), prompt)
+    assert not shortens_replies(published("qwen3"), prompt[:1])
+    (chain,) = encode_each(published("qwen3"), [(prompt, message("assistant", "7"))])
+    assert isinstance(chain, EncodedChain)
+    drops = "{% set earlier = messages[:-1] | rejectattr('role', 'equalto', 'assistant') | list %}"
+    drops += "{% set messages = earlier + messages[-1:] %}"
+    (chain,) = encode_each(broken(drops + TEMPLATE.replace("NEWLINE", "''")), [(prompt, message("assistant", "7"))])
+    assert isinstance(chain, RowError) and "does not print the assistant's message" in str(chain)
+
+
 def test_a_question_that_the_template_does_not_print_is_no_row() -> None:
     prompt = [*message("system", "Be brief."), *message("user", "3 + 4?")]
     drops = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
@@ -176,8 +224,31 @@ def test_a_question_that_the_template_does_not_print_is_no_row() -> None:
     assert isinstance(chain, RowError) and "does not print the system's message" in str(chain)
 
 
-def test_todays_date_is_the_same_in_every_row_and_run() -> None:
-    dated = broken("{{ strftime_now('%d %b %Y') }}" + TEMPLATE.replace("NEWLINE", "''"))
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
+        "{% macro day(form) %}{{ strftime_now(form + ' %Y') }}{% endmacro %}{{ day('%d %b') }}",
+        "{{ strftime_now(format='%-d') ~ ' ' ~ strftime_now('%b') + ' ' + (strftime_now('%Y') | int) | string }}",
+    ],
+)
+def test_todays_date_is_the_same_in_every_row_and_run(printed: str) -> None:
+    dated = broken(printed + TEMPLATE.replace("NEWLINE", "''"))
     (chain,) = encode_chains(dated, [(message("user", "a"), message("assistant", "b"))])
     assert dated.decode(chain.prompt).startswith("26 Jul 2024<|im_start|>user")
     assert template_hash(dated) == template_hash(dated)
+    other = broken(printed.replace("%b", "%m") + TEMPLATE.replace("NEWLINE", "''"))
+    assert template_hash(dated) != template_hash(other)
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
+def test_llamas_templates_print_the_date_that_they_have_for_an_unknown_day(name: str) -> None:
+    assert "Today Date: 26 Jul 2024\n\n" in render_prompt(published(name), message("user", "a"))
+
+
+@pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", ""])
+def test_a_fixed_date_changes_no_white_space(start: str) -> None:
+    plain = broken(start + TEMPLATE.replace("NEWLINE", "''"))
+    dated = broken(f"{start}{plain.chat_template.removeprefix(start)}{{# strftime_now #}}")
+    assert render_prompt(dated, message("user", "a")) == render_prompt(plain, message("user", "a"))

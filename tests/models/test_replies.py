@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -127,3 +130,114 @@ async def test_a_paid_reply_that_is_of_no_use_is_asked_for_five_times_at_most(re
         with pytest.raises(CotreeError, match=r"1 choices came back for n=2 \(5 attempts\)"):
             await c.complete(request())
         assert server.calls == 5
+
+
+# --- bounds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("page", ["completions", "models"])
+async def test_an_endless_body_is_read_no_further_than_a_reply_can_be_long(status: int, page: str) -> None:
+    sent: list[int] = []
+
+    async def answer(asked: web.Request) -> web.StreamResponse:
+        if page not in asked.path:
+            return web.json_response({"data": []})
+        response = web.StreamResponse(status=status)
+        await response.prepare(asked)
+        block = b"x" * 2**20
+        while len(sent) < 200:
+            sent.append(1)
+            try:
+                await response.write(block)
+            except ConnectionError:
+                break
+        return response
+
+    async with raw_server(answer) as url, client(url, attempts=3) as c:
+        tracemalloc.start()
+        try:
+            if page == "models":
+                says = await c.find_problem()
+            else:
+                with pytest.raises(CotreeError) as failed:
+                    await asyncio.wait_for(c.complete(request(max_tokens=8)), 10)
+                says = str(failed.value)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert re.search(rf"at {url}: the reply is longer than the [\d,]+ bytes that it can need \(1 attempt\)", says)
+    assert len(sent) < 60
+    assert most < 100e6
+
+
+@pytest.mark.parametrize("asked", [request(max_tokens=8), CHAT])
+async def test_a_text_that_max_tokens_cannot_hold_is_no_reply(asked: Request) -> None:
+    def said(characters: int) -> Any:
+        text = "a " * (characters // 2)
+        return {"choices": [{"text": text, "message": {"content": text}, "finish_reason": "stop"}] * 2}
+
+    found, calls, _ = await ask(said(10_000), asked)
+    assert "a choice has 10,000 characters, more than max_tokens=" in str(found)
+    assert "`rename`" in str(found)
+    assert calls == 1
+    # A token can be a long run of spaces.
+    assert isinstance((await ask(said(128 * asked.max_tokens), asked))[0], Completion)
+
+
+async def test_the_longest_replies_that_can_be_are_read_whole() -> None:
+    words = "\N{GRINNING FACE}" * 128 * 32
+    logprobs = [{"token": words[:100], "logprob": -1.0, "bytes": [240] * 100, "top_logprobs": []}] * 32
+    choice = {"text": words, "finish_reason": "length", "logprobs": {"content": logprobs}}
+    asked = request("\N{GRINNING FACE}" * 9000, logprobs=True)
+    found, _, _ = await ask({"choices": [choice] * 2, "prompt": asked.prompt}, asked)
+    assert isinstance(found, Completion)
+    assert [one.text for one in found.choices] == [words] * 2
+    several = json.dumps({"data": [{"id": f"model-{i}", "about": "x" * 500} for i in range(5000)] + [{"id": "fake"}]})
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=several)
+
+    async with raw_server(answer) as url, client(url) as c:
+        assert await c.find_problem() == ""
+
+
+IMPOSSIBLE = [-1, True, False, "7", 7.5, [7], {}, 10**30, 2**47]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("count", IMPOSSIBLE)
+@pytest.mark.parametrize("which", ["prompt_tokens", "completion_tokens", "cached_tokens"])
+async def test_counts_that_cannot_be_true_are_counted_here_and_that_is_noted(n: int, count: Any, which: str) -> None:
+    usage: dict[str, Any] = {"prompt_tokens": 3, "completion_tokens": 3 * n}
+    if which == "cached_tokens":
+        usage["prompt_tokens_details"] = {which: count}
+    else:
+        usage[which] = count
+    reply = {"choices": [{"text": " two words", "finish_reason": "stop"}] * n, "usage": usage}
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(reply)
+
+    async with raw_server(answer) as url, client(url) as c:
+        done = await c.complete(request(n=n))
+        assert (done.prompt_tokens, done.completion_tokens) == (3, 3 * n)
+        assert (done.cached_tokens, done.misreported, c.counters.misreported) == (0, True, 1)
+        assert "misreported" not in done.to_json()
+        assert Completion.from_json(done.to_json()) == done
+
+
+@pytest.mark.parametrize(("n", "count", "believed"), [(1, 32, True), (1, 33, True), (1, 34, False), (2, 67, False)])
+async def test_more_tokens_than_were_allowed_are_not_believed(n: int, count: int, believed: bool) -> None:
+    reply = {"choices": [{"text": " x", "finish_reason": "stop"}] * n, "usage": {"completion_tokens": count}}
+    found, _, _ = await ask(reply, request(n=n))
+    assert isinstance(found, Completion)
+    assert found.completion_tokens == (count if believed else 2 * n)
+    assert found.misreported is not believed
+
+
+async def test_names_of_models_are_told_in_one_short_line() -> None:
+    async with FakeServer(models=["a\x1b[31m\nb" + "x" * 10**6], only_listed=True) as server, client(server.url) as c:
+        problem = await c.find_problem()
+    assert problem.isprintable()
+    assert len(problem) < 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def made_files() -> list[str]:
-    """What is in the cache folder but for the hashes of files."""
-    return [name for name in os.listdir(cache_folder()) if name != "sha256.json"]
+    """What is in the cache folder but for the sums of files."""
+    return [name for name in os.listdir(cache_folder()) if not name.endswith("sha256.json")]
 
 
 def test_parts_are_joined_once(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,3 +211,58 @@ def test_every_kind_of_word_is_the_model_that_a_recipe_would_have(tmp_path: Path
 def test_what_names_nothing_is_refused(word: str, options: dict[str, Any], fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         parse_model(word, **options)
+
+
+def flip(file: Path) -> None:
+    """Change one bit, as a disk does it: size and mtime stay."""
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_damaged_conversion_is_made_again(exported: Model) -> None:
+    of_folder = gguf_file(exported, "F32")
+    of_gguf = gguf_at_type(Path(exported.base), "F16")
+    conversions: list[tuple[Path, Callable[[], Path]]] = [
+        (of_folder, lambda: gguf_file(exported, "F32")),
+        (of_gguf, lambda: gguf_at_type(Path(exported.base), "F16")),
+    ]
+    for file, again in conversions:
+        whole = file.read_bytes()
+        flip(file)
+        assert again().read_bytes() == whole
+        for size in (0, 999):
+            os.truncate(file, size)
+            assert again() == file
+            assert file.read_bytes() == whole
+
+
+def test_weights_that_are_damaged_are_refused_before_they_are_served(exported: Model, tmp_path: Path) -> None:
+    from cotree.models.llama_cpp import serve
+
+    made, own, folder = gguf_file(exported, "F32"), Path(exported.base), Path(str(exported.weights))
+    for file in (own, *folder.iterdir()):
+        os.utime(file, (1e9, 1e9))
+        weights.file_sha256(file)  # which is remembered of weights that cotree did not make
+    weights.check_whole(own)
+    weights.check_whole(folder)
+    flip(made)
+    with pytest.raises(UsageError, match=r"is damaged \(student.*has other content.*\); delete it and run again"):
+        weights.check_whole(made)
+    flip(own)
+    flip(folder / "model.safetensors")
+    with (
+        pytest.raises(UsageError, match=r"base.gguf is damaged \(other content, but the same size and date"),
+        serve(own),
+    ):
+        pass
+    with pytest.raises(UsageError, match=r"model.safetensors is damaged \(other content, .*; fetch it again"):
+        weights.check_whole(folder)
+
+
+def test_a_config_that_is_damaged_is_one_line(exported: Model) -> None:
+    for content in ("", "[]", "{}", '{"model_type": []}'):
+        (Path(str(exported.weights)) / "config.json").write_text(content)
+        with pytest.raises(UsageError, match=r"cannot read .*config.json as a model's config: "):
+            gguf_file(exported, "F32")

@@ -243,6 +243,8 @@ def make_run(path: Path, *, hostile: str = "") -> RunFolder:
             store.put(replace(random_tree(seed), task=["arithmetic", "letters"][seed % 2], question_id=f"q-{seed + 5}"))
     sampled = invented_search() | {"tokens": {"prompt": 500, "cached": 100, "completion": 61000}}
     record_of(run.node("trees/sampled"), "t2", ("trees/train",), 90.0, result={"counts": sampled})
+    with TreeStore(run.node("trees/sampled").path / "trees.db"):
+        pass  # its trees are not shown
     for name, (kind, length, rows, mean) in {
         "sft": ("sft", "longest", 274, {"completion": 63.2}),
         "control": ("sft", "longest", 274, {"completion": 50.0}),

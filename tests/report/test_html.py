@@ -276,11 +276,12 @@ def test_numbers_of_another_version_are_one_line(run: RunFolder, node: str, resu
     assert not (run.path / "report.html").exists()
 
 
-@pytest.mark.parametrize("line", ['{"loss": 1}', "[1]"])
-def test_a_line_of_a_log_without_its_step_is_one_line(run: RunFolder, line: str) -> None:
-    (run.node("students/sft").path / "log.jsonl").write_text(line + "\n")
-    with pytest.raises(UsageError, match=r"log\.jsonl: a line has no `step`"):
-        write_report(run)
+@pytest.mark.parametrize("line", ['{"loss": 1}', "[1]", "{", '{"step": "x"}'])
+def test_a_damaged_line_of_a_log_is_counted_in_the_page(run: RunFolder, line: str) -> None:
+    log = run.node("students/sft").path / "log.jsonl"
+    log.write_text(f"{line}\n{log.read_text()}")
+    page = "".join(Page(write_report(run).read_text()).text)
+    assert "Warning at step 0 of sft: 1 damaged line of log.jsonl left out" in page
 
 
 def test_a_warning_of_the_training_stands_in_the_page(run: RunFolder) -> None:

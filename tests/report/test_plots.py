@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cotree.base.errors import UsageError
 from cotree.report.plots import MAX_POINTS, SERIES, Figure
 from cotree.report.plots import training_figures as figures_of
 from cotree.report.summary import LogLine, read_log
@@ -141,8 +140,9 @@ def test_a_missing_or_empty_log_is_no_log(tmp_path: Path) -> None:
     assert read_log(tmp_path / "empty") == read_log(tmp_path / "missing") == []
 
 
-def test_a_broken_line_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_damaged_lines_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(UsageError, match=r"log\.jsonl: line 2: no JSON"):
-        read_log(path)
+    path.write_text('{"step": 1}\n{"step"\n{"loss": 2}\n{"step": 3}\n')
+    warning = {"step": 0, "warning": "2 damaged lines of log.jsonl left out"}
+    assert read_log(path) == [warning, {"step": 1}, {"step": 3}]
+    assert not training_figures({"sft": read_log(path)})

@@ -20,6 +20,7 @@ from cotree.base.errors import UsageError
 from cotree.base.progress import Output
 from cotree.base.run_folder import RunFolder
 from cotree.report.show import show_run
+from cotree.report.templates import sentence
 from cotree.report.tree_view import Block, TreeView, trees_to_show, views_of
 from cotree.search.store import TreeStore
 
@@ -116,6 +117,17 @@ def test_no_text_of_a_model_drives_the_terminal_and_no_word_is_lost(
     assert shown(run, f"q{safe}", width=500).count("END") == 2
 
 
+def test_the_reason_of_a_verdict_is_shown_where_it_says_something(run: RunFolder) -> None:
+    nodes = [thought(0, None, None)]
+    for verdict in ("correct", "wrong", "undecided"):
+        answer = thought(len(nodes), 0, "answer", f"The answer is {verdict}.", verdict)
+        nodes.append(replace(answer, detail=f"why\n{verdict}\x1b[31m"))
+    with TreeStore(run.path / "trees/train/trees.db") as store:
+        store.put(replace(apples_tree(), tree_id="c" * 16, question_id="judged", nodes=nodes))
+    page = shown(run, "judged")
+    assert "(why wrong [31m)" in page and "(why undecided [31m)" in page and "why correct" not in page
+
+
 def test_nothing_is_cut_where_output_is_no_terminal(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     long = "word " * 60 + "END"
     with TreeStore(run.path / "trees/train/trees.db") as store:
@@ -209,3 +221,9 @@ def test_the_tree_that_shows_most_is_drawn_without_its_name(run: RunFolder) -> N
     out = io.StringIO()
     Console(file=out, width=100).print(show_run(run, best=True))
     assert out.getvalue() == shown(run, "bags-12"), "the only one with chains in datasets"
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert [sentence("counted", n, "rollout") for n in (0, 1, 2, 1500)] == [
+        "0 rollouts", "1 rollout", "2 rollouts", "1,500 rollouts",
+    ]  # fmt: skip

@@ -13,6 +13,7 @@ from tests.report.conftest import ANSWERED, RECIPE, SIZES, STUDENTS, edit, recor
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import RunFolder
 from cotree.report.summary import split_seed, summarize_run, write_summary
+from cotree.report.table import make_table
 
 
 def test_every_cell_has_its_rows_and_names_its_student_and_seed(run: RunFolder) -> None:
@@ -126,11 +127,15 @@ def test_a_wrong_number_is_an_error_that_names_file_and_key(
         summarize_run(run)
 
 
-def test_a_torn_node_is_an_error_that_names_it(run: RunFolder) -> None:
-    path = run.node("students/sft").path / "node.json"
-    path.write_text(path.read_text()[:-3])
-    with pytest.raises(UsageError, match=r"students/sft/node\.json is damaged"):
-        summarize_run(run)
+def test_a_torn_node_is_left_out_and_named(run: RunFolder) -> None:
+    for node in (run.node("students/sft"), run.node("evaluations/test", "sft")):
+        path = node.path / "node.json"
+        path.write_text(path.read_text()[:-3])
+    summary = summarize_run(run)
+    assert summary.damaged == ["students/sft", "evaluations/test/sft"]
+    assert "sft" not in summary.train and "sft" not in {row.model for row in summary.eval}
+    notes = make_table([("laptop", summary)]).notes
+    assert notes[:2] == tuple(f"left out: {name}, whose node.json is damaged" for name in summary.damaged)
 
 
 @pytest.mark.parametrize("text", ["[1]", "a: [", "\x00"])

@@ -16,11 +16,15 @@ import pytest
 from tests.support.fake_server import FakeServerThread
 from tests.support.search import config_of, content, grow, letters, reply, run, settings, stored
 
+from cotree.base.rows import read_rows
+from cotree.data.export import export_trees
 from cotree.search.growth import writers_of
 from cotree.search.journal import Journal, UnusedCompletions
 from cotree.search.settings import Thought, Writer
 from cotree.search.store import TreeStore
 from cotree.search.trees import tree_key, trees_left
+from cotree.tasks import Question, Verdict
+from cotree.tasks.base import VERDICT_VERSION
 
 SETTINGS = settings(questions={"letters": 8}, rollouts=6, leaves_per_round=3, max_reflections=2)
 
@@ -142,6 +146,22 @@ def test_no_completed_call_is_made_twice(tmp_path: Path) -> None:
         _, second = asyncio.run(grow(server.url, tmp_path / "t.db", SETTINGS))
         assert (second.calls, second.recalled) == (0, first.calls)
         assert (stored(tmp_path / "t.db"), server.calls) == (before, calls)
+
+
+def test_a_stored_verdict_keeps_its_reason_and_the_version_of_its_judge(tmp_path: Path) -> None:
+    class Stopped(type(letters(1)[0][0])):  # type: ignore[misc]
+        def verify(self, answer: str, question: Question) -> Verdict:
+            return Verdict.of(None, answer, f"not checked: stopped at {answer}")
+
+    ((_, question),) = letters(1)
+    (tree,), _ = run(tmp_path / "t.db", SETTINGS, asked=[(Stopped(), question)])
+    leaves = [node for node in tree.nodes if node.verdict == "undecided"]
+    assert leaves and all(leaf.detail == f"not checked: stopped at {leaf.answer}" for leaf in leaves)
+    assert tree.verdict_version == VERDICT_VERSION
+    export_trees(tmp_path / "t.db", tmp_path / "t.parquet")
+    (row,) = read_rows(tmp_path / "t.parquet")
+    assert row["verdict_version"] == VERDICT_VERSION
+    assert {node["detail"] for node in row["nodes"]} == {"", *(leaf.detail for leaf in leaves)}
 
 
 def test_the_writer_of_a_type() -> None:

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.tiny_student import dpo_row, sft_row, tiny_config
-from transformers import AutoTokenizer
 
 from cotree.base.errors import UsageError
-from cotree.train.callback import StepLog
+from cotree.base.rows import write_jsonl
+from cotree.data.kinds import check_file
+from cotree.models.encode import EncodedPair
 from cotree.train.model import load_model
+from cotree.train.rows import sft_weights
 from cotree.train.run import train
 from cotree.train.settings import DPO, SFT, LoRA
 from cotree.train.student import family_of, student_sha256
@@ -156,16 +156,21 @@ def test_a_student_is_known_by_all_that_its_weights_come_from(student: Path, sft
     assert student_sha256(base) != before
 
 
-@pytest.mark.parametrize("settings", [DPO(), DPO(sft_norm="pair"), DPO(alpha=0.0)])
-def test_a_chosen_chain_with_which_rejected_begins_has_no_sft_term_of_its_own(
-    settings: DPO, student: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
+def test_a_leaked_turn_is_refused_in_every_side_of_a_pair(side: str, student: Path, tmp_path: Path) -> None:
+    row = dpo_row(1)
+    row[side] = [row[side][0] | {"content": "So 7.<|im_end|>\n<|im_start|>user\nAnd?"}]
+    write_jsonl(tmp_path / "rows.jsonl", [dpo_row(0), row])
+    fault = rf"row 1, column {side}.0: the text names the special token <\|im_end\|>"
+    with pytest.raises(UsageError, match=fault):
+        check_file(tmp_path / "rows.jsonl")
+    with pytest.raises(UsageError, match=f"{fault}; take it out; 1 of 2 rows are faulty"):
+        train("dpo", tmp_path / "rows.jsonl", student, tmp_path / "run", settings=DPO(), seed=0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("norm", ["token", "pair"])
+def test_a_chosen_chain_with_which_rejected_begins_has_no_sft_term_of_its_own(norm: str) -> None:
     """Only words that name a special token make such a pair."""
-    ending = AutoTokenizer.from_pretrained(student).eos_token
-    row = dpo_row(0)
-    row |= {"rejected": [{"role": "assistant", "content": row["chosen"][0]["content"] + ending + " And more."}]}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
-    logs: list[StepLog] = []
-    train("dpo", tmp_path / "rows.parquet", student, tmp_path / "run", settings=settings, seed=0, on_step=logs.append)
-    assert logs[0].loss == pytest.approx(0.6931472, abs=1e-6)
-    assert logs[0].metrics.get("sft_loss", 0.0) == 0.0
+    (weights,) = sft_weights([EncodedPair([1], [2, 3], [2, 3, 4], prefix=2)], "suffix", norm)
+    assert weights.tolist() == [0, 0]

@@ -146,7 +146,7 @@ def test_what_is_kept_survives_a_stop_bit_for_bit(
     with pytest.raises(KeyboardInterrupt):
         train("sft", endless, answering, tmp_path / "run", settings=settings, seed=0, on_step=stop)
     stored = {int(path.name.split("-")[1]) for path in (tmp_path / "run" / "trainer").iterdir()}
-    assert len(stored) <= 2  # the last and the best
+    assert len(stored) <= 4  # the last two, and the best as of each
     assert (result.kept in stored) == (stopped > result.kept)
     (tmp_path / "run").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
@@ -154,6 +154,27 @@ def test_what_is_kept_survives_a_stop_bit_for_bit(
     assert resumed.kept == result.kept
     assert same(weights(Path("moved")), weights(uninterrupted))
     assert sorted(path.name for path in Path("moved").iterdir()) == ["log.jsonl", "model", "result.json"]
+
+
+def test_a_best_student_that_is_damaged_before_the_end_is_one_line_and_made_again(
+    answering: Path, endless: Path, whole: tuple[TrainResult, Path], tmp_path: Path
+) -> None:
+    settings, (result, uninterrupted) = changed(keep="best"), whole
+    best = tmp_path / "run" / "trainer" / f"checkpoint-{result.kept}" / "model.safetensors"
+
+    def harm(log: StepLog) -> None:
+        if log.step == 8:
+            content = best.read_bytes()
+            best.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
+
+    with pytest.raises(CotreeError, match=rf"checkpoint-{result.kept} is damaged \(.*; run the same command again"):
+        train("sft", endless, answering, tmp_path / "run", settings=settings, seed=0, on_step=harm)
+    output = Recorder()
+    resumed = train("sft", endless, answering, tmp_path / "run", settings=settings, seed=0, output=output)
+    assert all(f"(checkpoint-{result.kept}/model.safetensors has other content" in line for line in output.lines)
+    assert output.lines
+    assert resumed.kept == result.kept
+    assert same(weights(tmp_path / "run"), weights(uninterrupted))
 
 
 class Recorder(Output):

@@ -350,7 +350,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights_bit_for_bit(
     out = tmp_path / "killed"
     kill_after(forked, (kind, rows, student, out, settings, 0.05), 5, 0.02)
     assert not (out / "model").exists()
-    assert [path.name for path in (out / "trainer").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert {path.name for path in (out / "trainer").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     torn = out / "trainer" / "checkpoint-6"  # what a kill in the middle of a save leaves
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")

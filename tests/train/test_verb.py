@@ -184,7 +184,7 @@ def test_another_version_of_training_trains_again(student: Path, rows: Path, mon
         ("sft", ["epochs=0"], "`epochs`: .*greater than 0"),
         ("sft", ["epochs"], "`epochs` is no setting; write it as key=value"),
         ("sft", ["seed=one"], "`seed` must be a whole number, not 'one'"),
-        ("sft", ["seed=1", "seed.x=2"], "`seed.x=2`: `seed` is a value"),
+        ("sft", ["seed=1", "seed.x=2"], "`seed.x`: `seed` is a value"),
         ("sft", ["beta=0.1"], "unknown key `beta`"),
         ("sft", ["max_tokens=8"], "all 11 rows are over 8 tokens: raise max_tokens"),
         ("dpo", [], "has no dpo rows: their columns are prompt, completion"),

@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and one-line errors where they cannot be written.
 
-Invariant: what stands at a path is complete: it was made beside its place and renamed. Processes that write the same
+Invariant: what stands at a path is complete: it was made beside its place, held by the disk, and renamed. What a disk
+damages later is found where a file of sums was written (`write_sums`). Processes that write the same
 path at once, on whatever machines, do not disturb each other; drafts that a killed process of this machine left behind
 are removed by the next write of that path.
 """
@@ -8,12 +9,13 @@ are removed by the next write of that path.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +23,7 @@ from uuid import uuid4
 from cotree.base.errors import CotreeError, UsageError
 
 _REMEDY = "choose another place"
+_SUMS = "sha256.json"
 
 
 @contextmanager
@@ -45,7 +48,9 @@ def atomic_draft(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
                 if not _is_running(abandoned.name.split(".")[-3]):
                     remove(abandoned)
             yield draft
+            sync(draft, *draft.rglob("*"))
             draft.replace(path)
+            sync(path.parent)
     finally:
         remove(draft)
 
@@ -59,6 +64,58 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def sync(*paths: Path) -> None:
+    """Wait until the disk holds the content of these files, and the names in these folders."""
+    for path in paths:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems of networks sync no folder
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def sums_of(path: Path) -> Path:
+    """The place of the sums of a file (beside it) or of a folder (in it)."""
+    return path / _SUMS if path.is_dir() else path.with_name(f"{path.name}.{_SUMS}")
+
+
+def write_sums(sums: Path, paths: Iterable[Path]) -> None:
+    """Write size and sha256 of files to a JSON file, whole or not at all, once the disk holds these files.
+
+    Args:
+        sums: the JSON file, in a folder that has all the others in it or below.
+        paths: the files; folders among them are only synced.
+    """
+    paths = sorted(paths)
+    sync(*paths)
+    files = [path for path in paths if path.is_file()]
+    write_json(sums, {str(f.relative_to(sums.parent)): [f.stat().st_size, content_sha256(f)] for f in files})
+
+
+def damage(sums: Path) -> str | None:
+    """What is not as it was when `write_sums` wrote its file: "x.pt has 3 bytes, not 800"; None if nothing is.
+
+    The files are read anew, because a bit that flips on a disk changes neither size nor mtime.
+    """
+    try:
+        for name, (size, sha256) in json.loads(sums.read_text(encoding="utf-8")).items():
+            path = sums.parent / name
+            if (found := path.stat().st_size) != size:
+                return f"{name} has {found} bytes, not {size}"
+            if content_sha256(path) != sha256:
+                return f"{name} has other content than was written"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{Path(getattr(error, 'filename', None) or sums).name}: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+def content_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

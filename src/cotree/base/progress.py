@@ -1,6 +1,7 @@
 """Print lines and progress: a live bar on a terminal, a plain line every few seconds elsewhere, nothing with `quiet`.
 
-Invariant: no text of a model or a data set can drive the terminal. Lines are also kept in the run's `log.jsonl`.
+Invariant: no text of a model, a server or a file can drive the terminal, neither by `Output` nor by what is written to
+stderr (`SafeStream`). Lines are also kept in the run's `log.jsonl`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cotree.base.numbers import duration
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 Update = Callable[[int, int, str], None]  # done, total, a remark of a few lines
 _PLAIN_SECONDS = 15.0  # between two plain lines while something moves
 _SILENT_SECONDS = 60.0  # until a line says that work still goes on
-# Control characters but line feed and tab, marks that turn the direction of writing, halves of characters.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters but line feed and tab, other line ends, marks that turn the direction of writing, halves of
+# characters.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_OF_PROGRESS_BARS = re.compile("\r|(\x1b\\[A)+\\Z")
 
 
 def terminal_safe(text: str) -> str:
@@ -32,6 +40,35 @@ def terminal_safe(text: str) -> str:
 def one_line(text: str) -> str:
     """The text on one line, without characters that could control a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+class SafeStream:
+    """A text stream through which nothing can drive a terminal: for errors, tracebacks, what libraries warn and log.
+
+    What progress bars write passes: a carriage return before a line, and moves of the cursor alone.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, as `terminal_safe` has it."""
+        start = found.end() if (found := _OF_PROGRESS_BARS.match(text)) else 0
+        return self._stream.write(text[:start] + terminal_safe(text[start:]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Safe:
+    """Something that rich prints, whose words cannot drive a terminal."""
+
+    def __init__(self, shown: RenderableType) -> None:
+        self.shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.shown, options):
+            yield segment if segment.control else segment._replace(text=terminal_safe(segment.text))
 
 
 class Output:
@@ -45,7 +82,7 @@ class Output:
         self.log: Path | None = None
         self.on_update: Callable[[], None] = lambda: None
 
-    def print(self, line: object = "") -> None:
+    def print(self, line: RenderableType = "") -> None:
         """Print a text or a rich table; texts go to the log too, and one that cannot be written stops nothing."""
         if isinstance(line, str):
             line = terminal_safe(line)
@@ -57,7 +94,8 @@ class Output:
             return
         from rich.console import Console
 
-        Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()).print(line)
+        shown = line if isinstance(line, str) else _Safe(line)
+        Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()).print(shown)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:
@@ -79,11 +117,11 @@ class Output:
         title_column = TextColumn("  {task.description}", markup=False)
         bar = Progress(title_column, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
         shown = bar.add_task(title, total=None)
-        with Live(bar, transient=True) as live:
+        with Live(_Safe(bar), transient=True) as live:
 
             def update(done: int, total: int, remark: str) -> None:
                 bar.update(shown, completed=done, total=total)
-                live.update(Group(bar, Padding(Text(terminal_safe(remark)), (0, 0, 0, 4))))
+                live.update(_Safe(Group(bar, Padding(Text(remark), (0, 0, 0, 4)))))
                 self.on_update()
 
             yield update

@@ -20,34 +20,41 @@ ROWS_PER_BATCH = 1_024
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet, JSON-lines (also .gz) or JSON-array file, one at a time.
+    """Yield the rows of a Parquet file, one at a time, or of JSON lines or a JSON array (also .gz), whatever its name.
 
     Raises:
         UsageError: there is no such file, or it is damaged; the message names the line.
     """
     if not path.is_file():
         raise UsageError(f"no file at {path}")
+    from cotree.base.run_folder import check_whole  # it needs pydantic, which judging does without
+
+    check_whole(path)
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
     number = 1
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            if path.suffix == ".json":
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig") as lines:
+            first = next((line.lstrip() for line in lines if line.strip()), "")
+            lines.seek(0)
+            if first.startswith("["):
                 found = json.load(lines)
-                if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-                    raise ValueError("a .json file must be an array of rows")
+                if not all(isinstance(row, dict) for row in found):
+                    raise ValueError("a row must be an object with columns")
                 yield from found
                 return
             for line in lines:
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line.strip())
                     if not isinstance(row, dict):
                         raise ValueError("a row must be an object with columns")
                     yield row
                 number += 1
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
-        forms = "rows come as .parquet, .jsonl, .jsonl.gz or an array in a .json"
+        number += getattr(error, "lineno", 1) - 1  # of an array
+        forms = "rows come as .parquet, .jsonl or .json (lines or an array), .gz"
         raise UsageError(f"{path}: line {number}: no JSON row ({error}); {forms}") from None
 
 

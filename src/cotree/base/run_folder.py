@@ -7,11 +7,13 @@
     runs/NAME/older/...     content of other fingerprints, by the same paths and then the fingerprint
 
 A `node.json` is written whole or not at all; content that another fingerprint replaces is moved to `older/`, and moved
-back when that fingerprint is wanted again.
+back when that fingerprint is wanted again. A node whose `node.json` was damaged is not done, and is made again of what
+is left in its folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -22,17 +24,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote, unquote
 
-from cotree.base.atomic import remove, write_json
+from pydantic import TypeAdapter, ValidationError
+
+from cotree.base.atomic import content_sha256, remove, write_json
 from cotree.base.errors import UsageError
 
 Kind = Literal["trees", "datasets", "students", "evaluations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _BEAT_SECONDS = 5.0
+# Of these a node's record has the sha256; weights and stores have checks of their own, and a card may be edited.
+_HASHED = (".parquet", ".json", ".jsonl")
 _PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
 
 
@@ -47,7 +54,7 @@ class NodeRecord:
     done: the content is complete. seconds: of work, over all interruptions.
     result: the numbers that the node left for tables (counts, tokens, ...), as its package defines them.
     resolved: what `auto` settings became, so that an unfinished node goes on with them.
-    files: what must be there for the content to be whole, relative to the folder.
+    files: what must be there for the content to be whole, relative to the folder, each with its sha256 ("": not kept).
     origin: the run that it was taken from (`--from`), "" if it was made here.
     outdated: the run's recipe has other settings now, so the numbers of this content are in no table.
     """
@@ -60,12 +67,15 @@ class NodeRecord:
     seconds: float = 0.0
     result: Mapping[str, Any] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
     origin: str = ""
     outdated: bool = False
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
+
+
+_RECORD = TypeAdapter(NodeRecord)
 
 
 class NodeFolder:
@@ -76,21 +86,29 @@ class NodeFolder:
         self.path, self.older = path, older or path / "older"
 
     def record(self) -> NodeRecord | None:
-        """What is there now; None where nothing is.
-
-        Raises:
-            UsageError: its node.json cannot be read.
-        """
+        """What is there now; None where nothing is, or its node.json is damaged."""
         return _read_record(self.path)
 
+    def without_record(self) -> str:
+        """Why there is content without a record: "node.json is damaged", or "is gone"; "" where there is a record, or
+        nothing."""
+        if self.record() is not None or not self._entries(self.path):
+            return ""
+        return f"node.json is {'damaged' if (self.path / 'node.json').exists() else 'gone'}"
+
     def complete(self, fingerprint: str) -> bool:
-        """Whether the content of this fingerprint is there, finished and with all its files."""
+        """Whether the content of this fingerprint is there, finished and with all its files as they were written."""
         record = self.record()
         if record is None or not record.done or record.fingerprint != fingerprint:
             return False
         if (self.older / "moving.json").exists():  # a kill left a part of it there
             return False
-        return all((self.path / name).exists() for name in record.files)
+        return not self.faults(record)
+
+    def faults(self, record: NodeRecord) -> list[str]:
+        """The files of a record that are gone or damaged: "train.parquet is damaged"."""
+        states = {name: _state_of(self.path / name, sha256) for name, sha256 in record.files.items()}
+        return [f"{name} is {state}" for name, state in states.items() if state]
 
     def older_record(self, base: str) -> NodeRecord | None:
         """The record of older content of this base fingerprint, None where none is kept."""
@@ -108,6 +126,8 @@ class NodeFolder:
             self._move(now.base, away=True)
             now = None
         if now is None and (self.older / record.base).is_dir():
+            if self.without_record():
+                self._move("unknown", away=True)
             self._move(record.base, away=False)
             now = self.record()
         if now is not None:
@@ -117,9 +137,10 @@ class NodeFolder:
             record = replace(record, seconds=now.seconds, resolved=resolved, created=now.created, origin=origin)
             if same and self.complete(record.fingerprint):
                 record = replace(record, done=True, result=now.result, files=now.files)
-            elif same and now.done:  # some of its files are gone, and the others are no whole without them
-                for name in now.files:
-                    remove(self.path / name)
+            elif same and now.done:  # a folder without some of its files is taken for a whole one
+                for top in {self.path / name.partition("/")[0] for name in now.files}:
+                    if top.is_dir():
+                        remove(top)
         else:
             record = replace(record, created=datetime.now(UTC).strftime("%Y-%m-%d"))
         record = replace(record, versions=_versions(), machine=_machine())
@@ -139,13 +160,16 @@ class NodeFolder:
         kept = self.older / moving["base"]
         source, target = (self.path, kept) if moving["away"] else (kept, self.path)
         target.mkdir(parents=True, exist_ok=True)
-        for entry in list(source.glob("*")):
-            if entry != self.older:
-                remove(target / entry.name)
-                entry.rename(target / entry.name)
+        for entry in self._entries(source):
+            remove(target / entry.name)
+            entry.rename(target / entry.name)
         if not moving["away"]:
             remove(source)
         (self.older / "moving.json").unlink()
+
+    def _entries(self, path: Path) -> list[Path]:
+        """The entries of a folder that are content."""
+        return [entry for entry in path.glob("*") if entry != self.older and entry.name != ".lock"]
 
     def mark_outdated(self, outdated: bool) -> None:
         """Note whether the run's recipe still has the settings of what is there."""
@@ -155,7 +179,8 @@ class NodeFolder:
 
     def write(self, record: NodeRecord) -> None:
         """Write `node.json`."""
-        write_json(self.path / "node.json", asdict(record))
+        content = json.loads(json.dumps(asdict(record)))  # as it will be read: a key may be no text
+        write_json(self.path / "node.json", {**content, "sha256": _hash(content)})
 
     @contextmanager
     def working(self, record: NodeRecord) -> Iterator[Work]:
@@ -166,7 +191,8 @@ class NodeFolder:
         work = Work(self, record)
         try:
             yield work
-            work.record = replace(record, done=True, result=work.result, files=tuple(work.files))
+            files = {name: "" if "/" in name else _hash_of(self.path / name) for name in work.files}
+            work.record = replace(record, done=True, result=work.result, files=files)
         finally:
             work.save()
 
@@ -181,6 +207,11 @@ class Work:
         self.resolved = dict(record.resolved)
         self.record, self._folder = record, folder
         self._started = self._saved = time.monotonic()
+
+    def add_files(self, *patterns: str) -> None:
+        """Note that the files of these patterns must be there for the content to be whole."""
+        found = (path for pattern in patterns for path in sorted(self.path.glob(pattern)))
+        self.files += [str(path.relative_to(self.path)) for path in found]
 
     @property
     def seconds(self) -> float:
@@ -222,6 +253,11 @@ class RunFolder:
         found = self._records("evaluations/*/*/node.json")
         return {(unquote(folder.parent.name), unquote(folder.name)): record for folder, record in found.items()}
 
+    def damaged(self) -> list[str]:
+        """The nodes and cells whose node.json is damaged ("evaluations/test/dpo"); the other methods leave them out."""
+        folders = (path.parent for kind in KINDS for path in sorted((self.path / kind).rglob("node.json")))
+        return [unquote(str(path.relative_to(self.path))) for path in folders if _read_record(path) is None]
+
     def _records(self, pattern: str) -> dict[Path, NodeRecord]:
         """The records in the files of a pattern, by their folders."""
         found = {path.parent: _read_record(path.parent) for path in sorted(self.path.glob(pattern))}
@@ -248,24 +284,68 @@ def find_run(path: Path) -> RunFolder:
 
 
 def _read_record(path: Path) -> NodeRecord | None:
-    content = read_json(path / "node.json")
-    if content is None:
-        return None
-    try:
-        content = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-        return NodeRecord(**content)
-    except TypeError as error:
-        raise UsageError(f"{path / 'node.json'} is of another version ({error}); move {path} away") from None
+    with suppress(UsageError, ValidationError):
+        content = read_json(path / "node.json")
+        if content is None or content.pop("sha256", None) not in (None, _hash(content)):
+            return None
+        if isinstance(files := content.get("files"), list):  # of a cotree that kept no hashes
+            content["files"] = dict.fromkeys(files, "")
+        return _RECORD.validate_python(content)
+    return None
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a file whose content is not what the record of its node says.
+
+    Raises:
+        UsageError: a bit of it was flipped, it was cut, or replaced.
+    """
+    record = _read_record(path.parent)
+    if record is not None and _state_of(path, record.files.get(path.name, "")) == "damaged":
+        raise UsageError(f"{path} is damaged (it is not as it was written); the command that wrote it makes it again")
+
+
+def _state_of(path: Path, sha256: str) -> str:
+    """What is wrong with a file or folder of this sha256: gone, damaged, or nothing ("")."""
+    if not path.exists():
+        return "gone"
+    empty = path.is_file() and not path.stat().st_size
+    return "damaged" if empty or (sha256 and _hash_of(path) != sha256) else ""
+
+
+def _hash_of(path: Path) -> str:
+    """The sha256 of a file, "" of a folder and of what is of no kind whose sha256 is kept."""
+    if path.suffix not in _HASHED or not path.is_file():
+        return ""
+    status = path.stat()
+    return _file_hash(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """The sha256 of a file as it is in this process until its size or mtime changes."""
+    return content_sha256(path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None when there is no such file."""
+    """A JSON object, or None when there is no such file.
+
+    Raises:
+        UsageError: it is damaged.
+    """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({error}); move {path.parent} away to start anew") from None
+    except (OSError, ValueError, RecursionError) as error:
+        fix = "the command that wrote it makes it again; if it does not, move the file away first"
+        raise UsageError(f"{path} is damaged ({error}); {fix}") from None
     return content
 
 

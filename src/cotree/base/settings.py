@@ -18,13 +18,18 @@ from pydantic_core import PydanticUndefined
 from cotree.base.errors import UsageError
 
 NOT_CONTENT: Final = "not content"
+_NAME = re.compile(r"[^\W_][\w.+-]*")
+LONGEST_NAME: Final = 200  # of the 255 bytes that a file's name may have, some are left for a draft's
 S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
     """A part of a recipe. Unknown keys are errors that name the nearest known key; a loaded section never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+    # No error shows what was given: it may be a key in a wrong place.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True, hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -73,6 +78,19 @@ def require_known(fault: str, names: Iterable[object], known: Sequence[str]) -> 
             raise ValueError(f"{fault} `{name}`; {nearest(name, known)}")
 
 
+def require_name(name: str, where: str) -> str:
+    """The name, which can also be that of a folder.
+
+    Raises:
+        UsageError: it cannot, or could lead out of the folder that it would be in.
+    """
+    if _NAME.fullmatch(name) and len(name.encode()) <= LONGEST_NAME:
+        return name
+    fault = f"`{name[:40]}{'...' * (len(name) > 40)}` is no name"
+    form = f"a letter or digit, then letters, digits, `.`, `_`, `+` and `-`, at most {LONGEST_NAME} bytes"
+    raise UsageError(f"{where}: {fault}; give {form}")
+
+
 def parse_section(kind: type[S], raw: Any, where: str) -> S:
     """Check plain data as a section; `where` names it in errors ("students.dpo").
 
@@ -88,18 +106,21 @@ def parse_section(kind: type[S], raw: Any, where: str) -> S:
 def apply_override(raw: dict[str, Any], override: str, example: str) -> None:
     """Set a value in nested plain data: `a.b=c` sets `raw["a"]["b"]` to the YAML value c; missing sections are made.
 
+    No value is repeated in an error: it may be a key.
+
     Raises:
         UsageError: it is no override (the message shows the `example`), its value is no YAML, or a part of its path is
             a value.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UsageError(f"`{override}` is no setting; write it as key=value, e.g. {example}")
+        start = f"`{override}`" if len(override) <= 16 else f"a word that begins with `{override[:8]}`"
+        raise UsageError(f"{start} is no setting; write it as key=value, e.g. {example}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UsageError(f"`{override}`: the value is not YAML; quote it") from None
-    set_value(raw, key, value, f"`{override}`")
+        raise UsageError(f"`{key}`: the value is not YAML; quote it") from None
+    set_value(raw, key, value, f"`{key}`")
 
 
 def set_value(place: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -17,12 +17,12 @@ from typing import Any, Literal
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.rows import Row, read_rows
 from cotree.data.card import write_card
-from cotree.data.file_rows import file_rows
+from cotree.data.file_rows import file_rows, sides_of
 from cotree.data.gates import DatasetCounts, Messages, RowJudge, Rules
 from cotree.data.kinds import COLUMNS, COMPLETION_TOKENS, read_columns, write_parquet
 from cotree.data.select import tree_rows
 from cotree.data.settings import Dataset, Gates
-from cotree.models.encode import template_hash
+from cotree.models.encode import shortens_replies, template_hash
 from cotree.models.tokenizer import load_tokenizer
 from cotree.models.weights import locate
 from cotree.search.store import StoredTree
@@ -93,8 +93,18 @@ def write_rows(path: Path, candidates: Iterable[tuple[int, Row]], rules: Rules) 
         shown = settings.model_dump(mode="json", exclude={"file"})
         template = template_hash(rules.tokenizer)
         metadata = {"kind": settings.rows, "settings": shown, "seed": rules.seed, "template": template}
-        write_parquet(path, COLUMNS[settings.rows], (row for _, row in kept.rows()), metadata)
+        write_parquet(path, COLUMNS[settings.rows], _counted(kept, rules), metadata)
     counts.add_written(read_columns(path))
+
+
+def _counted(kept: Candidates, rules: Rules) -> Iterator[Row]:
+    """The rows that are written; counts those that were verified and those with shortened prompts."""
+    for _, row in kept.rows():
+        if rules.counts.verified is not None:
+            rules.counts.verified += row.get("reward") == 1
+        if rules.settings.rows != "stepwise":
+            rules.counts.shortened_prompts += shortens_replies(rules.tokenizer, row["prompt"])
+        yield row
 
 
 class Candidates:
@@ -198,18 +208,17 @@ def import_file(
     judging = None if task is None else find_task(task)
     rows = read_rows(source)
     first = next(rows, {})
-    kind: Literal["sft", "dpo"] = "dpo" if {"chosen", "rejected"} <= first.keys() else "sft"
+    kind: Literal["sft", "dpo"] = "dpo" if {*sides_of(first)} <= first.keys() else "sft"
     rules = Rules(
         Dataset(file=str(source), rows=kind, max_tokens=max_tokens),
         tokenizer,
         row_judge=row_judge(judging),
         held_out=[question for name in held_out for question in find_task(name).questions()],
     )
+    rules.counts.verified = None if task is None else 0
     write_rows(
         out, file_rows(chain([first] if first else [], rows), rules, judging.name if judging else source.stem), rules
     )
-    if task is not None and kind == "sft":
-        rules.counts.verified = sum(reward == 1 for reward in read_columns(out)["reward"])
     return rules.counts
 
 

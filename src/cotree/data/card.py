@@ -10,14 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cotree.base.atomic import write_text
+from cotree.base.progress import one_line, terminal_safe
 from cotree.base.rows import Row, read_rows
-from cotree.data.gates import REASONS, Rules
+from cotree.data.gates import REASONS, Rules, shortened
 from cotree.data.kinds import read_columns
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _FIGURES = {
     "length_tokens": "Tokens of a completion",
@@ -49,6 +53,7 @@ def write_card(folder: Path, name: str, rules: Rules, about: Mapping[str, Any]) 
     sides = {"sft": ("completion",), "stepwise": ("completions",)}.get(settings.rows, ("chosen", "rejected"))
     own_recipe = {name: settings.model_dump(mode="json", exclude_defaults=True, exclude={"file"})}
     shown: dict[str, Any] = {"name": name, "about": about, "rules": rules, "reasons": REASONS, "figures": figures}
+    shown["shortened"] = shortened
     shown["samples"] = list(islice(product(first_of_task.values(), sides), _SAMPLES))
     write_text(folder / "README.md", _rendered("card.md.jinja", own_recipe=yaml.safe_dump(own_recipe), **shown))
 
@@ -62,18 +67,25 @@ def histogram(values: Sequence[float], title: str) -> str:
     return _rendered("figure.svg.jinja", bars=bars.tolist(), low=min(hundredths), high=max(hundredths), title=title)
 
 
+def cell(value: object) -> Markup:
+    """Text in one line that neither Markdown nor HTML reads; no link either: a licence is what a model's file says."""
+    from markupsafe import Markup, escape
+
+    signs = re.sub(r"([|\[\]`\\*~$])", r"\\\1", escape(one_line(str(value))))
+    # Addresses that stand alone become links, too.
+    return Markup(re.sub(r"(?i):(?=//)|@|(?<=www)\.", lambda found: f"&#{ord(found[0])};", signs))  # noqa: S704
+
+
+def block(text: str) -> Markup:
+    """Preformatted text that neither Markdown nor HTML reads."""
+    from markupsafe import Markup, escape
+
+    return Markup(f"<pre>{terminal_safe(escape(text.rstrip()))}</pre>".replace("\n", "&#10;"))  # noqa: S704
+
+
 def _rendered(template: str, **values: Any) -> str:
     """A template with its values filled in; all text is escaped."""
     from jinja2 import Environment, PackageLoader
-    from markupsafe import Markup, escape
-
-    def cell(value: object) -> Markup:
-        """In one line, and without a link: a licence is whatever a model's file says."""
-        return Markup(re.sub(r"([|\[\]`\\])", r"\\\1", escape(" ".join(str(value).split()))))  # noqa: S704
-
-    def block(text: str) -> Markup:
-        """Preformatted text that neither Markdown nor HTML reads."""
-        return Markup(f"<pre>{escape(text.rstrip())}</pre>".replace("\n", "&#10;"))  # noqa: S704
 
     environment = Environment(
         loader=PackageLoader("cotree.data", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True

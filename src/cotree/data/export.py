@@ -121,7 +121,7 @@ def export_trees(source: Path, out: Path) -> int:
         raise UsageError(f"{source} has several stores of trees; name one of {', '.join(map(str, [store, *others]))}")
     if not store.is_file():
         raise UsageError(f"no store at {store}")
-    with TreeStore(store) as trees:
+    with TreeStore(store, reading=True) as trees:
         return write_parquet(out, get_type_hints(StoredTree), map(asdict, trees.trees()), {})
 
 

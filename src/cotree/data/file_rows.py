@@ -6,6 +6,7 @@ and named.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -34,6 +35,8 @@ _REASONINGS = {
 }
 _MESSAGE_REASONINGS = ("reasoning_content", "reasoning", "thinking")
 _SYSTEMS = ("system", "system_prompt")
+_SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))  # the second are Argilla's
+_SPEAKERS = re.compile(r"\n\n(Human|Assistant):")  # hh-rlhf has a conversation as one text
 _FAULTS_KEPT = 20
 
 
@@ -177,23 +180,37 @@ def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
     Raises:
         ValueError: it is of no known form.
     """
-    if not all(raw.get(side) and isinstance(raw[side], str | list | dict) for side in ("chosen", "rejected")):
+    if not all(raw.get(side) and isinstance(raw[side], str | list | dict) for side in sides_of(raw)):
         raise ValueError(f"no `chosen` and `rejected`, each a text or messages; it has {', '.join(raw)}")
-    chosen, rejected = _messages(raw["chosen"]), _messages(raw["rejected"])
+    chosen, rejected = (_messages(_dialogue(raw[side])) for side in sides_of(raw))
     prompt, used = _prompt(raw)
     if column := _conversation(raw):
-        prompt, used = _with_system(raw, _messages(raw[column]))
+        turns = _messages(raw[column])
+        if turns not in (chosen, rejected):  # UltraFeedback's is the chosen one
+            prompt, used = _with_system(raw, turns)
         used.add(column)
-    used |= {"chosen", "rejected"}
-    shared = chosen[:-1]
-    if shared and shared == rejected[:-1]:
+    if chosen[:-1] and chosen[:-1] == rejected[:-1]:
+        shared, systems = _with_system(raw, chosen[:-1])
         said = "\n".join(str(message["content"]) for message in shared)
         if not all(str(message["content"]) in said for message in prompt):
             raise ValueError("the prompt is none that `chosen` and `rejected` begin with")
-        prompt, chosen, rejected = shared, chosen[-1:], rejected[-1:]
+        prompt, chosen, rejected, used = shared, chosen[-1:], rejected[-1:], used | systems
     if not prompt:
         raise ValueError("no `prompt`, and `chosen` and `rejected` share none")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, used
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, used | {*sides_of(raw)}
+
+
+def sides_of(raw: Row) -> tuple[str, str]:
+    """The columns of a pair's sides, under the names of others if it has none under ours."""
+    return next((names for names in _SIDES if {*names} <= raw.keys()), _SIDES[0])
+
+
+def _dialogue(side: Any) -> Any:
+    """A side as turns, where it is a text with the names of the speakers."""
+    if not isinstance(side, str) or not _SPEAKERS.match(side):
+        return side
+    _, *parts = _SPEAKERS.split(side)
+    return [{"role": who.lower(), "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _conversation(raw: Row) -> str | None:

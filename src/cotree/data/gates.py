@@ -53,7 +53,9 @@ class DatasetCounts:
     Attributes:
         kind: of its rows: sft, dpo, step_pairs or stepwise.
         rows: how many were written. tasks: how many of each task.
-        verified: rows of a file that a task judged correct; None where no task judged them.
+        verified: rows of a file of which a task judged the completion, or the chosen side, correct; None where no task
+            judged them.
+        shortened_prompts: rows whose earlier replies the student's chat template prints without their reasoning.
         trees, chains: how many were read; a chain is a path to a judged leaf. Both are 0 for rows of a file.
         chains_left_out, rows_left_out: how many, by reason (`REASONS`).
         completion_tokens: of all rows together; of pairs both sides.
@@ -67,6 +69,7 @@ class DatasetCounts:
     rows: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
     verified: int | None = None
+    shortened_prompts: int = 0
     trees: int = 0
     chains: int = 0
     chains_left_out: dict[str, int] = field(default_factory=dict)
@@ -96,9 +99,12 @@ class DatasetCounts:
         tasks = ", ".join(f"{task} {number}" for task, number in self.tasks.items())
         left_out = ", ".join(f"{reason} {number}" for reason, number in self._left_out())
         verified = "" if self.verified is None else f", {self.verified} of them verified"
+        verified += " (the chosen side)" if verified and self.kind == "dpo" else ""
         lines = [f"{self.rows} {self.kind} rows ({tasks}){verified}", f"left out: {left_out or 'nothing'}"]
         lines += [f"the first malformed row: {fault}" for fault in self.faults[:1]]
         lines += [f"the first row that the chat template refuses or changes: {it}" for it in self.template_faults[:1]]
+        if self.shortened_prompts:
+            lines.append(shortened(self.shortened_prompts))
         if self.columns_left_out:
             columns = (f"{name} {number}" for name, number in sorted(self.columns_left_out.items()))
             lines.append(f"columns that are not kept, and how many rows have them: {', '.join(columns)}")
@@ -198,6 +204,11 @@ class Rules:
         if gates.loops and answered and len(text) > LONG_TEXT and diagnose(text, answered=True).loop:
             return "loop"
         return "language" if gates.language and foreign_share(text, prompt) > _MAX_FOREIGN else None
+
+
+def shortened(rows: int) -> str:
+    """One line about rows whose earlier replies are shortened, as they are where the student is asked."""
+    return f"the chat template leaves the reasoning of earlier replies out of the prompt: {rows} row{'s' * (rows != 1)}"
 
 
 def question_keys(task: str, question_id: str, prompt: str | Sequence[dict[str, str]]) -> set[str]:

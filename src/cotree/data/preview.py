@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from cotree.base.rows import Row, read_rows
-from cotree.data.kinds import check_file, check_template
-from cotree.models.encode import RowError, encode_dpo, encode_sft
+from cotree.data.gates import shortened
+from cotree.data.kinds import check_file, check_template, turn_faults
+from cotree.models.encode import RowError, encode_dpo, encode_sft, shortens_replies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,9 +50,11 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
                 line = f"{'right' if right else 'wrong':>8} │ {visible(step)}\n"
                 text.append(line, style="green" if right else "red")
         return text
-    lengths, refused = [], 0
+    lengths, refused, shorter = [], 0, 0
     for index, row in enumerate(read_rows(path)):
         try:
+            if faults := turn_faults(row, kind, tokenizer):
+                raise RowError("special_tokens", faults[0])
             parts, longest = _parts(row, kind, tokenizer)
         except RowError as error:
             refused += 1
@@ -60,6 +63,7 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
                 text.append(f"\nrow {index}: cannot be trained on: {visible(fault)}\n", style="red")
             continue
         lengths.append(longest)
+        shorter += shortens_replies(tokenizer, row["prompt"])
         if index < rows:
             sizes = ", ".join(f"{len(ids)} {part}" for part, ids in parts.items())
             fate = "dropped" if longest > max_tokens else "kept"
@@ -72,7 +76,9 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
     text.append(f"\n{len(lengths)} rows of {min(lengths, default=0)} to {max(lengths, default=0)} tokens; ")
     text.append(f"{dropped} would be dropped (over {max_tokens})")
     if refused:
-        text.append(f"; {refused} rows that the chat template refuses or changes cannot be trained on", style="red")
+        text.append(f"; {refused} rows cannot be trained on", style="red")
+    if shorter:
+        text.append(f"; {shortened(shorter)}")
     return text
 
 

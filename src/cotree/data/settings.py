@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from cotree.base.settings import NOT_CONTENT, Section
+from cotree.base.settings import NOT_CONTENT, Section, require_known
 
 Length = Literal["longest", "medium", "shortest"]
 TextForm = Literal["plain", "tags", "think"]
@@ -20,6 +20,15 @@ class OnlyFor(tuple[RowKind, ...]):
 
 
 _ANY_KIND = OnlyFor(get_args(RowKind))
+
+
+def _check_length(given: Any) -> Any:
+    """What was given as `length`, if it is a length or weights of lengths."""
+    if given is not None:
+        require_known("unknown length", given if isinstance(given, dict) else [given], get_args(Length))
+    if isinstance(given, dict) and not all(type(weight) is int and weight >= 1 for weight in given.values()):
+        raise ValueError("a weight is a whole number of at least 1")
+    return given
 
 
 class Gates(Section):
@@ -78,7 +87,7 @@ class Dataset(Section):
     file: str | None = None
     hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
     rows: RowKind
-    length: Annotated[Length | dict[Length, Annotated[int, Field(ge=1)]] | None, OnlyFor(("sft", "dpo"))] = None
+    length: Annotated[Length | dict[Length, int] | None, BeforeValidator(_check_length), OnlyFor(("sft", "dpo"))] = None
     select: Annotated[Literal["length", "value", "random"], OnlyFor(("sft",))] = "length"
     verified: Annotated[bool, OnlyFor(("sft",))] = True
     per_tree: Annotated[int, _ANY_KIND] = Field(1, ge=1)

@@ -1,7 +1,7 @@
 """OpenAI's HTTP protocol as the decoding server takes and gives it: request bodies, refusals, replies. No I/O.
 
-Every parameter that is taken changes the outcome, any other is refused unless its value asks for nothing. The reported
-usage is what was really generated and read.
+Every parameter that is taken changes the outcome, any other is refused unless its value asks for nothing or labels a
+request. The reported usage is what was really generated and read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
+from pydantic_core import from_json
 
 from cotree.decode.answer import Decoding
 from cotree.decode.strategies import Decoded
@@ -20,8 +21,31 @@ from cotree.search.settings import Search, Thought
 from cotree.tasks.base import Message
 from cotree.tasks.extract import visible_text
 
-# Values by which clients ask for nothing.
-_NO_EFFECT = {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "echo": False, "store": False}
+# The values by which clients ask for nothing, in a body, a message or stream_options.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs", "min_p", "min_tokens", "mirostat"), (0,)),
+    **dict.fromkeys(("logprobs", "echo", "store", "ignore_eos", "include_obfuscation"), (False,)),
+    **dict.fromkeys(("best_of", "repetition_penalty", "repeat_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "annotations"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+    "top_k": (-1, 0),
+}
+# They label a request, a message or what a cache keeps; the answer is the same.
+_LABELS = {"metadata", "user", "safety_identifier", "prompt_cache_key", "cache_control", "name"}
+
+
+def _has_effect(key: str, value: Any) -> bool:
+    """Whether a parameter asks for something; 0 is not False here."""
+    neutral = _NO_EFFECT.get(key, ())
+    if value is None or key in _LABELS:
+        return False
+    return value not in neutral or isinstance(value, bool) != isinstance(neutral[0], bool)
 
 
 class Refusal(Exception):  # noqa: N818 - not every refusal is an error
@@ -34,32 +58,80 @@ class Refusal(Exception):  # noqa: N818 - not every refusal is an error
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _TextPart(BaseModel, extra="forbid"):
-    type: Literal["text"]
-    text: str
+def _check_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must hold no NUL characters")
+    return text
 
 
-class _ChatMessage(BaseModel, extra="forbid"):
+def _check_number(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError("must be a number")
+    return value
+
+
+def _stop_strings(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and len(stops) > 4:
+        raise ValueError(f"at most 4 stop strings, not {len(stops)}")
+    return stops
+
+
+def _only_prompt(prompt: Any) -> Any:
+    if isinstance(prompt, list) and (len(prompt) != 1 or not isinstance(prompt[0], str)):
+        raise ValueError("one prompt a request, and text only")
+    return prompt[0] if isinstance(prompt, list) else prompt
+
+
+def _text_parts(content: Any) -> Any:
+    if not isinstance(content, str | list):
+        raise ValueError("text only: a string or a list of text parts")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _check_part(kind: str) -> str:
+    if kind != "text":
+        raise ValueError(f"text only, no part of type `{kind[:80]}`")
+    return kind
+
+
+_Text = Annotated[str, AfterValidator(_check_text)]
+_Count = Annotated[int, Field(ge=1, lt=2**31), BeforeValidator(_check_number)]
+_Float = Annotated[float, BeforeValidator(_check_number)]
+
+
+class _Parameters(BaseModel, extra="forbid"):
+    """Parameters of which those that ask for nothing are left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            raise ValueError("must be a JSON object")
+        return {k: v for k, v in given.items() if _has_effect(k, v)}
+
+
+class _TextPart(_Parameters):
+    type: Annotated[str, AfterValidator(_check_part)]
+    text: _Text
+
+
+class _ChatMessage(_Parameters):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
+    content: Annotated[list[_TextPart], BeforeValidator(_text_parts)]
     # Clients send an answer of this server back with the next turn; the thinking in it is left out.
     reasoning_content: str | None = None
 
     def as_message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        text = "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _StreamOptions(BaseModel, extra="forbid"):
-    include_usage: bool = False
+class _StreamOptions(_Parameters):
+    include_usage: StrictBool = False
 
 
-def _as_list(value: Any) -> Any:
-    """One text as the list that holds it."""
-    return [value] if isinstance(value, str) else value
-
-
-class _Body(BaseModel, extra="forbid"):
+class _Body(_Parameters):
     """What both addresses take.
 
     max_tokens: bounds the answer that is returned, without the reasoning before it.
@@ -67,28 +139,27 @@ class _Body(BaseModel, extra="forbid"):
     """
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    n: int = Field(1, ge=1, le=8)
-    seed: int | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)] = []
-    stream: bool = False
+    max_tokens: _Count | None = None
+    temperature: Annotated[_Float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[_Float, Field(gt=0, le=1)] | None = None
+    max_completion_tokens: _Count | None = None
+    n: Annotated[_Count, Field(le=8)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_check_number)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_strings)] = []
+    stream: StrictBool = False
     stream_options: _StreamOptions = _StreamOptions()
+
+
+def _user_comes_last(messages: list[_ChatMessage]) -> list[_ChatMessage]:
+    if messages[-1].role != "user":
+        raise ValueError("the last message must be the user's")
+    return messages
 
 
 class ChatBody(_Body):
     """A body of `/v1/chat/completions`."""
 
-    messages: list[_ChatMessage] = Field(min_length=1)
-
-    @field_validator("messages")
-    @classmethod
-    def _user_comes_last(cls, messages: list[_ChatMessage]) -> list[_ChatMessage]:
-        if messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
-        return messages
+    messages: Annotated[list[_ChatMessage], Field(min_length=1), AfterValidator(_user_comes_last)]
 
     def conversation(self) -> list[Message]:
         """The messages as text."""
@@ -98,7 +169,7 @@ class ChatBody(_Body):
 class TextBody(_Body):
     """A body of `/v1/completions`."""
 
-    prompt: str = Field(min_length=1)
+    prompt: Annotated[_Text, Field(min_length=1), BeforeValidator(_only_prompt)]
 
     def conversation(self) -> list[Message]:
         """The prompt as the user's message."""
@@ -115,20 +186,21 @@ async def read_body(request: web.Request, kind: type[Body]) -> Body:
         Refusal: it is no JSON object, or a parameter is not supported or has a wrong value.
     """
     try:
-        raw = await request.json()
-        given = {k: v for k, v in raw.items() if v is not None and _NO_EFFECT.get(k, _NO_EFFECT) != v}
-        if isinstance(given.get("messages"), list):
-            given["messages"] = [{k: v for k, v in one.items() if v is not None} for one in given["messages"]]
-        return kind.model_validate(given)
+        data = await request.read()
+        # Without a type it is octet-stream.
+        if not request.content_type.endswith(("json", "octet-stream")):
+            raise Refusal(400, f"the body must be application/json, not {request.content_type}")
+        # Unlike Python's parser it refuses halves of characters and NaN, and bounds depth.
+        return kind.model_validate(from_json(data, allow_inf_nan=False))
     except ValidationError as error:
         first = error.errors()[0]
-        param = ".".join(map(str, first["loc"]))
+        param = ".".join(map(str, first["loc"])) or None
         if first["type"] == "extra_forbidden":
             what = f"`{param}`: is not supported where answers are decoded with search; leave it out"
             raise Refusal(400, what, param, "unsupported_parameter") from None
-        raise Refusal(400, f"`{param}`: {first['msg'].removeprefix('Value error, ')}", param) from None
-    except (ValueError, AttributeError, RecursionError, LookupError):
-        raise Refusal(400, "the body is no JSON object") from None
+        raise Refusal(400, f"`{param or 'body'}`: {first['msg'].removeprefix('Value error, ')}", param) from None
+    except (ValueError, web.RequestPayloadError) as error:
+        raise Refusal(400, f"the body is not JSON: {error}") from None
 
 
 def settings_for_request(settings: Decoding, body: Body) -> Search:

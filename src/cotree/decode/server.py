@@ -83,6 +83,7 @@ class Server:
         app.router.add_post("/v1/chat/completions", partial(self._answer, ChatBody))
         app.router.add_post("/v1/completions", partial(self._answer, TextBody))
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{name:.+}", self._models)
         app.router.add_get("/health", self._health)
         return app
 
@@ -106,11 +107,14 @@ class Server:
         """Refuse names of the server that a page made up (DNS rebinding), pages of other hosts, and a wrong token."""
         origin = request.headers.get("Origin")
         try:
-            host = URL(f"http://{request.host}").host
-            page = host if origin is None else URL(origin).host
+            # A proxy before this server may speak TLS where this server does not, so a page's scheme is taken.
+            page = None if origin is None else URL(origin).origin()
+            own = URL(f"{page.scheme if page else 'http'}://{request.host}").origin()
+            foreign = page is not None and (page.host, page.port) != (own.host, own.port)
+            foreign |= self.host in _LOOPBACK and own.host not in _LOOPBACK
         except ValueError:
-            host = page = None
-        if host is None or page != host or (self.host in _LOOPBACK and host not in _LOOPBACK):
+            foreign = True
+        if foreign:
             raise Refusal(403, f"this server answers to {self.host} by no other name, and to no other server's pages")
         if not self.token or request.path == "/health":
             return
@@ -123,15 +127,22 @@ class Server:
         return web.json_response({"status": "ok", "searches": self.searches})
 
     async def _models(self, request: web.Request) -> web.Response:
+        """All models, or the one that the address names."""
         about = {"object": "model", "created": self._started, "owned_by": "cotree"}
+        if (name := request.match_info.get("name")) is not None:
+            self._require_model(name)
+            return web.json_response({"id": name, **about})
         return web.json_response({"object": "list", "data": [{"id": name, **about} for name in self.names]})
+
+    def _require_model(self, name: str) -> None:
+        if name not in self.names:
+            what = f"there is no model `{name}`; there is {', '.join(self.names)}"
+            raise Refusal(404, what, "model", "model_not_found")
 
     async def _answer(self, kind: type[Body], request: web.Request) -> web.StreamResponse:
         """Answer a request by its searches, when a slot is free."""
         body = await read_body(request, kind)
-        if body.model not in self.names:
-            what = f"there is no model `{body.model}`; there is {', '.join(self.names)}"
-            raise Refusal(404, what, "model", "model_not_found")
+        self._require_model(body.model)
         roles = {**self.settings.roles, "thinker": (Writer(model=body.model),)}
         endpoints = self.endpoints if isinstance(body, ChatBody) else self._unrendered(roles)
         if self.searches >= self._max_searches:

@@ -43,6 +43,7 @@ def ask(
     *,
     sampler_of: Callable[[Endpoint], Sampler],
     on_sample: Update = lambda done, wanted, remark: None,
+    on_damage: Callable[[int], None] = lambda lines: None,
 ) -> tuple[list[EvalSample], int]:
     """Ask a model every question and judge the replies; what the journal has is not asked again.
 
@@ -54,10 +55,13 @@ def ask(
         model: entered only if something is left to ask.
         journal: JSON lines, read and appended to.
         on_sample: called after each with how many samples are there, how many are wanted, and a remark.
+        on_damage: called before with how many lines of the journal are damaged, if any is.
     """
     turns = [turn for _, question in questions for turn in turns_of(question)]
     wanted = [_sample_key(turn, number) for turn in turns for number in range(asking.samples)]
     evaluation = _RunningEvaluation(journal, asking, len(wanted), on_sample)
+    if evaluation.damaged:
+        on_damage(evaluation.damaged)
     asyncio.run(evaluation.ask_all(questions, model, sampler_of))
     return [evaluation.samples[key] for key in wanted], evaluation.new_tokens
 
@@ -65,14 +69,15 @@ def ask(
 class _RunningEvaluation:
     """Takes samples from the journal, and asks a model for those that the journal lacks.
 
-    samples: those that count now, by key. new_tokens: generated for those that were asked for.
+    samples: those that count now, by key. new_tokens: generated for those that were asked for. damaged: lines of the
+    journal that cannot be read.
     """
 
     def __init__(self, journal: Path, asking: AskSettings, wanted: int, on_sample: Update) -> None:
         self.samples: dict[SampleKey, EvalSample] = {}
         self.new_tokens = 0
         self._journal, self._asking, self._wanted, self._on_sample = journal, asking, wanted, on_sample
-        lines = read_all_lines(journal)
+        lines, self.damaged = read_all_lines(journal)
         self._last_lines = {sample.key: sample for sample in lines}
         self._by_prompt = {(sample.key, sample.prompt_hash): sample for sample in lines}
         self._added, self._started = Counter[str](), time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,15 @@ from statistics import fmean
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import read_json
 from cotree.base.statistics import Z_POWER, Z, bootstrap_interval
-from cotree.eval.journal import HAVE_JOURNALS, JOURNAL, EvalSample, by_task_turn, read_samples
+from cotree.eval.journal import (
+    HAVE_JOURNALS,
+    JOURNAL,
+    EvalSample,
+    by_task_turn,
+    damaged_lines,
+    read_all_lines,
+    read_samples,
+)
 from cotree.eval.settings import SAMPLING
 
 _DRAWS = 10_000
@@ -84,14 +93,19 @@ def samples_by_row(path: Path) -> Mapping[str, SamplesOf]:
         fix = f"name one model's folder in it, e.g. {inner[0].parent}" if inner else HAVE_JOURNALS
         raise UsageError(f"no samples at {journal}; {fix}")
     asked = _questions_asked(journal.parent)
+    lacking = (asked or set()) - {(sample.task, sample.id) for sample in samples}
+    if lacking and (damaged := read_all_lines(journal)[1]):
+        what = f"{journal} has {damaged_lines(damaged)} and lacks replies to {len(lacking)} of its questions"
+        raise UsageError(f"{what}; run the same evaluation again, which asks these")
     return by_task_turn(sample for sample in samples if asked is None or (sample.task, sample.id) in asked)
 
 
 def _questions_asked(folder: Path) -> set[tuple[str, str]] | None:
     """(task, question id) of what the results in a folder are about; None where none are written yet."""
     for path in folder.glob("results_*.json"):
-        asked = (read_json(path) or {})["cotree"]["questions"]
-        return {(task, id_) for task, ids in asked.items() for id_ in ids}
+        with suppress(KeyError, TypeError, AttributeError):  # of another program
+            asked = (read_json(path) or {})["cotree"]["questions"]
+            return {(task, id_) for task, ids in asked.items() for id_ in ids}
     return None
 
 

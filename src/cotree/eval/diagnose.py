@@ -17,7 +17,7 @@ from cotree.base.errors import UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import read_rows
 from cotree.data.gates import main_script
-from cotree.eval.journal import JOURNAL, read_samples
+from cotree.eval.journal import JOURNAL, damaged_lines, read_all_lines, read_samples
 from cotree.tasks.base import VerdictKind
 from cotree.tasks.diagnosis import diagnose
 from cotree.tasks.loading import HUB_ID
@@ -46,7 +46,8 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
     """
     counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     worst: list[tuple[int, float, int, str, str, str]] = []
-    for index, (file, number, row) in enumerate(_rows(where)):
+    damaged: dict[Path, int] = {}
+    for index, (file, number, row) in enumerate(_rows(where, damaged)):
         text = _text(row, field, f"{where}: row {number}")
         verdict = row.get("verdict")  # None or another word where no verifier looked for an answer
         answered = verdict != "no_answer" if verdict in get_args(VerdictKind) else None
@@ -66,13 +67,18 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
         shares = " ".join(f"{n[flag]:>10} ({n[flag] / n['rows']:6.1%})" for flag in _FLAGS)
         group_name = f"{one_line(source)[:30]:30} {one_line(language):8}"
         yield f"{group_name} {n['rows']:>6} {n['characters'] / n['rows']:>10.0f} {shares}"
+    for journal, lines in damaged.items():
+        yield f"{journal}: {damaged_lines(lines)} left out"
     for *_, name, flagged, text in worst:
         if flagged:
             yield f"\n{name}: {flagged}; {len(text)} characters, ends: ...{text[-160:]!r}"
 
 
-def _rows(where: str | Path) -> Iterator[NumberedRow]:
-    """The rows of a file, of the files of a folder (an evaluation or a run), or of a data set on the hub."""
+def _rows(where: str | Path, damaged: dict[Path, int]) -> Iterator[NumberedRow]:
+    """The rows of a file, of the files of a folder (an evaluation or a run), or of a data set on the hub.
+
+    damaged: gets, by journal, how many lines cannot be read, if any.
+    """
     path = Path(where)
     if path.is_dir():
         patterns = (JOURNAL, f"evaluations/*/*/{JOURNAL}", "datasets/*/train.parquet")
@@ -81,15 +87,17 @@ def _rows(where: str | Path) -> Iterator[NumberedRow]:
             raise UsageError(f"{path} is neither a run nor an evaluation; name a file in it")
         for file in files:
             node = unquote(file.parent.relative_to(path).as_posix()).removeprefix("evaluations/")
-            yield from _rows_of_file(file, node if file.parent != path else file.stem)
+            yield from _rows_of_file(file, node if file.parent != path else file.stem, damaged)
     elif not path.exists() and HUB_ID.fullmatch(str(where)) and not path.suffix:
         yield from _hub_rows(str(where))
     else:
-        yield from _rows_of_file(path, path.stem)
+        yield from _rows_of_file(path, path.stem, damaged)
 
 
-def _rows_of_file(file: Path, name: str) -> Iterator[NumberedRow]:
+def _rows_of_file(file: Path, name: str, damaged: dict[Path, int]) -> Iterator[NumberedRow]:
     """The rows of one file; of a journal the samples that count."""
+    if file.name == JOURNAL and (lines := read_all_lines(file)[1]):
+        damaged[file] = lines
     yield from _one_response_a_row(name, map(asdict, read_samples(file)) if file.name == JOURNAL else read_rows(file))
 
 

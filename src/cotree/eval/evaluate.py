@@ -9,20 +9,21 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import UsageError, first_cotree_error
+from cotree.base.lock import locked
 from cotree.base.progress import Output
-from cotree.base.run_folder import NodeFolder, NodeRecord, read_json
-from cotree.base.settings import hashed_settings, parse_section
+from cotree.base.run_folder import NodeFolder, NodeRecord
+from cotree.base.settings import hashed_settings, parse_section, require_name
 from cotree.eval.asking import ask, check_lengths, load_questions
-from cotree.eval.journal import JOURNAL, content_hash
+from cotree.eval.journal import JOURNAL, content_hash, damaged_lines
 from cotree.eval.metrics import score_samples
 from cotree.eval.results import write_results
-from cotree.eval.samplers import Budgets, check_strategy, make_sampler, samples_of_a_request
+from cotree.eval.samplers import Budgets, Sampler, check_strategy, make_sampler, samples_of_a_request
 from cotree.eval.scores import ModelScores
 from cotree.eval.settings import AskSettings
 from cotree.models.client import Client
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 # Tokens of llama.cpp's memory. Narrow slots keep it small: 768 tokens are wide enough for most prompts, and where some
 # are longer, fewer slots share it.
 _SLOTS, _PROMPT_TOKENS, _MEMORY_TOKENS = 16, 768, 32_768
+FILES = (JOURNAL, "results_*.json", "samples_*.jsonl")  # of an evaluation; all but the journal are made of it
+_OTHER = "choose another --out"
 _TIMEOUT = 600.0  # seconds; llama.cpp under load can take minutes for a batch
 
 
@@ -73,16 +76,36 @@ def evaluate(
         opened = open_server(model, name)
     else:
         opened = open_local(*local_model(model, asking), questions, asking, name=name)
-    sampler_of = partial(make_sampler, asking=asking, budgets=budgets)
+    endpoints: list[Endpoint] = []
+
+    def sampler_of(endpoint: Endpoint) -> Sampler:
+        endpoints.append(endpoint)
+        return make_sampler(endpoint, asking, budgets)
+
     output, started = output or Output(), time.monotonic()
     with first_cotree_error(), output.progress(name) as update:
-        samples, tokens = ask(opened, questions, folder / JOURNAL, asking, sampler_of=sampler_of, on_sample=update)
+        samples, tokens = ask(
+            opened,
+            questions,
+            folder / JOURNAL,
+            asking,
+            sampler_of=sampler_of,
+            on_sample=update,
+            on_damage=lambda n: output.print(
+                f"{name}: {damaged_lines(n)} of {JOURNAL} left out; what is lacking is asked again"
+            ),
+        )
     seconds = time.monotonic() - started
     if tokens:
         output.print(f"{name}: {tokens:,} new tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
-    scores = score_samples(name, questions, samples, folder)
-    earlier: float = (read_json(folder / "node.json") or {}).get("seconds", 0.0)
-    available, seconds = available or {}, seconds + earlier
+    counters = [client.counters for endpoint in endpoints for client in endpoint.clients]
+    repeats, misreported = sum(each.repeats for each in counters), sum(each.misreported for each in counters)
+    for count, what in (repeats, "requests sent again after failures"), (misreported, "replies with impossible usage"):
+        if count:
+            output.print(f"{name}: {count} {what}")
+    scores = score_samples(name, questions, samples, folder).model_copy(update={"repeats": repeats})
+    record = NodeFolder(folder).record()
+    available, seconds = available or {}, seconds + (record.seconds if record else 0.0)
     write_results(scores, questions, samples, asking=asking, model=model, available=available, seconds=seconds)
     return scores
 
@@ -181,21 +204,28 @@ def evaluate_model(
         raise UsageError("name a task to evaluate on, e.g. --task gsm8k; `cotree tasks` lists them")
     available = {task.name: len(task.questions(split)) for task in {task for task, _ in questions}}
     source = parse_model(model, **options)
+    folder_name = name
     if name is None:
         weights = Path(model)
         own_name = weights.resolve().parent.name if weights.name == "model" else weights.stem  # STUDENT/model
         name = source.model if source.weights is None else own_name
+        folder_name = re.sub(r"[^\w.-]+", "_", name)
+    folder = out or Path("runs") / "evals" / require_name(str(folder_name), "--name")
     check_strategy(asking, questions, None)
-    if source.weights is None:
-        asyncio.run(check_servers({name: source}))
-    else:
-        check_lengths(*local_model(source, asking), questions, asking, name=name)
-    folder = out or Path("runs") / "evals" / re.sub(r"[^\w.-]+", "_", name)
     node, output = _folder(folder), output or Output()
-    with node.working(node.begin(_record(source, questions, asking))) as work:
-        scores = evaluate(source, questions, asking, folder, name=name, available=available, output=output)
-        work.result |= scores.model_dump()
-        work.files.append(JOURNAL)
+    with locked(folder, other=_OTHER) if folder.is_dir() else nullcontext():  # nothing is made before all is checked
+        if source.weights is None:
+            for line in asyncio.run(check_servers({name: source})):
+                output.print(line)
+        else:
+            check_lengths(*local_model(source, asking), questions, asking, name=name)
+    with locked(folder, other=_OTHER):
+        if lost := node.without_record():
+            output.print(f"{folder}: {lost}; taken for an evaluation of this model with these settings")
+        with node.working(node.begin(_record(source, questions, asking))) as work:
+            scores = evaluate(source, questions, asking, folder, name=name, available=available, output=output)
+            work.result |= scores.model_dump()
+            work.add_files(*FILES)
     output.print(f"results: {folder}")
     return scores
 
@@ -209,7 +239,7 @@ def _folder(folder: Path) -> NodeFolder:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; --out names the folder of the results")
     node = NodeFolder(folder)
-    if node.record() is None and not node.older.is_dir() and any(folder.glob("[!.]*")):
+    if not (folder / "node.json").is_file() and not node.older.is_dir() and any(folder.glob("[!.]*")):
         raise UsageError(f"{folder} holds other files; choose another --out or --name")
     return node
 

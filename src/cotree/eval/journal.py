@@ -10,10 +10,12 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from cotree.base.atomic import explain_write_errors
 from cotree.base.errors import UsageError
@@ -21,6 +23,7 @@ from cotree.tasks.base import VerdictKind
 
 JOURNAL = "journal.jsonl"  # in the folder of an evaluation
 HAVE_JOURNALS = "give a folder of `cotree eval`, or a run's evaluations/NODE/MODEL"
+T = TypeVar("T")
 SampleKey = tuple[str, str, int, int]  # task, question id, turn, number of the sample
 
 
@@ -74,40 +77,42 @@ class EvalSample:
         return f"{self.task}, turn {self.turn + 1}" if self.turn else self.task
 
 
+_SAMPLE = TypeAdapter(EvalSample)
+
+
 def read_samples(path: Path) -> list[EvalSample]:
     """The samples of a journal, each once, as its last line has it; none where there is no file.
 
     Raises:
         UsageError: it is another file.
     """
-    return list({sample.key: sample for sample in read_all_lines(path)}.values())
+    samples, damaged = read_all_lines(path)
+    if damaged and not samples:
+        raise UsageError(f"{path} holds no samples of an evaluation; {HAVE_JOURNALS}")
+    return list({sample.key: sample for sample in samples}.values())
 
 
-def read_all_lines(path: Path) -> list[EvalSample]:
-    """All lines of a journal in their order, also those that a later line replaces.
-
-    Raises:
-        UsageError: it is another file.
-    """
-    try:
-        return [EvalSample(**line) for line in read_lines(path)]
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{path} holds no samples of an evaluation ({error}); {HAVE_JOURNALS}") from None
+def read_all_lines(path: Path) -> tuple[list[EvalSample], int]:
+    """All samples of a journal in the order of its lines, also those that a later line replaces; and how many lines are
+    damaged."""
+    return read_lines(path, _SAMPLE.validate_python)
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines, none where there is no file; a last line that a kill cut in half is left out.
-
-    Raises:
-        ValueError: another line is no JSON; its number is named.
-    """
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], 1):
+def read_lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], int]:
+    """What a file of JSON lines holds, nothing where there is no file, and how many of its lines are damaged: no JSON,
+    or refused by `parse` with a ValueError. A last line that a kill cut in half is left out and not counted."""
+    found, damaged = [], 0
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number}: no JSON: {error}") from None
-    return found
+            found.append(parse(json.loads(line)))
+        except (ValueError, RecursionError):
+            damaged += 1
+    return found, damaged
+
+
+def damaged_lines(count: int) -> str:
+    """How many lines are damaged, in words; "" where none is."""
+    return f"{count} damaged line{'s' * (count > 1)}" if count else ""
 
 
 def by_task_turn(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[EvalSample]]]:

@@ -80,7 +80,7 @@ class PlainSampler:
             stop=self.stop,
             **self.asking.sampling(),
         )
-        completion = await self.endpoint.client_for(question.id).complete(request)
+        completion = await self.endpoint.complete(request, question.id)
         return SampledReplies(completion.choices, completion.prompt_tokens)
 
 

@@ -112,11 +112,16 @@ class TokensUsed(StrictModel):
 
 
 class ModelScores(StrictModel):
-    """One model's scores. folder: where their files are; it is in none of them."""
+    """One model's scores.
+
+    repeats: requests that were sent again after a failure, when last asked. folder: where their files are; it is in
+        none of them.
+    """
 
     model: str
     rows: list[TaskScores]
     instructions: list[InstructionScores]
     baselines: list[ConstantBaseline]
     tokens: TokensUsed
+    repeats: int = 0
     folder: Path = Field(exclude=True)

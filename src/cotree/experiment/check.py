@@ -213,7 +213,8 @@ async def _check_model(recipe: Recipe, name: str, record: Record) -> None:
         endpoints: dict[str, Endpoint] = {}
 
         async def reach() -> str:
-            endpoints.update(await opened.enter_async_context(open_endpoints({name: model}, attempts=_ATTEMPTS)))
+            opening = open_endpoints({name: model}, attempts=_ATTEMPTS, all_ready=True)
+            endpoints.update(await opened.enter_async_context(opening))
             servers = len(endpoints[name].clients)
             return "loaded" if model.weights else f"{servers} server{'s' * (servers > 1)} ready"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cotree.base.atomic import remove
+from cotree.base.lock import locked
 from cotree.base.run_folder import KINDS, RunFolder
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import offline
 from cotree.experiment.recipe import load_recipe
-from cotree.experiment.run import locked
 from cotree.experiment.state import states_of
 
 

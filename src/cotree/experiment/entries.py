@@ -199,6 +199,8 @@ def _swept(values: Raw, where: str) -> Iterator[tuple[str, Raw]]:
         isinstance(key, str) and isinstance(listed, list) and listed for key, listed in sweep.items()
     ):
         raise UsageError(f"{where}.sweep: must be {{key: [values]}}, e.g. sweep: {{alpha: [0.5, 1.0]}}")
+    if twice := [key for key, listed in sweep.items() if any(value in listed[:at] for at, value in enumerate(listed))]:
+        raise UsageError(f"{where}.sweep: `{twice[0]}` has a value twice (1 and 1.0 are equal); name each once")
     for combination in itertools.product(*sweep.values()):
         chosen, swept = dict(zip(sweep, combination, strict=True)), copy.deepcopy(values)
         for key, value in chosen.items():

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row, read_rows
-from cotree.base.run_folder import NodeRecord, RunFolder, find_run, read_json
+from cotree.base.run_folder import NodeRecord, RunFolder, find_run
 from cotree.base.settings import nearest
 from cotree.experiment.recipe import Recipe
 from cotree.experiment.state import run_folder
 from cotree.experiment.work import tokenizer_of
+from cotree.report.summary import summarize_run
 from cotree.search.store import StoredTree, TreeStore
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ class Run:
 
     def table(self) -> list[dict[str, Any]]:
         """The rows of the evaluation table, as in `summary.json`; fractions, not percents."""
-        summary = read_json(self.path / "summary.json") or {}
-        return list(summary.get("eval", ()))
+        return [row.model_dump() for row in summarize_run(self._folder).eval]
 
     def _content(self, node: str, name: str) -> Path:
         if node not in (nodes := self.nodes):
@@ -107,5 +107,5 @@ def preview_dataset(recipe: Recipe, runs_dir: Path, name: str, rows: int) -> Tex
 
 
 def _trees_in(path: Path, config: str) -> Iterator[StoredTree]:
-    with TreeStore(path) as store:
+    with TreeStore(path, reading=True) as store:
         yield from store.trees(config)

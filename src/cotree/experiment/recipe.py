@@ -18,8 +18,9 @@ import yaml
 
 from cotree.base.atomic import write_text
 from cotree.base.errors import UsageError
-from cotree.base.run_folder import KINDS, Kind, folder_name
-from cotree.base.settings import Section, apply_override, nearest, parse_section
+from cotree.base.progress import one_line
+from cotree.base.run_folder import KINDS, Kind, find_run, folder_name
+from cotree.base.settings import LONGEST_NAME, Section, apply_override, nearest, parse_section, require_name
 from cotree.data.settings import Dataset
 from cotree.eval.settings import Evaluation
 from cotree.experiment.entries import Entry, resolve_entries, sort_by_need
@@ -30,7 +31,6 @@ from cotree.tasks import TASKS, is_own_task
 from cotree.train.settings import METHODS, Optimizer
 
 _OLD_KEYS = ("tasks", "search", "build", "train", "eval", "roles")
-_LONGEST_NAME = 200  # of the 255 bytes that a file's name may have, some are left for a draft's
 _OF_TREES = ("thoughts", "patterns", "rollouts", "questions")  # settings that are easily written one level too high
 # The keys whose values may be paths, beside the names of tasks in `questions`.
 _PATHS = {"models": ("weights", "base", "tokenizer"), "trees": ("function",), "datasets": ("file",), "evaluations": ()}
@@ -129,6 +129,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if path.is_dir():
+        if (path / "manifest.json").is_file():
+            find_run(path)  # which says how to go on
         if not (path / "recipe.yaml").is_file():
             raise UsageError(f"{path} is a folder without a recipe.yaml; name a recipe file, or a run folder")
         path = path / "recipe.yaml"
@@ -136,6 +138,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; `cotree init` writes one to start from") from None
+    except yaml.MarkedYAMLError as error:  # without the line itself, in which a key may be
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise UsageError(f"cannot read {path}: {place}{error.problem or error.context}; correct it") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -174,13 +180,16 @@ def build_recipe(raw: Mapping[str, Any], home: Path | None = None) -> Recipe:
         if wrong := [name for name in section if not isinstance(name, str)]:
             raise UsageError(f"{key}: the name {wrong[0]!r} is no text for YAML; put it in quotes")
     name, seed = raw.get("name"), raw.get("seed", 0)
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UsageError("`name` is missing, or has other signs than letters, digits, `.`, `_` and `-`")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
+        raise UsageError("`name` is missing, or has other signs than at most 200 letters, digits, `.`, `_` and `-`")
     if type(seed) is not int:
         raise UsageError(f"`seed` must be a whole number, not {seed!r}")
     if not any(sections[kind] for kind in KINDS):
         raise UsageError("the recipe makes nothing: it has no trees, datasets, students or evaluations")
-    models = {key: parse_section(Model, value, f"models.{key}") for key, value in sections["models"].items()}
+    models = {
+        require_name(key, "models"): parse_section(Model, value, f"models.{key}")
+        for key, value in sections["models"].items()
+    }
     entries = resolve_entries({kind: sections[kind] for kind in KINDS}, models)
     nodes = {node.id: node for node in (_node(entry, seed) for entry in entries)}
     order = sort_by_need({key: node.reads for key, node in nodes.items()})
@@ -203,16 +212,16 @@ def write_starter(path: Path) -> str:
     """
     if path.exists():
         raise UsageError(f"{path} is there already; name another file")
-    name = path.stem if path.stem[:1].isalnum() else "mine"
+    name = path.stem if re.fullmatch(r"[A-Za-z]\w*", path.stem, re.ASCII) else "mine"
     starter = files("cotree.experiment").joinpath("starter.yaml").read_text(encoding="utf-8")
-    write_text(path, starter.replace("{file}", str(path)).replace("{name}", name))
+    write_text(path, starter.replace("{file}", one_line(str(path))).replace("{name}", name))
     return f"{path}: a recipe to start from; `cotree plan {path}` shows what it would do"
 
 
 def _node(entry: Entry, seed: int) -> Node[Any]:
     """A node with its settings checked, each for itself."""
     where = f"{entry.kind}.{entry.name}"
-    if len(folder_name(entry.name)) > _LONGEST_NAME:
+    if len(folder_name(entry.name)) > LONGEST_NAME:
         where = f"{entry.kind}.{entry.entry}"
         raise UsageError(f"{where}: its name with the swept values is too long for a folder; shorten it")
     sections: dict[Kind, type[Section]] = {"trees": Trees, "datasets": Dataset, "evaluations": Evaluation}
@@ -295,10 +304,13 @@ def _with_tokenizer(recipe: Recipe, node: Node[Any]) -> Node[Any]:
 
 def _override(raw: dict[str, Any], override: str) -> None:
     """Change one value of a written recipe; entries that are like the changed one follow."""
-    kind, *names = override.partition("=")[0].split(".")
+    key = override.partition("=")[0]
+    if key == override and override.partition("/")[0] in KINDS:
+        raise UsageError(f"`{override}` is a node or a kind, no setting; write --only before each: --only {override}")
+    kind, *names = key.split(".")
     entries = raw.get(kind) or {}
     if kind in ("models", *KINDS) and len(names) > 1 and names[0] not in entries:
-        raise UsageError(f"`{override}`: unknown {kind} entry `{names[0]}`; {nearest(names[0], entries)}")
+        raise UsageError(f"`{key}`: unknown {kind} entry `{names[0]}`; {nearest(names[0], entries)}")
     apply_override(raw, override, "students.dpo.beta=0.3")
 
 

@@ -10,16 +10,16 @@ import asyncio
 import fcntl
 import os
 import shutil
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cotree.base.atomic import atomic_draft, explain_write_errors, remove, write_text
 from cotree.base.errors import UsageError, first_cotree_error
+from cotree.base.lock import locked
 from cotree.base.progress import Output
 from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
 from cotree.experiment.check import preflight
@@ -33,6 +33,7 @@ from cotree.models.settings import Model
 from cotree.report.html import write_report
 from cotree.report.summary import summarize_run, write_summary
 from cotree.report.table import summary_lines
+from cotree.search.store import TreeStore
 
 
 def run(
@@ -64,6 +65,9 @@ def run(
     recipe = pinned(recipe, folder)
     fingerprints = Fingerprints(recipe)
     wanted = recipe.with_needed([only] if isinstance(only, str) else only) if only else list(recipe.nodes)
+    if folder.nodes():
+        with locked(folder.path):
+            _mend_stores(folder, output)
     states = states_of(folder, fingerprints, wanted)
     for state in states:
         if state.fingerprint is None:
@@ -81,7 +85,8 @@ def run(
             output.print(what)
     for _, _, look in preflight(fingerprints, [state.node for state in ahead]):
         look()
-    asyncio.run(check_servers(_models_asked(recipe, ahead)))
+    for line in asyncio.run(check_servers(_models_asked(recipe, [state for state in ahead if state.asks]))):
+        output.print(line)
     reading = ExitStack()  # while content is taken from another run, nothing works there
     if taken and source is not None and source.resolve() != folder.path.resolve():
         reading.enter_context(locked(source, fcntl.LOCK_SH))
@@ -119,7 +124,8 @@ def _write_results(folder: RunFolder, recipe: Recipe, output: Output, out: Path 
         return tuple(dict.fromkeys([*asked, *node.reads]))
 
     summary = summarize_run(folder, [(node.id, reads(node)) for node in recipe.nodes.values()])
-    write_summary(folder, summary)
+    if out is None or os.access(folder.path, os.W_OK):  # a run may be there to be read only
+        write_summary(folder, summary)
     page = write_report(folder, summary, out)  # before anything is printed, which a closed pipe ends
     for line in summary_lines(summary):
         output.print(line)
@@ -137,6 +143,8 @@ def _bring_up_to_date(worker: Worker, state: State) -> None:
     if record.done:
         output.print(f"{state.name}: kept from before")
         return
+    if state.lost:
+        output.print(f"{state.name}: {state.lost}; made again of what is there")
     output.print(f"{state.name}: {'going on' if state.state == 'partial' else 'begins'}")
     started = time.monotonic()
     with first_cotree_error(), folder.working(record) as work:
@@ -144,6 +152,21 @@ def _bring_up_to_date(worker: Worker, state: State) -> None:
         worker.work(state.node, state.model, work)
     output.on_update = lambda: None
     output.print(f"  {state.name} done in {time.monotonic() - started:.0f} s")
+
+
+def _mend_stores(folder: RunFolder, output: Output) -> None:
+    """Rescue what can be read of damaged stores of trees. A node that has lost some of its trees is not done."""
+    for name, record in folder.nodes().items():
+        path = folder.node(name).path / "trees.db"
+        if not record.done or not path.is_file() or not path.stat().st_size:
+            continue  # not counted yet, of another kind, or lost wholly, which is found otherwise
+        with TreeStore(path) as store:
+            counted = record.result["counts"]["trees"] - len(store.finished(record.base))
+            if store.rescued:
+                output.print(f"{name}: {store.rescued}")
+        if lost := max(counted, store.lost):
+            output.print(f"{name}: {lost} of its trees are gone and will be grown again")
+            folder.node(name).write(replace(record, done=False))
 
 
 def _mark_outdated(folder: RunFolder, states: Sequence[State]) -> None:
@@ -187,47 +210,25 @@ def _take_over(
         folder.write(replace(record, outdated=False, origin=origin))
         output.print(f"{state.name}: taken from {content.path}")
     remove(draft)
-    if source is not None and (source / "journal.db").is_file() and not (run.path / "journal.db").exists():
-        _copy(source / "journal.db", run.path / "journal.db")
+    if source is not None and not (run.path / "journal.db").exists():
+        for name in ("journal.db-wal", "journal.db"):
+            if (source / name).is_file():
+                _copy(source / name, run.path / name)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file or a folder, without its node.json; a file that nothing appends to is linked where that can be."""
+    """Copy a file or a folder, without its node.json; a file that is never written to again is linked where that can
+    be. A store is copied with the log of its last changes, which SQLite applies when the copy is opened."""
     if source.is_dir():
         target.mkdir(parents=True)
         for entry in source.iterdir():
-            if entry.name != "node.json" and not entry.name.endswith(("-wal", "-shm")):
+            if entry.name != "node.json" and not entry.name.endswith("-shm"):
                 _copy(entry, target / entry.name)
-    elif source.suffix == ".db":  # its last changes may still be in a file beside it
-        with (
-            atomic_draft(target) as draft,
-            closing(sqlite3.connect(source)) as old,
-            closing(sqlite3.connect(draft)) as new,
-        ):
-            old.backup(new)
-    elif source.suffix == ".jsonl":
-        shutil.copy2(source, target)
+    elif source.suffix in (".db", ".db-wal", ".jsonl"):
+        with atomic_draft(target) as draft:
+            shutil.copyfile(source, draft)  # not its mode: the source may be read-only
     else:
         try:
             os.link(source, target)
         except OSError:
-            shutil.copy2(source, target)
-
-
-@contextmanager
-def locked(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Have a run folder for oneself, or share it with others that change nothing (`fcntl.LOCK_SH`).
-
-    Raises:
-        UsageError: another process works in it.
-        CotreeError: it cannot be made.
-    """
-    with explain_write_errors(path, "set --runs-dir"):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
-    with lock:
-        try:
-            fcntl.flock(lock, mode | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another cotree works in {path}; wait for it, or choose another name=") from None
-        yield
+            shutil.copyfile(source, target)

@@ -59,9 +59,10 @@ class ServerProbe:
         self.fresh = choice.text.rstrip("\ufffd")
         if not self.fresh.strip():
             raise UsageError("the reply to a plain question is empty; is this a chat model with the right template?")
+        if done.misreported:
+            raise UsageError(f"the server's `usage` cannot be true for max_tokens {_MAX_TOKENS}; it is not to trust")
         if not 0 < choice.tokens <= _MAX_TOKENS + 1:
-            reported = f"{choice.tokens} tokens reported for max_tokens {_MAX_TOKENS}"
-            raise UsageError(f"{reported}; the server's usage is not to trust")
+            raise UsageError(f"the reply has {choice.tokens} tokens for max_tokens {_MAX_TOKENS}; does it heed that?")
         if self.endpoint.tokenizer is not None:
             own = len(self.endpoint.tokenizer(self.endpoint.prompt([QUESTION]).text)["input_ids"])
             if abs(own - done.prompt_tokens) > max(2, own // 20):

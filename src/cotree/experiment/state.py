@@ -15,6 +15,7 @@ from cotree.search.store import count_trees
 
 StateName = Literal["done", "partial", "new", "changed"]
 # Parts of a fingerprint that stand for what a node reads, not for a setting of its own.
+_REPLIES = ("trees.db", "journal.jsonl")  # what is paid for
 _READ = ("trees", "data", "from", "model", "size_of", "questions_of", "tokens_of")
 
 
@@ -24,7 +25,8 @@ class State:
 
     state: `done`; `partial` (begun, or some questions are there); `new`; `changed` (content is of other settings).
     why: what is missing, which keys changed, or what is unresolved. fingerprint: None where an input is not here.
-    regrow: so many finished trees would be grown again.
+    regrow: so many finished trees would be grown again. asks: whether its models may be asked; not where only what is
+        made of their replies is gone.
     """
 
     node: Node[Any]
@@ -33,6 +35,12 @@ class State:
     why: tuple[str, ...] = ()
     fingerprint: Fingerprint | None = None
     regrow: int = 0
+    asks: bool = True
+
+    @property
+    def lost(self) -> str:
+        """What is gone or damaged of content that was there: "train.parquet is damaged"."""
+        return ", ".join(why for why in self.why if why.endswith((" is gone", " is damaged")))
 
     @property
     def name(self) -> str:
@@ -105,6 +113,7 @@ def _finished(run: RunFolder) -> dict[str, NodeFolder]:
 def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: str | None) -> State:
     folder = run.node(node.id, model)
     record = folder.record()
+    asks = not any((folder.path / name).is_file() for name in _REPLIES)
     try:
         wanted = fingerprints.of(node.id, model)
     except UsageError as error:
@@ -112,24 +121,20 @@ def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: s
     if folder.complete(wanted.of):
         return State(node, model, "done", fingerprint=wanted)
     if record is not None and record.base == wanted.base:
-        return State(node, model, "partial", _missing(folder, record, wanted), wanted)
-    if (kept := folder.older_record(wanted.base)) is not None:
-        whole = kept.done and kept.fingerprint == wanted.of
-        whole = whole and all((folder.older / wanted.base / name).exists() for name in kept.files)
+        why = tuple(changed_keys(record.parts, wanted.parts)) or ("verdicts",)
+        if same := record.fingerprint == wanted.of:
+            why = tuple(folder.faults(record)) if record.done else ("not finished",)
+        return State(node, model, "partial", why, wanted, asks=asks or not (same and record.done))
+    if folder.older_record(wanted.base) is not None:
+        whole = NodeFolder(folder.older / wanted.base).complete(wanted.of)
         return State(node, model, "done" if whole else "partial", ("kept from before",), wanted)
+    if record is None and (lost := folder.without_record()):
+        return State(node, model, "partial", (lost,), wanted, asks=asks)
     if record is None:
         return State(node, model, "new", fingerprint=wanted)
     keys = changed_keys(record.parts, wanted.parts)
-    why = [key for key in keys if key not in _READ]
+    changed = [key for key in keys if key not in _READ]
     if read := [key for key in keys if key in _READ]:
-        why.append(f"what it reads ({', '.join(read)})")
+        changed.append(f"what it reads ({', '.join(read)})")
     regrow = count_trees(folder.path / "trees.db") if node.kind == "trees" else 0
-    return State(node, model, "changed", tuple(why), wanted, regrow)
-
-
-def _missing(folder: NodeFolder, record: NodeRecord, wanted: Fingerprint) -> tuple[str, ...]:
-    """What keeps content of the wanted base from being complete: other questions, lost files, unfinished work."""
-    if record.fingerprint != wanted.of:
-        return tuple(changed_keys(record.parts, wanted.parts)) or ("verdicts",)
-    gone = [name for name in record.files if not (folder.path / name).exists()]
-    return tuple(f"{name} is gone" for name in gone) if record.done else ("not finished",)
+    return State(node, model, "changed", tuple(changed), wanted, regrow)

@@ -28,7 +28,7 @@ from cotree.experiment.recipe import Node, Recipe, Student
 from cotree.models.gguf_files import GGUF
 from cotree.models.settings import GGUFType, Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import gguf_file, tokenizer_source
+from cotree.models.weights import check_whole, gguf_file, is_whole, tokenizer_source
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
 from cotree.search.thoughts import PATTERNS
@@ -81,15 +81,16 @@ class Worker:
         root = self.recipe.models[self.recipe.root_model(name)]
         kind = gguf or root.gguf
         file = self.run.node(f"students/{name}").path / f"student-{kind}.gguf"
-        if not file.is_file():
+        if not is_whole(file):
             from cotree.models.gguf_files import export_gguf
 
+            check_whole(file.parent / "model")
             export_gguf(file.parent / "model", gguf_file(root, root.gguf), file, kind)
         return Model(weights=str(file), gguf=kind, max_in_flight=root.max_in_flight)
 
     def _grow(self, node: Node[Trees], work: Work) -> None:
         from cotree.models.endpoints import open_endpoints
-        from cotree.search.journal import Journal
+        from cotree.search.journal import Journal, Progress
         from cotree.search.summary import compare_methods, summarize
         from cotree.search.trees import TreeGrower, trees_left
 
@@ -98,7 +99,7 @@ class Worker:
         if settings.tokens_of is not None:
             budgets = {tree.question_name: tree.completion_tokens for tree in self.trees(settings.tokens_of)}
 
-        async def grow(store: TreeStore, journal: Journal) -> None:
+        async def grow(store: TreeStore, journal: Journal) -> Progress:
             models = {name: self.model(name) for name in settings.writers}
             async with open_endpoints(models, widest=settings.widest) as endpoints:
                 with self.output.progress(node.name) as update:
@@ -112,12 +113,16 @@ class Worker:
                         budgets=budgets,
                         on_progress=partial(_show_search, update),
                     )
-                    await grower.grow(asked)
+                    return await grower.grow(asked)
 
         with TreeStore(work.path / "trees.db") as store, Journal(self.run.path / "journal.db") as journal:
-            if trees_left(store, asked, config):
-                asyncio.run(grow(store, journal))
-            work.result["counts"] = summarize(store, journal, asked, config)
+            gone = journal.is_new and store.finished()
+            lost = "journal.db is gone; requests that it had answers to are paid again where trees need them"
+            for line in filter(None, (store.rescued, journal.rescued, lost if gone else "")):
+                self.output.print(f"{node.id}: {line}")
+            found = asyncio.run(grow(store, journal)) if trees_left(store, asked, config) else Progress()
+            troubles = {"repeats": found.repeats, "misreported": found.misreported}
+            work.result["counts"] = summarize(store, journal, asked, config) | troubles
         if settings.tokens_of is not None:
             shared = {tree.question_name for tree in self.trees(node.name)}
             methods = {
@@ -125,14 +130,14 @@ class Worker:
                 for name in (settings.tokens_of, node.name)
             }
             work.result["compared"] = [asdict(row) for row in compare_methods(methods)]
-        work.files.append("trees.db")
+        work.add_files("trees.db")
 
     def trees(self, name: str) -> Iterator[StoredTree]:
         """The trees of a trees node, of its questions only, one at a time."""
         from cotree.search.trees import trees_of
 
         node = self.recipe.nodes[f"trees/{name}"]
-        with TreeStore(self.run.node(node.id).path / "trees.db") as store:
+        with TreeStore(self.run.node(node.id).path / "trees.db", reading=True) as store:
             yield from trees_of(store, self.fingerprints.questions(node), self.fingerprints.of(node.id).base)
 
     def _build(self, node: Node[Dataset], work: Work) -> None:
@@ -164,7 +169,7 @@ class Worker:
         rows = read_rows(Path(settings.file)) if settings.file else hub_rows(settings.hub) if settings.hub else None
         counts = build_dataset(rules, work.path, name=node.name, trees=trees, rows=rows, about=self._about(sources))
         work.result["counts"] = asdict(counts)
-        work.files.append("train.parquet")
+        work.add_files("train.parquet", "README.md", "figures/*")
 
     def _about(self, sources: Sequence[Node[Trees]]) -> dict[str, Any]:
         """What a dataset's card says of where it comes from, without the places of servers and files."""
@@ -213,19 +218,20 @@ class Worker:
         training = resolve_precision(settings.training.model_copy(update=dict(work.resolved)))
         work.resolved["precision"] = training.precision
         if settings.parent in self.recipe.models:
-            weights = student_folder(str(self.recipe.models[settings.parent].weights))
+            weights = str(self.recipe.models[settings.parent].weights)
         else:
-            weights = self.run.node(f"students/{settings.parent}").path / "model"
+            weights = str(self.run.node(f"students/{settings.parent}").path / "model")
         with self.output.progress(f"{node.name} steps") as update:
             result = train(
                 settings.method,
                 self.run.node(f"datasets/{settings.data}").path / "train.parquet",
-                weights,
+                student_folder(weights),
                 work.path,
                 settings=training,
                 seed=node.seed,
                 on_step=plot_steps(node.name, update, self.output),
                 references=self.run.path / "students" / ".references",
+                output=self.output,
             )
         work.result |= {
             "train": asdict(result),
@@ -235,8 +241,7 @@ class Worker:
             "data": settings.data,
             "differs": self._differs(node),
         }
-        files = (work.path / "model").glob("*.safetensors")
-        work.files += ["model", *(f"model/{file.name}" for file in files)]
+        work.add_files("model", "model/*.safetensors")
 
     def _differs(self, node: Node[Student]) -> dict[str, Any]:
         """The entry that a student is like, and the keys in which it differs: {key: [the other's, its own]}."""
@@ -248,7 +253,7 @@ class Worker:
         return {"from": other.id, "keys": changed}
 
     def _evaluate(self, node: Node[Evaluation], model: str, work: Work) -> None:
-        from cotree.eval.evaluate import evaluate
+        from cotree.eval.evaluate import FILES, evaluate
         from cotree.eval.journal import JOURNAL, read_samples
 
         settings, budgets = node.settings, None
@@ -259,7 +264,7 @@ class Worker:
         asked, questions = self.model(model, settings.gguf), self.fingerprints.questions(node)
         evaluated = evaluate(asked, questions, settings, work.path, name=model, budgets=budgets, output=self.output)
         work.result |= evaluated.model_dump() | {"asking": settings.model_dump(mode="json", exclude={"models"})}
-        work.files.append(JOURNAL)
+        work.add_files(*FILES)
 
 
 def _all_settings(student: Student) -> dict[str, Any]:
@@ -276,6 +281,8 @@ def _show_search(update: Update, progress: Progress) -> None:
     speed = f"{progress.thoughts / seconds:.1f} thoughts/s, {progress.tokens / seconds:.0f} tokens/s"
     cost = f", cost {progress.cost:.2f}" if progress.cost else ""
     cost += f", {progress.repeats} requests sent again after failures" if progress.repeats else ""
+    cost += f", {progress.misreported} replies with impossible usage" if progress.misreported else ""
+    cost += "".join(f"; others are asked in place of {server}" for server in progress.lost)
     left = progress.trees_wanted - progress.trees
     until = duration(seconds / max(progress.trees - progress.trees_before, 1) * left)
     update(progress.trees, progress.trees_wanted, f"{verdicts}; {speed}{cost}; about {until} left")

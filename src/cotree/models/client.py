@@ -1,22 +1,25 @@
-"""The HTTP client of one OpenAI-compatible model server, with retries and token counters.
+"""The HTTP client of one OpenAI-compatible model server, with retries, other servers in its place, and token counters.
 
-Invariant: `complete` returns n whole choices or raises; a failed, cut or malformed reply is never half used. Every
-token that a server reports is counted, those of discarded replies too, and so is the prompt of every attempt whose
-tokens are unknown. The API key is in the requests and nowhere else: no message, repr or exception holds it.
+Invariant: `complete` returns n whole choices or raises; a failed, cut or malformed reply is never half used, and none
+is read further than its request can fill. Every token that a server reports is counted, those of discarded replies
+too, and so is the prompt of every attempt whose tokens are unknown. The API key is in the requests and nowhere else:
+no message, repr or exception holds it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import math
 import random
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import aiohttp
 from yarl import URL
@@ -33,6 +36,7 @@ from cotree.models.wire import (
     error_message,
     error_status,
     model_names,
+    most_bytes,
     read_reply,
 )
 
@@ -43,6 +47,7 @@ ATTEMPTS = 40
 _PAID_ATTEMPTS = 5
 _CONNECT_SECONDS = 10.0
 _LONGEST_BACKOFF = 15.0
+_LISTING_BYTES = 2**24  # of `/v1/models`
 T = TypeVar("T")
 
 
@@ -55,11 +60,15 @@ class Client:
         asked less.
     count_tokens: length of a text in the model's tokens, where the server does not report it.
     omit, rename: parameters that are not sent, or sent under another name.
-    timeout, seconds_per_token: an attempt may take `timeout + seconds_per_token * max_tokens * n` seconds.
+    timeout, seconds_per_token, longest: an attempt may take `timeout + seconds_per_token * max_tokens * n` seconds, but
+        no longer than `longest`.
+    silence: an attempt also ends when the server has answered no request at all for so many seconds.
     attempts, patience: no new attempt after this many, or this many seconds after the first failure.
     backoff: seconds; the k-th repetition waits uniform(0, min(15, backoff * 2**(k-1))), or what `Retry-After` asks.
+    takeover: a server that has only failed for so many seconds is lost: other servers of the model are asked in its
+        place, and one request at a time tries whether it is back, as often.
 
-    `counters` has the requests, repetitions and tokens so far.
+    `counters` has the requests, repetitions and tokens so far, `problem` is the server's last failure.
     """
 
     name: str
@@ -73,9 +82,12 @@ class Client:
     rename: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 60.0
     seconds_per_token: float = 0.5
+    longest: float = math.inf
+    silence: float | None = None
     attempts: int = ATTEMPTS
     patience: float = 300.0
     backoff: float = 0.5
+    takeover: float = 30.0
 
     def __post_init__(self) -> None:
         self._root = _root_url(self.name, self.url)
@@ -84,143 +96,283 @@ class Client:
         if not (self.api_key.isascii() and self.api_key.isprintable()):
             fault = "its API key has characters that no HTTP header can carry; set it again"
             raise UsageError(f"model `{self.name}`: {fault}")
-        self.counters = Counters()
+        self._proxy = _proxy_of(self.name, self._root)
+        self.counters, self.problem = Counters(), ""
+        self._failing_since: float | None = None
+        self._heard = self._trial = 0.0  # when the last good reply came; from when on a lost server is tried again
+        self._silences: set[asyncio.Timeout] = set()
         self._slots = asyncio.Semaphore(self.max_in_flight)
         self._jitter = random.Random()  # its own, so that nobody's seeded global generator moves
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> Self:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
         # The semaphore limits requests in flight; a second limit in the connector would only hide the queue from it.
         connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=cookies, headers=headers)
+        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=cookies)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
     def __str__(self) -> str:
-        return f"model `{self.name}` ({self.model}) at {self.url}"
+        proxy = "" if self._proxy is None else f" through the proxy {self._proxy.origin()}"
+        return f"model `{self.name}` ({self.model}) at {self.url}{proxy}"
 
-    async def complete(self, request: Request) -> Completion:
+    @property
+    def lost(self) -> bool:
+        """Whether it has only failed for `takeover` seconds, and is not to be tried again yet."""
+        since, now = self._failing_since, time.monotonic()
+        return since is not None and now - since >= self.takeover and now < self._trial
+
+    async def complete(self, request: Request, others: Sequence[Client] = ()) -> Completion:
         """Generate `request.n` samples, with retries. Cancelling closes the connection and frees the slot.
+
+        Args:
+            others: more servers of the model; while this one is lost, the first of them that is not is asked.
 
         Raises:
             CotreeError: the server refuses the request or would give the same reply again, or no attempt is left.
         """
-        limits = _limits(self.timeout + self.seconds_per_token * request.max_tokens * request.n)
-        async with self._slots:
-            result = await self._repeated(partial(self._attempt, request, limits))
-        if isinstance(result, Completion):
-            return result
-        raise CotreeError(f"{self}: {result.reason}; fix that, then re-run the same command to resume")
-
-    async def _repeated(self, attempt: Callable[[], Awaitable[T | Failure]]) -> T | Failure:
-        """Try until something else than a failure comes, or the last failure, which says how often it was tried."""
-        attempts, paid, deadline = 0, 0, math.inf
+        servers, tries = (self, *others), _Tries(self.attempts, self.patience)
         while True:
+            server = next((s for s in servers if not s.lost), None) or min(servers, key=lambda s: s._trial)
+            async with server._slots:
+                if server.lost and not all(s.lost for s in servers):
+                    continue  # it was lost while this request waited for a slot
+                server.counters.repeats += tries.made > 0
+                seconds = server.timeout + server.seconds_per_token * request.max_tokens * request.n
+                attempt = partial(server._attempt, request, _limits(min(seconds, server.longest)))
+                result = await server._repeated(attempt, tries, servers)
+            if isinstance(result, Completion):
+                return result
+            if tries.over:
+                raise CotreeError(f"{server}: {result.reason}; fix that, then re-run the same command to resume")
+
+    async def _repeated(
+        self, attempt: Callable[[], Awaitable[T | Failure]], tries: _Tries, servers: Sequence[Client] = ()
+    ) -> T | Failure:
+        """Try until something else than a failure comes, and return it.
+
+        Or return the last failure: either `tries` are over, then it says how many were made, or it is the turn of
+        another one of `servers`.
+        """
+        tries.asked.add(self)
+        while True:
+            started = time.monotonic()
+            if self._failing_since is not None:
+                self._trial = started + (self.silence or self.takeover)
             result = await attempt()
+            self._note(result, started)
             if not isinstance(result, Failure):
                 return result
-            attempts, paid = attempts + 1, paid + (result.counted is not None)
-            now = time.monotonic()
-            deadline = min(deadline, now + self.patience)
-            longest = min(_LONGEST_BACKOFF, self.backoff * 2 ** min(attempts - 1, 20))
+            longest = min(_LONGEST_BACKOFF, self.backoff * 2 ** min(tries.made, 20))
             wait = (result.wait or 0.0) + self._jitter.uniform(0.0, longest)
-            spent = attempts >= self.attempts or paid >= _PAID_ATTEMPTS or now + wait > deadline
-            if result.wait is None or spent:
-                tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-                return replace(result, reason=f"{result.reason} ({tried})")
-            await asyncio.sleep(wait)
+            lost = self.lost and len(servers) > 1
+            if lost and any(not server.lost and server not in tries.asked for server in servers):
+                wait = -math.inf  # another server has not failed yet
+            tries.count(result, wait)
+            if tries.over:
+                return replace(result, reason=f"{result.reason} ({tries})")
+            await asyncio.sleep(max(wait, 0.0))
+            if lost:
+                return result
             self.counters.repeats += 1
+
+    def _note(self, result: object, started: float) -> None:
+        """Note from an attempt's result whether the server answers."""
+        now = time.monotonic()
+        if not isinstance(result, Failure):
+            self._failing_since, self._heard = None, now
+            for limit in self._silences:
+                if self.silence is not None and not limit.expired():
+                    limit.reschedule(asyncio.get_running_loop().time() + self.silence)
+        elif result.wait is not None and result.counted is None:
+            self.problem, self._trial = result.reason, now + max(self.takeover, result.wait)
+            if self._failing_since is None:
+                self._failing_since = max(started, self._heard)
+            if result.wait > self.takeover:  # it asks to be left alone for longer
+                self._failing_since = -math.inf
 
     async def find_problem(self, mode: RequestMode = "completions") -> str:
         """Why the server cannot be asked, and the fix, in one line; "" if it is there and serves the model.
 
         Costs no tokens unless the server does not list the model: some (llama.cpp, Ollama) answer to other names too,
         and some list none, so one token is asked for. A server that is busy or still loading is waited for as by a
-        request; one that cannot be connected to is not.
+        request; one that cannot be connected to is not. What may pass without a change of the recipe makes it `lost`.
 
         Args:
             mode: how the model will be asked.
         """
-        limits = _limits(2 * _CONNECT_SECONDS)
-        served = await self._repeated(partial(self._listed_models, limits))
-        if isinstance(served, Failure):
-            return f"{self}: {served.reason}{_advice(served)}, then run the same command again"
-        if self.model in served:
+        limits, served = _limits(2 * _CONNECT_SECONDS), list[str]()
+        tries = _Tries(self.attempts, self.patience)
+        result: object = await self._repeated(partial(self._listed_models, limits), tries)
+        if isinstance(result, list):
+            served = result
+            if self.model in served:
+                return ""
+            rendered = mode == "completions"
+            messages = () if rendered else (("user", "Hi"),)
+            request = Request("Hi" if rendered else "", messages=messages, scores=mode == "pooling")
+            tries = _Tries(self.attempts, self.patience)
+            result = await self._repeated(partial(self._attempt, request, limits), tries)
+        if not isinstance(result, Failure):
             return ""
-        rendered = mode == "completions"
-        messages = () if rendered else (("user", "Hi"),)
-        request = Request("Hi" if rendered else "", messages=messages, scores=mode == "pooling")
-        result = await self._repeated(partial(self._attempt, request, limits))
-        if isinstance(result, Completion):
-            return ""
-        if served and result.wait is None:
-            return f"{self}: {result.reason}; the server lists {', '.join(served[:8])}: set `model` to one"
-        return f"{self}: {result.reason}{_advice(result)}, then run the same command again"
+        if result.unreached or result.wait is not None:
+            self.problem = result.reason
+            self._failing_since, self._trial = -math.inf, time.monotonic() + self.takeover
+        elif served:
+            names = one_line(", ".join(served[:8]))[:300]
+            return f"{self}: {result.reason}; the server lists {names}: set `model` to one"
+        advice = "fix that" if result.wait is None else "wait until it is ready"
+        if result.unreached:
+            advice = "start the server or correct the recipe's `url`"
+        return f"{self}: {result.reason}; {advice}, then run the same command again"
 
     async def _listed_models(self, limits: aiohttp.ClientTimeout) -> list[str] | Failure:
         """The names that the server lists, none where it has no such page."""
-        try:
-            async with self._session.get(self._root / "v1/models", timeout=limits, allow_redirects=False) as reply:
-                status, content = reply.status, await reply.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            failure = _connection_failure(error, limits)
-            lost = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-            fix = "; start the server or correct the recipe's `url`"
-            return Failure(failure.reason + fix, None) if lost else failure
-        if status in (200, 404, 405, 501):
-            return model_names(content)
-        return Failure(self._refusal(status, content), _wait_after(status, reply.headers.get("Retry-After")))
+        reply = await self._exchange("v1/models", limits, _LISTING_BYTES)
+        if isinstance(reply, Failure):
+            return replace(reply, wait=None) if reply.unreached else reply
+        if reply.status in (200, 404, 405, 501):
+            return model_names(reply.content)
+        return self._refusal(reply, reply.status)
 
     async def _attempt(self, request: Request, limits: aiohttp.ClientTimeout) -> Completion | Failure:
-        """Send the request once and count its tokens; raises only when cancelled.
-
-        A failure is a value because the exceptions of aiohttp hold the headers and must not travel on.
-        """
+        """Send the request once and count its tokens; raises only when cancelled."""
         self.counters.requests += 1
         started = time.perf_counter()
-        url, body = self._root / request.path, request.body(self.model, self.omit, self.rename)
+        body = request.body(self.model, self.omit, self.rename)
         try:
-            # A redirected POST would become a GET, and the key would go wherever it points.
-            async with self._session.post(url, data=body, timeout=limits, allow_redirects=False) as reply:
-                content = await reply.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-                self._count_prompt(request)
-            return _connection_failure(error, limits)
+            reply = await self._exchange(request.path, limits, most_bytes(request), body)
         except asyncio.CancelledError:
             self._count_prompt(request)
             raise
-        status = error_status(content, reply.status)
-        if status == 200:
-            result = read_reply(content, request, self.count_tokens)
-            counted = result if isinstance(result, Completion) else result.counted
-            if counted is None:
+        if isinstance(reply, Failure):
+            if not reply.unreached:
                 self._count_prompt(request)
-            else:
-                self.counters.add(counted)
-            seconds = time.perf_counter() - started
-            return replace(result, seconds=seconds) if isinstance(result, Completion) else result
-        reason = self._refusal(reply.status, content)
-        wait = _wait_after(status, reply.headers.get("Retry-After"))
-        return Failure(f"{reason}, asks to wait {wait:g} s" if wait else reason, wait)
+            return reply
+        status = error_status(reply.content, reply.status)
+        if status != 200:
+            return self._refusal(reply, status)
+        result = read_reply(reply.content, request, self.count_tokens)
+        counted = result if isinstance(result, Completion) else result.counted
+        if counted is None:
+            self._count_prompt(request)
+        else:
+            self.counters.add(counted)
+        seconds = time.perf_counter() - started
+        return replace(result, seconds=seconds) if isinstance(result, Completion) else result
+
+    async def _exchange(
+        self, path: str, limits: aiohttp.ClientTimeout, most: int, body: bytes | None = None
+    ) -> _Reply | Failure:
+        """Post a body, or get a page, of which at most `most` bytes are read.
+
+        A failure is a value because the exceptions of aiohttp hold the headers and must not travel on.
+        """
+        # Not the session's, because aiohttp shows those to a proxy.
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        send = partial(self._session.request, "GET" if body is None else "POST", self._root / path, data=body)
+        silence = asyncio.timeout(self.silence)
+        try:
+            async with silence:
+                self._silences.add(silence)
+                # A redirected POST would become a GET, and the key would go wherever it points.
+                async with send(headers=headers, proxy=self._proxy, timeout=limits, allow_redirects=False) as reply:
+                    try:
+                        await reply.content.readexactly(most + 1)
+                    except asyncio.IncompleteReadError as whole:
+                        return _Reply(reply.status, whole.partial, reply.headers.get("Retry-After"))
+                    return Failure(f"the reply is longer than the {most:,} bytes that it can need", None)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if silence.expired():
+                return Failure(f"no answer to any request for {self.silence:g} s")
+            failure = _connection_failure(error, limits)
+            hint = "; raise the model's `timeout` if it is only slow" if limits.total == self.longest else ""
+            return replace(failure, reason=failure.reason + hint) if isinstance(error, TimeoutError) else failure
+        finally:
+            self._silences.discard(silence)
 
     def _count_prompt(self, request: Request) -> None:
         """Count the prompt of an attempt that the server may have worked on, but whose tokens it will not report."""
         self.counters.prompt_tokens += self.count_tokens(request.prompt_text())
 
-    def _refusal(self, status: int, content: bytes) -> str:
-        """An error reply in one line: the status, the first 300 characters of the server's message, the fix."""
-        text = error_message(content)
+    def _refusal(self, reply: _Reply, status: int) -> Failure:
+        """An error reply in one line: the status, the first 300 characters of the server's message, the fix.
+
+        Args:
+            status: what the reply means, which decides whether it is worth another attempt.
+        """
+        text = error_message(reply.content)
         if self.api_key:  # servers like to quote it
             text = text.replace(self.api_key, "***")
         fix = {401: ": check the API key", 403: ": check the API key", 404: ": check `url`, `model` and `mode`"}
-        error = " with an error" if status == 200 else ""
-        return f"HTTP {status}{error}{f' ({text[:300]})' if text else ''}{fix.get(status, '')}"
+        error = " with an error" if reply.status == 200 else ""
+        reason = f"HTTP {reply.status}{error}{f' ({text[:300]})' if text else ''}{fix.get(reply.status, '')}"
+        wait = _wait_after(status, reply.retry_after)
+        return Failure(f"{reason}, asks to wait {wait:g} s" if wait else reason, wait)
+
+
+class _Reply(NamedTuple):
+    """What came back from a server. retry_after: the header."""
+
+    status: int
+    content: bytes
+    retry_after: str | None
+
+
+@dataclass
+class _Tries:
+    """How often one request was tried, at all its servers, and whether it may be again.
+
+    attempts, patience: as of `Client`. made, paid: tries that failed; those of them that cost tokens. asked: servers.
+    """
+
+    attempts: int
+    patience: float
+    made: int = 0
+    paid: int = 0
+    over: bool = False
+    deadline: float = math.inf
+    asked: set[Client] = field(default_factory=set)
+
+    def count(self, failure: Failure, wait: float) -> None:
+        """Count a failed try; the next one would be made after `wait` seconds."""
+        now = time.monotonic()
+        self.made, self.paid = self.made + 1, self.paid + (failure.counted is not None)
+        self.deadline = min(self.deadline, now + self.patience)
+        spent = self.made >= self.attempts or self.paid >= _PAID_ATTEMPTS or now + wait > self.deadline
+        self.over = failure.wait is None or spent
+
+    def __str__(self) -> str:
+        where = f" at {len(self.asked)} servers" if len(self.asked) > 1 else ""
+        return f"{self.made} attempt{'s' * (self.made > 1)}{where}"
+
+
+def _proxy_of(name: str, root: URL) -> URL | None:
+    """The proxy for a server by the usual environment variables, None for one on this machine.
+
+    Not aiohttp's `trust_env`, which also reads passwords from ~/.netrc.
+    """
+    host = (root.host or "").rstrip(".")
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_loopback or address.is_unspecified:
+            return None
+    if host == "localhost" or host.endswith(".localhost") or urllib.request.proxy_bypass(f"{host}:{root.port}"):
+        return None
+    found = urllib.request.getproxies()
+    value = found.get(root.scheme) or found.get("all")
+    if not value:
+        return None
+    with suppress(ValueError):
+        proxy = URL(value if "://" in value else f"http://{value}")
+        if proxy.scheme in ("http", "https") and proxy.host:
+            return proxy
+    fix = "set it so, or name the server in `no_proxy`"
+    raise UsageError(f"model `{name}`: the proxy in `{root.scheme}_proxy` must look like http://HOST:PORT; {fix}")
 
 
 def _root_url(name: str, url: str) -> URL:
@@ -242,23 +394,18 @@ def _limits(seconds: float) -> aiohttp.ClientTimeout:
 
 
 def _connection_failure(error: Exception, limits: aiohttp.ClientTimeout) -> Failure:
-    """Why there is no reply; another attempt is of no use only where TLS is not trusted."""
+    """Why there is no reply; another attempt is of no use where TLS is not trusted or a proxy refuses for good."""
     if isinstance(error, aiohttp.ClientSSLError):
         return Failure(f"no trusted TLS connection ({one_line(str(error))})", wait=None)
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return Failure(f"the proxy refuses (HTTP {error.status})", _wait_after(error.status, None), unreached=True)
     reason = getattr(error, "os_error", error)  # a connector's error wraps the system's
     reason = one_line(getattr(reason, "strerror", None) or str(reason)) or type(error).__name__
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-        return Failure(f"cannot connect ({reason})")
+        return Failure(f"cannot connect ({reason})", unreached=True)
     if isinstance(error, TimeoutError):
         return Failure(f"no answer within {limits.total:.0f} s")
     return Failure(f"the connection broke ({reason})")
-
-
-def _advice(failure: Failure) -> str:
-    """What to do about a server that is not ready."""
-    if "; start the server" in failure.reason:
-        return ""
-    return "; fix that" if failure.wait is None else "; wait until it is ready"
 
 
 def _wait_after(status: int, retry_after: str | None) -> float | None:

@@ -2,8 +2,10 @@
 
 Invariant: the ids of a chain are the template's rendering of the whole conversation, tokenised in one piece, and the
 ids of its prompt are what a server reads before it generates. Nothing is ever cut: a row that is too long is left out
-and counted. What is scored is the row's own words: a row that a template would change is none. Imports neither torch
-nor transformers, so that datasets can count tokens as the trainer will.
+and counted. What is scored is the row's own words: where a template for reasoning shows a reply in other words (Qwen3
+adds an empty think block, DeepSeek-R1 drops the reasoning), the prompt is followed by the reply as it is written; any
+other row that a template would change is none. Imports neither torch nor transformers, so that datasets can count
+tokens as the trainer will.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from unicodedata import normalize
 
@@ -25,9 +28,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Sequence[dict[str, str]]  # messages: a role and a content each
-# The date in every prompt whose template prints today's: Llama 3.2's own where it does not know the day.
+# The date in every prompt whose template prints today's: Llama 3.2's own where it does not know the day. A macro takes
+# the place of transformers' `strftime_now`, because a function that is passed to a template becomes a text.
 _TODAY = datetime(2024, 7, 26)
-_DATES = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_DATE_PARTS = {part: _TODAY.strftime(part) for flag in ("%", "%-") for part in map(flag.__add__, ascii_letters)}
+_FIXED_DATE = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
+{% for part, value in date_parts.items() %}{% set date.text = date.text | replace(part, value) %}{% endfor %}
+{{ date.text }}{% endmacro %}
+"""
 # What opens or ends a turn under the chat templates of others: in a text it is a turn that leaked, whoever the student.
 _TURN_TOKENS = {
     "ChatML: Qwen, SmolLM, Yi": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
@@ -109,7 +117,8 @@ class RowError(UsageError):
     """A row that cannot be trained on under this chat template, in one line; the other rows can.
 
     Attributes:
-        reason: `template_refuses` (it cannot render the row) or `template_changes` (words would be lost or added).
+        reason: `template_refuses` (it cannot render the row), `template_changes` (words would be lost or added) or
+            `special_tokens` (a text names one).
     """
 
     def __init__(self, reason: str, fault: str) -> None:
@@ -158,9 +167,8 @@ def encode_each(
     prompts = {
         key: _rendered_or_fault(tokenizer, prompt, add_generation_prompt=True) for key, prompt in distinct.items()
     }
-    wholes = [
-        _rendered_or_fault(tokenizer, [*prompt, *answer], add_generation_prompt=False) for prompt, answer in chats
-    ]
+    ending = _end_of_turn(tokenizer)
+    wholes = [_whole(tokenizer, [*prompt, *answer], prompts[json.dumps(prompt)], ending) for prompt, answer in chats]
     texts = list(dict.fromkeys(text for text in [*prompts.values(), *wholes] if isinstance(text, str)))
     ids_of = dict(zip(texts, _ids(tokenizer, texts), strict=True))
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -193,6 +201,34 @@ def encode_each(
     return chains
 
 
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a template that lays out reasoning prints after a reply; nothing for any other template."""
+    if "</think>" not in str(tokenizer.chat_template):
+        return ""
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
+    text = _rendered_or_fault(tokenizer, chat, add_generation_prompt=False)
+    return text.rpartition("reply")[2] if isinstance(text, str) else ""
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, turns: Turns, asked: str | RowError, ending: str) -> str | RowError:
+    """A rendered conversation that ends with a reply; where the template shows this in other words than the student is
+    asked to write, the prompt and the reply as it is written.
+
+    Args:
+        asked: the rendered prompt. ending: of a turn, under a template that lays out reasoning.
+    """
+    whole, reply = _rendered_or_fault(tokenizer, turns, add_generation_prompt=False), turns[-1]["content"].strip()
+    if not ending or not isinstance(asked, str) or not isinstance(whole, str):
+        return whole
+    if whole.startswith(asked) and _has_words(asked, reply, whole.removeprefix(asked).removesuffix(ending)):
+        return whole
+    if asked.rstrip().endswith("<think>"):
+        if not reply.startswith("<think>") and "</think>" not in reply:
+            return _changed("the chat template's prompt opens <think>, which the completion does not close")
+        reply = reply.removeprefix("<think>").lstrip()
+    return asked + reply + ending
+
+
 def _changed(fault: str) -> RowError:
     return RowError("template_changes", f"{fault}; use another `tokenizer` or student, or write the rows otherwise")
 
@@ -200,20 +236,27 @@ def _changed(fault: str) -> RowError:
 def _change(prompt: Turns, asked: str, completion: str, scored: str) -> str:
     """What the chat template changes of a row, or nothing; white space around the whole and around think tags is free.
 
-    Earlier replies may lose their reasoning, as they do where the student is asked.
+    Earlier replies may lose their reasoning, as they do where the student is asked (`shortens_replies`).
 
     Args:
         asked: the rendered prompt. scored: the words that training scores, without the end of turn.
     """
     for message in prompt:
-        if message["role"] != "assistant" and message["content"].strip() not in asked:
+        answer = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+        if answer.strip() not in asked:
             return f"the chat template does not print the {message['role']}'s message as it is written"
-    written, trained = _words(completion), _words(scored)
-    if trained == written or (asked.rstrip().endswith("<think>") and f"<think>{trained}" == written):
+    if _has_words(asked, completion, scored):
         return ""
+    written, trained = _words(completion), _words(scored)
     at = prefix_tokens(written, trained)
     ours, theirs = (repr(text[max(at - 10, 0) : at + 30]) for text in (written, trained))
     return f"the chat template changes the completion: {ours} would be trained as {theirs}"
+
+
+def _has_words(asked: str, completion: str, scored: str) -> bool:
+    """Whether what is scored after a rendered prompt, which may have opened the thinking, is the completion."""
+    written, trained = _words(completion), _words(scored)
+    return trained == written or (asked.rstrip().endswith("<think>") and f"<think>{trained}" == written)
 
 
 def _words(text: str) -> str:
@@ -246,6 +289,15 @@ def encode_dpo(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_toke
         shared = prefix_tokens(good.completion, bad.completion)
         pairs.append(EncodedPair(good.prompt, good.completion, bad.completion, shared))
     return _within(pairs, max_tokens)
+
+
+def shortens_replies(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> bool:
+    """Whether the chat template leaves words of earlier replies out of a prompt, as many do with the reasoning."""
+    replies = [_words(message["content"]) for message in prompt if message["role"] == "assistant"]
+    if not replies:
+        return False
+    asked = _words(_render(tokenizer, prompt, add_generation_prompt=True))
+    return not all(reply in asked for reply in replies)
 
 
 def unfinished_turn(chain: EncodedChain) -> EncodedChain:
@@ -317,9 +369,8 @@ def _render(
     turns = [dict(message) for message in messages]
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     template = tokenizer.chat_template
-    if isinstance(template, str) and "strftime_now" in template:  # a function passed to a template becomes a text
-        today = _DATES.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
-        options["chat_template"] = today
+    if isinstance(template, str) and "strftime_now" in template:
+        options |= {"chat_template": _FIXED_DATE + template, "date_parts": _DATE_PARTS}
     try:
         text = tokenizer.apply_chat_template(turns, **options)
     except (TemplateError, ValueError, TypeError, LookupError) as error:  # a template can do what any program can

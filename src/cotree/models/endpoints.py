@@ -1,13 +1,14 @@
 """The models of a recipe as open endpoints: weights served by llama.cpp in this process, others reached over HTTP.
 
 Whoever asks for a completion sees only an `Endpoint`. A question stays with one server of a model, so that its prompts
-stay in that server's cache.
+stay in that server's cache; while that server is lost, others stand in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,7 +22,7 @@ from cotree.models.llama_cpp import serve
 from cotree.models.settings import Model, Price
 from cotree.models.tokenizer import load_tokenizer, token_counter
 from cotree.models.weights import gguf_file, identity_text, tokenizer_source
-from cotree.models.wire import Prompt
+from cotree.models.wire import Completion, Prompt, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,9 +51,30 @@ class Endpoint:
             return Prompt("", tuple((message["role"], message["content"]) for message in messages))
         return Prompt(render_prompt(self.tokenizer, messages))
 
-    def client_for(self, question: str) -> Client:
-        """The server that a question stays with (rendezvous hashing: another server takes over only its own share)."""
-        return max(self.clients, key=lambda client: hashlib.sha256(f"{client.url}\n{question}".encode()).digest())
+    def servers_for(self, question: str) -> list[Client]:
+        """The server that a question stays with, then those that stand in for it in this order while it is lost.
+
+        By rendezvous hashing: another server takes over only its own share.
+        """
+
+        def rank(client: Client) -> bytes:
+            return hashlib.sha256(f"{client.url}\n{question}".encode()).digest()
+
+        return sorted(self.clients, key=rank, reverse=True)
+
+    async def complete(self, request: Request, question: str) -> Completion:
+        """The completion of a request that belongs to a question.
+
+        Raises:
+            CotreeError: as `Client.complete`.
+        """
+        own, *others = self.servers_for(question)
+        return await own.complete(request, others)
+
+    @property
+    def lost(self) -> list[str]:
+        """The servers in whose place others are asked now, each with the reason."""
+        return [f"{client}: {client.problem}" for client in self.clients if client.lost]
 
     @property
     def cost(self) -> float | None:
@@ -62,17 +84,18 @@ class Endpoint:
 
 @asynccontextmanager
 async def open_endpoints(
-    models: Mapping[str, Model], *, widest: int = 8, attempts: int = ATTEMPTS
+    models: Mapping[str, Model], *, widest: int = 8, attempts: int = ATTEMPTS, all_ready: bool = False
 ) -> AsyncIterator[dict[str, Endpoint]]:
-    """Start or reach every model; all are ready when this yields.
+    """Start or reach every model; when this yields, each has a server that is ready.
 
     Args:
         widest: the most samples that one request will ask for; llama.cpp needs a slot for each.
         attempts: how often a request is sent before it fails.
+        all_ready: whether every server of a model must be; else others stand in for those that do not answer.
 
     Raises:
-        UsageError: a model is missing, a server does not answer (all that do not are named), or an API key is not in
-            the environment.
+        UsageError: a model is missing, its servers do not answer or one has a fault that no wait mends (all that are
+            not ready are named), or an API key is not in the environment.
     """
     async with AsyncExitStack() as stack:
         endpoints: dict[str, Endpoint] = {}
@@ -97,6 +120,8 @@ async def open_endpoints(
                     omit=model.omit,
                     rename=dict(model.rename.items()),
                     timeout=timeout,
+                    longest=math.inf if model.weights is not None else model.timeout,
+                    silence=model.timeout / 3 if len(urls) > 1 else None,
                     attempts=attempts,
                 )
                 for url in urls
@@ -105,7 +130,9 @@ async def open_endpoints(
                 await stack.enter_async_context(client)
             if model.weights is None:
                 found = await asyncio.gather(*(client.find_problem(model.mode) for client in clients))
-                if problems := [problem for problem in found if problem]:
+                problems = [problem for problem in found if problem]
+                stay = any(problem and not client.lost for problem, client in zip(found, clients, strict=True))
+                if problems and (all_ready or stay or len(problems) == len(urls)):
                     which = f"{len(problems)} of {len(urls)} servers are not ready: " if len(urls) > 1 else ""
                     raise UsageError(which + "; ".join(problems))
             rendering = tokenizer if model.mode == "completions" else None
@@ -113,16 +140,21 @@ async def open_endpoints(
         yield endpoints
 
 
-async def check_servers(models: Mapping[str, Model]) -> None:
+async def check_servers(models: Mapping[str, Model]) -> list[str]:
     """Ask every server whether it is ready, and read every model's tokenizer; no weights are loaded.
 
+    Returns the servers that do not answer while others of their model do, in words.
+
     Raises:
-        UsageError: servers that are not ready (all of a model are named), or a tokenizer or an API key is missing.
+        UsageError: as `open_endpoints`, or a tokenizer is missing.
     """
-    async with open_endpoints({name: model for name, model in models.items() if model.weights is None}):
+    on_servers = {name: model for name, model in models.items() if model.weights is None}
+    async with open_endpoints(on_servers) as endpoints:
         for model in models.values():
             if model.weights is not None:
                 _tokenizer(model)
+        lost = [server for endpoint in endpoints.values() for server in endpoint.lost]
+        return [f"{server}; the model's other servers are asked in its place" for server in lost]
 
 
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:

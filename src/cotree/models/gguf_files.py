@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cotree.base.atomic import atomic_draft
+from cotree.base.atomic import atomic_draft, sums_of, write_sums
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.families import FAMILIES, gguf_name, reordered, to_pairs
 from cotree.models.settings import GGUFType
@@ -151,8 +151,11 @@ def export_gguf(model: Path, base: Path, out: Path, kind: GGUFType) -> Path:
         UsageError: unsupported family, or base and model are not the same model.
         CotreeError: a file cannot be read or written.
     """
-    config = json.loads((model / "config.json").read_text())
-    family = FAMILIES.get(config["model_type"])
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        family = FAMILIES.get(config["model_type"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"cannot read {model / 'config.json'} as a model's config: {error}") from error
     if family is None:
         raise UsageError(f"cannot export {config['model_type']!r} models: supported are {', '.join(FAMILIES)}")
     file = GGUF(base)
@@ -181,6 +184,7 @@ def export_gguf(model: Path, base: Path, out: Path, kind: GGUFType) -> Path:
 
     with atomic_draft(out) as draft:
         write_gguf(draft, file, kind, shapes=shapes, read=read)
+    write_sums(sums_of(out), [out])
     return out
 
 

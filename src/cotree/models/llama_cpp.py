@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cotree.base.errors import UsageError
+from cotree.models.weights import check_whole
 
 
 @contextmanager
@@ -27,13 +28,14 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
             slot has its own, which is faster for unrelated prompts (evaluation).
 
     Raises:
-        UsageError: xllamacpp is not installed, or llama.cpp cannot load the file.
+        UsageError: xllamacpp is not installed, the file is damaged, or llama.cpp cannot load it.
     """
     try:
         import xllamacpp
     except ImportError:
         raise UsageError("weights in this process need xllamacpp: pip install 'cotree[local]'") from None
 
+    check_whole(path)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel, params.n_ctx, params.kv_unified = slots, slots * context, shared

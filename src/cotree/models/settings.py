@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -34,10 +35,14 @@ class Model(Section):
         `/v1/chat/completions`, and needs no tokenizer; `pooling` is a process reward model behind vLLM's `/pooling`,
         which writes nothing and scores the steps of a chain.
     max_in_flight: requests a server at once; a large server is used better with more, a small one only queues them.
+    timeout: the most seconds that a request may take at a server (a minute and half a second a token, where that is
+        less); then it is sent once more. Of several servers, one that has answered nothing at all for a third of it, or
+        that only fails for 30 s, is lost: the others are asked in its place, until it answers again.
     omit: parameters that the server refuses and that are not sent; its own values then hold, so this is content.
     rename: other names for parameters that it knows by them (`{max_tokens: max_completion_tokens}`); the values are the
         same, so this is not.
-    api_key_env: the environment variable that holds the server's API key.
+    api_key_env: the environment variable, in capitals, that holds the server's API key. Keys stand in no recipe,
+        neither here nor in a `url`, because recipes are copied into run folders.
     """
 
     weights: str | None = None
@@ -51,10 +56,17 @@ class Model(Section):
     rename: Annotated[dict[Parameter, str], NOT_CONTENT] = Field(default_factory=dict)
     api_key_env: Annotated[str | None, NOT_CONTENT] = None
     max_in_flight: Annotated[int, NOT_CONTENT] = Field(16, ge=1)
+    timeout: Annotated[float, NOT_CONTENT] = Field(1800.0, gt=0)
     price: Annotated[Price | None, NOT_CONTENT] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
+        if any(re.search("[@?#]", url) for url in self.urls):
+            fix = "keys come from the environment variable that `api_key_env` names"
+            raise ValueError(f"`url` must look like http://HOST:PORT or https://HOST/v1, without a key in it; {fix}")
+        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
+            form = "the name of an environment variable in capitals, like OPENAI_API_KEY, that holds the key"
+            raise ValueError(f"`api_key_env` must be {form}; the key itself is written nowhere")
         if (self.weights is None) == (not self.urls):
             raise ValueError("give exactly one of `weights` (in this process) or `url` (a server)")
         if self.weights is not None and self.mode != "completions":

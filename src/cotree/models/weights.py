@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
-from cotree.base.atomic import atomic_draft, write_json
+from cotree.base.atomic import atomic_draft, content_sha256, damage, sums_of, write_json, write_sums
 from cotree.base.errors import CotreeError, UsageError
-from cotree.base.settings import Section
+from cotree.base.settings import Section, parse_section
 from cotree.models.settings import GGUFType, Model
 
 
@@ -67,6 +67,7 @@ def locate(name: str) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
             return path
+        check_whole(path)
         fix = f"give {path / 'model'}" if (path / "model").is_dir() else "give a transformers folder"
         raise UsageError(f"{path} has no config.json with *.safetensors; {fix}")
     if name.endswith(".gguf") and path.is_file():
@@ -88,7 +89,7 @@ def packaged_models() -> str:
 
 def is_url(word: str) -> bool:
     """Whether a model's word is the address of a server."""
-    return word.startswith(("http://", "https://"))
+    return word.casefold().startswith(("http://", "https://"))
 
 
 def parse_model(
@@ -116,16 +117,17 @@ def parse_model(
     """
     shared: dict[str, Any] = {"tokenizer": tokenizer, "max_in_flight": max_in_flight}
     if is_url(word):
+        shared |= {"mode": "chat" if chat or tokenizer is None else "completions", "api_key_env": api_key_env}
+        model = parse_section(Model, {"url": word, "model": served, **shared}, "")
         if tokenizer is None and not chat:
             raise UsageError(f"give --tokenizer (hub id or folder) for {word}, or --chat: its server renders then")
-        mode = "chat" if chat else "completions"
-        return Model(url=word, model=served, mode=mode, api_key_env=api_key_env, **shared)
+        return model
     if chat or api_key_env:
         raise UsageError("--chat and --api-key-env are for servers; weights in this process continue text exactly")
     if not word or (word not in PACKAGED and ":" not in word and not Path(word).exists()):
         known = f"a packaged name ({', '.join(PACKAGED)})"
         raise UsageError(f"nothing at `{word}`; give a server's URL, a .gguf file, a transformers folder or {known}")
-    return Model(weights=word, base=base, **shared)
+    return parse_section(Model, {"weights": word, "base": base, **shared}, "")
 
 
 def gguf_file(model: Model, kind: GGUFType) -> Path:
@@ -145,7 +147,8 @@ def gguf_file(model: Model, kind: GGUFType) -> Path:
     base = locate(model.base)
     content = hashlib.sha256(f"{folder_sha256(source)} {file_sha256(base)}".encode()).hexdigest()
     cached = cache_folder() / f"{source.resolve().name}-{content[:12]}-{kind}.gguf"
-    if not cached.is_file():
+    if not is_whole(cached):
+        check_whole(source)
         try:
             export_gguf(source, base, cached, kind)
         except UsageError as error:
@@ -164,10 +167,12 @@ def gguf_at_type(source: Path, kind: GGUFType) -> Path:
     if file.get("general.file_type") == FILE_TYPES[kind]:
         return source
     cached = cache_folder() / f"{source.stem.rsplit('.', 1)[0]}-{file_sha256(source)[:12]}-{kind}.gguf"
-    if not cached.is_file():
+    if not is_whole(cached):
+        check_whole(source)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         with atomic_draft(cached, _OTHER_DISK) as draft:
             write_gguf(draft, file, kind, shapes=shapes, read=file.array)
+        write_sums(sums_of(cached), [cached])
     return cached
 
 
@@ -207,8 +212,7 @@ def file_sha256(path: Path) -> str:
     known = _known_hashes()
     if known.get(name, [])[:2] == version:
         return str(known[name][2])
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = content_sha256(path)
     if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
         kept = {other: entry for other, entry in known.items() if os.path.exists(other)}
         with suppress(CotreeError):  # without a cache the file is hashed again, that is all
@@ -225,10 +229,38 @@ def _known_hashes() -> dict[str, list[object]]:
         return {}
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file or folder is there, with the content that its sums say, if it has any."""
+    return path.exists() and (not sums_of(path).is_file() or damage(sums_of(path)) is None)
+
+
+def check_whole(path: Path) -> None:
+    """Read weights, a file or a transformers folder, and compare them with their sums.
+
+    Those that cotree did not make have no sums: they are compared with what is remembered of them (`file_sha256`).
+
+    Raises:
+        UsageError: they are damaged.
+    """
+    if sums_of(path).is_file():
+        if fault := damage(sums_of(path)):
+            raise UsageError(f"{path} is damaged ({fault}); delete it and run again what made it")
+        return
+    known = _known_hashes()
+    for file in _model_files(path) or filter(Path.is_file, [path]):
+        *version, remembered = known.get(str(file.resolve()), [None])
+        status = file.stat()
+        if version == [status.st_size, status.st_mtime_ns] and remembered != content_sha256(file):
+            raise UsageError(f"{file} is damaged (other content, but the same size and date as before); fetch it again")
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
 def folder_sha256(folder: Path) -> str:
     """One hash of a transformers folder's weights, config and tokenizer, whatever else is in it."""
-    paths = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
-    lines = [f"{path.name} {file_sha256(path)}" for path in sorted(paths)]
+    lines = [f"{path.name} {file_sha256(path)}" for path in _model_files(folder)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Literal
 
 from cotree.base.progress import one_line
@@ -22,6 +22,10 @@ _BROKE_OFF = ("abort", "error", "cancelled", "insufficient_system_resource")
 _TOOL_CALLS = ("tool_calls", "function_call")
 # An error's `code` or `type` where an account is empty: HTTP 429, too, but no wait helps.
 _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+
+# A token has at most so many characters: long runs of spaces are one token.
+_MOST_CHARACTERS = 128
+_IMPOSSIBLE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,7 @@ class Completion:
     prompt_tokens: the prompt counted once. cached_tokens: the part of it that was in the server's cache.
     completion_tokens: generated for all choices, at least the sum of theirs.
     seconds: wall time of the attempt that succeeded, without waiting for a free slot or earlier attempts.
+    misreported: the server's counts could not be true, so these are our own; not in the journal.
     """
 
     choices: tuple[Choice, ...]
@@ -139,11 +144,14 @@ class Completion:
     cached_tokens: int
     completion_tokens: int
     seconds: float = 0.0
+    misreported: bool = field(default=False, compare=False)
 
     def to_json(self) -> str:
         """One line for the journal."""
-        choices = [[value for value in astuple(choice) if value is not None] for choice in self.choices]
-        return json.dumps(asdict(self) | {"choices": choices}, ensure_ascii=False, separators=(",", ":"))
+        line = asdict(self)
+        line["choices"] = [[value for value in astuple(choice) if value is not None] for choice in self.choices]
+        del line["misreported"]
+        return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Completion:
@@ -161,7 +169,7 @@ class Counters:
     prompt_tokens, cached_tokens, completion_tokens: as the server reported them, those of unusable replies included.
         `prompt_tokens` has those of attempts, too, on which the server may have worked without a readable reply
         (timeout, reset, cancelled, garbage); what these generated is unknown.
-    repeats: attempts that repeated a failed one.
+    repeats: attempts that repeated a failed one. misreported: replies with counts that could not be true.
     """
 
     requests: int = 0
@@ -169,12 +177,14 @@ class Counters:
     cached_tokens: int = 0
     completion_tokens: int = 0
     repeats: int = 0
+    misreported: int = 0
 
     def add(self, completion: Completion) -> None:
         """Count the tokens of a reply."""
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
         self.completion_tokens += completion.completion_tokens
+        self.misreported += completion.misreported
 
     def cost(self, price: Price) -> float:
         """What the tokens cost, in the price's currency, without what attempts generated that were never answered."""
@@ -189,25 +199,34 @@ class Failure:
 
     reason: for the error message. wait: the least seconds before another attempt, None if another would fail too.
     counted: what the server's reply says of tokens and choices, None where it says nothing that can be read.
+    unreached: there was no connection, so the server was asked nothing.
     """
 
     reason: str
     wait: float | None = 0.0
     counted: Completion | None = None
+    unreached: bool = False
 
 
 def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> Completion | Failure:
-    """Check a reply with HTTP 200 and count its tokens, with `count_tokens` where the server does not report them."""
-    payload = _json_object(content)
+    """Check a reply with HTTP 200 and count its tokens, with `count_tokens` where the server reports none that can be
+    true."""
+    payload, asked = _json_object(content), request.prompt_text()
     usage = _mapping(payload.get("usage"))
-    prompt_tokens = _count(usage, "prompt_tokens")
-    if prompt_tokens is None:
-        prompt_tokens = count_tokens(request.prompt_text())
+    # A chat template adds to the prompt, and some servers count a token more for each choice.
+    longest = 4 * len(asked) + 2**16
+    prompt_tokens = _count(usage, "prompt_tokens", longest)
+    reported = _count(usage, "completion_tokens", request.n * (request.max_tokens + 1))
+    cached_tokens = _count(_mapping(usage.get("prompt_tokens_details")), "cached_tokens", longest)
+    misreported = _IMPOSSIBLE in (prompt_tokens, reported, cached_tokens)
+    if prompt_tokens in (None, _IMPOSSIBLE):
+        prompt_tokens = count_tokens(asked)
+    reported = max(reported or 0, 0)
     if request.scores:
-        return _read_scores(payload, prompt_tokens)
+        scored = _read_scores(payload, prompt_tokens)
+        return replace(scored, misreported=misreported) if isinstance(scored, Completion) else scored
     if not isinstance(payload.get("choices"), list):
         return Failure("the reply is not JSON with choices")
-    reported = _count(usage, "completion_tokens") or 0
     # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
     each = reported if request.n == 1 else 0
     read = [_read_choice(_mapping(entry), request, count_tokens, each) for entry in payload["choices"][: request.n]]
@@ -215,9 +234,9 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
     failure = next((choice for choice in read if isinstance(choice, Failure)), None)
     if failure is None and len(choices) < request.n:
         failure = Failure(f"{len(choices)} choices came back for n={request.n}")
-    cached_tokens = min(_count(_mapping(usage.get("prompt_tokens_details")), "cached_tokens") or 0, prompt_tokens)
+    cached_tokens = min(max(cached_tokens or 0, 0), prompt_tokens)
     completion_tokens = max(reported, sum(choice.tokens for choice in choices))
-    completion = Completion(choices, prompt_tokens, cached_tokens, completion_tokens)
+    completion = Completion(choices, prompt_tokens, cached_tokens, completion_tokens, misreported=misreported)
     return completion if failure is None else replace(failure, counted=completion)
 
 
@@ -240,6 +259,9 @@ def _read_choice(
         return Failure("a choice of the reply has no text; does `mode` fit the server?", None)
     if request.messages:  # some servers repeat the assistant's words that they were given
         text = text.removeprefix(request.prompt)
+    if len(text) > _MOST_CHARACTERS * request.max_tokens + 2**10:
+        fault = f"a choice has {len(text):,} characters, more than max_tokens={request.max_tokens} can hold"
+        return Failure(f"{fault}; does the server know it? The recipe's `rename` gives it another name", None)
     if not text.isascii():  # half of a surrogate pair is valid JSON, but no file or database takes it
         text = text.encode("utf-8", "replace").decode()
     # Where no reason is given, a text of as many tokens as were allowed was cut.
@@ -280,10 +302,16 @@ def _logprobs(entry: dict[str, Any]) -> list[float] | None:
         return None
 
 
-def _count(mapping: dict[str, Any], key: str) -> int | None:
+def _count(mapping: dict[str, Any], key: str, most: int) -> int | None:
+    """A count of a server, None where it gives none, `_IMPOSSIBLE` for what is no number from 0 to `most`."""
     value = mapping.get(key)
-    # More is no count of tokens, and fits no database column.
-    return value if isinstance(value, int) and 0 <= value < 2**48 else None
+    return value if value is None or (type(value) is int and 0 <= value <= most) else _IMPOSSIBLE
+
+
+def most_bytes(request: Request) -> int:
+    """The most bytes that a whole reply can have, escapes, log-probabilities and a repeated prompt included."""
+    each = 4 * _MOST_CHARACTERS * (4 if request.logprobs else 1)
+    return 2**20 + (64 + 12 * request.n) * len(request.prompt_text()) + each * request.n * request.max_tokens
 
 
 def model_names(content: bytes) -> list[str]:

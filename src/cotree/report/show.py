@@ -47,16 +47,23 @@ def show_run(
         UsageError: the run has no such trees, or no tree of that question.
     """
     written = list(read_recipe(run)["trees"])
-    nodes = [name.partition("/")[2] for name in run.nodes() if name.startswith("trees/")]
+    records = {name.partition("/")[2]: record for name, record in run.nodes().items() if name.startswith("trees/")}
+    nodes = list(records)
     nodes.sort(key=lambda name: written.index(name) if name in written else len(written))
+    if damaged := [name for name in run.damaged() if name.startswith(f"trees/{trees or ''}")]:
+        raise UsageError(f"{run.path / damaged[0]}/node.json is damaged; `cotree run {run.path}` makes it again")
     if trees is not None and trees not in nodes:
         raise UsageError(f"{run.path} has no trees `{trees}`; {nearest(trees, nodes)}")
     wanted = nodes if trees is None else [trees]
+    faults = [f"trees/{name}: {fault}" for name in wanted for fault in run.node(f"trees/{name}").faults(records[name])]
+    lost = [f"{fault}; `cotree run {run.path}` makes it again" for fault in faults]
     views: list[TreeView] = []
     if best:
         views = trees_to_show(run, wanted, 1)
     if question is not None:
         views = list(views_of(run, wanted, question=question))
+        if lost and not views:
+            raise UsageError(lost[0])
         if not views:
             known = list(dict.fromkeys(view.tree.question_id for view in views_of(run, wanted)))
             raise UsageError(f"{run.path} has no tree of question `{question}`; {nearest(question, known[:20])}")
@@ -65,7 +72,7 @@ def show_run(
     lists = [_tree_list(name, views_of(run, [name])) for name in wanted]
     if not lists:
         raise UsageError(f"{run.path} has no trees yet; grow them with `cotree run {run.path} --only trees`")
-    return Group(*lists)
+    return Group(*lists, *map(Text, lost))
 
 
 def _sort_key(view: TreeView) -> tuple[str, str, list[tuple[float, str]], int]:
@@ -78,7 +85,7 @@ def _tree_list(name: str, views: Iterable[TreeView]) -> RenderableType:
     # Only what is shown is kept, so that a store of any size can be listed.
     rows = sorted((_sort_key(view), bool(view.uses), view.tree.question_id, _list_row(view)) for view in views)
     taken = [question for _, used, question, _ in rows if used]
-    counts = f"{number(len(rows))} trees, {number(len(taken))} with chains in datasets"
+    counts = f"{sentence('counted', len(rows), 'tree')}, {number(len(taken))} with chains in datasets"
     title = Text.assemble((f"trees/{one_line(name)}", "bold"), f"  {counts}\n")
     if not rows:
         return title

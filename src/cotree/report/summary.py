@@ -10,20 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from cotree.base.atomic import write_json
 from cotree.base.errors import UsageError
 from cotree.base.numbers import group_name
 from cotree.base.run_folder import KINDS, NodeRecord, RunFolder
-from cotree.eval.journal import read_lines
+from cotree.eval.journal import damaged_lines, read_lines
 from cotree.eval.scores import ConstantBaseline, InstructionScores, StrictModel, TaskScores
 
 # One optimizer step of a training's log: `step`, and whatever its method measured.
 LogLine = dict[str, Any]
+_LOG_LINE = TypeAdapter(Annotated[LogLine, AfterValidator(lambda line: line | {"step": int(line.get("step", "none"))})])
 # A node's id ("students/dpo") and the ids of the nodes that it reads.
 NodeReads = tuple[str, Sequence[str]]
 
@@ -91,6 +92,7 @@ class Summary(BaseModel):
     search: the counts of each trees node. compared: trees nodes at equal tokens (`search.summary.MethodResult`).
     data: the counts of each dataset, and whether its chains are `unverified`.
     train: of each student what it was trained from, on what and how, and the result.
+    damaged: nodes and cells whose node.json cannot be read, so that they are in nothing else.
     tokens: by node those of its prompts (`prompt` evaluated, `cached` not), `completion` (generated) and `trained`.
     """
 
@@ -102,6 +104,7 @@ class Summary(BaseModel):
     machine: dict[str, Any] = {}
     versions: dict[str, str] = {}
     nodes: list[NodeState] = []
+    damaged: list[str] = []
     evaluations: dict[str, dict[str, Any]] = {}
     eval: list[EvalRow] = []
     baselines: list[Baseline] = []
@@ -165,7 +168,12 @@ def summarize_run(run: RunFolder, nodes: Sequence[NodeReads] | None = None) -> S
         used += own.values()
     created = min((record.created for record in used if record.created), default="")
     last = used[-1] if used else NodeRecord("", "")
-    about = {"created": created, "machine": dict(last.machine), "versions": dict(last.versions)}
+    about = {
+        "created": created,
+        "damaged": run.damaged(),
+        "machine": dict(last.machine),
+        "versions": dict(last.versions),
+    }
     return summary.model_copy(update=about)
 
 
@@ -182,13 +190,18 @@ def summarize_model(evaluation: str, model: str, record: NodeRecord, file: Path)
     student, seed = split_seed(model) if evaluation else (model, None)
     named = {"evaluation": evaluation, "model": model, "student": student, "seed": seed}
     named, result = {**named, "fingerprint": record.fingerprint}, record.result
-    content = {
-        "name": "",
-        "evaluations": {evaluation: result.get("asking") or {}},
-        "eval": [{**row, "cut_off": row.get("truncated"), **named} for row in result.get("rows", ())],
-        "instructions": [{**row, **named} for row in result.get("instructions", ())],
-        "baselines": [{**row, "evaluation": evaluation} for row in result.get("baselines", ())],
-    }
+    try:
+        content = {
+            "name": "",
+            "evaluations": {evaluation: result.get("asking") or {}},
+            "eval": [{**row, "cut_off": row.get("truncated"), **named} for row in result.get("rows", ())],
+            "instructions": [{**row, **named} for row in result.get("instructions", ())],
+            "baselines": [{**row, "evaluation": evaluation} for row in result.get("baselines", ())],
+        }
+    except (TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{file} holds no scores of an evaluation ({error}); the same evaluation makes it again"
+        ) from None
     return _validated(content, file)
 
 
@@ -268,17 +281,13 @@ def write_summary(run: RunFolder, summary: Summary) -> Path:
 
 
 def read_log(path: Path) -> list[LogLine]:
-    """A trainer's `log.jsonl`, one line a step, empty when there is none.
+    """A trainer's `log.jsonl`, one line a step, empty when there is none; first a warning, where lines are damaged.
 
     A resumed training repeats the steps since its last checkpoint: the later line counts.
-
-    Raises:
-        UsageError: a line is no JSON, or has no `step`.
     """
-    try:
-        by_step = {line["step"]: line for line in read_lines(path)}
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    except (KeyError, TypeError):
-        raise UsageError(f"{path}: a line has no `step`; it is no log of a training") from None
-    return [by_step[step] for step in sorted(by_step)]
+    lines, damaged = read_lines(path, _LOG_LINE.validate_python)
+    by_step = {line["step"]: line for line in lines}
+    warning: list[LogLine] = (
+        [{"step": 0, "warning": f"{damaged_lines(damaged)} of {path.name} left out"}] if damaged else []
+    )
+    return warning + [by_step[step] for step in sorted(by_step)]

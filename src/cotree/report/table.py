@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import UsageError
 from cotree.base.numbers import interval, number, paper_form, percent
-from cotree.base.run_folder import NodeFolder, NodeRecord, find_run, read_json
+from cotree.base.run_folder import NodeFolder, NodeRecord, check_whole, find_run, read_json
 from cotree.base.settings import nearest
 from cotree.base.statistics import minimum_detectable_difference
 from cotree.report.grid import Grid, Row, write_grids
@@ -247,6 +247,7 @@ def _read_evaluations(path: str) -> tuple[Path, Summary]:
         raise UsageError(f"no folder at {folder}; give a run folder, RUN:STUDENT, or a folder of `cotree eval`")
     results = sorted(folder.glob("results_*.json"))
     if results:
+        check_whole(results[-1])
         own = (read_json(results[-1]) or {}).get("cotree")
         if not isinstance(own, dict):
             raise UsageError(f"{results[-1]} is of another program; give a folder of `cotree eval`, or a run folder")
@@ -279,7 +280,8 @@ def make_table(summaries: Sequence[NamedSummary]) -> Table:
         named = len(dict(summaries)) > 1
         return [f"{run}: {note}" if named else note for run, summary in summaries for note in notes_of(summary)]
 
-    notes = of_each_run(_asked_notes)
+    notes = of_each_run(lambda summary: [f"left out: {name}, whose node.json is damaged" for name in summary.damaged])
+    notes += of_each_run(_asked_notes)
     notes.append("cut off: no answer, not in a loop, because max_tokens came first")
     if any(row.deviation is not None for row in rows):
         notes.append("±: standard deviation over seeds; the other numbers of such a row are their means")

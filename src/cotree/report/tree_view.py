@@ -10,6 +10,7 @@ from heapq import nlargest
 from itertools import chain, islice, zip_longest
 from typing import Any
 
+from cotree.base.progress import one_line
 from cotree.base.run_folder import RunFolder
 from cotree.report.templates import sentence
 from cotree.search.store import StoredNode, StoredTree, TreeStore
@@ -44,9 +45,11 @@ class ShownThought:
 
     @property
     def remark(self) -> str:
-        """That max_tokens ended it, or (a mini-step) that its line goes on in the next one."""
+        """That max_tokens ended it, why it is wrong or undecided, or (a mini-step) that its line goes on."""
         if self.node.verdict not in ("correct", "wrong", None) and self.node.finish_reason == "length":
             return "cut by max_tokens"
+        if self.node.verdict in ("wrong", "undecided") and self.node.detail:
+            return one_line(self.node.detail)[:200]
         return "…" if self.node.is_open else ""
 
 
@@ -156,7 +159,7 @@ def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = Non
         record, path = node.record(), node.path / "trees.db"
         if record is None or not path.is_file():
             continue
-        with TreeStore(path) as store:
+        with TreeStore(path, reading=True) as store:
             for tree in store.trees(record.base):
                 if question is None or tree.question_id == question:
                     yield TreeView(name, tree, rows[tree.tree_id])

@@ -1,58 +1,184 @@
 """One SQLite file in WAL mode with a schema version: what the tree store and the journal have in common.
 
-Invariant: what was committed survives a kill -9 at any moment; a file that is not ours, or of another version, is
-refused and stays as it is.
+Invariant: what was committed survives a kill -9 at any moment; a file that is not ours, or of a later version, is
+refused and stays as it is; of a damaged one all that can be read is kept, and the rest is counted.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from cotree.base.errors import CotreeError, UsageError
+from cotree.search.rescue import Value, commits_are_lost, readable_rows
+
+_TYPES = {"TEXT": str, "INTEGER": int, "REAL": int | float, "BLOB": bytes}
 
 
 class Database:
-    """An open file; use as a context manager. One process writes at a time."""
+    """An open file; use as a context manager. One process writes at a time.
+
+    kind, items: what it is, and what it is made of, in words. key: the column of `main_table` that names an item; rows
+    of the other `tables_of_items` have it too. upgrade: the statements that make a file of the version
+    before one of this version.
+
+    `rescued` says what was kept of a damaged file, "" if it was whole, and `lost` counts items known to be lost;
+    `is_new`: it was made now.
+    """
 
     kind: ClassVar[str]
+    items: ClassVar[str]
     main_table: ClassVar[str]
+    tables_of_items: ClassVar[tuple[str, ...]]
+    key: ClassVar[str]
     schema: ClassVar[tuple[str, ...]]
     schema_version: ClassVar[int]
+    upgrade: ClassVar[tuple[str, ...]]
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, reading: bool = False) -> None:
+        """reading: nothing is made, mended or upgraded; UsageError where the file is missing or damaged."""
+        self.path, self.reading, self.rescued, self.lost, self.is_new = path, reading, "", 0, False
         with self._guard():
-            self._db = sqlite3.connect(path, isolation_level=None)
-            try:
-                self._open()
-            except Exception:
-                self._db.close()
-                raise
+            if not reading:
+                if (draft := Path(f"{path}.rescued")).exists() and not path.exists():
+                    draft.replace(path)  # a kill came before that
+                try:
+                    self._open()
+                    return
+                except sqlite3.DatabaseError as error:
+                    if not _is_damage(error):
+                        raise
+                    self._rescue(error)
+            self._open()
+
+    def damaged_items(self) -> dict[Any, str]:
+        """The keys of items that are not as they were stored, each with the name of its question ("": not known)."""
+        raise NotImplementedError
+
+    def _seal(self, keys: Iterable[Any] | None = None) -> None:
+        """Keep the checksums of these items, by default of all that have none."""
+        raise NotImplementedError
 
     def _open(self) -> None:
+        mode = "rwc"
+        if self.path.is_file() and commits_are_lost(self.path):
+            raise sqlite3.DatabaseError("its -wal lacks commits")
+        if self.reading:
+            if not self.path.is_file():
+                raise UsageError(f"{self.path} is missing; `cotree run` on its run makes it again")
+            # What cannot be written is opened as a file that nobody writes, unless commits are in a `-wal` beside it.
+            writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+            mode = "rw" if writable else "ro" if Path(f"{self.path}-wal").exists() else "ro&immutable=1"
+        self._db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+        try:
+            self._check_schema()
+            if not self.reading:
+                (fault,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
+                if fault != "ok" or self.damaged_items():
+                    raise sqlite3.DatabaseError("some of it is not as it was stored")
+        except Exception as error:
+            self._db.close()
+            if isinstance(error, ValueError):  # a damaged name in what SQLite says, or a version that is no number
+                raise sqlite3.DatabaseError("its schema cannot be read") from None
+            raise
+
+    def _check_schema(self) -> None:
+        """Make the tables of a new file, upgrade an older one, and refuse what is of a later version or not ours."""
         tables = self._tables()
         if tables and not {"meta", self.main_table} <= tables:
-            raise sqlite3.DatabaseError("it is another program's database")
-        # WAL with NORMAL keeps every commit through a killed process, at 40 microseconds a commit.
-        self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA busy_timeout=5000;")
+            raise UsageError(self._not_ours("it is another program's database"))
+        if not tables and self.reading:
+            raise sqlite3.DatabaseError("it is empty")
+        if not self.reading:
+            # WAL with NORMAL keeps every commit through a killed process, at 40 microseconds a commit.
+            (journal_mode,) = self._db.execute("PRAGMA journal_mode=WAL").fetchone()
+            if journal_mode != "wal":
+                raise CotreeError(f"{self.path}: {_NO_LOCKS}")
+            self._db.execute("PRAGMA synchronous=NORMAL")
         if not tables:
             with self._transaction():
                 if not self._tables():  # nobody else has made them meanwhile
+                    self.is_new = True
                     for statement in self.schema:
                         self._db.execute(statement)
                     self._db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
                     self._db.execute("INSERT INTO meta VALUES ('schema_version', ?)", (str(self.schema_version),))
-        (found,) = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-        if int(found) != self.schema_version:
+        found = self._version()
+        if found not in (self.schema_version - 1, self.schema_version):
             fix = "choose another name= (what is there is kept), or use the cotree that wrote it"
             raise UsageError(f"{self.path} has schema version {found}, this cotree writes {self.schema_version}; {fix}")
+        if found != self.schema_version and not self.reading:
+            with self._transaction():
+                for statement in self.upgrade if self._version() == found else ():  # nobody else has done it meanwhile
+                    self._db.execute(statement)
+                self._db.execute("UPDATE meta SET value = ?", (str(self.schema_version),))
+                self._seal()
+
+    def _version(self) -> int:
+        for (value,) in self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'"):
+            return int(value)
+        raise sqlite3.DatabaseError("its version is lost")
 
     def _tables(self) -> set[str]:
         return {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+    def _rescue(self, damage: sqlite3.DatabaseError) -> None:
+        """Move the damaged file aside, and have in its place one with all items that can be read whole."""
+        draft, ends = f"{self.path}.rescued", ("", "-wal", "-shm")
+        for end in ends:
+            Path(draft + end).unlink(missing_ok=True)
+        with type(self)(Path(draft)) as new:
+            there = new._insert_all(readable_rows(self.path))
+            lost = new.damaged_items()
+            kept = new._count_without(lost)
+        if not kept and not lost:
+            Path(draft).unlink()
+            if getattr(damage, "sqlite_errorname", "") == "SQLITE_NOTADB":
+                raise damage
+            fault = f"{self.path} is damaged ({damage}), and nothing in it can be read"
+            raise UsageError(f"{fault}; move it away, so that it is made anew")
+        aside = next(name for n in count(1) if not os.path.lexists(name := f"{self.path}.damaged-{n}"))
+        for end in ends[::-1]:
+            with suppress(FileNotFoundError):
+                Path(f"{self.path}{end}").rename(aside + end)
+        Path(draft).replace(self.path)
+        self.lost = len(lost)
+        names = list(filter(None, dict.fromkeys(lost.values())))
+        of = f", not those of {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
+        self.rescued = (
+            f"{self.path} was damaged ({damage}): {kept} of at least {max(there, kept + len(lost))} {self.items} are "
+            f"kept{of}; the rest is made again where it is needed, and the damaged file is now {aside}"
+        )
+
+    def _insert_all(self, rows: Iterable[list[Value]]) -> int:
+        """Insert rows, each into the table that it fits; returns how many the table with rowids had."""
+        most = 0
+        tables = {table: self._db.execute(f"PRAGMA table_info({table})").fetchall() for table in self._tables()}
+        del tables["meta"]
+        with self._transaction():
+            for row in rows:
+                if len(row) == 2 and isinstance(row[0], bytes) and isinstance(row[1], int):  # of the index of keys
+                    most = max(most, row[1])
+                for table, columns in tables.items():
+                    if _fits(row, columns):
+                        names, places = ", ".join(column[1] for column in columns[: len(row)]), ", ?" * len(row)
+                        self._db.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({places[2:]})", row)  # noqa: S608
+            self._seal()
+        return most
+
+    def _count_without(self, lost: Iterable[Any]) -> int:
+        """Delete these items; returns how many are left."""
+        with self._transaction():
+            for table in self.tables_of_items:
+                query = f"DELETE FROM {table} WHERE {self.key} = ?"  # noqa: S608
+                self._db.executemany(query, [(key,) for key in lost])
+            return int(self._db.execute(f"SELECT count(*) FROM {self.main_table}").fetchone()[0])  # noqa: S608
 
     def __enter__(self) -> Self:
         return self
@@ -60,16 +186,23 @@ class Database:
     def __exit__(self, *_: object) -> None:
         self._db.close()
 
+    def _not_ours(self, why: object) -> str:
+        return f"{self.path} is not a {self.kind} ({why}); move it away or name another run"
+
     @contextmanager
     def _guard(self) -> Iterator[None]:
         """Turn SQLite's errors into one line each: CotreeError where a retry can help, UsageError for a wrong file."""
         try:
             yield
-        except sqlite3.OperationalError as error:
-            fix = "free some space" if "full" in str(error) or "disk I/O" in str(error) else "close other users of it"
-            raise CotreeError(f"{self.path}: {error}; {fix}, then re-run the same command to resume") from None
         except sqlite3.DatabaseError as error:
-            raise UsageError(f"{self.path} is not a {self.kind} ({error}); move it away or name another run") from None
+            code = getattr(error, "sqlite_errorname", "")
+            if _is_damage(error) and code != "SQLITE_NOTADB":
+                fix = "`cotree run` on its run moves it aside and keeps all that can be read"
+                raise UsageError(f"{self.path} is damaged ({error}); {fix}") from None
+            if not isinstance(error, sqlite3.OperationalError):
+                raise UsageError(self._not_ours(error)) from None
+            fix = next((fix for part, fix in _FIXES.items() if part in code), "close other users of it")
+            raise CotreeError(f"{self.path}: {error}; {fix}, then re-run the same command to resume") from None
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -77,3 +210,31 @@ class Database:
         with self._guard(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
+
+
+_NO_LOCKS = "its file system has no file locks or no shared memory, which SQLite needs; use a folder on a local disk"
+
+# By a part of SQLite's name of an error.
+_FIXES = dict.fromkeys(("FULL", "WRITE"), "free some space") | dict.fromkeys(("LOCK", "SHM", "PROTOCOL"), _NO_LOCKS)
+_FIXES |= {"IOERR": "look after the disk"} | dict.fromkeys(("CANTOPEN", "READONLY"), "make it and its folder writable")
+
+
+def checksum(*values: Any) -> int:
+    """Of values as SQLite gives them back."""
+    return zlib.crc32(repr(values).encode())
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether an error says that the file's bytes are not what was written."""
+    broken_schema = getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR"
+    return type(error) is sqlite3.DatabaseError or broken_schema or "Could not decode" in str(error)
+
+
+def _fits(row: list[Value], columns: list[tuple[Any, ...]]) -> bool:
+    """Whether a row can be one of a table with these columns; a row of an older version has fewer."""
+    if len(row) > len(columns) or any(required and default is None for *_, required, default, _ in columns[len(row) :]):
+        return False
+    return all(
+        isinstance(value, _TYPES[kind]) or (value is None and not required)
+        for value, (_, _, kind, required, _, _) in zip(row, columns, strict=False)
+    )

@@ -200,7 +200,7 @@ class Growth:
         """Give an answer its verdict and its reward."""
         verdict, answer.reward = await self.scorer.score_answer(self, answer)
         if verdict is not None:
-            answer.verdict, answer.answer = verdict.kind, verdict.answer
+            answer.verdict, answer.answer, answer.detail = verdict.kind, verdict.answer, verdict.detail
 
     def draw_writer(self, thought_type: str, key: str) -> Writer:
         """The writer of a thought type; of several one is drawn by the key."""

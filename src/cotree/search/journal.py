@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cotree.models.client import Completion, Request
 from cotree.models.endpoints import Endpoint
-from cotree.search.database import Database
+from cotree.search.database import Database, checksum
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,15 @@ class Journal(Database):
     """The journal of one run."""
 
     kind = "journal"
+    items = "completions"
     main_table = "completions"
-    schema_version = 1
+    tables_of_items = ("completions",)
+    key = "key"
+    schema_version = 2
+    upgrade = ("ALTER TABLE completions ADD COLUMN checksum INTEGER",)
     schema = (
         """CREATE TABLE completions (key BLOB PRIMARY KEY, question TEXT NOT NULL, tokens INTEGER NOT NULL,
-            completion TEXT NOT NULL)""",
+            completion TEXT NOT NULL, checksum INTEGER)""",
         "CREATE INDEX completions_by_question ON completions (question)",
         "CREATE TABLE uses (key BLOB NOT NULL, tree_id TEXT NOT NULL, PRIMARY KEY (key, tree_id)) WITHOUT ROWID",
         """CREATE TABLE current (place TEXT NOT NULL, question TEXT NOT NULL, tree_id TEXT NOT NULL,
@@ -52,6 +56,18 @@ class Journal(Database):
         # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a completion say which do.
         with self._guard():
             self._keys = {key for (key,) in self._db.execute("SELECT key FROM completions")}
+
+    def damaged_items(self) -> dict[bytes, str]:
+        """The keys of completions that are not as they were added, each with the question that asked first."""
+        rows = self._db.execute("SELECT checksum, key, question, tokens, completion FROM completions")
+        return {row[0]: row[1] for kept, *row in rows if kept is not None and kept != checksum(*row)}
+
+    def _seal(self, keys: Iterable[bytes] | None = None) -> None:
+        """Keep the checksums of all completions that have none."""
+        self._db.create_function("checksum", 4, checksum, deterministic=True)
+        self._db.execute(
+            "UPDATE completions SET checksum = checksum(key, question, tokens, completion) WHERE checksum IS NULL"
+        )
 
     def recall(self, key: bytes) -> Completion | None:
         """The completion of a request, None where it was never answered."""
@@ -70,7 +86,7 @@ class Journal(Database):
         """
         row = (key, question, completion.completion_tokens, completion.to_json())
         with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?)", row)
+            self._db.execute("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
         self._keys.add(key)
 
     def add_uses(self, tree_id: str, keys: Iterable[bytes]) -> None:
@@ -117,7 +133,8 @@ class Progress:
     trees_wanted: later turns of conversations included. trees: finished; trees_before of them were there when this
     process began. thoughts, verdicts: of the trees that this process finished. calls: requests that a model answered;
     recalled: that the journal answered. tokens: generated in this process. cost: in the currency of the models' prices.
-    repeats: requests that were sent again after a failure.
+    repeats: requests that were sent again after a failure. misreported: replies with token counts that could not be
+    true, so that they were counted here. lost: servers in whose place others are asked, and why.
     """
 
     trees_wanted: int = 0
@@ -129,6 +146,8 @@ class Progress:
     tokens: int = 0
     cost: float = 0.0
     repeats: int = 0
+    misreported: int = 0
+    lost: Sequence[str] = ()
     verdicts: Counter[str] = field(default_factory=lambda: Counter(correct=0, wrong=0, no_answer=0))
     started: float = field(default_factory=time.monotonic)
 
@@ -156,11 +175,14 @@ class SearchModels:
         if recalled is not None:
             progress.recalled += 1
             return key, recalled
-        completion = await endpoint.client_for(question).complete(request)
+        completion = await endpoint.complete(request, question)
         if self.journal is not None:
             self.journal.add(key, question, completion)
         progress.calls += 1
         progress.tokens += completion.completion_tokens
         progress.cost = sum(used.cost or 0.0 for used in self.endpoints.values())
-        progress.repeats = sum(client.counters.repeats for used in self.endpoints.values() for client in used.clients)
+        counters = [client.counters for used in self.endpoints.values() for client in used.clients]
+        progress.repeats = sum(each.repeats for each in counters)
+        progress.misreported = sum(each.misreported for each in counters)
+        progress.lost = [server for used in self.endpoints.values() for server in used.lost]
         return key, completion

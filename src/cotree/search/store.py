@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cotree.base.errors import UsageError
-from cotree.search.database import Database
+from cotree.search.database import Database, checksum
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class StoredNode:
     finish_reason: str = "stop"
     seed: int = 0
     seconds: float = 0.0  # of the request that wrote it
+    detail: str = ""  # why the verdict, for people
 
     @property
     def is_open(self) -> bool:
@@ -72,6 +73,7 @@ class StoredTree:
     cached_tokens: int
     completion_tokens: int  # all that was generated, duplicates dropped from the tree included
     nodes: list[StoredNode]
+    verdict_version: int | None = None  # the VERDICT_VERSION of its verdicts; None: an older cotree's, which kept none
 
     @property
     def question_name(self) -> str:
@@ -89,7 +91,7 @@ class StoredTree:
 
 
 _NODE_COLUMNS = fields(StoredNode)
-_TREE_COLUMNS = fields(StoredTree)[:-1]  # without the nodes
+_TREE_COLUMNS = [field for field in fields(StoredTree) if field.name != "nodes"]
 _SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "float": "REAL", "list[dict[str, str]]": "TEXT"}  # messages: JSON
 
 
@@ -103,12 +105,20 @@ class TreeStore(Database):
     """The store of one `trees` node."""
 
     kind = "tree store"
+    items = "trees"
     main_table = "trees"
-    schema_version = 4
+    tables_of_items = ("trees", "nodes")
+    key = "tree_id"
+    schema_version = 5
     schema = (
-        f"CREATE TABLE trees ({_columns(_TREE_COLUMNS)}, PRIMARY KEY (tree_id)) WITHOUT ROWID",
-        f"""CREATE TABLE nodes (tree_id TEXT NOT NULL REFERENCES trees, {_columns(_NODE_COLUMNS)},
+        f"CREATE TABLE trees ({_columns(_TREE_COLUMNS)}, checksum INTEGER, PRIMARY KEY (tree_id)) WITHOUT ROWID",
+        f"""CREATE TABLE nodes (tree_id TEXT NOT NULL REFERENCES trees, {_columns(_NODE_COLUMNS)} DEFAULT '',
             PRIMARY KEY (tree_id, node_id)) WITHOUT ROWID""",
+    )
+    upgrade = (
+        "ALTER TABLE trees ADD COLUMN verdict_version INTEGER",
+        "ALTER TABLE trees ADD COLUMN checksum INTEGER",
+        "ALTER TABLE nodes ADD COLUMN detail TEXT NOT NULL DEFAULT ''",
     )
 
     def finished(self, config: str | None = None) -> dict[str, int]:
@@ -123,35 +133,71 @@ class TreeStore(Database):
         row = [json.dumps(value) if isinstance(value, list) else value for value in row]
         nodes = [[tree.tree_id, *(getattr(node, column.name) for column in _NODE_COLUMNS)] for node in tree.nodes]
         with self._transaction():
-            done = self._db.execute("INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", row)
+            done = self._db.execute("INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,NULL)", row)
             if done.rowcount:
-                self._db.executemany("INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", nodes)
+                self._db.executemany("INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", nodes)
+                self._seal([tree.tree_id])
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
         """All trees (of one config) in the order of their ids, read one at a time."""
         query = "SELECT tree_id FROM trees WHERE config = coalesce(?, config) ORDER BY tree_id"
         with self._guard():
-            ids = self._db.execute(query, (config,))
+            ids = self._db.execute(query, (config,)).fetchall()
         for (tree_id,) in ids:
             yield self.tree(tree_id)
 
     def tree(self, tree_id: str) -> StoredTree:
         """One tree by its id."""
         with self._guard():
-            row = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,)).fetchone()
+            row, nodes = self._rows(tree_id)
             if row is None:
                 raise UsageError(f"{self.path} has no tree {tree_id}")
-            nodes = self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
-        values = dict(zip((column.name for column in _TREE_COLUMNS), row, strict=True))
+            if not _is_whole(row, nodes):
+                raise sqlite3.DatabaseError(f"the tree of {row[1]}/{row[2]} is not as it was stored")
+        values = dict(zip((column.name for column in _TREE_COLUMNS), row, strict=False))
         values["messages"] = json.loads(values["messages"])
         return StoredTree(**values, nodes=[StoredNode(*node[1:]) for node in nodes])
+
+    def damaged_items(self) -> dict[str, str]:
+        """The ids of trees that are not as they were stored, each with its question ("": not known)."""
+        damaged = {}
+        self._db.execute("BEGIN")
+        try:
+            for (tree_id,) in self._db.execute("SELECT tree_id FROM trees UNION SELECT tree_id FROM nodes"):
+                row, nodes = self._rows(tree_id)
+                if row is None or not _is_whole(row, nodes):
+                    damaged[tree_id] = f"{row[1]}/{row[2]}" if row else ""
+        finally:
+            self._db.execute("ROLLBACK")
+        return damaged
+
+    def _rows(self, tree_id: str) -> tuple[tuple[Any, ...] | None, list[tuple[Any, ...]]]:
+        row = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,)).fetchone()
+        return row, self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
+
+    def _seal(self, keys: Iterable[str] | None = None) -> None:
+        """Keep the checksums of these trees, as their rows are in the file; by default of all that have none."""
+        unsealed = "SELECT tree_id FROM trees WHERE checksum IS NULL"
+        for tree_id in [tree_id for (tree_id,) in self._db.execute(unsealed)] if keys is None else keys:
+            row, nodes = self._rows(tree_id)
+            assert row is not None
+            kept = (checksum(row[:-1], nodes), tree_id)
+            self._db.execute("UPDATE trees SET checksum = ? WHERE tree_id = ?", kept)
+
+
+def _is_whole(row: tuple[Any, ...], nodes: list[tuple[Any, ...]]) -> bool:
+    """Whether a tree is what was stored; of an older store, which has no checksums, whether it lacks no node."""
+    if [node[1] for node in nodes] != list(range(len(nodes))) or not nodes:
+        return False
+    kept = row[len(_TREE_COLUMNS) :]
+    return kept in ((), (None,)) or kept == (checksum(row[:-1], nodes),)
 
 
 def count_trees(path: Path) -> int:
     """How many trees the store at `path` has, 0 where there is none; changes nothing there.
 
     Raises:
-        UsageError: it is another file.
+        UsageError: it is another file, or damaged.
     """
     if not path.is_file():
         return 0
@@ -161,4 +207,5 @@ def count_trees(path: Path) -> int:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as db:
             return int(db.execute("SELECT count(*) FROM trees").fetchone()[0])
     except sqlite3.Error as error:
-        raise UsageError(f"{path} is not a tree store ({error}); move it away") from None
+        fix = "move it away, or let `cotree run` on its run mend it, if it is damaged"
+        raise UsageError(f"{path} is not a tree store ({error}); {fix}") from None

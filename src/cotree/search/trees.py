@@ -24,7 +24,7 @@ from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
 from cotree.search.thoughts import names_of_turns, question_name, search_messages
 from cotree.tasks import Question, Task
-from cotree.tasks.base import Asked
+from cotree.tasks.base import VERDICT_VERSION, Asked
 from cotree.tasks.extract import visible_text
 
 
@@ -212,6 +212,7 @@ class TreeGrower:
                 cached_tokens=spent.cached_tokens,
                 completion_tokens=spent.completion_tokens,
                 nodes=[*search.nodes],
+                verdict_version=VERDICT_VERSION,
             )
         )
         self.progress.trees += 1

@@ -26,14 +26,15 @@ _ANSWER_OPENS = ("<|begin_of_solution|>", "<Output>")
 _ANSWER_MARKUP = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
 # Special tokens that leak into a text behind the end of a turn.
 _END_OF_TURN = re.compile(
-    r"<\|(?:im_end|im_start|eot_id|eom_id|end_of_text|endoftext|end)\|>|</s>|<(?:end|start)_of_turn>"
-    r"|<｜end▁of▁sentence｜>"
+    r"<\|(?:im_end|im_start|eot_id|eom_id|start_header_id|end_of_text|endoftext|end_of_turn|end|return|user)\|>|</s>"
+    r"|<(?:end|start)_of_turn>|<\|END_OF_TURN_TOKEN\|>|<｜(?:end▁of▁sentence|User)｜>|\[\|endofturn\|\]|\[INST\]"
 )
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\\\(?=[{}])|\\[{}]|[{}]")
-# What joins two boxes to one answer: `\boxed{1}$ and $x = \boxed{2}`.
+# What joins two boxes to one answer: `\boxed{1}$ and $x = \boxed{2}`, `\boxed{3} apples and \boxed{4}`.
+_GAP = r"(?:[\s$~]|\\(?:[()\[\] ,;:!]|q?quad))*"
 _JOIN = re.compile(
-    r"(?:[\s$]|\\[()\[\]])*(?:[,;、，]|,?\s*(?:\\text\{\s*)?(?:and|or|和|或)\b(?:\s*\})?)"
-    r"(?:[\s$]|\\[()\[\]])*(?:[A-Za-z]\w{0,2}\s*=\s*)?"
+    rf"{_GAP}(?:[,;、，]{_GAP})?(?:[,;、，]|(?:[a-z]+\s+)?(?:\\text\{{\s*)?(?:and|or|和|或)\b(?:\s*\}})?)"
+    rf"{_GAP}(?:[A-Za-z]\w{{0,2}}\s*=\s*)?"
 )
 _LONGEST_JOIN = 60
 # `\boxed 5$`, as the MATH authors' own extractor takes it.

@@ -7,6 +7,7 @@ nothing else; anything more, such as `2\pi`, is for math-verify.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,12 +15,20 @@ from fractions import Fraction
 from cotree.tasks.loading import packaged_yaml
 
 _SYMBOLS = str.maketrans(packaged_yaml("math_symbols.yaml"))
-# Digits of other scripts, such as Devanagari or full-width ones.
+# Fractions, powers and indices that are characters: `⅝`, `10⁻⁷`, `x₁`.
+_FRACTION_SIGN = re.compile("[¼-¾⅐-⅞]")
+_RAISED = re.compile("(?P<power>[⁰¹²³⁴-⁹⁺⁻ⁿ]+)|(?P<index>[₀-₉]+)")
+# Digits of other scripts, such as Devanagari.
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 # LaTeX's spaces are spaces, a negative one is none; `\\` ends a line, so its second half begins no command.
-_SPACING = re.compile(r"(\\\\)|\\!|\\(?:[ ,;:>]|(?:quad|qquad|thinspace|enspace)(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
-_SIZING = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])|(?<=\\)[dtc](?=frac)")
-_WORD = r"\\text(?:rm|bf|it)?\{\s*,?\s*"
+_SPACING = re.compile(r"(\\\\)|\\!\s*|\\(?:[ ,;:>]|q?quad|thinspace|enspace|hspace\*?\{[^{}]*\})|~")
+# Sizes, colours and weights.
+_LOOKS = re.compile(
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])|(?<=\\)[dtc](?=frac)"
+    r"|\\(?:text)?color\s*\{[^{}]*\}|\\(?:boldsymbol|mathbf|bm|underline)(?=\s*\{)"
+)
+_WORD = r"\\(?:text(?:rm|bf|it)?|mbox)\{\s*,?\s*"
+_FUNCTION = r"(?:ln|log|exp|(?:arc)?(?:sin|cos|tan)|sec|csc|cot|max|min|gcd)"
 _SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -32,20 +41,30 @@ _SPELLINGS = [
         (r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
         # Roman constants are the constants, and i(2-i) is a product.
         (r"\\(?:mathrm|text|rm|operatorname)\s*(?:\{\s*([ei])\s*\}|([ei])(?![A-Za-z]))", r"\1\2"),
+        (rf"\\(?:mathrm|text|operatorname)\s*\{{\s*({_FUNCTION})\s*\}}", r"\\\1 "),
+        (r"\\log_(?:e|\{e\})", r"\\ln "),
         (r"(?<![A-Za-z\\])i\(", r"i\\cdot("),
+        (r"(?<=\d)\s*x\s*(?=10\^)", r"\\times "),
         (rf"{_WORD}or\s*\}}|(?<=[\s\d}})])\bor\b(?=[\s\d\\({{A-Za-z])", r"\\lor "),
-        (rf"{_WORD}and\s*\}}|(?<=[\s\d}})]),?\s*\band\b(?=\s)", r","),
-        (r"^\\text\{[^{}]*\b(?:answer|result)s?\b[^{}]*\}", ""),
+        (rf",?\s*{_WORD}and\s*\}}|(?<=[\s\d}})]),?\s*\band\b(?=\s)|;", r", "),
+        (rf"^\s*{_WORD}([^{{}}]*[0-9][^{{}}]*)\}}\s*$", r"\1"),
+        (r"(?i)^\s*(?:\\text\{[^{}0-9]*\b(?:answer|result)s?\b[^{}0-9]*\}|(?:the )?(?:final )?answer(?: is|:))", ""),
+        (r"(\^\{?\\circ\s*\}?)\s*(?:[CF]|\\(?:text|mathrm)\{\s*[CF]\s*\})(?=[\s.]*$)", r"\1"),
+        (rf"{_WORD}((?:hundred|thousand|[a-z]+illion|dozen|percent)\b[^{{}}]*)\}}", r" \1"),
         (r"\{,\}", ","),
         (r"^\(([0-9A-F]+)\)_", r"\1_"),
         (r"\\?\$|[€£¥₹]", ""),
     ]
 ]
-# A space is kept only between two letters or digits, where it may mean a product.
-_NEEDLESS_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+# A space is kept only between two letters or digits, where it may mean a product, and in `100, 200`: two numbers.
+_NEEDLESS_SPACE = re.compile(
+    r"(?<![0-9A-Za-z])\s+(?!(?<=[0-9],\s)[0-9]{3}(?![0-9]))|\s+(?![0-9A-Za-z])",
+)
 # `18 eggs`: math-verify knows few units, and takes the letters of others for variables.
-_UNIT_WORDS = re.compile(r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen)\b)[A-Za-z]{3,}(?: [A-Za-z]{2,})*")
-_UNIT = r"(?:[mcdk]?m|[mk]?g|[md]?[lL]|in|ft|yd|mi|[mk]ph|s|sec|min|h|hrs?|lbs?|oz|k?(?:N|J|W|Pa|V|Hz)|mol|K|rpm)"
+_UNIT_WORDS = re.compile(
+    r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen|percent)\b)[A-Za-z]{3,}(?:[ /][A-Za-z]{2,})*"
+)
+_UNIT = r"(?:[mcdk]?m|[mk]?g|[md]?[lL]|in|ft|yd|mi|[mk]ph|s|sec|min|h|hrs?|lbs?|oz|k?(?:N|J|W|Pa|V|Hz)|mol|K|rpm|k?Ω)"
 _UNIT_POWER = rf"{_UNIT}(?:\^\{{?[0-9]\}}?)?"
 # A bare unit needs a space before it, else `2m` may be a product. What stands before it: a number, or one with roots.
 _UNITS_AT_END = re.compile(
@@ -57,20 +76,22 @@ _UNITS_AT_END = re.compile(
 _CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|cdot|times)(?![A-Za-z])|[0-9{}()^+*/., -]")
 
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)(?![A-Za-z])|[\s{}]")
-_CHOICE = re.compile(r"\(?([A-Z])[.):]?")
+# One choice, and one with its text: `(B) 12`.
+_CHOICE = re.compile(r"(?:(?i:option|choice|answer):?)?\(?([A-Z])[.):]?")
+_CHOICE_AND_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])(?!.*\([A-Z]\))[^,;&].*", re.DOTALL)
 _WORDS_ONLY = re.compile(r"(?:[^\W\d_]{2,}[\d.,;:'-]*)+")
 
 # A decimal fraction of so many places is taken for an approximation.
 _APPROXIMATE_PLACES = 3
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _NUMBER = re.compile(
-    rf"(?:.*\\approx)?\s*(?P<sign>[+-]?)(?P<unsigned>.*?)(?: ?(?P<scale>{'|'.join(_SCALES)}))?"
+    rf"(?:.*\\approx)?\s*(?P<sign>[+-]?)(?P<unsigned>.*?)(?: ?(?P<scale>{'|'.join(_SCALES)})(?: [A-Za-z ]+)?)?"
     r"(?P<percent> ?(?:\\?%|\\?percent|\\text\{ ?percent\}))?",
     re.DOTALL,
 )
 # Every gold has fewer than 40 digits, and Python's conversion stays fast.
 _DIGITS = "[0-9]{1,40}"
-_DECIMAL = rf"(?:{_DIGITS}|[0-9]{{1,3}}(?:[,' _][0-9]{{3}}){{1,12}})?(?:\.(?:{_DIGITS})?)?"
+_DECIMAL = rf"(?:{_DIGITS}|[1-9][0-9]{{0,2}}(?:[,' _][0-9]{{3}}){{1,12}})?(?:\.(?:{_DIGITS})?)?"
 _FRACTION = rf"\\frac ?(?:\{{(-?{_DIGITS})\}}|([0-9])) ?(?:\{{({_DIGITS})\}}|([0-9]))"
 _TEN_TO = r"10\^(?:\{(-?[0-9]{1,3})\}|([0-9]))"
 
@@ -104,9 +125,11 @@ class Number:
 
 def normalize_answer(text: str) -> str:
     """An answer in plain LaTeX with ASCII digits, without currency, sizing, needless spaces, a unit, or a final dot."""
-    text = _FOREIGN_DIGIT.sub(lambda digit: str(int(digit[0])), text.translate(_SYMBOLS))
-    text = _SPACING.sub(lambda space: space[1] or ("" if space[0] == r"\!" else " "), text)
-    text = _SIZING.sub("", text)
+    text = _FRACTION_SIGN.sub(_latex_fraction, _RAISED.sub(_latex_raised, text))
+    text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
+    text = _FOREIGN_DIGIT.sub(lambda digit: str(int(digit[0])), text)
+    text = _SPACING.sub(lambda space: space[1] or ("" if space[0].startswith(r"\!") else " "), text)
+    text = _LOOKS.sub("", text)
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     text = text.strip()
@@ -150,9 +173,20 @@ def same_words(left: str, right: str) -> bool:
     `June 20`."""
     left, right = (_WRAPPERS.sub("", text) for text in (left, right))
     choices = _CHOICE.fullmatch(left), _CHOICE.fullmatch(right)
-    if choices[0] and choices[1]:
-        return choices[0][1] == choices[1][1]
+    texts = _CHOICE_AND_TEXT.fullmatch(left), _CHOICE_AND_TEXT.fullmatch(right)
+    for one, other in (choices, (choices[0], texts[1]), (texts[0], choices[1])):
+        if one and other:
+            return one[one.lastindex or 0] == other[other.lastindex or 0]
     return left.casefold() == right.casefold() and _WORDS_ONLY.fullmatch(left) is not None
+
+
+def _latex_fraction(sign: re.Match[str]) -> str:
+    top, _, low = unicodedata.normalize("NFKC", sign[0]).partition("\u2044")
+    return rf"\frac{{{top}}}{{{low}}}"
+
+
+def _latex_raised(run: re.Match[str]) -> str:
+    return ("^" if run["power"] else "_") + "{" + unicodedata.normalize("NFKC", run[0]) + "}"
 
 
 def _decimal(text: str) -> Fraction:
@@ -171,8 +205,9 @@ def _scientific(decimal: str | None, *powers: str | None) -> Fraction:
     return _decimal(decimal or "1") * Fraction(10) ** power
 
 
-def _repeating(whole: str, fixed: str, again: str) -> Fraction:
-    r"""Of `33.\overline{3}`."""
+def _repeating(whole: str, fixed: str, *digits: str | None) -> Fraction:
+    r"""Of `33.\overline{3}` or `33.(3)`."""
+    again = next(each for each in digits if each)
     return _decimal(f"{whole}.{fixed}0") + Fraction(int(again), 10 ** len(fixed) * (10 ** len(again) - 1))
 
 
@@ -184,5 +219,8 @@ _FORMS: list[tuple[re.Pattern[str], Callable[..., Fraction]]] = [
     (re.compile(rf"({_DIGITS})? ?{_FRACTION}"), _mixed),
     (re.compile(rf"({_DECIMAL})[eE]([+-]?[0-9]{{1,3}})"), _scientific),
     (re.compile(rf"(?:({_DECIMAL})(?: ?\\times ?| ?\\cdot ?|\*))?{_TEN_TO}"), _scientific),
-    (re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\overline ?\{?([0-9]{1,20})\}?"), _repeating),
+    (
+        re.compile(r"([0-9]{0,20})\.([0-9]{0,20})(?:\\(?:overline|bar|dot) ?\{?([0-9]{1,20})\}?|\(([0-9]{1,20})\))"),
+        _repeating,
+    ),
 ]

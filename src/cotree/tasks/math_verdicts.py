@@ -16,10 +16,17 @@ from cotree.tasks.math_text import normalize_answer, parse_number, same_words
 from cotree.tasks.math_worker import CPU_SECONDS, LIMIT_BYTES, compare
 
 _NUMBER_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
+# `2,75` where the gold is a decimal fraction; with three places it is 2750 and no such number.
+_DECIMAL_COMMA = re.compile(r"-?(?:0,[0-9]+|[0-9]+,(?:[0-9]{1,2}|[0-9]{4,}))")
 # Golds have up to a hundred characters; what is longer than this comes from a loop.
 _MAX_CHARACTERS = 1000
 # What stands in the place of an answer that nobody can compare with: a word for none, or an object.
-_NO_GOLD = re.compile(r"|proof.*|n/?a|none|null|nan|see (?:the )?solution.*|[\[{]\s*['\"].*", re.IGNORECASE | re.DOTALL)
+_NO_GOLD = re.compile(
+    r"(?:\\text\{)?"
+    r"(?:|pro(?:of|ve)\b.*|n/?a|none|null|nan|not applicable|no answer|see (?:the )?solution.*|[?.…—–-]+)\}?"
+    r"|[\[{]\s*(?:['\"}\]]|object\b).*",
+    re.IGNORECASE | re.DOTALL,
+)
 _STOPPED = f"not checked: stopped at {CPU_SECONDS:.0f} s of CPU time or {LIMIT_BYTES >> 30} GiB"
 
 
@@ -45,9 +52,11 @@ def check_math_answer(gold: str, answer: str) -> tuple[bool | None, str]:
 def compare_cached(gold: str, answer: str) -> tuple[bool, str]:
     """As `check_math_answer`, but a comparison that was stopped raises, so that it is not kept."""
     gold, answer = normalize_answer(gold), normalize_answer(answer)
-    if answer == gold or same_words(gold, answer):
+    if answer.replace(", ", ",") == gold.replace(", ", ",") or same_words(gold, answer):
         return True, ""
     numbers = parse_number(gold), parse_number(answer)
+    if numbers[0] is not None and numbers[0].places and _DECIMAL_COMMA.fullmatch(answer):
+        numbers = numbers[0], parse_number(answer.replace(",", "."))
     if numbers[0] is not None and numbers[1] is not None:
         return numbers[0].accepts(numbers[1]), ""
     if len(answer) > _MAX_CHARACTERS:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import queue
+import re
 import resource
 import shlex
 import signal
@@ -37,7 +38,7 @@ from cotree.tasks.math_text import parse_number
 CPU_SECONDS = 3.0
 WALL_SECONDS = 120.0
 LIMIT_BYTES = 2 << 30
-_OR = r"\lor "
+_OR = re.compile(r"\\lor ?")
 _EXACT_PLACES = 12
 
 
@@ -170,12 +171,13 @@ def math_equal(gold: str, answer: str) -> bool:
     Raises:
         MemoryError: the comparison needs more than `LIMIT_BYTES`.
     """
-    if {gold[:1], answer[:1]} == {"\\", "("} and r"\{" in (gold[:2], answer[:2]):
-        return False  # a set is no tuple, interval or point
+    both_ways = (gold, answer), (answer, gold)
+    if any(one.startswith("(") and other.startswith(r"\{") and "(" not in other for one, other in both_ways):
+        return False  # a set of numbers is no tuple, interval or point
     number = parse_number(gold)
     places = number.places if number is not None and number.approximate else None
     try:
-        pairs = list(product(_parse_gold(gold), map(_union_of_inequalities, _parse(answer))))
+        pairs = list(product(_parse_gold(gold), _parse(answer)))
     except MemoryError:
         raise
     except (Exception, RecursionError):  # noqa: BLE001 - sympy raises anything
@@ -200,16 +202,23 @@ def _equal_readings(gold: Any, answer: Any, places: int | None) -> bool:
         return False
 
 
-def _union_of_inequalities(answer: Any) -> Any:
-    """A list of inequalities, x < 1 or x > 2, as the union of their sets; anything else as it is."""
-    from sympy import Eq, FiniteSet, Union
+def _inequalities_as_set(answer: Any) -> Any:
+    """A list of inequalities as the set where all hold, x >= 0 and x < 9, or else any, x < 1 or x > 2; and |x| < 1.
+
+    Anything else as it is.
+    """
+    from sympy import Abs, Eq, FiniteSet, Intersection, Union
     from sympy.core.relational import Relational
 
     def is_inequality(each: Any) -> bool:
         return isinstance(each, Relational) and not isinstance(each, Eq)
 
-    is_list = isinstance(answer, FiniteSet) and bool(answer.args) and all(map(is_inequality, answer.args))
-    return Union(*(each.as_set() for each in answer.args)) if is_list else answer
+    if is_inequality(answer) and answer.has(Abs):
+        return answer.as_set()
+    if not (isinstance(answer, FiniteSet) and answer.args and all(map(is_inequality, answer.args))):
+        return answer
+    sets = [each.as_set() for each in answer.args]
+    return Intersection(*sets) or Union(*sets)
 
 
 def _equal_digits(gold: Any, answer: Any, places: int | None) -> bool:
@@ -235,9 +244,11 @@ def _parse(text: str) -> list[Any]:
     from math_verify import parse
     from sympy import Expr, I
 
-    found = parse(f"${text.replace(_OR, ',')}$", parsing_timeout=None)
+    found = parse(f"${_OR.sub(', ', text)}$", parsing_timeout=None)
     return [
-        each.subs({symbol: I for symbol in each.free_symbols if symbol.name == "i"}) if isinstance(each, Expr) else each
+        each.subs({symbol: I for symbol in each.free_symbols if symbol.name == "i"})
+        if isinstance(each, Expr)
+        else _inequalities_as_set(each)
         for each in found
     ]
 

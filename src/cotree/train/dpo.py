@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
@@ -112,17 +114,30 @@ def stored_reference(
     margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
     chains = [(len(pair.prompt), *pair.sequences) for pair in pairs]
     inputs = [student_sha256(student), chains, margin, arguments.bf16]
-    name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{name}.json"
+    path = folder / f"{_sha256(inputs)[:16]}.json"
     with arguments.main_process_first(local=False):
-        stored = json.loads(path.read_text()) if path.exists() else None
+        stored = _read_reference(path)
     if stored is not None:
-        return [replace(pair, reference=tuple(logps)) for pair, logps in zip(pairs, stored, strict=True)]
+        return [replace(pair, reference=logps) for pair, logps in zip(pairs, stored, strict=True)]
     model.to(arguments.device)
     referenced = with_reference(model, pairs, arguments, settings)
     if arguments.process_index == 0:
-        write_text(path, json.dumps([pair.reference for pair in referenced]))
+        logps = [[*pair.reference] for pair in referenced]
+        write_text(path, json.dumps({"sha256": _sha256(logps), "logps": logps}))
     return referenced
+
+
+def _read_reference(path: Path) -> list[tuple[float, float]] | None:
+    """The log-probabilities in a file of `stored_reference`; None where there is none or it is damaged."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["sha256"] == _sha256(stored["logps"]):
+            return [(chosen, rejected) for chosen, rejected in stored["logps"]]
+    return None
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def with_reference(

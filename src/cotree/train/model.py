@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from cotree.base.atomic import sums_of, write_sums
 from cotree.base.errors import UsageError
 from cotree.tasks.diagnosis import diagnose
 from cotree.train.attention import ATTENTION, forest_attention
 from cotree.train.settings import LoRA, Probe
-from cotree.train.student import family_of, make_readable
+from cotree.train.student import adapter_base, make_readable, student_config
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -45,6 +46,7 @@ def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compil
     # Attention is other for every pack: it would be compiled for each of them, and is not.
     outside: Callable[[Any], Any] = torch.compiler.disable
     AttentionInterface.register(ATTENTION, outside(forest_attention) if compiled else forest_attention)
+    student_config(student)
     model = _load_weights(student).requires_grad_(True)
     if (student / "adapter_config.json").exists():
         model.name_or_path = ""  # no folder holds the merged weights
@@ -144,6 +146,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any]) 
         model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     make_readable(folder)
+    for part in filter(Path.is_dir, (folder / "adapter", folder)):
+        write_sums(sums_of(part), part.rglob("*"))
 
 
 def _load_weights(source: str | Path) -> Any:
@@ -153,13 +157,12 @@ def _load_weights(source: str | Path) -> Any:
     """
     with quiet():
         try:
-            if (Path(source) / "adapter_config.json").exists():
-                from peft import PeftConfig, PeftModel
+            if (named := adapter_base(Path(source))) is not None:
+                from peft import PeftModel
 
-                base = _load_weights(PeftConfig.from_pretrained(source).base_model_name_or_path)
+                base = _load_weights(named)
                 warnings.filterwarnings("error", "Found missing adapter keys")
                 return PeftModel.from_pretrained(base, source).merge_and_unload()
-            family_of(AutoConfig.from_pretrained(source))
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -167,8 +170,9 @@ def _load_weights(source: str | Path) -> Any:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
-            raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0][:200]}") from error
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise UsageError(f"cannot load the student {source}: {reason}") from error
     wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if wrong:
         raise UsageError(

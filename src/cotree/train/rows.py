@@ -36,10 +36,10 @@ def encode_file(path: Path, tokenizer: Any, settings: Optimizer) -> Encoded[Any]
         raise UsageError(f"{path} has no rows")
     if kind_of(rows[0]) != kind:
         raise UsageError(f"{path} has no {kind} rows: their columns are {', '.join(rows[0])}")
-    for index, row in enumerate(rows):
-        # A rejected side may have a leaked turn: that can be why it is rejected.
-        if faults := faults_of(row, kind) or turn_faults({**row, "rejected": []}, kind, tokenizer):
-            raise UsageError(f"{path}: row {index}, {faults[0]} (`cotree check-data {path}` finds all faults)")
+    found = ((index, faults_of(row, kind) or turn_faults(row, kind, tokenizer)) for index, row in enumerate(rows))
+    if faulty := [(index, faults[0]) for index, faults in found if faults]:
+        (index, fault), number = faulty[0], f"{len(faulty)} of {len(rows)} rows are faulty"
+        raise UsageError(f"{path}: row {index}, {fault}; {number} (`cotree check-data {path}` finds all faults)")
     check_template(path, tokenizer)
     limit = settings.max_tokens or sys.maxsize
     try:

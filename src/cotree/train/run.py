@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,8 +19,11 @@ from typing import Any
 
 import torch
 
-from cotree.base.atomic import atomic_draft, write_json
+from cotree.base.atomic import atomic_draft, remove, write_json
+from cotree.base.progress import Output
+from cotree.base.run_folder import read_json
 from cotree.models.tokenizer import load_tokenizer
+from cotree.models.weights import check_whole
 from cotree.train.callback import RunCallback, StepLog
 from cotree.train.dpo import PairTrainer, stored_reference
 from cotree.train.forest import forest_tokens
@@ -70,6 +72,7 @@ def train(
     seed: int,
     on_step: Callable[[StepLog], None] | None = None,
     references: Path | None = None,
+    output: Output | None = None,
 ) -> TrainResult:
     """Train a student; the same call after an interruption goes on, and after the end returns the result at once.
 
@@ -85,16 +88,20 @@ def train(
         on_step: called after each optimizer step.
         references: a folder where runs from one student share their reference log-probabilities; without one they are
             kept in `out` until the run is done.
+        output: where damaged checkpoints are named.
 
     Raises:
-        UsageError: rows, student or settings cannot be trained on.
+        UsageError: rows, student or settings cannot be trained on, or what is in `out` is damaged.
         CotreeError: the loss is no number any more, or memory or the disk is full; nothing before the last checkpoint
             is lost.
     """
     started = monotonic()
     if (out / "model").exists():
-        _remove_checkpoints(out / "trainer")  # a kill may have come between the two
-        return TrainResult(**json.loads((out / "result.json").read_text()))
+        check_whole(out / "model")
+        if (done := read_json(out / "result.json")) is not None:
+            _remove_checkpoints(out / "trainer")  # a kill may have come between the two
+            return TrainResult(**done)
+        remove(out / "model")
     tokenizer = load_tokenizer(student)
     encoded = encode_file(rows, tokenizer, settings)
     order = fixed_steps(encoded.rows, settings, seed)
@@ -117,8 +124,8 @@ def train(
             trainer.probe = partial(probe_answers, tokenizer=tokenizer, prompts=prompts, settings=settings.probe)
         callback = RunCallback(out / "log.jsonl", started, on_step, settings.probe)
         trainer.add_callback(callback)
-        with arguments.main_process_first(local=False):  # torn checkpoints are deleted once
-            checkpoint = last_checkpoint(out / "trainer")
+        with arguments.main_process_first(local=False):  # damaged checkpoints are named and deleted once
+            checkpoint = last_checkpoint(out / "trainer", (output or Output()).print)
         with quiet():
             with explain_out_of_memory("outside the packs, where the optimizer keeps two numbers a weight: set lora"):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -149,6 +156,8 @@ def _store(trainer: StepTrainer[Any], tokenizer: Any, out: Path, result: TrainRe
     """Write result and model, and delete the checkpoints that the model replaces."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes hold parts of it (FSDP)
     if trainer.args.process_index == 0:
+        for of_earlier_weights in out.glob("student-*.gguf*"):
+            remove(of_earlier_weights)
         with atomic_draft(out / "model") as draft:
             draft.mkdir()
             save_model(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, draft, state_dict)

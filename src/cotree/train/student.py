@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cotree.base.atomic import atomic_draft, write_json
+from cotree.base.atomic import atomic_draft, remove, sums_of, write_json, write_sums
 from cotree.base.errors import UsageError
 from cotree.models.families import FAMILIES, Family, reordered, to_halves, transformers_name
 from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import gguf_tokenizer
-from cotree.models.weights import cache_folder, file_sha256, folder_sha256, locate
+from cotree.models.weights import cache_folder, check_whole, file_sha256, folder_sha256, is_whole, locate
 
 # Others (dynamic, longrope) turn every position of a pass by its longest sequence.
 _ROPE = ("default", "linear", "llama3", "yarn")
+_BASE_FIX = "set base_model_name_or_path in its adapter_config.json to the model's folder or hub id"
 
 
 def student_folder(name: str) -> Path:
@@ -32,18 +34,47 @@ def student_folder(name: str) -> Path:
             `REPO_ID:FILE.gguf` on the hub.
 
     Raises:
-        UsageError: nothing of that name is here, or it cannot be trained.
+        UsageError: nothing of that name is here, it is damaged, or it cannot be trained.
         CotreeError: the cache folder cannot be written.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        return Path(name)
+    folder = Path(name)
+    if folder.is_dir():
+        check_whole(folder)
+        if (base := adapter_base(folder)) is not None:
+            check_whole(Path(base))
+            return folder
     source = locate(name)
     if source.is_dir():
         return source
+    check_whole(source)
     folder = cache_folder() / f"{source.stem}-{file_sha256(source)[:12]}-transformers"
-    if not folder.exists():
+    if not is_whole(folder):
+        remove(folder)
         convert_gguf(source, folder)
     return folder
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base that a PEFT adapter's folder names, a folder or a hub id; None where the folder is no adapter's.
+
+    Raises:
+        UsageError: its adapter_config.json is damaged or names no base that can be, or it has no weights.
+    """
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{file} is no adapter's config ({error}); copy the adapter again") from None
+    if not base or not isinstance(base, str):
+        raise UsageError(f"the adapter {folder} names no base model ({json.dumps(base)}); {_BASE_FIX}")
+    on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) and not Path(base).exists()
+    if not on_hub and not (Path(base) / "config.json").is_file():
+        raise UsageError(f"the base of the adapter {folder} is not at {base} (no config.json there); {_BASE_FIX}")
+    if not any(folder.glob("adapter_model.*")):
+        raise UsageError(f"the adapter {folder} has no adapter_model.safetensors; copy the adapter again")
+    return base
 
 
 def convert_gguf(source: Path, folder: Path) -> Path:
@@ -76,6 +107,7 @@ def convert_gguf(source: Path, folder: Path) -> Path:
         write_json(draft / "config.json", config)
         tokenizer.save_pretrained(draft)
         make_readable(draft)
+        write_sums(sums_of(draft), draft.rglob("*"))
     return folder
 
 
@@ -84,11 +116,10 @@ def student_sha256(folder: Path) -> str:
 
     A base that is no folder is known by its name.
     """
-    adapter = folder / "adapter_config.json"
     parts = [folder_sha256(folder)] + [file_sha256(file) for file in sorted(folder.glob("*.bin"))]
-    if adapter.exists():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        parts += [file_sha256(adapter), student_sha256(Path(base)) if Path(base).is_dir() else base]
+    if (base := adapter_base(folder)) is not None:
+        parts += [file_sha256(folder / "adapter_config.json")]
+        parts += [student_sha256(Path(base)) if Path(base).is_dir() else base]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -146,12 +177,12 @@ def student_config(source: Path) -> Any:
 
     if source.suffix == ".gguf":
         return AutoConfig.for_model(**gguf_config(GGUF(source)))
+    base = adapter_base(source)
     try:
-        adapter = source / "adapter_config.json"
-        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else source
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base or str(source))
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load the student {source}: {str(error).splitlines()[0][:200]}") from error
+        fault = f"cannot load the student {source}: {str(error).splitlines()[0][:200]}"
+        raise UsageError(f"{fault}; its base is {base}: {_BASE_FIX}" if base else fault) from error
     family_of(config)
     return config
 

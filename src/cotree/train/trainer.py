@@ -2,16 +2,18 @@
 
 Invariant: an item of its data is a whole step, whose rows are fixed before anything is split; the loss divides by the
 rows and tokens of the step, so neither the cap of a pack nor the number of processes changes the gradient. A checkpoint
-counts once its marker file is there, so a kill at any moment leaves the last whole one.
+counts once its marker file is there, which is written when the disk holds the others and has their sums: a kill at any
+moment leaves the last whole one, and of a damaged one the one before it is used.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from cotree.base.atomic import explain_write_errors
+from cotree.base.atomic import damage, explain_write_errors, sync, write_sums
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.encode import EncodedChain, EncodedPair, EncodedRow
 from cotree.train.forest import forest_tokens, packs
@@ -179,28 +181,81 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a whole checkpoint, and delete the older ones, which it replaces, but not the best one."""
+        """Save a whole checkpoint beside the one before it; of the older ones only the best are kept."""
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with explain_write_errors(checkpoint):
+            if self.args.process_index == 0:  # before the new one needs their room
+                whole = _checkpoints(checkpoint.parent)
+                best = {self.state.best_global_step, *map(_best_step, whole[:1])}
+                for other in whole[1:]:
+                    if _step(other) not in best:
+                        _delete(other)
             try:
                 super()._save_checkpoint(model, trial)
             except RuntimeError as error:  # what torch.save raises on a full disk
                 raise OSError(str(error)) from error
             self.accelerator.wait_for_everyone()
             if self.args.process_index == 0:
-                (checkpoint / _COMPLETE).touch()
-                kept = {checkpoint.name, f"checkpoint-{self.state.best_global_step}"}
-                for other in checkpoint.parent.glob("checkpoint-*"):
-                    if other.name not in kept:
-                        shutil.rmtree(other)
+                write_sums(checkpoint / _COMPLETE, checkpoint.rglob("*"))
+                sync(checkpoint.parent)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, unless they were damaged while training went on."""
+        best = Path(self.state.best_model_checkpoint)
+        if fault := _damage(best):
+            raise CotreeError(f"{best} is damaged ({fault}); run the same command again, which trains from before it")
+        super()._load_best_model()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; deletes the torn ones that a kill left."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / _COMPLETE).exists():
-            shutil.rmtree(checkpoint)
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in a folder that is whole, and whose best one is, too.
+
+    Those after it are damaged, and are deleted; `tell` gets a line for each. What a kill left of others is deleted.
+    """
+    whole = _checkpoints(folder)
+    for at, checkpoint in enumerate(whole):
+        best = checkpoint.with_name(f"checkpoint-{_best_step(checkpoint) or _step(checkpoint)}")
+        fault = next(filter(None, map(_damage, dict.fromkeys((checkpoint, best)))), None)
+        if fault is None:
+            return checkpoint
+        goes_on = f"goes on from {whole[at + 1].name}" if whole[at + 1 :] else "starts over"
+        tell(f"{checkpoint} is damaged ({fault}) and was deleted; training {goes_on}")
+        _delete(checkpoint)
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, the newest first; deletes what a kill left of others."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    for torn in [path for path in found if not (path / _COMPLETE).exists()]:
+        shutil.rmtree(torn)
+    return sorted(filter(Path.exists, found), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The step of the best checkpoint at the time of this one, None where there is none."""
+    with suppress(OSError, ValueError, LookupError):
+        step: int | None = json.loads((checkpoint / "trainer_state.json").read_text())["best_global_step"]
+        return step
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What of a checkpoint is damaged; nothing is known of one that an older cotree left, whose marker is empty."""
+    marker = checkpoint / _COMPLETE
+    if marker.exists() and not marker.stat().st_size:
+        return None
+    fault = damage(marker)
+    return fault and f"{checkpoint.name}/{fault}"
+
+
+def _delete(checkpoint: Path) -> None:
+    (checkpoint / _COMPLETE).unlink()  # first, so that what a kill leaves counts as no checkpoint
+    shutil.rmtree(checkpoint)
 
 
 @contextmanager

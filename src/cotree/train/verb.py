@@ -20,7 +20,7 @@ from cotree.base.run_folder import NodeFolder, NodeRecord
 from cotree.base.settings import apply_override, hashed_settings, nearest, parse_section
 from cotree.models.encode import template_hash
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import file_sha256
+from cotree.models.weights import check_whole, file_sha256
 from cotree.train.callback import StepLog, plot_steps
 from cotree.train.rows import check_fits, encode_file
 from cotree.train.run import TrainResult, train
@@ -82,6 +82,7 @@ def train_rows(
     with _locked(out):
         record = node.begin(NodeRecord(fingerprint, fingerprint, parts))
         if record.done:
+            check_whole(out / "model")
             output.print(f"{out} is done: this student on these rows with these settings")
             return TrainResult(**record.result["train"])
         with node.working(record) as work, output.progress(f"{method} steps") as update:
@@ -93,7 +94,7 @@ def train_rows(
 
             resolved = resolve_precision(settings.model_copy(update=work.resolved))
             work.resolved["precision"] = resolved.precision
-            result = train(method, data, folder, out, settings=resolved, seed=seed, on_step=on_step)
+            result = train(method, data, folder, out, settings=resolved, seed=seed, on_step=on_step, output=output)
             work.result |= {"train": asdict(result), "tokens": {"trained": result.tokens}, "method": method}
             work.files += ["result.json", *(f"model/{file.name}" for file in (out / "model").glob("*.safetensors"))]
     output.print(f"{out / 'model'}: {method}, {result.steps} steps on {result.rows} rows, {duration(result.seconds)}")
