@@ -128,6 +128,11 @@ def test_another_models_tokenizer_is_found(tokenizer: str, tmp_path: Path) -> No
     assert "the server counts 10 prompt tokens, `tokenizer` 72; is it this model's?" in found["usage"]
 
 
+def test_usage_that_cannot_be_true_is_found() -> None:
+    with FakeServerThread(reply=tell, usage="absurd") as server:
+        assert "`usage` cannot be true for max_tokens 48" in problems(chat(server.url))["usage"]
+
+
 def test_a_template_that_drops_words_is_found(tokenizer: str, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(tokenizer, folder)

@@ -91,7 +91,8 @@ class FakeServer:
     reply: (prompt, seed, index) -> text, instead of babble; `stop` and `max_tokens` are applied to it.
     latency: seconds before each reply, or a range from which (seed, prompt, request seed) draws.
     faults: by request number; fault_rate draws one of fault_kinds for the others.
-    usage: how completion tokens are reported for n > 1: `llama.cpp` the first choice's only, `vllm` all.
+    usage: how completion tokens are reported for n > 1: `llama.cpp` the first choice's only, `vllm` all; `absurd`: far
+        more than were asked for.
     habit: what becomes of the assistant's words in a prompt (in `/v1/completions`, those after `<assistant>`): they are
         continued, dropped, closed as a turn before a new one, or continued and repeated.
     ignores: parts of a request that are not heeded. keeps_stop: a stop string stays in the text.
@@ -110,7 +111,7 @@ class FakeServer:
         fault_rate: float = 0.0,
         fault_kinds: Sequence[Kind] = ("429", "500", "reset", "half", "garbage", "empty", "fewer"),
         seed: int = 0,
-        usage: Literal["llama.cpp", "vllm"] = "llama.cpp",
+        usage: Literal["llama.cpp", "vllm", "absurd"] = "llama.cpp",
         cached_tokens: int = 0,
         habit: Habit = "continues",
         ignores: Collection[Literal["stop", "n", "logprobs"]] = (),
@@ -268,7 +269,7 @@ class FakeServer:
             logprobs = self._logprobs(text, tokens, chat, len(text) < len(whole)) if body.get("logprobs") else None
             choices.append({"index": index, **said, "finish_reason": finish, "logprobs": logprobs})
             counts.append(tokens)
-        completion_tokens = sum(counts if self.usage == "vllm" else counts[:1])
+        completion_tokens = 10**7 if self.usage == "absurd" else sum(counts if self.usage == "vllm" else counts[:1])
         prompt_tokens = count_tokens(prompt)
         usage = {
             "prompt_tokens": prompt_tokens,

@@ -183,9 +183,9 @@ class Client:
         now = time.monotonic()
         if not isinstance(result, Failure):
             self._failing_since, self._heard = None, now
-            for limit in self._silences:
-                if self.silence is not None and not limit.expired():
-                    limit.reschedule(asyncio.get_running_loop().time() + self.silence)
+            for limit in self._silences if self.silence else ():
+                if not limit.expired():
+                    limit.reschedule(asyncio.get_running_loop().time() + (self.silence or 0.0))
         elif result.wait is not None and result.counted is None:
             self.problem, self._trial = result.reason, now + max(self.takeover, result.wait)
             if self._failing_since is None:
