@@ -34,17 +34,18 @@ class Replay:
 def recorded() -> Iterator[list[Sent]]:
     """Every POST that this process makes through aiohttp while the block runs, in order."""
     sent: list[Sent] = []
-    original = aiohttp.ClientSession.post
+    original = aiohttp.ClientSession.request
 
-    def post(self: aiohttp.ClientSession, url: Any, **options: Any) -> Any:
-        sent.append(Sent(str(url), options["data"]))
-        return original(self, url, **options)
+    def request(self: aiohttp.ClientSession, method: str, url: Any, **options: Any) -> Any:
+        if method == "POST":
+            sent.append(Sent(str(url), options["data"]))
+        return original(self, method, url, **options)
 
-    aiohttp.ClientSession.post = post  # type: ignore[method-assign]
+    aiohttp.ClientSession.request = request  # type: ignore[assignment,method-assign]
     try:
         yield sent
     finally:
-        aiohttp.ClientSession.post = original  # type: ignore[method-assign]
+        aiohttp.ClientSession.request = original  # type: ignore[method-assign]
 
 
 async def replay(sent: Sequence[Sent], in_flight: int) -> Replay:
