@@ -16,7 +16,7 @@ from tests.decode.test_strategies import talk
 from tests.support.fake_server import FakeServer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-# What a front end says beside the model, the question and `stream`, in the words of its own source.
+# What a front end may send beside model, question and `stream`: names from its source, values that it or we chose.
 OPEN_WEBUI: dict[str, Any] = {
     "temperature": 0.8,
     "top_p": 0.9,

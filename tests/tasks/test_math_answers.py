@@ -69,6 +69,38 @@ CORRECT = [
     ("-12", "The answer is −12."),
     ("12", "The answer is 1 + 11 = 12."),
     ("12", "\\boxed{12}<|im_end|>\n<|im_start|>user\nAnd \\boxed{13}?"),
+    # Other spellings of the same kinds.
+    ("-2,1", r"\boxed{1 or -2}"),
+    (r"\frac12,-2", r"\boxed{-2 \text{ or } \frac12}"),
+    ("19, 46, 82", r"\boxed{19, 46, \text{ and } 82}"),
+    ("(1,2),(3,4)", r"\boxed{\{(1,2),(3,4)\}}"),
+    ("100, 200", r"\boxed{200, 100}"),
+    ("100, 200", r"\boxed{100 \text{ and } 200}"),
+    (r"\frac{5}{8}", r"\boxed{⅝}"),
+    ("x^{10}", r"\boxed{x¹⁰}"),
+    ("10^{-7}", r"\boxed{10⁻⁷}"),
+    ("300000000", r"\boxed{3 x 10^8}"),
+    (r"\frac{1}{3}", r"\boxed{0.\bar{3}}"),
+    (r"\frac{1}{6}", r"\boxed{0.1(6)}"),
+    ("1.5\\text{ million}", r"\boxed{1500000}"),
+    ("0.1", r"\boxed{10 percent}"),
+    ("2.75", r"\boxed{2,75}"),
+    ("37", r"\boxed{37^\circ C}"),
+    ("10", r"\boxed{\text{10 apples}}"),
+    ("50", r"\boxed{50 miles/hour}"),
+    ("5", r"\boxed{\text{The answer is 5}}"),
+    ("5", r"\boxed{\textcolor{red}{5}}"),
+    (r"\ln 2", r"\boxed{\log_e 2}"),
+    (r"\sin x", r"\boxed{\operatorname{sin} x}"),
+    ("[0,9)", r"\boxed{x \ge 0 \text{ and } x < 9}"),
+    (r"x<-1 \text{ or } x>1", r"\boxed{(-\infty,-1)\cup(1,\infty)}"),
+    ("-1<x<1", r"\boxed{|x|<1}"),
+    ("A", r"\boxed{\textbf{(A)}\ 12}"),
+    (r"\textbf{(B)}\ 12", r"\boxed{B}"),
+    ("A", r"\boxed{\text{Choice A}}"),
+    ("1,2", r"\boxed{1} \quad \text{and} \quad \boxed{2}"),
+    ("3,4", r"\boxed{3} apples and \boxed{4} pears"),
+    ("12", "\\boxed{12}<|start_header_id|>user<|end_header_id|>And \\boxed{13}?"),
 ]
 WRONG = [
     ("2", r"x = \boxed{1} or x = \boxed{2}"),
@@ -89,6 +121,16 @@ WRONG = [
     ("x>3", r"\boxed{x \ge 3}"),
     ("204_5", r"\boxed{204_6}"),
     ("7", r"\boxed{7x}"),
+    ("12.345", r"\boxed{12,345}"),
+    ("32349", r"\boxed{32, 349}"),
+    ("100, 200", r"\boxed{100200}"),
+    ("(1,2),(3,4)", r"\boxed{\{(1,2),(4,3)\}}"),
+    (r"x<-1 \text{ or } x>1", r"\boxed{x<-1 \text{ or } x \ge 1}"),
+    ("A", r"\boxed{(A) and (B)}"),
+    ("A", r"\boxed{(B) 12}"),
+    ("10", r"\boxed{\text{10 apples and 3 pears}}"),
+    ("12", r"\boxed{\text{12 million}}"),
+    ("2", r"$\boxed{1}$, $\boxed{2}$, and $\boxed{3}$"),
 ]
 
 
@@ -106,7 +148,9 @@ def test_what_only_looks_like_the_gold_answer_is_wrong(gold: str, response: str)
     assert verdict(gold, response) == "wrong"
 
 
-@pytest.mark.parametrize("gold", ["proof", "N/A", "", '{"answer": 4}', "See the solution."])
+@pytest.mark.parametrize(
+    "gold", ["proof", "N/A", "", '{"answer": 4}', "See the solution.", r"\text{N/A}", "[]", "no answer", "?"]
+)
 def test_a_gold_that_cannot_be_compared_with_makes_no_answer_wrong(gold: str) -> None:
     assert verdict(gold, r"\boxed{4}") == "undecided"
     assert verdict(gold, "I do not know.") == "no_answer"

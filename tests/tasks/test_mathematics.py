@@ -218,6 +218,36 @@ def test_a_verdict_does_not_depend_on_the_load_of_the_machine() -> None:
         assert asked.result(60) == (True, "")
 
 
+def test_right_answers_stay_right_at_a_tenth_of_the_cpu() -> None:
+    _, workers = running_server()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(check_math_answer, "[0,2)", "0 \\le x < 2")
+        while not asked.done():
+            for signals, seconds in ((signal.SIGSTOP, 0.045), (signal.SIGCONT, 0.005)):
+                for worker in workers:
+                    os.kill(worker, signals)
+                time.sleep(seconds)
+    assert asked.result() == (True, "")
+
+
+def test_right_answers_stay_right_beside_a_busy_job_of_higher_priority() -> None:
+    _, workers = running_server()
+    core = min(os.sched_getaffinity(0))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        os.sched_setaffinity(busy.pid, {core})
+        for worker in workers:
+            os.sched_setaffinity(worker, {core})
+            os.setpriority(os.PRIO_PROCESS, worker, 10)
+        assert check_math_answer("[0,3)", "0 \\le x < 3") == (True, "")
+    finally:
+        busy.kill()
+        busy.wait()
+        for worker in workers:  # the next ones have the usual priority
+            os.kill(worker, signal.SIGKILL)
+        time.sleep(0.2)
+
+
 def test_a_comparison_that_was_stopped_is_tried_again_and_never_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     replies = iter([None, True, None, None, True])
     monkeypatch.setattr(verdicts, "compare", lambda gold, answer: next(replies))

@@ -20,7 +20,7 @@ from cotree.tasks.loading import Source
 from cotree.tasks.math_text import same_number
 
 # Raise it when a change of extraction or of a verifier changes a verdict: kept completions are then judged again.
-VERDICT_VERSION = 2
+VERDICT_VERSION = 3
 
 VerdictKind = Literal["correct", "wrong", "no_answer", "undecided"]
 Split = Literal["train", "dev", "test"]

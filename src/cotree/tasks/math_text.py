@@ -46,7 +46,7 @@ _SPELLINGS = [
         (r"(?<![A-Za-z\\])i\(", r"i\\cdot("),
         (r"(?<=\d)\s*x\s*(?=10\^)", r"\\times "),
         (rf"{_WORD}or\s*\}}|(?<=[\s\d}})])\bor\b(?=[\s\d\\({{A-Za-z])", r"\\lor "),
-        (rf",?\s*{_WORD}and\s*\}}|(?<=[\s\d}})]),?\s*\band\b(?=\s)|;", r", "),
+        (rf",?\s*{_WORD}and\s*\}}|(?<=[\s\d}})]),?\s*\band\b(?=\s)", r", "),
         (rf"^\s*{_WORD}([^{{}}]*[0-9][^{{}}]*)\}}\s*$", r"\1"),
         (r"(?i)^\s*(?:\\text\{[^{}0-9]*\b(?:answer|result)s?\b[^{}0-9]*\}|(?:the )?(?:final )?answer(?: is|:))", ""),
         (r"(\^\{?\\circ\s*\}?)\s*(?:[CF]|\\(?:text|mathrm)\{\s*[CF]\s*\})(?=[\s.]*$)", r"\1"),
