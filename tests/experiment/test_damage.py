@@ -57,7 +57,8 @@ def test_a_damaged_record_is_made_of_what_is_there(kind: str, done: Done, server
         damage(path, kind) if kind != "gone" else path.unlink()
     weights = folder.node("students/joint").path / "model" / "model.safetensors"
     stamp = weights.stat().st_mtime_ns
-    recipe = build_recipe(written)
+    gone = {"url": "http://127.0.0.1:9", "model": "fake", "mode": "chat"}  # its server: it need not be there
+    recipe = build_recipe({**written, "models": written["models"] | {"far": gone}})
     states = {each.name: each for each in plan(recipe, runs)}
     why = f"node.json is {'gone' if kind == 'gone' else 'damaged'}"
     assert (states["datasets/pairs"].state, states["datasets/pairs"].why) == ("partial", [why])
@@ -175,6 +176,19 @@ def test_a_damaged_line_of_a_journal_is_counted_and_asked_again(
     assert any("1 damaged line" in line and line.startswith("sft: ") for line in output.lines)
     assert path.read_bytes().count(b"\n") == 3, "one question is asked again, the other is kept"
     assert said(capsys, monkeypatch, "compare", *cells)[0] == 0
+
+
+def test_a_damaged_recipe_of_a_run_is_one_line_and_written_again(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, runs = done
+    for text in (b"\x00\xff", b"[1]", b"a: ["):
+        (runs / "steps" / "recipe.yaml").write_bytes(text)
+        for verb in ("show", "table", "report", "plan", "clean"):
+            code, words = said(capsys, monkeypatch, verb, runs / "steps")
+            assert code == 2 and "recipe.yaml" in words and words.count("\n") == 1, verb
+        assert begun(written, runs) == []
+        assert said(capsys, monkeypatch, "show", runs / "steps")[0] == 0
 
 
 def test_a_damaged_log_of_a_training_ends_no_report(done: Done) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import yaml
-
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import RunFolder
 from cotree.experiment.recipe import Recipe, build_recipe
+from cotree.report.summary import read_recipe
 
 # What huggingface_hub and datasets read, once, when they are loaded.
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -26,7 +25,7 @@ def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
         UsageError: the hub is not reached, or has no such dataset.
     """
     hubs = {node.settings.hub for node in recipe.of_kind("datasets") if node.settings.hub is not None}
-    known = _revisions(folder)
+    known = _revisions(folder) if hubs else {}
     commits = {hub: known.get(hub) or _newest_commit(hub) for hub in hubs if "@" not in hub and (ask or hub in known)}
     if not commits:
         return recipe
@@ -46,10 +45,9 @@ def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
 
 def _revisions(folder: RunFolder) -> dict[str, str]:
     """The revisions that the run's own recipe names."""
-    path = folder.path / "recipe.yaml"
-    kept: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found: dict[str, str] = {}
-    for entry in (kept.get("datasets") or {}).values():
+    kept = read_recipe(folder)["datasets"] if (folder.path / "recipe.yaml").is_file() else {}
+    for entry in kept.values():
         swept = (entry.get("sweep") or {}).get("hub") or []
         found |= dict(hub.split("@", 1) for hub in (entry.get("hub") or "", *swept) if "@" in hub)
     return found
