@@ -12,7 +12,7 @@ import pytest
 from tests.support.full_disk import full_disk
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, check_whole, find_run
+from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, check_against_record, find_run
 
 
 class Killed(BaseException):
@@ -235,11 +235,11 @@ def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path: Path) -> None:
     for name in ("model/weights.json", "README.md"):
         (folder.path / name).write_text("its owner's words")
     assert folder.complete("a")
-    check_whole(folder.path / "rows.parquet")
+    check_against_record(folder.path / "rows.parquet")
     (folder.path / "rows.parquet").write_text("writtem")
     assert folder.faults(kept) == ["rows.parquet is damaged"]
     with pytest.raises(UsageError, match=r"rows\.parquet is damaged"):
-        check_whole(folder.path / "rows.parquet")
+        check_against_record(folder.path / "rows.parquet")
     (folder.path / "model" / "weights.json").unlink()
     assert not folder.begin(record("a")).done
     assert sorted(path.name for path in folder.path.iterdir()) == ["README.md", "node.json", "rows.parquet"]

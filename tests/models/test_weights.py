@@ -245,11 +245,11 @@ def test_weights_that_are_damaged_are_refused_before_they_are_served(exported: M
     for file in (own, *folder.iterdir()):
         os.utime(file, (1e9, 1e9))
         weights.file_sha256(file)  # which is remembered of weights that cotree did not make
-    weights.check_whole(own)
-    weights.check_whole(folder)
+    weights.check_weights(own)
+    weights.check_weights(folder)
     flip(made)
     with pytest.raises(UsageError, match=r"is damaged \(student.*has other content.*\); delete it and run again"):
-        weights.check_whole(made)
+        weights.check_weights(made)
     flip(own)
     flip(folder / "model.safetensors")
     with (
@@ -258,7 +258,7 @@ def test_weights_that_are_damaged_are_refused_before_they_are_served(exported: M
     ):
         pass
     with pytest.raises(UsageError, match=r"model.safetensors is damaged \(other content, .*; fetch it again"):
-        weights.check_whole(folder)
+        weights.check_weights(folder)
 
 
 def test_a_config_that_is_damaged_is_one_line(exported: Model) -> None:

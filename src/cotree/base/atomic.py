@@ -1,9 +1,9 @@
 """Files and folders that are written whole or not at all, and one-line errors where they cannot be written.
 
 Invariant: what stands at a path is complete: it was made beside its place, held by the disk, and renamed. What a disk
-damages later is found where a file of sums was written (`write_sums`). Processes that write the same
-path at once, on whatever machines, do not disturb each other; drafts that a killed process of this machine left behind
-are removed by the next write of that path.
+damages later is found where a file of sums was written (`write_sums`). Processes that write the same path at once, on
+whatever machines, do not disturb each other; drafts that a killed process of this machine left behind are removed by
+the next write of that path.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     if not path.is_file():
         raise UsageError(f"no file at {path}")
-    from cotree.base.run_folder import check_whole  # it needs pydantic, which judging does without
+    from cotree.base.run_folder import check_against_record  # it needs pydantic, which judging does without
 
-    check_whole(path)
+    check_against_record(path)
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return

@@ -168,7 +168,7 @@ class NodeFolder:
         (self.older / "moving.json").unlink()
 
     def _entries(self, path: Path) -> list[Path]:
-        """The entries of a folder that are content."""
+        """What a node made in a folder: all but its older contents and the lock."""
         return [entry for entry in path.glob("*") if entry != self.older and entry.name != ".lock"]
 
     def mark_outdated(self, outdated: bool) -> None:
@@ -298,7 +298,7 @@ def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_whole(path: Path) -> None:
+def check_against_record(path: Path) -> None:
     """Refuse a file whose content is not what the record of its node says.
 
     Raises:

@@ -19,7 +19,7 @@ from cotree.base.atomic import write_json, write_text
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import Row, read_rows, write_jsonl
-from cotree.base.run_folder import check_whole
+from cotree.base.run_folder import check_against_record
 from cotree.data.kinds import check_file, write_parquet
 from cotree.search.store import StoredTree, TreeStore
 
@@ -137,7 +137,7 @@ def push(folder: Path, repository: str) -> str:
         raise UsageError(f"{folder} has no README.md with a train.parquet; push the folder of one dataset of a run")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UsageError(f"`{repository}` is no dataset of the hub; write it as -o OWNER/NAME")
-    check_whole(folder / "train.parquet")
+    check_against_record(folder / "train.parquet")
     from huggingface_hub import HfApi
 
     where: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}

@@ -28,7 +28,7 @@ from cotree.experiment.recipe import Node, Recipe, Student
 from cotree.models.gguf_files import GGUF
 from cotree.models.settings import GGUFType, Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import check_whole, gguf_file, is_whole, tokenizer_source
+from cotree.models.weights import check_weights, gguf_file, is_whole, tokenizer_source
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
 from cotree.search.thoughts import PATTERNS
@@ -84,7 +84,7 @@ class Worker:
         if not is_whole(file):
             from cotree.models.gguf_files import export_gguf
 
-            check_whole(file.parent / "model")
+            check_weights(file.parent / "model")
             export_gguf(file.parent / "model", gguf_file(root, root.gguf), file, kind)
         return Model(weights=str(file), gguf=kind, max_in_flight=root.max_in_flight)
 

@@ -63,7 +63,7 @@ class Endpoint:
         return sorted(self.clients, key=rank, reverse=True)
 
     async def complete(self, request: Request, question: str) -> Completion:
-        """The completion of a request that belongs to a question.
+        """Ask the server that the question stays with, or the one that stands in for it while it is lost.
 
         Raises:
             CotreeError: as `Client.complete`.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cotree.base.errors import UsageError
-from cotree.models.weights import check_whole
+from cotree.models.weights import check_weights
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     except ImportError:
         raise UsageError("weights in this process need xllamacpp: pip install 'cotree[local]'") from None
 
-    check_whole(path)
+    check_weights(path)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel, params.n_ctx, params.kv_unified = slots, slots * context, shared

@@ -67,7 +67,7 @@ def locate(name: str) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
             return path
-        check_whole(path)
+        check_weights(path)
         fix = f"give {path / 'model'}" if (path / "model").is_dir() else "give a transformers folder"
         raise UsageError(f"{path} has no config.json with *.safetensors; {fix}")
     if name.endswith(".gguf") and path.is_file():
@@ -148,7 +148,7 @@ def gguf_file(model: Model, kind: GGUFType) -> Path:
     content = hashlib.sha256(f"{folder_sha256(source)} {file_sha256(base)}".encode()).hexdigest()
     cached = cache_folder() / f"{source.resolve().name}-{content[:12]}-{kind}.gguf"
     if not is_whole(cached):
-        check_whole(source)
+        check_weights(source)
         try:
             export_gguf(source, base, cached, kind)
         except UsageError as error:
@@ -168,7 +168,7 @@ def gguf_at_type(source: Path, kind: GGUFType) -> Path:
         return source
     cached = cache_folder() / f"{source.stem.rsplit('.', 1)[0]}-{file_sha256(source)[:12]}-{kind}.gguf"
     if not is_whole(cached):
-        check_whole(source)
+        check_weights(source)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         with atomic_draft(cached, _OTHER_DISK) as draft:
             write_gguf(draft, file, kind, shapes=shapes, read=file.array)
@@ -234,7 +234,7 @@ def is_whole(path: Path) -> bool:
     return path.exists() and (not sums_of(path).is_file() or damage(sums_of(path)) is None)
 
 
-def check_whole(path: Path) -> None:
+def check_weights(path: Path) -> None:
     """Read weights, a file or a transformers folder, and compare them with their sums.
 
     Those that cotree did not make have no sums: they are compared with what is remembered of them (`file_sha256`).

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cotree.base.errors import UsageError
 from cotree.base.numbers import interval, number, paper_form, percent
-from cotree.base.run_folder import NodeFolder, NodeRecord, check_whole, find_run, read_json
+from cotree.base.run_folder import NodeFolder, NodeRecord, check_against_record, find_run, read_json
 from cotree.base.settings import nearest
 from cotree.base.statistics import minimum_detectable_difference
 from cotree.report.grid import Grid, Row, write_grids
@@ -247,7 +247,7 @@ def _read_evaluations(path: str) -> tuple[Path, Summary]:
         raise UsageError(f"no folder at {folder}; give a run folder, RUN:STUDENT, or a folder of `cotree eval`")
     results = sorted(folder.glob("results_*.json"))
     if results:
-        check_whole(results[-1])
+        check_against_record(results[-1])
         own = (read_json(results[-1]) or {}).get("cotree")
         if not isinstance(own, dict):
             raise UsageError(f"{results[-1]} is of another program; give a folder of `cotree eval`, or a run folder")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -21,12 +22,12 @@ from cotree.search.rescue import Value, commits_are_lost, readable_rows
 _TYPES = {"TEXT": str, "INTEGER": int, "REAL": int | float, "BLOB": bytes}
 
 
-class Database:
+class Database(ABC):
     """An open file; use as a context manager. One process writes at a time.
 
     kind, items: what it is, and what it is made of, in words. key: the column of `main_table` that names an item; rows
-    of the other `tables_of_items` have it too. upgrade: the statements that make a file of the version
-    before one of this version.
+    of the other `tables_of_items` have it too. upgrade: the statements that make a file of the version before one of
+    this version.
 
     `rescued` says what was kept of a damaged file, "" if it was whole, and `lost` counts items known to be lost;
     `is_new`: it was made now.
@@ -57,13 +58,13 @@ class Database:
                     self._rescue(error)
             self._open()
 
+    @abstractmethod
     def damaged_items(self) -> dict[Any, str]:
         """The keys of items that are not as they were stored, each with the name of its question ("": not known)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _seal(self, keys: Iterable[Any] | None = None) -> None:
-        """Keep the checksums of these items, by default of all that have none."""
-        raise NotImplementedError
+        """Write the checksums of these items, by default of all that have none yet."""
 
     def _open(self) -> None:
         mode = "rwc"

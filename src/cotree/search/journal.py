@@ -63,7 +63,7 @@ class Journal(Database):
         return {row[0]: row[1] for kept, *row in rows if kept is not None and kept != checksum(*row)}
 
     def _seal(self, keys: Iterable[bytes] | None = None) -> None:
-        """Keep the checksums of all completions that have none."""
+        """Write the checksums of all completions that have none yet."""
         self._db.create_function("checksum", 4, checksum, deterministic=True)
         self._db.execute(
             "UPDATE completions SET checksum = checksum(key, question, tokens, completion) WHERE checksum IS NULL"

@@ -176,7 +176,7 @@ class TreeStore(Database):
         return row, self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
 
     def _seal(self, keys: Iterable[str] | None = None) -> None:
-        """Keep the checksums of these trees, as their rows are in the file; by default of all that have none."""
+        """Write the checksums of these trees, as their rows are in the file; by default of all that have none yet."""
         unsealed = "SELECT tree_id FROM trees WHERE checksum IS NULL"
         for tree_id in [tree_id for (tree_id,) in self._db.execute(unsealed)] if keys is None else keys:
             row, nodes = self._rows(tree_id)

@@ -23,7 +23,7 @@ from cotree.base.atomic import atomic_draft, remove, write_json
 from cotree.base.progress import Output
 from cotree.base.run_folder import read_json
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import check_whole
+from cotree.models.weights import check_weights
 from cotree.train.callback import RunCallback, StepLog
 from cotree.train.dpo import PairTrainer, stored_reference
 from cotree.train.forest import forest_tokens
@@ -97,7 +97,7 @@ def train(
     """
     started = monotonic()
     if (out / "model").exists():
-        check_whole(out / "model")
+        check_weights(out / "model")
         if (done := read_json(out / "result.json")) is not None:
             _remove_checkpoints(out / "trainer")  # a kill may have come between the two
             return TrainResult(**done)

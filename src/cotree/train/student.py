@@ -19,7 +19,7 @@ from cotree.base.errors import UsageError
 from cotree.models.families import FAMILIES, Family, reordered, to_halves, transformers_name
 from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import gguf_tokenizer
-from cotree.models.weights import cache_folder, check_whole, file_sha256, folder_sha256, is_whole, locate
+from cotree.models.weights import cache_folder, check_weights, file_sha256, folder_sha256, is_whole, locate
 
 # Others (dynamic, longrope) turn every position of a pass by its longest sequence.
 _ROPE = ("default", "linear", "llama3", "yarn")
@@ -39,14 +39,14 @@ def student_folder(name: str) -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
-        check_whole(folder)
+        check_weights(folder)
         if (base := adapter_base(folder)) is not None:
-            check_whole(Path(base))
+            check_weights(Path(base))
             return folder
     source = locate(name)
     if source.is_dir():
         return source
-    check_whole(source)
+    check_weights(source)
     folder = cache_folder() / f"{source.stem}-{file_sha256(source)[:12]}-transformers"
     if not is_whole(folder):
         remove(folder)

@@ -20,7 +20,7 @@ from cotree.base.run_folder import NodeFolder, NodeRecord
 from cotree.base.settings import apply_override, hashed_settings, nearest, parse_section
 from cotree.models.encode import template_hash
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import check_whole, file_sha256
+from cotree.models.weights import check_weights, file_sha256
 from cotree.train.callback import StepLog, plot_steps
 from cotree.train.rows import check_fits, encode_file
 from cotree.train.run import TrainResult, train
@@ -82,7 +82,7 @@ def train_rows(
     with _locked(out):
         record = node.begin(NodeRecord(fingerprint, fingerprint, parts))
         if record.done:
-            check_whole(out / "model")
+            check_weights(out / "model")
             output.print(f"{out} is done: this student on these rows with these settings")
             return TrainResult(**record.result["train"])
         with node.working(record) as work, output.progress(f"{method} steps") as update:
