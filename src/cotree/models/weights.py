@@ -31,6 +31,7 @@ class PackagedModel(Section):
     """A model inside installed packages.
 
     file: its name. parts: (package, path in it), joined in this order. install: what installs them. about: for lists.
+    hub: the repository that has the same file, asked where the packages are not installed.
     """
 
     file: str
@@ -38,6 +39,7 @@ class PackagedModel(Section):
     sha256: str
     install: str
     about: str
+    hub: str | None = None
 
 
 _SHIPPED = yaml.safe_load((files("cotree.models") / "packaged.yaml").read_text("utf-8"))
@@ -55,7 +57,8 @@ _SETTLED_NS = 1_000_000_000
 def locate(name: str) -> Path:
     """The GGUF file or transformers folder of a name: a packaged model, a path, or `REPO_ID:FILE.gguf` on the hub.
 
-    A packaged file that comes in parts is joined in the cache folder, once; a file on the hub is downloaded, once.
+    A packaged file that comes in parts is joined in the cache folder, once; a file on the hub is downloaded, once. What
+    is here comes before the hub.
 
     Raises:
         UsageError: nothing of that name is here, or the packaged file is damaged.
@@ -79,11 +82,11 @@ def locate(name: str) -> Path:
 
 
 def packaged_models() -> str:
-    """The packaged models, a line each: name, what it is, whether it is installed."""
-    lines = []
+    """The packaged models, a line each: name, what it is, whether it is installed. Asks no hub."""
+    lines, width = [], max(map(len, PACKAGED))
     for name, model in PACKAGED.items():
-        missing = any(importlib.util.find_spec(package) is None for package, _ in model.parts)
-        lines.append(f"{name:24} {model.about}{f'; not installed: {model.install}' if missing else ''}")
+        here = _installed_parts(model) or _in_hub_cache(model) or (cache_folder() / model.file).is_file()
+        lines.append(f"{name:{width}}  {model.about}{'' if here else f'; not installed: {model.install}'}")
     return "\n".join(lines)
 
 
@@ -306,13 +309,9 @@ def _packaged_file(name: str, model: PackagedModel) -> Path:
     joined = cache_folder() / model.file
     if len(model.parts) > 1 and joined.is_file() and file_sha256(joined) == model.sha256:
         return joined
-    parts = []
-    for package, file in model.parts:
-        # A package's own imports may need a compiled dependency that cotree has no use for, so it is never imported.
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise UsageError(f"model `{name}` is not installed; run {model.install}")
-        parts.append(Path(spec.origin).parent / file)
+    parts = _installed_parts(model)
+    if not parts:
+        return _file_from_hub(name, model)
     if len(parts) == 1:
         return _undamaged(parts[0], model)
     with atomic_draft(joined, _OTHER_DISK) as draft:
@@ -321,6 +320,43 @@ def _packaged_file(name: str, model: PackagedModel) -> Path:
                 joining.write(part.read_bytes())
         _undamaged(draft, model)
     return joined
+
+
+def _installed_parts(model: PackagedModel) -> list[Path]:
+    """The parts of a packaged model; none where a package is missing."""
+    parts = []
+    for package, file in model.parts:
+        # A package's own imports may need a compiled dependency that cotree has no use for, so it is never imported.
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            return []
+        parts.append(Path(spec.origin).parent / file)
+    return parts
+
+
+def _file_from_hub(name: str, model: PackagedModel) -> Path:
+    """A packaged model's file from its repository on the hub, or from the hub client's own cache."""
+    if model.hub is None:
+        raise UsageError(f"model `{name}` is not installed; run {model.install}")
+    try:
+        path = _in_hub_cache(model) or _hub_file(model.hub, model.file)
+    except UsageError as error:
+        fault = f"model `{name}` is not installed and cannot be fetched from the hub"
+        raise UsageError(f"{fault}; run {model.install}") from error
+    if file_sha256(path) != model.sha256:
+        fault = f"{model.file} of {model.hub} is damaged (its sha256 is not {model.sha256[:12]}...)"
+        raise UsageError(f"{fault}; delete {path.resolve()} or run {model.install}")
+    return path
+
+
+def _in_hub_cache(model: PackagedModel) -> Path | None:
+    """A packaged model's file in the cache of the hub's client; asks nobody."""
+    if model.hub is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.hub, model.file)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _undamaged(path: Path, model: PackagedModel) -> Path:
