@@ -176,7 +176,23 @@ def test_extraction(text: str, finish: str, strict: str | None, lenient: str | N
     assert extract_answer(text, finish, "lenient") == lenient
 
 
-MARKUP = ["\\boxed{", "{", "}", "answer is ", "####", "$", "\\[", "\\(", *"1-*x\n ", "1,", "<think>", "answer"]
+MARKUP = [
+    "\\boxed{",
+    "{",
+    "}",
+    "answer is ",
+    "####",
+    "$",
+    "\\[",
+    "\\(",
+    *"1-*x\n ",
+    "1,",
+    " or ",
+    "5 million",
+    "\\)",
+    "<think>",
+    "answer",
+]
 
 
 @given(st.lists(st.sampled_from(MARKUP), min_size=1, max_size=4))

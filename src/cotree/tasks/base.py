@@ -20,7 +20,7 @@ from cotree.tasks.loading import Source
 from cotree.tasks.math_text import same_number
 
 # Raise it when a change of extraction or of a verifier changes a verdict: kept completions are then judged again.
-VERDICT_VERSION = 3
+VERDICT_VERSION = 4
 
 VerdictKind = Literal["correct", "wrong", "no_answer", "undecided"]
 Split = Literal["train", "dev", "test"]
@@ -142,6 +142,10 @@ class Task(ABC):
         """The verdict on an extracted answer, `correct` or `wrong`; by default it must be the gold number."""
         return Verdict.of(same_number(answer, question.gold), answer)
 
+    def _gold_problem(self, question: Question) -> str:
+        """Why no answer to a question can be judged; "" if it can. `verify` sees to it where there is an answer."""
+        return ""
+
     def same_answer(self, left: str, right: str, question: Question) -> bool:
         """Whether two extracted answers mean the same. Never looks at the question's gold."""
         return left == right or self.verify(left, replace(question, gold=right)).kind == "correct"
@@ -155,6 +159,8 @@ class Task(ABC):
         mode: `lenient` also takes the last number of a text that states no answer.
         """
         answer = self.extract(completion, finish_reason, mode)
+        if answer is None and (problem := self._gold_problem(question)):
+            return Verdict("undecided", 0.0, None, problem)
         if answer is None:
             return Verdict("no_answer", 0.0, None, "cut by length" if finish_reason == "length" else "no closed answer")
         return self.verify(answer, question)

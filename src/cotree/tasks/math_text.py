@@ -27,7 +27,22 @@ _LOOKS = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])|(?<=\\)[dtc](?=frac)"
     r"|\\(?:text)?color\s*\{[^{}]*\}|\\(?:boldsymbol|mathbf|bm|underline)(?=\s*\{)"
 )
-_WORD = r"\\(?:text(?:rm|bf|it)?|mbox)\{\s*,?\s*"
+# Words that multiply the number before them: `12 million`, `3 halves`; but `3 third graders` are three.
+_NAMES = "third quarter fourth fifth sixth seventh eighth ninth tenth"
+_PARTS = dict(zip(_NAMES.split(), (3, 4, *range(4, 11)), strict=True))
+_SCALES: dict[str, Fraction | int] = {
+    **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
+    **dict.fromkeys(("half", "halves"), Fraction(1, 2)),
+    **{part + end: Fraction(1, low) for part, low in _PARTS.items() for end in ("", "s")},
+}
+SCALE = "|".join(rf"{scale}(?![ ][A-Za-z])" if scale in _PARTS else scale for scale in _SCALES)
+# Words that are no unit: they change the value of the number before them, or say that the answer has more than one.
+_CHANGES_VALUE = (
+    rf"(?<![\\A-Za-z])(?:(?<![A-Za-z][ ])(?:squared|cubed|factorial|pi|{SCALE})"
+    r"|(?<!rounded )to(?! the nearest)|plus|minus|times (?:an?|one|two|three|four|five|six|seven|eight|nine|ten)"
+    r"|or|and|than|not|if|when|unless|choose)(?![A-Za-z])"
+)
+_WORD = r"\\(?:text(?:rm|bf|it)?|mbox)\{\s*+,?\s*+"
 _FUNCTION = r"(?:ln|log|exp|(?:arc)?(?:sin|cos|tan)|sec|csc|cot|max|min|gcd)"
 _SPELLINGS = [
     (re.compile(pattern), replacement)
@@ -35,8 +50,12 @@ _SPELLINGS = [
         (r"\\(le|ge)(?:qslant|q)(?![A-Za-z])", r"\\\1 "),
         (r"\\neq(?![A-Za-z])", r"\\ne "),
         (r"\\varnothing", r"\\emptyset "),
-        (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
-        (r"(?:√\s*|(?<![A-Za-z\\])sqrt)\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√(\[\d\])?\s*(\d+|[A-Za-z])", r"\\sqrt\1{\2}"),
+        (r"(?:√(\[\d\])?\s*|(?<![A-Za-z\\])sqrt)\(([^()]*)\)", r"\\sqrt\1{\2}"),
+        # sympy takes a power with a decimal fraction for a rounded number.
+        (r"\^(?:\{(-?\d*)\.(\d)\}|(\d*)\.(\d)(?!\d))", r"^{\\frac{\1\2\3\4}{10}}"),
+        (r"\^\{(-?\d*)\.(\d\d)\}", r"^{\\frac{\1\2}{100}}"),
+        (rf"{_WORD}pi\s*\}}", " pi"),
         (r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])", r"\\\1 "),
         (r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
         # Roman constants are the constants, and i(2-i) is a product.
@@ -45,15 +64,16 @@ _SPELLINGS = [
         (r"\\log_(?:e|\{e\})", r"\\ln "),
         (r"(?<![A-Za-z\\])i\(", r"i\\cdot("),
         (r"(?<=\d)\s*x\s*(?=10\^)", r"\\times "),
-        (rf"{_WORD}or\s*\}}|(?<=[\s\d}})])\bor\b(?=[\s\d\\({{A-Za-z])", r"\\lor "),
-        (rf",?\s*{_WORD}and\s*\}}|(?<=[\s\d}})]),?\s*\band\b(?=\s)", r", "),
+        (rf"(?<=[0-9])\s*(?:{_WORD})?\band a half\b\s*\}}?", r"\\frac{{1}}{{2}}"),
+        (rf"{_WORD}or\s*\}}|(?<=[\s\d}})])\bor\b(?=[\s\d\\({{A-Za-z])(?!\s*[A-Za-z]{{2}})", r"\\lor "),
+        (rf",?\s*{_WORD}and\s*\}}|(?<=[\s\d}})]),?\s*\band\b(?=\s)(?!\s*[A-Za-z]{{2}})", r", "),
         (rf"^\s*{_WORD}([^{{}}]*[0-9][^{{}}]*)\}}\s*$", r"\1"),
         (r"(?i)^\s*(?:\\text\{[^{}0-9]*\b(?:answer|result)s?\b[^{}0-9]*\}|(?:the )?(?:final )?answer(?: is|:))", ""),
         (r"(\^\{?\\circ\s*\}?)\s*(?:[CF]|\\(?:text|mathrm)\{\s*[CF]\s*\})(?=[\s.]*$)", r"\1"),
-        (rf"{_WORD}((?:hundred|thousand|[a-z]+illion|dozen|percent)\b[^{{}}]*)\}}", r" \1"),
+        (rf"{_WORD}((?:{SCALE}|[a-z]+illion|percent)\b[^{{}}]*)\}}", r" \1"),
         (r"\{,\}", ","),
         (r"^\(([0-9A-F]+)\)_", r"\1_"),
-        (r"\\?\$|[€£¥₹]", ""),
+        (r"(?<!\\)\\[()]|\\?\$|[€£¥₹]", ""),
     ]
 ]
 # A space is kept only between two letters or digits, where it may mean a product, and in `100, 200`: two numbers.
@@ -62,16 +82,19 @@ _NEEDLESS_SPACE = re.compile(
 )
 # `18 eggs`: math-verify knows few units, and takes the letters of others for variables.
 _UNIT_WORDS = re.compile(
-    r"(\S*[0-9]) (?!(?:hundred|thousand|[a-z]+illion|dozen|percent)\b)[A-Za-z]{3,}(?:[ /][A-Za-z]{2,})*"
+    rf"(\S*[0-9]) (?!(?:{SCALE}|[a-z]+illion|percent)\b|.*{_CHANGES_VALUE})[A-Za-z]{{3,}}(?:[ /][A-Za-z]{{2,}})*"
 )
 _UNIT = r"(?:[mcdk]?m|[mk]?g|[md]?[lL]|in|ft|yd|mi|[mk]ph|s|sec|min|h|hrs?|lbs?|oz|k?(?:N|J|W|Pa|V|Hz)|mol|K|rpm|k?Ω)"
 _UNIT_POWER = rf"{_UNIT}(?:\^\{{?[0-9]\}}?)?"
 # A bare unit needs a space before it, else `2m` may be a product. What stands before it: a number, or one with roots.
 _UNITS_AT_END = re.compile(
     rf"(?:(?<=[0-9A-Za-z}}]) {_UNIT_POWER}"
-    rf"|(?<=[0-9A-Za-z}}]) ?\\(?:text|mathrm|textrm|mbox)\{{[^{{}}]*\}}(?:\^\{{?[0-9]\}}?)?)"
+    rf"|(?<=[0-9A-Za-z}}]) ?\\(?:text|mathrm|textrm|mbox)\{{(?![^{{}}]*{_CHANGES_VALUE})[^{{}}]*\}}"
+    r"(?:\^\{?[0-9]\}?)?)"
     rf"(?:/{_UNIT_POWER})?$"
 )
+# What makes of a number more than that, where a unit cannot: such a word, or a second number after words.
+_MORE_THAN_A_NUMBER = re.compile(rf"{_CHANGES_VALUE}|[0-9}}]\\(?:text|mathrm|textrm|mbox)\{{[^{{}}]*\}}[ (]*[0-9]")
 # All that a number with roots, fractions and pi is made of.
 _CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|cdot|times)(?![A-Za-z])|[0-9{}()^+*/., -]")
 
@@ -83,9 +106,8 @@ _WORDS_ONLY = re.compile(r"(?:[^\W\d_]{2,}[\d.,;:'-]*)+")
 
 # A decimal fraction of so many places is taken for an approximation.
 _APPROXIMATE_PLACES = 3
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _NUMBER = re.compile(
-    rf"(?:.*\\approx)?\s*(?P<sign>[+-]?)(?P<unsigned>.*?)(?: ?(?P<scale>{'|'.join(_SCALES)})(?: [A-Za-z ]+)?)?"
+    rf"(?:.*\\approx)?\s*(?P<sign>[+-]?)(?P<unsigned>.*?)(?: ?(?P<scale>{SCALE})(?: [A-Za-z ]+)?)?"
     r"(?P<percent> ?(?:\\?%|\\?percent|\\text\{ ?percent\}))?",
     re.DOTALL,
 )
@@ -129,7 +151,7 @@ def normalize_answer(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     text = _FOREIGN_DIGIT.sub(lambda digit: str(int(digit[0])), text)
     text = _SPACING.sub(lambda space: space[1] or ("" if space[0].startswith(r"\!") else " "), text)
-    text = _LOOKS.sub("", text)
+    text = re.sub(r"\s+", " ", _LOOKS.sub("", text))  # first, since patterns with spaces on both sides are not linear
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     text = text.strip()
@@ -166,6 +188,11 @@ def same_number(left: str, right: str) -> bool:
     left, right = normalize_answer(left), normalize_answer(right)
     gold, answer = parse_number(left), parse_number(right)
     return left == right or (gold is not None and answer is not None and gold.accepts(answer))
+
+
+def differ_in_words(left: str, right: str) -> bool:
+    r"""Whether words change the value of one only of two normalized answers, as of `5 or more` or `5\text{ feet }3`."""
+    return bool(_MORE_THAN_A_NUMBER.search(left)) != bool(_MORE_THAN_A_NUMBER.search(right))
 
 
 def same_words(left: str, right: str) -> bool:

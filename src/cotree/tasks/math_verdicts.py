@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from cotree.tasks.math_text import normalize_answer, parse_number, same_words
+from cotree.tasks.math_text import differ_in_words, normalize_answer, parse_number, same_words
 from cotree.tasks.math_worker import CPU_SECONDS, LIMIT_BYTES, compare
 
 _NUMBER_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 # `2,75` where the gold is a decimal fraction; with three places it is 2750 and no such number.
 _DECIMAL_COMMA = re.compile(r"-?(?:0,[0-9]+|[0-9]+,(?:[0-9]{1,2}|[0-9]{4,}))")
+# `12'34'5` is no number; well-formed groups were read before.
+_TORN_GROUPS = re.compile(r"-?[0-9]+(?:'[0-9]+)+")
 # Golds have up to a hundred characters; what is longer than this comes from a loop.
 _MAX_CHARACTERS = 1000
 # What stands in the place of an answer that nobody can compare with: a word for none, or an object.
@@ -34,14 +36,20 @@ class _StoppedError(Exception):
     """A comparison that was stopped at a limit: an exception, because a cache keeps none."""
 
 
+def gold_problem(gold: str) -> str:
+    """Why no answer can be compared with a gold one; "" if it can."""
+    gold = gold.strip()
+    return f"the gold answer {gold[:40]!r} cannot be compared with" if _NO_GOLD.fullmatch(gold) else ""
+
+
 def check_math_answer(gold: str, answer: str) -> tuple[bool | None, str]:
     """Whether an answer equals the gold one (None: not known), and why it was not compared ("" if it was).
 
     Raises:
         CotreeError: no worker can be started.
     """
-    if _NO_GOLD.fullmatch(gold.strip()):
-        return None, f"the gold answer {gold.strip()[:40]!r} cannot be compared with"
+    if problem := gold_problem(gold):
+        return None, problem
     try:
         return compare_cached(gold, answer)
     except _StoppedError:
@@ -59,6 +67,8 @@ def compare_cached(gold: str, answer: str) -> tuple[bool, str]:
         numbers = numbers[0], parse_number(answer.replace(",", "."))
     if numbers[0] is not None and numbers[1] is not None:
         return numbers[0].accepts(numbers[1]), ""
+    if _TORN_GROUPS.fullmatch(answer) or differ_in_words(gold, answer):
+        return False, ""
     if len(answer) > _MAX_CHARACTERS:
         return False, f"not checked: longer than {_MAX_CHARACTERS} characters"
     based = _NUMBER_WITH_BASE.fullmatch(gold), _NUMBER_WITH_BASE.fullmatch(answer)

@@ -15,7 +15,7 @@ from cotree.tasks.base import Question, Verdict, WorkedExample, user_prompt
 from cotree.tasks.benchmark import Benchmark, shipped_examples
 from cotree.tasks.extract import last_boxed
 from cotree.tasks.loading import Source, field_value
-from cotree.tasks.math_verdicts import check_math_answer
+from cotree.tasks.math_verdicts import check_math_answer, gold_problem
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -41,6 +41,9 @@ class Mathematics(Benchmark):
         """By math-verify. What it cannot compare in the time and memory that it gets is undecided."""
         correct, detail = check_math_answer(question.gold, answer)
         return Verdict.of(correct, answer, detail)
+
+    def _gold_problem(self, question: Question) -> str:
+        return gold_problem(question.gold)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """Three examples, the same for every question of the task."""

@@ -21,7 +21,7 @@ from cotree.tasks.base import Question, Split, Task, Verdict, WorkedExample, spl
 from cotree.tasks.benchmark import Benchmark, fill_prompt, worked_example
 from cotree.tasks.loading import Source, field_value
 from cotree.tasks.math_text import same_number
-from cotree.tasks.math_verdicts import check_math_answer
+from cotree.tasks.math_verdicts import check_math_answer, gold_problem
 
 # Each takes (gold, answer) and returns whether the answer is right (None: it could not be judged), and a detail.
 VERIFIERS: dict[str, Callable[[str, str], tuple[bool | None, str]]] = {
@@ -84,6 +84,9 @@ class YamlTask(Benchmark):
         """By the file's verifier."""
         correct, detail = VERIFIERS[self.file.verifier](question.gold, answer)
         return Verdict.of(correct, answer, detail)
+
+    def _gold_problem(self, question: Question) -> str:
+        return gold_problem(question.gold) if self.file.verifier == "math" else ""
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
         """The file's examples, asked by its prompt."""
