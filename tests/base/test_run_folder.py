@@ -232,9 +232,11 @@ def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path: Path) -> None:
         work.add_files("rows.*", "model", "model/*", "README.md", "none.*")
     kept = folder.record()
     assert kept is not None and [*kept.files] == ["rows.parquet", "model", "model/weights.json", "README.md"]
-    for name in ("model/weights.json", "README.md"):
-        (folder.path / name).write_text("its owner's words")
+    (folder.path / "model" / "weights.json").write_text("has checks of its own")
     assert folder.complete("a")
+    (folder.path / "README.md").write_text("writ")
+    assert folder.faults(kept) == ["README.md is damaged"]
+    (folder.path / "README.md").write_text("written")
     check_against_record(folder.path / "rows.parquet")
     (folder.path / "rows.parquet").write_text("writtem")
     assert folder.faults(kept) == ["rows.parquet is damaged"]

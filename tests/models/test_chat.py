@@ -13,10 +13,11 @@ from tests.support.asking import client, raw_server
 from tests.support.fake_server import ASSISTANT, FakeServer, count_tokens, tell
 
 from cotree.base.errors import CotreeError
-from cotree.models.client import Completion, Request
+from cotree.models.client import Choice, Completion, Request
 from cotree.models.encode import render_prompt
 from cotree.models.endpoints import Endpoint
 from cotree.models.wire import Failure, Prompt, read_reply
+from cotree.tasks.extract import extract_answer
 
 ASKED = (("system", "be brief"), ("user", "two and two?"))
 MESSAGES = [{"role": role, "content": content} for role, content in ASKED]
@@ -121,6 +122,23 @@ async def test_separated_reasoning_is_an_error_and_not_an_empty_thought() -> Non
         with pytest.raises(CotreeError, match=r"reasoning parser \(1 attempt\)"):
             await c.complete(request("x"))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_reasoning_that_a_server_tells_apart_is_kept_before_a_text_that_continues_none(field: str) -> None:
+    message = {"content": "It is \\boxed{4}", "reasoning": None, field: " Not \\boxed{3}.\n"}
+    content = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+    reply = read_reply(content, Request("", messages=ASKED, max_tokens=32), count_tokens)
+    assert isinstance(reply, Completion)
+    text = "<think>\nNot \\boxed{3}.\n</think>\n\nIt is \\boxed{4}"
+    assert reply.choices == (Choice(text, "stop", 8),), "its tokens are counted, too"
+    assert extract_answer(text) == "4"
+    reply = read_reply(content, request("It is", n=1), count_tokens)
+    assert isinstance(reply, Failure)
+    assert "without a reasoning parser" in reply.reason and reply.wait is None, "it would not continue the text"
+    message["content"] = text
+    reply = read_reply(json.dumps({"choices": [{"message": message}]}).encode(), request(n=1), count_tokens)
+    assert isinstance(reply, Completion) and reply.choices[0].text == text, "some servers tell it twice"
 
 
 @given(st.lists(st.tuples(st.text(max_size=2), st.text(max_size=2)), max_size=3).map(tuple), st.data())

@@ -136,6 +136,14 @@ async def test_a_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatc
         assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize("key", ["AKIA0123456789SECRET", "SECRET_" * 6])
+async def test_a_key_in_place_of_its_variables_name_is_not_shown(key: str) -> None:
+    model = Model(url="http://127.0.0.1:9", model="fake", mode="chat", api_key_env=key)
+    with pytest.raises(UsageError, match=r"the environment variable that `api_key_env` .* is not set") as failed:
+        await check_servers({"m": model})
+    assert key[:8] not in str(failed.value)
+
+
 async def test_tokens_that_nobody_counts_are_estimated() -> None:
     async with FakeServer(faults={0: "half"}) as server:
         model = Model(url=server.url, model="fake", mode="chat")

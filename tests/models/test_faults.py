@@ -62,6 +62,22 @@ async def test_a_lasting_fault_spends_the_budget_and_says_what_to_do(kind: Kind,
     assert type(failed.value) is CotreeError
 
 
+async def test_a_lasting_fault_is_told_at_once_and_not_with_every_repetition(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[str] = []
+    async with FakeServer(faults=dict.fromkeys(range(6), "500")) as server:
+        async with client(server.url, on_problem=told.append) as c:
+            await asyncio.gather(*(c.complete(request(seed=seed)) for seed in range(3)))
+            c._told -= 60.0  # a minute later
+            server.faults[server.calls] = "500"
+            await c.complete(request())
+        line = f"{c}: HTTP 500 (CUDA out of memory); the request is repeated for 300 s at most"
+        assert told == [line, line]
+        server.faults[server.calls] = "500"
+        async with client(server.url) as c:
+            await c.complete(request())
+        assert caplog.messages == [line]
+
+
 async def test_refused_connections_end_in_one_line() -> None:
     async with FakeServer() as server:
         pass

@@ -113,6 +113,47 @@ async def test_an_empty_account_is_not_asked_again(field: str, word: str, status
     assert calls == 1
 
 
+async def test_an_empty_account_that_only_the_message_tells_is_not_asked_again() -> None:
+    for status, error in (429, {"message": "insufficient_quota: pay"}), (429, "insufficient_quota"):
+        assert (await ask({"error": error}, CHAT, status))[1] == 1
+    found, _, _ = await ask({"choices": [{"message": {"content": "insufficient_quota"}}]}, CHAT)
+    assert isinstance(found, Completion)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("<html>\n<title>Log in, \x1b[31m" + "x" * 900, "(<html> <title>Log in, [31mx"),
+        ("", "(it is empty)"),
+        ("data: {}\n\n", "(data: {})"),
+        ("null", "(null)"),
+        ("\xff\x00", "not JSON ("),
+        (f"<p>{KEY}", "(<p>***)"),
+    ],
+)
+async def test_a_page_in_place_of_a_reply_is_told_at_the_first(body: str, says: str) -> None:
+    calls = []
+
+    async def answer(_: web.Request) -> web.Response:
+        calls.append(1)
+        return web.Response(body=body.encode("latin-1"))
+
+    async with raw_server(answer) as url, client(url, api_key=KEY) as c:
+        with pytest.raises(CotreeError, match=r"the reply is not JSON \(.*check `url`.*\(1 attempt\)") as failed:
+            await c.complete(CHAT)
+        assert (len(calls), c.counters.prompt_tokens) == (1, 1)
+        assert says in str(failed.value)
+        assert str(failed.value).isprintable() and len(str(failed.value)) < 700
+        assert "not JSON" in await c.find_problem()
+
+
+@pytest.mark.parametrize("asked", [CHAT, Request("", messages=(("user", "why"),), scores=True)])
+async def test_broken_json_is_asked_for_as_often_as_a_paid_reply(asked: Request) -> None:
+    found, calls, _ = await ask({"chosen": []}, asked)
+    assert re.search(r"the reply is not JSON with .*\(5 attempts\)", str(found))
+    assert calls == 5
+
+
 @pytest.mark.parametrize(("status", "expected"), [(408, 3), (425, 3), (429, 3), (502, 3), (501, 1), (505, 1), (402, 1)])
 async def test_only_what_may_pass_is_asked_again(status: int, expected: int) -> None:
     found, calls, repeats = await ask({"error": {"message": "no"}}, CHAT, status, attempts=3)

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self, get_args
 
 from aiohttp import web
 
-Kind = Literal["429", "500", "reset", "half", "hang", "garbage", "empty", "fewer"]
+Kind = Literal["400", "429", "500", "reset", "half", "hang", "garbage", "empty", "fewer"]
 Habit = Literal["continues", "restarts", "closes", "echoes"]
 Reply = Callable[[str, int, int], str]
 ASSISTANT = "<assistant>"
@@ -220,6 +220,8 @@ class FakeServer:
         if seconds:
             await asyncio.sleep(seconds)
         kind = fault.kind if fault else None
+        if kind == "400":
+            return _error(400, "the prompt is longer than the context of 8 tokens")
         if fault and kind in ("429", "500"):
             headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             return _error(int(fault.kind), "slow down" if kind == "429" else "CUDA\nout of memory", headers)

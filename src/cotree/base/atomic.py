@@ -52,7 +52,8 @@ def atomic_draft(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
             draft.replace(path)
             sync(path.parent)
     finally:
-        remove(draft)
+        with suppress(OSError):  # a file system that takes no draft may refuse this, too
+            remove(draft)
 
 
 def write_text(path: Path, text: str) -> None:

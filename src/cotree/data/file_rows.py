@@ -201,8 +201,8 @@ def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
 
 
 def sides_of(raw: Row) -> tuple[str, str]:
-    """The columns of a pair's sides, under the names of others if it has none under ours."""
-    return next((names for names in _SIDES if {*names} <= raw.keys()), _SIDES[0])
+    """The columns of a pair's sides: the first two names of `_SIDES` that have values, or else that are there."""
+    return max(_SIDES, key=lambda names: (all(map(raw.get, names)), {*names} <= raw.keys()))
 
 
 def _dialogue(side: Any) -> Any:
@@ -231,15 +231,25 @@ def _prompt(raw: Row) -> tuple[Messages, set[str]]:
             messages[0]["content"] = "\n".join(filter(None, (raw[column], given)))
             used.add("input")
         if history:
-            try:
-                turns = [(str(asked), str(answer)) for asked, answer in history]
-            except (TypeError, ValueError):
-                raise ValueError("`history` is no list of [question, answer]") from None
-            earlier = (zip(("user", "assistant"), turn, strict=True) for turn in turns)
-            messages[:0] = [{"role": role, "content": text} for turn in earlier for role, text in turn]
+            messages[:0] = _earlier(history)
             used.add("history")
     messages, systems = _with_system(raw, messages)
     return messages, used | systems
+
+
+def _earlier(history: Any) -> Messages:
+    """The turns of `history`: Alpaca's lists of [question, answer], or turns as of any conversation.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    turns = history if isinstance(history, list) else [history]
+    if all(isinstance(turn, dict) for turn in turns):
+        return _messages(turns)
+    if not all(isinstance(turn, list) and [*map(type, turn)] == [str, str] for turn in turns):
+        raise ValueError("`history` is no list of [question, answer], each a text")
+    said = (zip(("user", "assistant"), turn, strict=True) for turn in turns)
+    return [{"role": role, "content": text} for turn in said for role, text in turn]
 
 
 def _with_system(raw: Row, messages: Messages) -> tuple[Messages, set[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import math
 import random
 import time
@@ -24,7 +25,7 @@ from typing import NamedTuple, Self, TypeVar
 import aiohttp
 from yarl import URL
 
-from cotree.base.errors import CotreeError, UsageError
+from cotree.base.errors import CotreeError, RefusedError, UsageError
 from cotree.base.progress import one_line
 from cotree.models.settings import RequestMode
 from cotree.models.wire import (
@@ -33,6 +34,7 @@ from cotree.models.wire import (
     Counters,
     Failure,
     Request,
+    begins_as_json,
     error_message,
     error_status,
     model_names,
@@ -48,6 +50,7 @@ _PAID_ATTEMPTS = 5
 _CONNECT_SECONDS = 10.0
 _LONGEST_BACKOFF = 15.0
 _LISTING_BYTES = 2**24  # of `/v1/models`
+_TOLD_AGAIN_SECONDS = 60.0
 T = TypeVar("T")
 
 
@@ -67,6 +70,8 @@ class Client:
     backoff: seconds; the k-th repetition waits uniform(0, min(15, backoff * 2**(k-1))), or what `Retry-After` asks.
     takeover: a server that has only failed for so many seconds is lost: other servers of the model are asked in its
         place, and one request at a time tries whether it is back, as often.
+    on_problem: told in one line that requests fail and are repeated, at once and then every minute while they do; by
+        default a warning of the module's logger, which Python writes to stderr.
 
     `counters` has the requests, repetitions and tokens so far, `problem` is the server's last failure.
     """
@@ -88,6 +93,7 @@ class Client:
     patience: float = 300.0
     backoff: float = 0.5
     takeover: float = 30.0
+    on_problem: Callable[[str], None] = logging.getLogger(__name__).warning
 
     def __post_init__(self) -> None:
         self._root = _root_url(self.name, self.url)
@@ -100,6 +106,7 @@ class Client:
         self.counters, self.problem = Counters(), ""
         self._failing_since: float | None = None
         self._heard = self._trial = 0.0  # when the last good reply came; from when on a lost server is tried again
+        self._told = -math.inf  # when `on_problem` was
         self._silences: set[asyncio.Timeout] = set()
         self._slots = asyncio.Semaphore(self.max_in_flight)
         self._jitter = random.Random()  # its own, so that nobody's seeded global generator moves
@@ -146,7 +153,8 @@ class Client:
             if isinstance(result, Completion):
                 return result
             if tries.over:
-                raise CotreeError(f"{server}: {result.reason}; fix that, then re-run the same command to resume")
+                message = f"{server}: {result.reason}; fix that, then re-run the same command to resume"
+                raise RefusedError(message, result.refused) if result.refused else CotreeError(message)
 
     async def _repeated(
         self, attempt: Callable[[], Awaitable[T | Failure]], tries: _Tries, servers: Sequence[Client] = ()
@@ -173,6 +181,9 @@ class Client:
             tries.count(result, wait)
             if tries.over:
                 return replace(result, reason=f"{result.reason} ({tries})")
+            if time.monotonic() - self._told >= _TOLD_AGAIN_SECONDS:
+                self._told = time.monotonic()
+                self.on_problem(f"{self}: {result.reason}; the request is repeated for {tries.patience:g} s at most")
             await asyncio.sleep(max(wait, 0.0))
             if lost:
                 return result
@@ -254,6 +265,10 @@ class Client:
         status = error_status(reply.content, reply.status)
         if status != 200:
             return self._refusal(reply, status)
+        if not begins_as_json(reply.content):
+            self._count_prompt(request)
+            fix = "check `url`, and that no login page or proxy answers in the server's place"
+            return Failure(f"the reply is not JSON ({self._excerpt(reply) or 'it is empty'}): {fix}", None)
         result = read_reply(reply.content, request, self.count_tokens)
         counted = result if isinstance(result, Completion) else result.counted
         if counted is None:
@@ -299,20 +314,24 @@ class Client:
         """Count the prompt of an attempt that the server may have worked on, but whose tokens it will not report."""
         self.counters.prompt_tokens += self.count_tokens(request.prompt_text())
 
+    def _excerpt(self, reply: _Reply) -> str:
+        """The first 300 characters of what a server says in place of a completion, in one line."""
+        text = error_message(reply.content)
+        return (text.replace(self.api_key, "***") if self.api_key else text)[:300]  # servers like to quote it
+
     def _refusal(self, reply: _Reply, status: int) -> Failure:
-        """An error reply in one line: the status, the first 300 characters of the server's message, the fix.
+        """An error reply in one line: the status, the server's message, the fix.
 
         Args:
             status: what the reply means, which decides whether it is worth another attempt.
         """
-        text = error_message(reply.content)
-        if self.api_key:  # servers like to quote it
-            text = text.replace(self.api_key, "***")
+        text = self._excerpt(reply)
         fix = {401: ": check the API key", 403: ": check the API key", 404: ": check `url`, `model` and `mode`"}
         error = " with an error" if reply.status == 200 else ""
-        reason = f"HTTP {reply.status}{error}{f' ({text[:300]})' if text else ''}{fix.get(reply.status, '')}"
+        reason = f"HTTP {reply.status}{error}{f' ({text})' if text else ''}{fix.get(reply.status, '')}"
         wait = _wait_after(status, reply.retry_after)
-        return Failure(f"{reason}, asks to wait {wait:g} s" if wait else reason, wait)
+        refused = text if status in (400, 413, 422) else ""
+        return Failure(f"{reason}, asks to wait {wait:g} s" if wait else reason, wait, refused=refused)
 
 
 class _Reply(NamedTuple):

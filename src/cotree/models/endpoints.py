@@ -10,10 +10,11 @@ import asyncio
 import hashlib
 import math
 import os
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cotree.base.errors import UsageError
 from cotree.models.client import ATTEMPTS, Client
@@ -23,10 +24,12 @@ from cotree.models.settings import Model, Price
 from cotree.models.tokenizer import load_tokenizer, token_counter
 from cotree.models.weights import gguf_file, identity_text, tokenizer_source
 from cotree.models.wire import Completion, Prompt, Request
+from cotree.tasks.extract import opened_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ModelKind = Literal["base", "chat", "reasoning"]
 # Seconds. llama.cpp under load can take minutes for a batch, and a call that is only slow must not be made twice.
 _SERVER_TIMEOUT, _LLAMA_CPP_TIMEOUT = 60.0, 600.0
 
@@ -49,7 +52,22 @@ class Endpoint:
         """A conversation up to where the assistant begins to write."""
         if self.tokenizer is None:
             return Prompt("", tuple((message["role"], message["content"]) for message in messages))
-        return Prompt(render_prompt(self.tokenizer, messages))
+        text = render_prompt(self.tokenizer, messages)
+        opened = opened_thinking(text)
+        return Prompt(text.removesuffix(opened), opened=opened)
+
+    @property
+    def kind(self) -> ModelKind:
+        """`base` has no chat template; the template of a `reasoning` model lays out its thinking; others are `chat`."""
+        if self.tokenizer is None:
+            return "chat"
+        template = str(self.tokenizer.chat_template or "")
+        return "reasoning" if "</think>" in template else "chat" if template else "base"
+
+    @property
+    def turn_stops(self) -> tuple[str, ...]:
+        """What ends a turn beside the model's own token; a base model has none, and would ask itself a question."""
+        return ("\nQuestion:",) if self.kind == "base" else ()
 
     def servers_for(self, question: str) -> list[Client]:
         """The server that a question stays with, then those that stand in for it in this order while it is lost.
@@ -102,7 +120,7 @@ async def open_endpoints(
         for name, model in models.items():
             api_key = os.environ.get(model.api_key_env or "")
             if model.api_key_env is not None and not api_key:
-                fault = f"the environment variable {model.api_key_env} is not set; export its API key"
+                fault = f"the environment variable {_variable(model.api_key_env)} is not set; export its API key"
                 raise UsageError(f"model `{name}`: {fault}")
             tokenizer, urls, timeout = _tokenizer(model), model.urls, _SERVER_TIMEOUT
             if model.weights is not None:
@@ -155,6 +173,12 @@ async def check_servers(models: Mapping[str, Model]) -> list[str]:
                 _tokenizer(model)
         lost = [server for endpoint in endpoints.values() for server in endpoint.lost]
         return [f"{server}; the model's other servers are asked in its place" for server in lost]
+
+
+def _variable(name: str) -> str:
+    """The name of a variable for a message, unless it looks like a key that was given in its place."""
+    looks_like_key = len(name) > 40 or re.search("[a-z]", name) or (re.search("[0-9]", name) and "_" not in name)
+    return "that `api_key_env` (--api-key-env) names" if looks_like_key else name
 
 
 def _tokenizer(model: Model) -> PreTrainedTokenizerBase | None:

@@ -38,7 +38,7 @@ _SPLITS = {
 
 
 def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer from a `.gguf` file, a transformers folder or a hub id.
+    """Load a model's tokenizer from a `.gguf` file, a transformers folder or a hub id; no code of theirs is run.
 
     Args:
         chats: whether it must have a chat template, as a student's must; a base model can write thoughts without one.
@@ -53,8 +53,11 @@ def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedToken
         tokenizer = _cached_tokenizer(path, path.stat().st_mtime_ns if path.is_file() else 0)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except (OSError, ValueError) as error:
+            if Path(source).is_dir() and not any(Path(source).glob("token*")):
+                fix = "copy tokenizer.json and tokenizer_config.json of its base model into it"
+                raise UsageError(f"{source} has no tokenizer; {fix}") from error
             raise UsageError(f"cannot load the tokenizer of {source}: {str(error).splitlines()[0]}") from error
     if chats and not tokenizer.chat_template:
         raise UsageError(f"{source} has no chat template: cotree trains chat models; take an instruct variant")

@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length"]
 _CUT_OFF = ("length", "content_filter", "max_tokens", "model_length")
 _BROKE_OFF = ("abort", "error", "cancelled", "insufficient_system_resource")
 _TOOL_CALLS = ("tool_calls", "function_call")
-# An error's `code` or `type` where an account is empty: HTTP 429, too, but no wait helps.
+# An error's `code` or `type`, or a word of its message, where an account is empty: HTTP 429, but no wait helps.
 _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
 # A token has at most so many characters: long runs of spaces are one token.
@@ -36,10 +36,12 @@ class Prompt:
 
     text: the rendered template, "" where the server renders it.
     messages: (role, content) pairs for the server to render, () where `text` is rendered.
+    opened: the beginning of the assistant's turn that the template itself writes (`<think>`), which is not in `text`.
     """
 
     text: str
     messages: tuple[tuple[str, str], ...] = ()
+    opened: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +202,14 @@ class Failure:
     reason: for the error message. wait: the least seconds before another attempt, None if another would fail too.
     counted: what the server's reply says of tokens and choices, None where it says nothing that can be read.
     unreached: there was no connection, so the server was asked nothing.
+    refused: the server's words about what is wrong with the request itself.
     """
 
     reason: str
     wait: float | None = 0.0
     counted: Completion | None = None
     unreached: bool = False
+    refused: str = ""
 
 
 def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> Completion | Failure:
@@ -221,12 +225,13 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
     misreported = _IMPOSSIBLE in (prompt_tokens, reported, cached_tokens)
     if prompt_tokens in (None, _IMPOSSIBLE):
         prompt_tokens = count_tokens(asked)
+    unread = Completion((), prompt_tokens, 0, 0, misreported=misreported)
     reported = max(reported or 0, 0)
     if request.scores:
-        scored = _read_scores(payload, prompt_tokens)
-        return replace(scored, misreported=misreported) if isinstance(scored, Completion) else scored
+        scored = _read_scores(payload, unread)
+        return scored
     if not isinstance(payload.get("choices"), list):
-        return Failure("the reply is not JSON with choices")
+        return Failure("the reply is not JSON with choices", counted=unread)
     # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
     each = reported if request.n == 1 else 0
     read = [_read_choice(_mapping(entry), request, count_tokens, each) for entry in payload["choices"][: request.n]]
@@ -246,6 +251,7 @@ def _read_choice(
     """One choice of a reply; `reported` is its number of tokens where the server gives it, else 0."""
     message = _mapping(entry.get("message"))
     text = message.get("content") if request.messages else entry.get("text")
+    thinking = _reasoning_apart(message, text) if request.messages else ""
     reason = entry.get("finish_reason")
     reason = str(reason or "").casefold()
     if reason in _BROKE_OFF or (text == "" and not reason):
@@ -253,12 +259,12 @@ def _read_choice(
         return Failure(f"a choice of the reply broke off ({reason or 'empty, without finish_reason'}{words})")
     if reason in _TOOL_CALLS:
         return Failure("the model calls a tool instead of writing; start the server without a tool parser", None)
-    if not text and (message.get("reasoning_content") or message.get("reasoning")):
+    if thinking and (not text or request.prompt):  # what begins with its thinking continues no text
         return Failure("the server keeps the reasoning apart from the text; start it without a reasoning parser", None)
     if not isinstance(text, str):
         return Failure("a choice of the reply has no text; does `mode` fit the server?", None)
     if request.messages:  # some servers repeat the assistant's words that they were given
-        text = text.removeprefix(request.prompt)
+        text = thinking + text.removeprefix(request.prompt)
     if len(text) > _MOST_CHARACTERS * request.max_tokens + 2**10:
         fault = f"a choice has {len(text):,} characters, more than max_tokens={request.max_tokens} can hold"
         return Failure(f"{fault}; does the server know it? The recipe's `rename` gives it another name", None)
@@ -278,14 +284,22 @@ def _read_choice(
     return replace(choice, logprob=sum(logprobs or ()) / max(len(logprobs or ()), 1))
 
 
-def _read_scores(payload: dict[str, Any], prompt_tokens: int) -> Completion | Failure:
+def _reasoning_apart(message: dict[str, Any], text: object) -> str:
+    """The reasoning that a server tells in a field of its own, between think tags; "" where the text has it, too."""
+    fields = (message.get("reasoning_content"), message.get("reasoning"))
+    reasoning = next((field.strip() for field in fields if isinstance(field, str) and field.strip()), "")
+    told = isinstance(text, str) and reasoning in text.rpartition("</think>")[0]
+    return f"<think>\n{reasoning}\n</think>\n\n" if reasoning and not told else ""
+
+
+def _read_scores(payload: dict[str, Any], unread: Completion) -> Completion | Failure:
     """vLLM's pooling reply: a row for each step, a probability or the probabilities of (bad, good)."""
     try:
         rows = payload["data"][0]["data"]
         scores = [float(row[-1] if isinstance(row, list) else row) for row in rows]
     except (TypeError, ValueError, LookupError):
-        return Failure("the reply is not JSON with pooled data")
-    completion = Completion((Choice(json.dumps(scores), "stop", 0),), prompt_tokens, 0, 0)
+        return Failure("the reply is not JSON with pooled data", counted=unread)
+    completion = replace(unread, choices=(Choice(json.dumps(scores), "stop", 0),))
     if all(0.0 <= score <= 1.0 for score in scores):
         return completion
     reason = "the scores are no probabilities; serve a process reward model with its own pooler"
@@ -314,6 +328,11 @@ def most_bytes(request: Request) -> int:
     return 2**20 + (64 + 12 * request.n) * len(request.prompt_text()) + each * request.n * request.max_tokens
 
 
+def begins_as_json(content: bytes) -> bool:
+    """Whether a reply is a JSON object or list, whole or broken; any other was not written by a model server."""
+    return content.lstrip()[:1] in (b"{", b"[") or bool(_json_object(content))
+
+
 def model_names(content: bytes) -> list[str]:
     """The ids of a `/v1/models` reply, empty for anything else."""
     entries = _json_object(content).get("data")
@@ -328,7 +347,8 @@ def error_status(content: bytes, status: int) -> int:
     payload = _json_object(content)
     error = payload.get("error")
     details = _mapping(error)
-    if any(details.get(key) in _NO_CREDIT for key in ("code", "type")):
+    said = error_message(content) if error or status == 429 else ""
+    if any(word in (details.get("code"), details.get("type")) or word in said for word in _NO_CREDIT):
         return 402
     told = payload.get("object") == "error" or ("choices" not in payload and {"detail", "message"} & payload.keys())
     if status != 200 or not (error or told):

@@ -7,15 +7,18 @@ refused and stays as it is; of a damaged one all that can be read is kept, and t
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, ClassVar, Self
 
+from cotree.base.atomic import explain_write_errors
 from cotree.base.errors import CotreeError, UsageError
 from cotree.search.rescue import Value, commits_are_lost, readable_rows
 
@@ -45,6 +48,7 @@ class Database(ABC):
     def __init__(self, path: Path, *, reading: bool = False) -> None:
         """reading: nothing is made, mended or upgraded; UsageError where the file is missing or damaged."""
         self.path, self.reading, self.rescued, self.lost, self.is_new = path, reading, "", 0, False
+        self._copy = ExitStack()
         with self._guard():
             if not reading:
                 if (draft := Path(f"{path}.rescued")).exists() and not path.exists():
@@ -67,7 +71,7 @@ class Database(ABC):
         """Write the checksums of these items, by default of all that have none yet."""
 
     def _open(self) -> None:
-        mode = "rwc"
+        mode, path = "rwc", self.path
         if self.path.is_file() and commits_are_lost(self.path):
             raise sqlite3.DatabaseError("its -wal lacks commits")
         if self.reading:
@@ -75,8 +79,11 @@ class Database(ABC):
                 raise UsageError(f"{self.path} is missing; `cotree run` on its run makes it again")
             # What cannot be written is opened as a file that nobody writes, unless commits are in a `-wal` beside it.
             writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
-            mode = "rw" if writable else "ro" if Path(f"{self.path}-wal").exists() else "ro&immutable=1"
-        self._db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+            log, index = (os.path.exists(f"{self.path}{end}") for end in ("-wal", "-shm"))
+            mode = "rw" if writable else "ro" if log else "ro&immutable=1"
+            if log and not index and not writable:  # SQLite must write an index of the `-wal` to read it
+                path, mode = self._copied(), "rw"
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
         try:
             self._check_schema()
             if not self.reading:
@@ -84,10 +91,19 @@ class Database(ABC):
                 if fault != "ok" or self.damaged_items():
                     raise sqlite3.DatabaseError("some of it is not as it was stored")
         except Exception as error:
-            self._db.close()
+            self.__exit__()
             if isinstance(error, ValueError):  # a damaged name in what SQLite says, or a version that is no number
                 raise sqlite3.DatabaseError("its schema cannot be read") from None
             raise
+
+    def _copied(self) -> Path:
+        """A copy of the file and its `-wal` in a folder that is there while this is open."""
+        with explain_write_errors(Path(gettempdir()), "set TMPDIR to another folder"), ExitStack() as kept:
+            folder = kept.enter_context(TemporaryDirectory(prefix="cotree-"))
+            for end in ("", "-wal"):
+                shutil.copyfile(f"{self.path}{end}", Path(folder) / f"{self.path.name}{end}")
+            self._copy = kept.pop_all()
+        return Path(folder) / self.path.name
 
     def _check_schema(self) -> None:
         """Make the tables of a new file, upgrade an older one, and refuse what is of a later version or not ours."""
@@ -186,6 +202,7 @@ class Database(ABC):
 
     def __exit__(self, *_: object) -> None:
         self._db.close()
+        self._copy.close()
 
     def _not_ours(self, why: object) -> str:
         return f"{self.path} is not a {self.kind} ({why}); move it away or name another run"

@@ -13,6 +13,7 @@ import re
 from typing import Literal
 
 from cotree.tasks.loading import packaged_yaml
+from cotree.tasks.math_text import SCALE
 
 ExtractionMode = Literal["strict", "lenient"]
 
@@ -50,18 +51,34 @@ _ANSWER_MARKER = re.compile(rf"(?:{_ANSWER_IS})[\s:：*]*+", re.IGNORECASE)
 _MATHS = (
     r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{[^{}\n]{0,80}\}|\\[A-Za-z]++|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
-_SIGNS = r"[\d+*/=×·÷^_(){}\[\]|!<>,.;:'% -]"
+_SIGNS = r"[\d+*/=×·÷^_(){}\[\]|!<>,、.;:∶'’% \u00a0\u2009\u202f−–±~π√∛∜∞≤≥≠≈¼-¾⅐-⅞²³¹⁰⁴-⁹⁺⁻₀-₉-]|[$€£¥₹](?=[\d.])"
+# What makes the number before it a part of a longer value, on the same line: `5 million`, `3 or 4`, `6 feet 3 inches`.
+_S = r"[^\S\n]"
+_MORE = r"[$€£¥₹(]?[-−–]?(?:\.?\d|\\(?!text)|[√π])"
+_OR_MORE = rf"or{_S}++(?:more|less|fewer|greater|higher|lower)\b|and{_S}++(?:a|one)[ -]half\b"
+_CHANGED_BY_WORDS = rf"""{_S}*+(?:(?:{SCALE}|squared|cubed|pi|factorial|mod|modulo|choose)\b|{_OR_MORE}
+      |(?:or|and|plus|minus|times|to(?!{_S}\d++{_S}(?:decimal|significant))|或者?|和|到|至|o|u|y|ou|et?|a|à|или|и|до|या|और)
+       {_S}*+{_MORE}
+      |(?:years?|months?|weeks?|days?|h(?:ou)?rs?|h|min(?:ute)?s?|miles?|yards?|f(?:ee|oo)?t|m(?:eters?)?|pounds?|lbs?|kg
+       |dollars?|degrees?),?{_S}++(?:and{_S}++)?\d)"""
+_GOES_ON = rf"""[_^({{[$²³¹⁰⁴-⁹⁺⁻₀-₉]|[:∶：~'’]\d|[A-Za-z](?![A-Za-z])
+      |{_S}*+(?:[π√∛∜∞¼-¾⅐-⅞≤≥≠≈±]|\\(?![])\\])|[,、;]?+{_S}*+[-−–]?\d|[:∶~]{_S}++\d|[xX]{_S}*+\d
+       |(?:[-+*/=×·÷−–]|[<>]=?)(?={_S}*+(?:{_MORE}|[A-Za-z](?![A-Za-z>]))))
+      |{_CHANGED_BY_WORDS}"""
+_WORDS_INSIDE = rf"(?<=\d[ ])(?:{SCALE}|squared|cubed|pi)\b|(?:or|and|to|或者?|和){_S}*+(?={_MORE})|{_OR_MORE}"
 # What may follow "answer is": a number, delimited maths, bold words, or maths without delimiters.
 _VALUE = re.compile(
-    rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d)
-         | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)
-         | \\\[\s*+(?P<display>.{{1,300}}?)\s*\\\]
-         | (?P<number>{_NUMBER})(?:\\?%)?+\**+(?![_^\\({{[]|[A-Za-z](?![A-Za-z])|[ ]*+[-+*/=×·÷]|,?+[ ]*+-?\d)
-         | (?P<maths>(?=[-+({{\[|\\A-Za-z\d])(?:{_MATHS}|{_SIGNS}){{1,300}}+)
+    rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d|{_CHANGED_BY_WORDS})
+         | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)(?!{_CHANGED_BY_WORDS})
+         | \\\[\s*+(?P<display>.{{1,300}}?)\s*\\\](?!{_CHANGED_BY_WORDS})
+         | (?P<number>–?{_NUMBER}(?:\\?%)?+)(?!!)\**+(?!{_GOES_ON})
+         | (?P<maths>(?=[-−–+({{\[|\\A-Za-z\d√∛∜π∞±≈¼-¾⅐-⅞$€£¥₹])
+             (?:{_MATHS}|{_SIGNS})(?:{_MATHS}|{_SIGNS}|{_WORDS_INSIDE}){{0,299}}+)
     """,
     re.VERBOSE | re.DOTALL,
 )
-_COMPUTATION = re.compile(r"[\d\s.,+*/=×·÷-]*\d\s*[-+*/=×·÷]\s*\d[\d\s.,+*/=×·÷-]*")
+# A computation, but no mixed number.
+_COMPUTATION = re.compile(r"(?![-−–]?\d+\s\d+/\d+$)[\d\s.,+*/=×·÷−–-]*\d\s*[-+*/=×·÷−–]\s*\d[\d\s.,+*/=×·÷−–-]*")
 _LETTER = re.compile(r"\(?[A-Za-z]\)?")
 
 
@@ -97,6 +114,18 @@ def visible_text(completion: str) -> str:
     text = after_thinking(completion) or ""
     tag = _ANSWER_TAG_LINE.search(text)
     return text[tag.end() if tag else 0 :].strip()
+
+
+def opened_thinking(prompt: str) -> str:
+    """The tag with which a prompt opens the assistant's thinking, and the white space behind it; "" if it does not."""
+    stripped = prompt.rstrip()
+    tag = next((tag for tag in _THINKING_OPENS if stripped.endswith(tag)), "")
+    return prompt[len(stripped) - len(tag) :] if tag else ""
+
+
+def has_answer_tag(text: str) -> bool:
+    """Whether a line says that a free text follows as the answer."""
+    return _ANSWER_TAG_LINE.search(text) is not None
 
 
 def after_thinking(completion: str) -> str | None:
@@ -158,12 +187,13 @@ def _last_after_answer_is(text: str) -> tuple[str, int] | None:
         answer = match[match.lastgroup].strip()
         if match.lastgroup == "maths":
             # Only up to the end of the sentence; then words like "a", half computations and cut LaTeX are no answers.
-            answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,.;:*!'")
+            answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,、.;:*'")
             follows = text[match.start("maths") + len(answer) :][:1]
+            part = re.fullmatch(_NUMBER, answer)  # of a value that cannot be read as a whole
             lone = _LETTER.fullmatch(answer) and follows not in ("", *".,;:!*\n。，；！।")
             if _COMPUTATION.fullmatch(answer):  # 1 + 11 = 12
                 answer = answer.rpartition("=")[2].strip()
-            if lone or _COMPUTATION.fullmatch(answer) or answer.count("{") != answer.count("}"):
+            if part or lone or _COMPUTATION.fullmatch(answer) or answer.count("{") != answer.count("}"):
                 continue
         if any(c.isalnum() for c in answer):
             found = (answer, match.end())
