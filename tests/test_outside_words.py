@@ -25,10 +25,13 @@ from tests.support.trees import random_tree
 import cotree.cli
 from cotree.base.errors import UsageError
 from cotree.base.progress import Output, SafeStream, terminal_safe
+from cotree.base.run_folder import RunFolder
 from cotree.base.settings import require_name
 from cotree.data.card import block, cell
 from cotree.eval.evaluate import evaluate_model
+from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.recipe import build_recipe, load_recipe, write_starter
+from cotree.experiment.work import Worker
 from cotree.models.settings import Model
 from cotree.models.weights import parse_model
 from cotree.report.grid import Grid, write_grids
@@ -147,6 +150,17 @@ def test_a_cards_front_matter_and_headings_hold_any_name(tmp_path: Path) -> None
     assert "\n# [free]" not in body and "<img" not in body and body.count("\n# ") == 1
     assert re.findall(r"(?<!\\)\]\((?!figures/)", re.sub("<pre>.*</pre>", "", body)) == ["]("], "the paper's"
     assert not UNSAFE.search(body.replace("\n", ""))
+
+
+def test_a_card_names_no_folder_of_its_maker(tmp_path: Path) -> None:
+    task = tmp_path / "halves.yaml"
+    task.touch()
+    (tmp_path / "own.py").touch()
+    trees = BASE["trees"]["train"] | {"questions": {str(task): 2}, "reward": {"function": f"{tmp_path}/own.py:score"}}
+    recipe = build_recipe(BASE | {"trees": {"train": trees}})
+    worker = Worker(recipe, RunFolder(tmp_path), Fingerprints(recipe), Output(quiet=True))
+    about = worker._about([])["recipe"]
+    assert "halves.yaml: 2" in about and "function: own.py:score" in about and str(tmp_path) not in about
 
 
 @pytest.mark.parametrize("form", ["latex", "markdown", "html", "terminal"])

@@ -188,6 +188,8 @@ async def test_a_completion_takes_one_prompt_of_text(prompt: Any) -> None:
         (b'{"model": "one", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}', "`max_tokens`"),
         (b'{"model": "one", "messages": [{"role": "user", "content": "x"}], "temperature": 1e400}', "`temperature`"),
         ('{"model": "one"}'.encode("utf-16"), "expected value"),
+        (b'{"model": "one", "model": "two"}', "`model` stands twice in one JSON object; send it once"),
+        (b'{"messages": [{"role": "user", "content": "x", "role": "user"}]}', "`role` stands twice"),
     ],
 )
 async def test_a_broken_body_is_refused_with_its_fault(data: bytes, fault: str) -> None:
@@ -220,6 +222,18 @@ async def test_a_body_is_json_by_its_headers_too(headers: dict[str, str], status
     ):
         assert reply.status == status
         assert ("choices" if status == 200 else "error") in await reply.json()
+
+
+@pytest.mark.parametrize(
+    "body", [{"model": "m" * 10**5}, {"model": "one", "n" * 10**5: 1}, {"model": "one", "messages": [{"r" * 10**5: 1}]}]
+)
+async def test_no_refusal_repeats_a_name_without_end(body: dict[str, Any]) -> None:
+    async with FakeServer(reply=talk) as fake, served(fake) as (session, _):
+        async with session.post(CHAT, json={"messages": HELLO, **body}) as reply:
+            assert reply.status in (400, 404)
+            assert len(await reply.read()) < 2000
+        async with session.get(f"/v1/models/{'m' * 5000}") as reply:
+            assert reply.status == 404 and len(await reply.read()) < 2000
 
 
 FIELDS = (

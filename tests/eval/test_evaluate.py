@@ -27,7 +27,8 @@ from cotree.eval.journal import JOURNAL, read_samples
 from cotree.eval.settings import AskSettings
 from cotree.models.settings import Model
 from cotree.report.table import table_of
-from cotree.tasks import task
+from cotree.tasks import Question, Verdict, task
+from cotree.tasks.base import VERDICT_VERSION
 from cotree.tasks.generated import Letters
 from cotree.train.student import convert_gguf
 
@@ -95,6 +96,27 @@ def test_the_files_have_the_keys_of_lm_eval(tmp_path: Path) -> None:
         json.dumps({"model": "a/b", "rows": [own.model_dump()], "tokens": found.tokens.model_dump()})
     )
     assert found.tokens.completion == sum(sample.tokens for sample in read_samples(tmp_path / JOURNAL))
+
+
+def test_what_could_not_be_judged_is_in_no_metric_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsure(self: Letters, answer: str, question: Question) -> Verdict:
+        return Verdict.of(None if answer == "3" else answer == question.gold, answer)
+
+    monkeypatch.setattr(Letters, "verify", unsure)
+    with FakeServerThread(reply=said) as server:
+        found = evaluate_model(server.url, ["letters"], chat=True, limit=12, out=tmp_path, output=QUIET)
+        row, own, rows = results(tmp_path)["results"]["letters"], found.rows[0], sample_rows(tmp_path, "letters")
+        monkeypatch.setattr(Letters, "extract", lambda self, text, why, mode: "3" if mode == "lenient" else None)
+        monkeypatch.setattr(asking_module, "VERDICT_VERSION", VERDICT_VERSION + 1)
+        evaluate_model(server.url, ["letters"], chat=True, limit=12, out=tmp_path, output=QUIET)
+    assert own.undecided and own.n + own.undecided == 12
+    for name, share in (("strict-match", own.accuracy), ("flexible-extract", own.lenient)):
+        assert row[f"exact_match,{name}"] == share
+        matches = [one["exact_match"] for one in rows if one["filter"] == name]
+        assert (len(matches), matches.count(None)) == (12, own.undecided)
+        assert sum(match for match in matches if match is not None) / own.n == share
+    row = results(tmp_path)["results"]["letters"]
+    assert row["exact_match,strict-match"] == 0 and "exact_match,flexible-extract" not in row
 
 
 def test_a_later_turn_is_a_request_for_each_sample(tmp_path: Path) -> None:
@@ -236,8 +258,7 @@ def test_a_changed_question_is_asked_again_and_a_changed_answer_is_judged_again(
         with pytest.raises(UsageError, match="is a file; --out names"):
             evaluate_model(server.url, ["gsm8k"], out=rows, **how)
         (out / "node.json").unlink()
-        with pytest.raises(UsageError, match="holds other files; choose another --out"):
-            evaluate_model(server.url, ["gsm8k"], out=out, **how)
+        assert evaluated("What is 1 + 1?", "2") == (0, 1.0), "its journal says what it is"
 
 
 def test_newer_verdict_code_judges_kept_replies_again_and_asks_no_model(

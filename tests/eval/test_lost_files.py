@@ -46,6 +46,28 @@ def test_damaged_lines_are_counted_and_only_what_they_held_is_asked_again(tmp_pa
         assert evaluated(server, tmp_path)[0] == 0
 
 
+def test_a_flipped_bit_in_a_journal_changes_no_reply(tmp_path: Path) -> None:
+    with FakeServerThread(reply=said) as server:
+        first = evaluated(server, tmp_path)
+        journal = tmp_path / JOURNAL
+        whole, samples = journal.read_bytes(), read_samples(journal)
+        line = whole.splitlines(keepends=True)[0]
+        for bit in range(8 * (len(line) - 1)):
+            flipped = bytearray(line)
+            flipped[bit // 8] ^= 1 << bit % 8
+            journal.write_bytes(flipped)
+            assert read_all_lines(journal) in (([], 1), ([], 2), (samples[:1], 0)), "damaged, or in the sum's name"
+        assert b"boxed{2}" in whole
+        journal.write_bytes(whole.replace(b"boxed{2}", b"boxed{3}", 1))
+        calls, told, accuracy = evaluated(server, tmp_path)
+        assert (calls, accuracy) == (1, first[2])
+        assert "fake: 1 damaged line of journal.jsonl left out; what is lacking is asked again" in told
+        older = [json.loads(line) for line in whole.splitlines()]
+        journal.write_text("".join(json.dumps(row) + "\n" for row in older if row.pop("crc32")))
+        assert read_samples(journal) == samples
+        assert evaluated(server, tmp_path)[::2] == (0, first[2]), "of an older cotree"
+
+
 def test_a_journal_without_any_whole_line_is_asked_anew(tmp_path: Path) -> None:
     with FakeServerThread(reply=said) as server:
         evaluated(server, tmp_path)
@@ -55,18 +77,25 @@ def test_a_journal_without_any_whole_line_is_asked_anew(tmp_path: Path) -> None:
         assert evaluated(server, tmp_path)[0] == 6
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"cotree": 3}', '{"cotree": {"rows": 3, "questions": 4}}', "\x00"])
-def test_damaged_results_and_records_are_one_line_and_made_again(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", '{"cotree": 3}', '{"cotree": {"rows": 3, "questions": 4}}', "\x00"]
+)
+def test_damaged_results_and_records_are_one_line_and_made_again(text: str | None, tmp_path: Path) -> None:
     with FakeServerThread(reply=said) as server:
         _, _, accuracy = evaluated(server, tmp_path)
         (path,) = tmp_path.glob("results_*.json")
         for file in (path, tmp_path / "node.json"):
-            file.write_text(text)
+            file.write_text(text or "")
+        if text is None:
+            (tmp_path / "node.json").unlink()
         with pytest.raises(UsageError, match=r"results_.*json"):
             table_of([str(tmp_path)])
-        with pytest.raises(UsageError, match="results_") if "cotree" not in text else nullcontext():
+        with pytest.raises(UsageError, match="results_") if "cotree" not in (text or "") else nullcontext():
             compare_evaluations(tmp_path, tmp_path)
-        assert evaluated(server, tmp_path)[::2] == (0, accuracy), "nothing is asked"
+        calls, told, again = evaluated(server, tmp_path)
+        assert (calls, again) == (0, accuracy), "nothing is asked"
+        lost = f"{tmp_path}: node.json is {'gone' if text is None else 'damaged'}; "
+        assert told[0] == f"{lost}taken for an evaluation of this model with these settings"
         assert results(tmp_path)["cotree"]["rows"][0]["accuracy"] == accuracy
         assert table_of([str(tmp_path)]).rows[0].accuracy == accuracy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotree.base.errors import CotreeError
-from cotree.base.statistics import clustered_interval, wilson_interval
+from cotree.base.statistics import clustered_interval, constant_baseline, wilson_interval
 from cotree.eval.journal import EvalSample
-from cotree.eval.metrics import score_tasks
+from cotree.eval.metrics import score_samples, score_tasks
 from cotree.eval.scores import FamilyScores
 from cotree.tasks import task
 from cotree.tasks.base import Asked, VerdictKind
@@ -59,6 +60,23 @@ def test_what_could_not_be_judged_is_in_no_number_and_counted() -> None:
     assert row.model_copy(update={"undecided": 0}) == without
     with pytest.raises(CotreeError, match="letters: no reply could be judged"):
         score_tasks(ASKED, samples[2:])
+    golds = [ASKED[i][1].gold for i in (0, 1)]
+    (baseline,) = score_samples("m", ASKED[:3], samples, Path()).baselines
+    assert (baseline.answer, baseline.accuracy) == constant_baseline(golds)
+
+
+def test_a_lenient_answer_that_could_not_be_judged_is_in_no_lenient_number() -> None:
+    unsure = sample(2, "no_answer", answer=None, lenient_verdict="undecided")
+    (row,) = score_tasks(ASKED, [sample(0, "correct"), sample(1, "wrong"), unsure])
+    assert (row.n, row.no_answer, row.lenient) == (3, 1 / 3, 1 / 2)
+    (row,) = score_tasks(ASKED, [unsure])
+    assert (row.accuracy, row.lenient) == (0, None)
+
+
+def test_an_answer_of_a_tree_that_could_not_be_judged_is_not_among_its_first() -> None:
+    said = [sample(0, "correct", n, temperature=1.0, tree_correct=[None, n < 2, *[True] * 6]) for n in range(4)]
+    (row,) = score_tasks(ASKED, said)
+    assert {k: share for k, (share, *_) in row.test_at.items()} == {"1": 0.5}, "none has 8 that were judged"
 
 
 KINDS: tuple[VerdictKind, ...] = ("correct", "wrong", "no_answer")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,11 @@ from cotree.base.errors import UsageError
 from cotree.base.progress import Output
 from cotree.eval import asking as asking_module
 from cotree.eval.evaluate import evaluate, evaluate_model
-from cotree.eval.journal import JOURNAL, read_samples
+from cotree.eval.journal import JOURNAL, EvalSample, read_samples
 from cotree.eval.settings import AskSettings
 from cotree.models.settings import Model
 from cotree.report.table import table_of
-from cotree.tasks import Verdict, task
+from cotree.tasks import Question, Task, Verdict, task
 from cotree.tasks.base import VERDICT_VERSION
 from cotree.tasks.generated import Letters
 
@@ -88,6 +91,36 @@ def test_verdicts_on_the_chains_of_a_tree_are_those_of_todays_code(
     assert [sample.tree_answers for sample in after] == [sample.tree_answers for sample in before]
     assert not any(any(sample.tree_correct or ()) for sample in after)
     assert first.rows[0].accuracy >= again.rows[0].accuracy == 0
+
+
+def test_chains_of_a_tree_that_could_not_be_judged_are_neither_right_nor_wrong_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify, unsure = Letters.verify, True
+
+    def stopped(self: Letters, answer: str, question: Question) -> Verdict:
+        found = verify(self, answer, question)
+        return Verdict.of(None, answer) if unsure and found.kind == "correct" else found
+
+    monkeypatch.setattr(Letters, "verify", stopped)
+    monkeypatch.setattr(asking_module, "_judge", partial(judged_wrong, asking_module._judge))
+    with FakeServerThread(reply=talk, usage="vllm") as server:
+        how = HOW | {"strategy": "mcts", "out": tmp_path}
+        evaluate_model(server.url, ["letters"], **how)
+        before, journal = read_samples(tmp_path / JOURNAL), (tmp_path / JOURNAL).read_bytes()
+        evaluate_model(server.url, ["letters"], **how)
+        assert (tmp_path / JOURNAL).read_bytes() == journal, "nothing new is known"
+        unsure = False
+        evaluate_model(server.url, ["letters"], **how)
+    told = {correct for sample in before for correct in sample.tree_correct or ()}
+    assert told == {None, False}
+    for old, new in zip(before, read_samples(tmp_path / JOURNAL), strict=True):
+        assert new.tree_correct == [correct is None for correct in old.tree_correct or ()]
+
+
+async def judged_wrong(judge: Callable[[Task, Question, EvalSample], Awaitable[EvalSample]], *asked: Any) -> EvalSample:
+    """As `judge` finds, but that the reply itself was judged: an undecided one is judged again in any case."""
+    return replace(await judge(*asked), verdict="wrong", lenient_verdict="wrong")
 
 
 def test_a_budget_for_each_question_is_what_another_evaluation_took(tmp_path: Path) -> None:

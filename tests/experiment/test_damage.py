@@ -66,7 +66,7 @@ def test_a_damaged_record_is_made_of_what_is_there(kind: str, done: Done, server
     run(recipe, runs, output=output)
     names = ["trees/train", "datasets/pairs", "students/joint", "evaluations/test/sft"]
     assert [line for line in output.lines if why in line] == [
-        f"{name}: {why}; made again of what is there" for name in names
+        f"{name}: {why}; made again from what is whole" for name in names
     ]
     assert server.calls == calls and weights.stat().st_mtime_ns == stamp, "nothing that was paid for is paid again"
     for node, record in before.items():
@@ -110,13 +110,16 @@ def test_what_is_gone_or_damaged_of_a_finished_node_is_made_again(done: Done, se
     before = found()
     for kind in ("cut", "empty", "no object", "gone"):
         for path in (*cell.glob("results_*"), *cell.glob("samples_*"), card, folder.path / "summary.json"):
-            if kind == "gone" or (path == card and kind != "empty"):  # other words in a card may be its owner's
+            if kind == "gone":
                 path.unlink()
             else:
                 damage(path, kind)
         assert begun(written, runs) == ["datasets/pairs", "evaluations/test/sft"]
         assert (server.calls, (cell / "journal.jsonl").read_bytes()) == (calls, journal), "nothing is asked"
         assert (found(), card.read_bytes()) == (before, text)
+    card.write_bytes(text + b"Written by Ada.")
+    assert begun(written, runs) == ["datasets/pairs"]
+    assert card.with_name("README.before.md").read_bytes() == text + b"Written by Ada.", "its owner's words are kept"
 
 
 def test_numbers_come_from_the_nodes_whatever_the_summary_is(done: Done) -> None:
@@ -150,7 +153,7 @@ def test_a_flipped_bit_in_rows_is_found_and_the_rows_are_made_again(
             list(cotree.open_run(runs / "steps").dataset("pairs"))
         output = KeptOutput()
         run(build_recipe(written), runs, output=output)
-        assert "datasets/pairs: train.parquet is damaged; made again of what is there" in output.lines
+        assert "datasets/pairs: train.parquet is damaged; made again from what is whole" in output.lines
         assert path.read_bytes() == before
     shutil.copy(path, tmp_path / "train.parquet")  # elsewhere nothing is known of it
     assert said(capsys, monkeypatch, "check-data", tmp_path / "train.parquet")[0] == 0
@@ -172,7 +175,7 @@ def test_a_damaged_line_of_a_journal_is_counted_and_asked_again(
     output = KeptOutput()
     changed = build_recipe({**written, "evaluations": {"test": written["evaluations"]["test"] | {"questions": two[1]}}})
     run(changed, runs, output=output)
-    assert "evaluations/test/sft: journal.jsonl is damaged; made again of what is there" in output.lines
+    assert "evaluations/test/sft: journal.jsonl is damaged; made again from what is whole" in output.lines
     assert any("1 damaged line" in line and line.startswith("sft: ") for line in output.lines)
     assert path.read_bytes().count(b"\n") == 3, "one question is asked again, the other is kept"
     assert said(capsys, monkeypatch, "compare", *cells)[0] == 0

@@ -17,11 +17,17 @@ import yaml
 from tests.experiment.conftest import Done
 from tests.support.experiment import begun, changed_recipe, small
 from tests.support.fake_server import FakeServerThread
+from tests.support.tiny_student import sft_row, tiny_model, tiny_tokenizer
+from tests.train.test_verb import Recorder
 
+from cotree.base.rows import write_jsonl
 from cotree.base.run_folder import RunFolder
 from cotree.cli import main
-from cotree.experiment.plan import NodePlan, plan, plan_lines
+from cotree.experiment.plan import NodePlan, disk_bytes, plan, plan_lines
 from cotree.experiment.recipe import build_recipe
+from cotree.models.weights import parameter_count
+from cotree.train.settings import SFT, LoRA, Probe
+from cotree.train.verb import train_rows
 
 NODE_KEYS = {"name", "state", "why", "reads", "tokens", "seconds", "memory_mb", "disk_mb"}
 JOINT = {"students/joint", "students/masked", "evaluations/test"}
@@ -97,7 +103,7 @@ def test_the_plan_is_what_the_run_does(done: Done) -> None:
         assert set(states(planned(written, runs, *changes)).values()) == {"done"}
         before = planned(written, runs)
         assert set(states(before).values()) == {"done"}, "what the first values made was kept"
-        assert {reason for each in before.values() for reason in each.why} <= {"kept from before"}
+        assert {reason for each in before.values() for reason in each.why} <= {"comes back from older/"}
 
 
 def test_growing_finished_trees_again_is_announced(done: Done) -> None:
@@ -236,3 +242,22 @@ def test_only_what_is_left_is_priced_and_changed_settings_are_not_priced_as_befo
     short = planned(written, runs, ("evaluations.test.questions.letters", 2))["evaluations/test"]
     long = planned(written, runs, ("evaluations.test.max_tokens", 800))["evaluations/test"]
     assert short.tokens and long.tokens and long.tokens >= 50 * short.tokens
+
+
+def test_the_disk_of_a_training_is_that_of_the_checkpoints_it_keeps(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    write_jsonl(tmp_path / "rows.jsonl", map(sft_row, range(11)))
+    places, settings = (tmp_path / "tiny", tmp_path / "rows.jsonl", tmp_path / "out"), ("batch_size=2", "save_steps=1")
+    with pytest.raises(KeyboardInterrupt):
+        train_rows("sft", *places, overrides=settings, output=Recorder(stop=5))
+    parameters = parameter_count(tmp_path / "tiny")
+    kept = [*(tmp_path / "out" / "trainer").glob("checkpoint-*")]
+    sizes = [path.stat().st_size for folder in kept for path in (folder / "model.safetensors", folder / "optimizer.pt")]
+    assert len(kept) == 2
+    found = disk_bytes(parameters, SFT(save_steps=1), 6)
+    assert sum(sizes) == pytest.approx(found - 4 * parameters, rel=0.05), "and the model is stored beside them"
+    assert found == disk_bytes(parameters, SFT(), None) == 28 * parameters
+    assert disk_bytes(parameters, SFT(save_steps=20), 20) == 5 * parameters, "there is no checkpoint at the last step"
+    assert disk_bytes(parameters, SFT(lora=LoRA()), None) == 5 * parameters
+    assert disk_bytes(parameters, SFT(probe=Probe(keep="best")), 6) == 40 * parameters

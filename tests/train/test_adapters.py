@@ -49,6 +49,15 @@ def without_weights(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
 
 
+def with_pickled_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
 def with_an_empty_base(folder: Path) -> None:
     (folder / "empty").mkdir()
     naming(str(folder / "empty"))(folder)
@@ -75,6 +84,7 @@ FIX = "set base_model_name_or_path in its adapter_config.json to the model's fol
         (lambda folder: naming(str(folder))(folder), "copy is not at .*copy .no config.json there.; "),
         (with_an_empty_base, rf"the base of the adapter .*copy is not at .*empty \(no config.json there\); {FIX}"),
         (without_weights, "copy has no adapter_model.safetensors; copy the adapter again"),
+        (with_pickled_weights, "copy has no adapter_model.safetensors; copy the adapter again, or save it with PEFT"),
         (containing(b"{"), r"adapter_config.json is no adapter's config \(.*\); copy the adapter again"),
         (containing(b"[]"), r"adapter_config.json is no adapter's config \(.*\); copy the adapter again"),
         (containing(b"{}"), r"adapter_config.json is no adapter's config \(.*\); copy the adapter again"),
@@ -121,3 +131,14 @@ def test_an_adapter_is_known_and_checked_with_its_base(
     naming(str(copy))(Path(shutil.copytree(adapter, tmp_path / "other")))
     with pytest.raises(UsageError, match=r"base is damaged \(model.safetensors has \d+ bytes, not 1\)"):
         student_folder(str(tmp_path / "other"))
+
+
+def test_an_adapter_without_a_tokenizer_says_where_to_take_one_from(
+    adapter: Path, sft_rows: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    without_tokenizer(copy)
+    fault = "copy has no tokenizer; copy tokenizer.json and tokenizer_config.json of its base model into it"
+    with pytest.raises(UsageError, match=fault):
+        train_rows("sft", copy, sft_rows, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

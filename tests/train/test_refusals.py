@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from cotree.base.errors import UsageError
 from cotree.base.rows import write_jsonl
 from cotree.data.kinds import check_file
 from cotree.models.encode import EncodedPair
+from cotree.models.tokenizer import load_tokenizer
 from cotree.train.model import load_model
 from cotree.train.rows import sft_weights
 from cotree.train.run import train
 from cotree.train.settings import DPO, SFT, LoRA
-from cotree.train.student import family_of, student_sha256
+from cotree.train.student import family_of, student_config, student_sha256
 
 CHAINS = SFT(batch_size=4, learning_rate=1e-3, save_steps=1)
 
@@ -56,6 +58,33 @@ def test_a_model_that_is_not_whole_is_refused(
     with pytest.raises(UsageError, match=fault):
         train("sft", sft_rows, copy, tmp_path / "run", settings=CHAINS, seed=0)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_are_a_pickle_are_refused(student: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    with pytest.raises(UsageError, match=r"cannot load the student .*copy: .*model\.safetensors"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_models_folder_is_never_run(
+    file: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers itself asks on a terminal whether it should be, and runs it after a yes."""
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+    (copy / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    names = {"auto_map": {"AutoConfig": "code.Own", "AutoTokenizer": ["code.Own", None]}, "model_type": "own"}
+    names |= {"tokenizer_class": "Own"}
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | names))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with suppress(UsageError):
+        load_tokenizer(copy)
+    if file == "config.json":
+        with pytest.raises(UsageError, match="custom code"):
+            student_config(copy)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_adapter_that_is_not_whole_is_refused(student: Path, sft_rows: Path, tmp_path: Path) -> None:

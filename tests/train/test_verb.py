@@ -77,6 +77,23 @@ def test_the_same_command_trains_resumes_and_is_done(student: Path, rows: Path, 
     assert {path.name for path in Path.cwd().iterdir()} == {"whole", "trained"}
 
 
+def test_what_becomes_of_a_training_whose_record_is_damaged_is_one_line(student: Path, rows: Path) -> None:
+    out, told = Path("trained"), Recorder()
+    first = train_rows("sft", student, rows, out, overrides=SETTINGS)
+    (out / "node.json").write_bytes(b"\x00" * 20)
+    assert train_rows("sft", student, rows, out, overrides=SETTINGS, output=told) == first
+    fault = "trained: node.json is damaged; "
+    assert told.lines[0] == f"{fault}taken for a training of this student on these rows with these settings"
+    assert told.steps == []
+    with pytest.raises(KeyboardInterrupt):
+        train_rows("sft", student, rows, out, overrides=[*SETTINGS, "seed=1"], output=Recorder(stop=1))
+    (out / "node.json").write_bytes(b"{")
+    again = Recorder()
+    train_rows("sft", student, rows, out, overrides=SETTINGS, output=again)
+    assert again.lines[0] == f"{fault}moved to older/unknown" and again.steps == []
+    assert (out / "older" / "unknown").is_dir()
+
+
 def test_other_settings_keep_the_old_content_which_comes_back(student: Path, rows: Path) -> None:
     out = Path("trained")
     first = train_rows("sft", student, rows, out, overrides=SETTINGS)

@@ -16,6 +16,17 @@ class CotreeError(Exception):
     exit_code = 1
 
 
+class RefusedError(CotreeError):
+    """A model's server refuses a request for what is in it, a prompt that is too long for example.
+
+    words: the server's own.
+    """
+
+    def __init__(self, message: str, words: str) -> None:
+        super().__init__(message)
+        self.words = words
+
+
 class UsageError(CotreeError):
     """Bad input, found before any work started (exit code 2): nothing was called, written or lost."""
 

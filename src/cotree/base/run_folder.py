@@ -38,8 +38,8 @@ from cotree.base.errors import UsageError
 Kind = Literal["trees", "datasets", "students", "evaluations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _BEAT_SECONDS = 5.0
-# Of these a node's record has the sha256; weights and stores have checks of their own, and a card may be edited.
-_HASHED = (".parquet", ".json", ".jsonl")
+# Of these a node's record has the sha256; weights and stores have checks of their own.
+_HASHED = (".parquet", ".json", ".jsonl", ".md")
 _PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
 
 
@@ -95,6 +95,11 @@ class NodeFolder:
         if self.record() is not None or not self._entries(self.path):
             return ""
         return f"node.json is {'damaged' if (self.path / 'node.json').exists() else 'gone'}"
+
+    def taken_for(self, record: NodeRecord, what: str) -> str:
+        """A line about content without a record: what `begin(record)` does with it; "" where there is none."""
+        lost, place = self.without_record(), self.older / record.base
+        return lost and f"{self.path}: {lost}; {'moved to older/unknown' if place.is_dir() else f'taken for {what}'}"
 
     def complete(self, fingerprint: str) -> bool:
         """Whether the content of this fingerprint is there, finished and with all its files as they were written."""

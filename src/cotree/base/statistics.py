@@ -62,6 +62,23 @@ def bootstrap_interval(values: Sequence[float], *, draws: int = 2_000, seed: int
     return float(low), float(high)
 
 
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float], *, draws: int = 2_000) -> tuple[float, float]:
+    """The 95% percentile-bootstrap interval of sum(parts) / sum(wholes) over questions, such as pairs a token.
+
+    Args:
+        parts, wholes: a number of each for every question.
+    """
+    import numpy as np
+
+    rng, above, below = np.random.default_rng(0), np.array(parts, dtype=float), np.array(wholes, dtype=float)
+    found = []
+    for _ in range(draws):
+        drawn = rng.integers(0, len(above), len(above))
+        found.append(above[drawn].sum() / max(below[drawn].sum(), 1e-9))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of "one of k samples is correct" from n samples with c correct (Chen et al. 2021).
 

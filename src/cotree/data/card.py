@@ -35,7 +35,8 @@ _SAMPLES = 3
 
 
 def write_card(folder: Path, name: str, rules: Rules, about: Mapping[str, Any]) -> None:
-    """Write `README.md` and `figures/*.svg` beside the `train.parquet` of a folder.
+    """Write `README.md` and `figures/*.svg` beside the `train.parquet` of a folder; another card that was there, cut or
+    edited, becomes `README.before.md`.
 
     about: `name` of the run, `recipe` (YAML), `models` ({name: where it comes from and its licence}); each may be
     missing.
@@ -55,7 +56,10 @@ def write_card(folder: Path, name: str, rules: Rules, about: Mapping[str, Any]) 
     shown: dict[str, Any] = {"name": name, "about": about, "rules": rules, "reasons": REASONS, "figures": figures}
     shown["shortened"] = shortened
     shown["samples"] = list(islice(product(first_of_task.values(), sides), _SAMPLES))
-    write_text(folder / "README.md", _rendered("card.md.jinja", own_recipe=yaml.safe_dump(own_recipe), **shown))
+    card, text = folder / "README.md", _rendered("card.md.jinja", own_recipe=yaml.safe_dump(own_recipe), **shown)
+    if card.is_file() and card.read_bytes() not in (b"", text.encode()):
+        card.replace(folder / "README.before.md")  # its owner may have edited it
+    write_text(card, text)
 
 
 def histogram(values: Sequence[float], title: str) -> str:

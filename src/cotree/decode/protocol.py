@@ -6,6 +6,7 @@ request. The reported usage is what was really generated and read.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -48,11 +49,27 @@ def _has_effect(key: str, value: Any) -> bool:
     return value not in neutral or isinstance(value, bool) != isinstance(neutral[0], bool)
 
 
+def _shortened(text: str) -> str:
+    """Both ends of a text: names that a client made up can be as long as its request."""
+    return text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one with a key twice means one thing here and another to the next reader, so it is refused."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Refusal(400, f"`{twice}` stands twice in one JSON object; send it once", twice)
+    return found
+
+
 class Refusal(Exception):  # noqa: N818 - not every refusal is an error
     """A refusal in OpenAI's form: HTTP `status` and JSON `body`."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
+        message, param = _shortened(message), param and _shortened(param)
         kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -190,8 +207,10 @@ async def read_body(request: web.Request, kind: type[Body]) -> Body:
         # Without a type it is octet-stream.
         if not request.content_type.endswith(("json", "octet-stream")):
             raise Refusal(400, f"the body must be application/json, not {request.content_type}")
-        # Unlike Python's parser it refuses halves of characters and NaN, and bounds depth.
-        return kind.model_validate(from_json(data, allow_inf_nan=False))
+        # Unlike Python's parser, which alone sees a key that stands twice, it refuses halves of characters and NaN, and
+        # bounds depth.
+        from_json(data, allow_inf_nan=False)
+        return kind.model_validate(json.loads(data, object_pairs_hook=_object_of))
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"])) or None

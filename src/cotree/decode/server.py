@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import os
 import socket
 import time
@@ -17,10 +18,11 @@ from functools import partial
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from yarl import URL
 
-from cotree.base.errors import CotreeError, UsageError, first_cotree_error
+from cotree.base.errors import CotreeError, RefusedError, UsageError, first_cotree_error
 from cotree.base.progress import Output
 from cotree.decode.answer import read_settings
 from cotree.decode.protocol import Body, ChatBody, Refusal, TextBody, read_body, reply_json, settings_for_request
@@ -99,7 +101,7 @@ class Server:
         except web.HTTPException as error:
             refusal = Refusal(error.status, error.reason)
         except CotreeError as error:
-            refusal = Refusal(400 if isinstance(error, UsageError) else 502, str(error))
+            refusal = _refusal_of(error)
         headers = {"Retry-After": "1"} if refusal.status == 429 else None
         return web.json_response(refusal.body, status=refusal.status, headers=headers)
 
@@ -196,7 +198,7 @@ class Server:
             with first_cotree_error():
                 found = searching.result()
         except CotreeError as error:
-            await send(Refusal(502, str(error)).body)
+            await send(_refusal_of(error).body)
             return response
         finally:
             searching.cancel()
@@ -208,6 +210,18 @@ class Server:
             await send({**reply, "choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+def _refusal_of(error: CotreeError) -> Refusal:
+    """What a client is told of a search that failed: 400 where its own request is at fault, else 502."""
+    if isinstance(error, RefusedError):
+        return Refusal(400, f"the model's server refuses this request: {error.words}")
+    return Refusal(400 if isinstance(error, UsageError) else 502, str(error))
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of aiohttp's log is about a fault of this server, and not about what a client sent."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
 
 
 def serve(
@@ -238,6 +252,7 @@ def serve(
     def show(_: str) -> None:
         output.print(f"serving {', '.join(server.names)} at {address} (Ctrl-C ends it)")
 
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
     app = server.app()
     app.cleanup_ctx.append(open_models)
     # A handler ends when its client leaves, and the search with it.

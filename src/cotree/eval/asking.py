@@ -156,9 +156,10 @@ class _RunningEvaluation:
         if sample is None:
             return False
         judged_by = (sample.verdict_version, sample.reference_hash)
-        if sample.verdict == "undecided" or judged_by != (VERDICT_VERSION, _reference_hash(task, question)):
+        undecided = "undecided" in (sample.verdict, sample.lenient_verdict) or None in (sample.tree_correct or ())
+        if undecided or judged_by != (VERDICT_VERSION, _reference_hash(task, question)):
             sample = await _judge(task, question, sample)
-        if sample is not self._last_lines[key]:
+        if sample != self._last_lines[key]:
             append_line(self._journal, asdict(sample))
         self.samples[key] = sample
         return True
@@ -178,10 +179,7 @@ async def _judge(task: Task, question: Question, sample: EvalSample) -> EvalSamp
         lenient = await asyncio.to_thread(task.judge, question, sample.response, sample.finish_reason, "lenient")
     tree_correct = None
     if sample.tree_answers is not None:
-        tree_correct = [
-            answer is not None and (await asyncio.to_thread(task.verify, answer, question)).kind == "correct"
-            for answer in sample.tree_answers
-        ]
+        tree_correct = [await _is_correct(task, question, answer) for answer in sample.tree_answers]
     return replace(
         sample,
         verdict=verdict.kind,
@@ -194,6 +192,14 @@ async def _judge(task: Task, question: Question, sample: EvalSample) -> EvalSamp
         verdict_version=VERDICT_VERSION,
         reference_hash=_reference_hash(task, question),
     )
+
+
+async def _is_correct(task: Task, question: Question, answer: str | None) -> bool | None:
+    """Whether the answer of a tree's chain is correct; None where that could not be judged."""
+    if answer is None:
+        return False
+    kind = (await asyncio.to_thread(task.verify, answer, question)).kind
+    return None if kind == "undecided" else kind == "correct"
 
 
 def _reference_hash(task: Task, question: Question) -> str:

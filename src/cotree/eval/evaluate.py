@@ -31,7 +31,7 @@ from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
 from cotree.models.llama_cpp import serve
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer, token_counter
-from cotree.models.weights import gguf_file, identity, locate, parse_model, tokenizer_source
+from cotree.models.weights import PACKAGED, gguf_file, identity, locate, parse_model, tokenizer_source
 from cotree.tasks.base import VERDICT_VERSION, Asked, Split
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ def evaluate_model(
     if name is None:
         weights = Path(model)
         own_name = weights.resolve().parent.name if weights.name == "model" else weights.stem  # STUDENT/model
+        own_name = model if model in PACKAGED else own_name  # whose names have dots
         name = source.model if source.weights is None else own_name
         folder_name = re.sub(r"[^\w.-]+", "_", name)
     folder = out or Path("runs") / "evals" / require_name(str(folder_name), "--name")
@@ -220,9 +221,10 @@ def evaluate_model(
         else:
             check_lengths(*local_model(source, asking), questions, asking, name=name)
     with locked(folder, other=_OTHER):
-        if lost := node.without_record():
-            output.print(f"{folder}: {lost}; taken for an evaluation of this model with these settings")
-        with node.working(node.begin(_record(source, questions, asking))) as work:
+        record = _record(source, questions, asking)
+        if line := node.taken_for(record, "an evaluation of this model with these settings"):
+            output.print(line)
+        with node.working(node.begin(record)) as work:
             scores = evaluate(source, questions, asking, folder, name=name, available=available, output=output)
             work.result |= scores.model_dump()
             work.add_files(*FILES)
@@ -239,7 +241,8 @@ def _folder(folder: Path) -> NodeFolder:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; --out names the folder of the results")
     node = NodeFolder(folder)
-    if not (folder / "node.json").is_file() and not node.older.is_dir() and any(folder.glob("[!.]*")):
+    known = any((folder / name).exists() for name in ("node.json", JOURNAL, "older"))
+    if not known and any(folder.glob("[!.]*")):
         raise UsageError(f"{folder} holds other files; choose another --out or --name")
     return node
 

@@ -2,6 +2,7 @@
 
 A line is written whole or not at all, so what was asked before a kill is asked once. Lines are only ever appended; of
 several about one sample (judged again by newer code, or asked again because its question was changed) the last counts.
+Each ends with its checksum, `crc32`; an older cotree's have none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,7 @@ class EvalSample:
     prompt_hash: sha256 of the conversation before any chat template, so it is the same for all models.
     decoding: the search that chose the reply, "" for plain sampling.
     tree_answers, tree_correct: of a tree the answer of each of its chains, in the order in which they ended, and
-        whether it is correct.
+        whether it is correct (None: it could not be judged).
     verdict_version, reference_hash: the version of the code that judged, and the hash of the reference answer (and what
         else of the question a verdict depends on) that it judged by.
     """
@@ -61,7 +64,7 @@ class EvalSample:
     top_p: float = 1.0
     decoding: str = ""
     tree_answers: Sequence[str | None] | None = None
-    tree_correct: Sequence[bool] | None = None
+    tree_correct: Sequence[bool | None] | None = None
     verdict_version: int = 0
     reference_hash: str = ""
 
@@ -78,6 +81,7 @@ class EvalSample:
 
 
 _SAMPLE = TypeAdapter(EvalSample)
+_CHECKSUM = re.compile(rb', "crc32": (\d+)}$')  # of the line without it
 
 
 def read_samples(path: Path) -> list[EvalSample]:
@@ -100,14 +104,30 @@ def read_all_lines(path: Path) -> tuple[list[EvalSample], int]:
 
 def read_lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], int]:
     """What a file of JSON lines holds, nothing where there is no file, and how many of its lines are damaged: no JSON,
-    or refused by `parse` with a ValueError. A last line that a kill cut in half is left out and not counted."""
+    not as their checksum says, or refused by `parse` with a ValueError. A last line that a kill cut in half is left out
+    and not counted."""
     found, damaged = [], 0
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         try:
-            found.append(parse(json.loads(line)))
+            found.append(parse(json.loads(_checked(line))))
         except (ValueError, RecursionError):
             damaged += 1
     return found, damaged
+
+
+def _checked(line: bytes) -> bytes:
+    """A line without its checksum, if it has one.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    kept = _CHECKSUM.search(line)
+    if kept is None:
+        return line
+    line = line[: kept.start()] + b"}"
+    if zlib.crc32(line) != int(kept[1]):
+        raise ValueError("not as it was written")
+    return line
 
 
 def damaged_lines(count: int) -> str:
@@ -124,12 +144,13 @@ def by_task_turn(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[Eval
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line, whole or not at all; half a line that a kill left at the end is removed.
+    """Append one JSON line with its checksum, whole or not at all; half a line that a kill left at the end is removed.
 
     Raises:
         CotreeError: it cannot be written (disk full, no permission).
     """
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    content = json.dumps(row, ensure_ascii=False).encode()
+    line = content[:-1] + f', "crc32": {zlib.crc32(content)}}}\n'.encode()
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:

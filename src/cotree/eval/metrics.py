@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,11 +39,13 @@ _TEST_AT = (1, 8, 32)
 
 def score_samples(model: str, questions: Sequence[Asked], samples: Sequence[EvalSample], folder: Path) -> ModelScores:
     """All scores of a model's samples; may wait for the math workers, where answers vote."""
+    undecided = {(sample.task, sample.id) for sample in samples if not sample.turn and sample.verdict == "undecided"}
+    judged = [(task, question) for task, question in questions if (question.task, question.id) not in undecided]
     return ModelScores(
         model=model,
         rows=score_tasks(questions, samples),
         instructions=instruction_scores(questions, samples),
-        baselines=constant_baselines(questions),
+        baselines=constant_baselines(judged),
         tokens=TokensUsed(prompt=sum(s.prompt_tokens for s in samples), completion=sum(s.tokens for s in samples)),
         folder=folder,
     )
@@ -75,6 +77,8 @@ def _score_task(
     numbers |= {reason: counts[reason] / len(samples) for reason in ("loop", "truncated", "finished_without_answer")}
     numbers |= {name: getattr(first, name) for name in ("decoding", *SAMPLING)}
     accuracy, low, high = _estimate([fmean(s.verdict == "correct" for s in found) for found in by_question.values()])
+    # A text without a strict answer may have a lenient one that could not be judged.
+    lenient = without_undecided({id_: [_leniently(s) for s in found] for id_, found in by_question.items()})
     majority = None
     if n > 1 and task.comparable:
         majority = _estimate([_vote(*asked[found[0].task, found[0].id], found) for found in by_question.values()])
@@ -87,7 +91,7 @@ def _score_task(
         accuracy=accuracy,
         low=low,
         high=high,
-        lenient=fmean((sample.lenient_verdict or sample.verdict) == "correct" for sample in samples),
+        lenient=fmean(s.verdict == "correct" for found in lenient.values() for s in found) if lenient else None,
         no_answer=(len(samples) - answered) / len(samples),
         accuracy_answered=counts["correct"] / answered if answered else None,
         commonest=commonest,
@@ -105,6 +109,11 @@ def without_undecided(by_question: Mapping[str, Sequence[EvalSample]]) -> dict[s
     return {id_: found for id_, found in by_question.items() if all(sample.verdict != "undecided" for sample in found)}
 
 
+def _leniently(sample: EvalSample) -> EvalSample:
+    """The sample with its lenient verdict in place of the strict one."""
+    return replace(sample, verdict=sample.lenient_verdict or sample.verdict)
+
+
 def _verdict_or_reason(sample: EvalSample) -> str:
     """The verdict "correct" or "wrong", or why there is no answer: a loop, cut off by max_tokens, or finished."""
     if sample.verdict != "no_answer":
@@ -115,10 +124,10 @@ def _verdict_or_reason(sample: EvalSample) -> str:
 
 
 def _test_at(questions: Sequence[Sequence[EvalSample]]) -> dict[str, Estimate]:
-    """Test@k over questions: of independent samples by the formula, of trees by their first k chains."""
+    """Test@k over questions: of independent samples by the formula, of trees by their first k judged chains."""
     first = questions[0]
     if first[0].tree_correct is not None:
-        trees = [[sample.tree_correct or [] for sample in found] for found in questions]
+        trees = [[[c for c in s.tree_correct or () if c is not None] for s in found] for found in questions]
         most = max(len(tree) for of_question in trees for tree in of_question)
         of_trees = [k for k in _TEST_AT if k <= most and len(first) >= statistics.MIN_TREES]
         return {str(k): _estimate([statistics.tree_test_at_k(each, k) for each in trees]) for k in of_trees}

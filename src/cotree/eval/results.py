@@ -154,16 +154,20 @@ def _question_columns(task: Task, question: Question, prompts: Sequence[str], as
 
 
 def _reply_columns(task: Task, requests: Sequence[Sequence[EvalSample]], filter_name: str) -> Row:
-    """The columns of a row that say what was replied, and what a filter extracts from it."""
+    """The columns of a row that say what was replied, and what a filter extracts from it.
+
+    `exact_match` is None, and in no metric, where a sample could not be judged, as in `TaskScores`.
+    """
     mode = _FILTERS[filter_name]
     samples = [sample for request in requests for sample in request]
     verdicts = [s.verdict if mode == "strict" else s.lenient_verdict or s.verdict for s in samples]
     answers = [[task.extract(s.response, s.finish_reason, mode) or "[invalid]" for s in each] for each in requests]
+    exact = None if "undecided" in verdicts else fmean(verdict == "correct" for verdict in verdicts)
     return {
         "resps": [[sample.response for sample in request] for request in requests],
         "filtered_resps": [found[0] if len(found) == 1 else found for found in answers],
         "filter": filter_name,
-        "exact_match": fmean([verdict == "correct" for verdict in verdicts if verdict != "undecided"] or [0.0]),
+        "exact_match": exact,
         "cotree": {
             "verdicts": verdicts,
             "finish_reasons": [sample.finish_reason for sample in samples],
@@ -176,7 +180,10 @@ def _metrics(name: str, rows: Sequence[Row], scores: ModelScores) -> dict[str, A
     """lm-eval's metrics of one task, each by filter: "exact_match,strict-match"."""
     found: dict[str, Any] = {"name": name, "alias": name, "sample_len": len({row["doc_id"] for row in rows})}
     for filter_name in dict.fromkeys(row["filter"] for row in rows):
-        values = [float(row["exact_match"]) for row in rows if row["filter"] == filter_name]
+        exact = [row["exact_match"] for row in rows if row["filter"] == filter_name]
+        values = [float(value) for value in exact if value is not None]
+        if not values:
+            continue
         found[f"exact_match,{filter_name}"] = fmean(values)
         found[f"exact_match_stderr,{filter_name}"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else "N/A"
     doc = rows[0]["doc"]

@@ -23,6 +23,7 @@ from cotree.experiment.recipe import Node, Recipe, Student
 from cotree.experiment.state import State, equal_content, run_folder, states_of
 from cotree.models.weights import locate, parameter_count
 from cotree.search.settings import Matrix, Trees
+from cotree.train.settings import Optimizer
 
 _MB = 10**6
 # Records keep tenths of seconds, so work that took less may have none.
@@ -45,7 +46,8 @@ class NodePlan:
     """A node's state (done, partial, new, changed; why), and the cost of bringing it up to date.
 
     tokens: that models would generate, or that training would see. seconds: on this machine. memory_mb: of training at
-    its peak. disk_mb: that its content takes. Each is None where it cannot be known. cells: of evaluations only.
+    its peak. disk_mb: of training at its peak, checkpoints included. Each is None where it cannot be known. cells: of
+    evaluations only.
     """
 
     name: str
@@ -193,15 +195,31 @@ class _Estimates:
     def _add_training(self, planned: NodePlan, node: Node[Student]) -> NodePlan:
         """The plan of a student with the disk it takes and, once its rows are there, its tokens, time and memory."""
         weights = locate(str(self.recipe.models[self.recipe.root_model(node.name)].weights))
-        planned = replace(planned, disk_mb=round(5 * parameter_count(weights) / _MB))
+        parameters, training = parameter_count(weights), node.settings.training
+        planned = replace(planned, disk_mb=round(disk_bytes(parameters, training, None) / _MB))
         rows = self.run.node(f"datasets/{node.settings.data}").path / "train.parquet"
         if not rows.is_file():
             return planned
         from cotree.train.plan import plan as plan_training
 
-        found = plan_training(rows, weights, node.settings.training, node.seed)
-        memory = round(found.peak_bytes / _MB)
-        return replace(planned, tokens=found.tokens, seconds=_tenths_up(found.seconds), memory_mb=memory)
+        found = plan_training(rows, weights, training, node.seed)
+        memory, disk = (round(each / _MB) for each in (found.peak_bytes, disk_bytes(parameters, training, found.steps)))
+        return replace(planned, tokens=found.tokens, seconds=_tenths_up(found.seconds), memory_mb=memory, disk_mb=disk)
+
+
+def disk_bytes(parameters: int, settings: Optimizer, steps: int | None) -> int:
+    """About the disk that training needs at its peak: when the model is stored beside the checkpoints, each of them its
+    weights and two moments of each; later its GGUF.
+
+    steps: how many there are; None where that is not known.
+    """
+    if settings.lora:
+        kept = 0  # their weights are the adapter's
+    elif settings.probe and settings.probe.keep == "best":
+        kept = 3  # the last two and the best
+    else:
+        kept = 2 if steps is None else min(2, (steps - 1) // settings.save_steps)
+    return max(4 + 12 * kept, 4 + 1) * parameters
 
 
 def _thoughts_of_tree(pattern: Matrix, rollouts: int) -> float:

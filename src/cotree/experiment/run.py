@@ -133,7 +133,7 @@ def _write_results(folder: RunFolder, recipe: Recipe, output: Output, out: Path 
 
 
 def _bring_up_to_date(worker: Worker, state: State) -> None:
-    """Make the content of a node or cell, unless it is complete or was kept from before."""
+    """Make the content of a node or cell, unless it is complete or comes back from `older/`."""
     wanted, output = state.fingerprint, worker.output
     folder = worker.run.node(state.node.id, state.model)
     assert wanted is not None
@@ -141,10 +141,10 @@ def _bring_up_to_date(worker: Worker, state: State) -> None:
         return
     record = folder.begin(NodeRecord(wanted.of, wanted.base, parts=wanted.parts, reads=state.node.reads))
     if record.done:
-        output.print(f"{state.name}: kept from before")
+        output.print(f"{state.name}: taken back from older/")
         return
     if state.lost:
-        output.print(f"{state.name}: {state.lost}; made again of what is there")
+        output.print(f"{state.name}: {state.lost}; made again from what is whole")
     output.print(f"{state.name}: {'going on' if state.state == 'partial' else 'begins'}")
     started = time.monotonic()
     with first_cotree_error(), folder.working(record) as work:

@@ -127,7 +127,7 @@ def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: s
         return State(node, model, "partial", why, wanted, asks=asks or not (same and record.done))
     if folder.older_record(wanted.base) is not None:
         whole = NodeFolder(folder.older / wanted.base).complete(wanted.of)
-        return State(node, model, "done" if whole else "partial", ("kept from before",), wanted)
+        return State(node, model, "done" if whole else "partial", ("comes back from older/",), wanted)
     if record is None and (lost := folder.without_record()):
         return State(node, model, "partial", (lost,), wanted, asks=asks)
     if record is None:

@@ -7,6 +7,7 @@ to be whole).
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -52,6 +53,15 @@ def tokenizer_of(recipe: Recipe, name: str, *, chats: bool = True) -> PreTrained
     source = tokenizer_source(recipe.models[recipe.root_model(name)])
     assert source is not None, "weights carry one, and a recipe that loads counts with no model that has none"
     return load_tokenizer(source, chats=chats)
+
+
+def _without_folders(value: Any) -> Any:
+    """Plain data with the file's name alone in the place of each absolute path."""
+    if isinstance(value, dict):
+        return {_without_folders(key): _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [*map(_without_folders, value)]
+    return value.rpartition("/")[2] if isinstance(value, str) and re.fullmatch(r"(/[^/\n]+)+", value) else value
 
 
 class Worker:
@@ -173,13 +183,10 @@ class Worker:
 
     def _about(self, sources: Sequence[Node[Trees]]) -> dict[str, Any]:
         """What a dataset's card says of where it comes from, without the places of servers and files."""
-        recipe = yaml.safe_load(yaml.safe_dump(dict(self.recipe.written)))
-        for entry in [*(recipe.get("models") or {}).values(), *(recipe.get("datasets") or {}).values()]:
+        recipe = _without_folders(yaml.safe_load(yaml.safe_dump(dict(self.recipe.written))))
+        for entry in (recipe.get("models") or {}).values():
             for key in ("url", "api_key_env"):
                 entry.pop(key, None)
-            for key in ("weights", "base", "tokenizer", "file"):
-                if str(entry.get(key, "")).startswith("/"):
-                    entry[key] = Path(entry[key]).name
         writers = dict.fromkeys(name for source in sources for name in source.settings.writers)
         return {
             "name": self.recipe.name,

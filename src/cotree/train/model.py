@@ -169,6 +169,8 @@ def _load_weights(source: str | Path) -> Any:
                 attn_implementation=ATTENTION,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -72,8 +72,9 @@ def adapter_base(folder: Path) -> str | None:
     on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) and not Path(base).exists()
     if not on_hub and not (Path(base) / "config.json").is_file():
         raise UsageError(f"the base of the adapter {folder} is not at {base} (no config.json there); {_BASE_FIX}")
-    if not any(folder.glob("adapter_model.*")):
-        raise UsageError(f"the adapter {folder} has no adapter_model.safetensors; copy the adapter again")
+    if not (folder / "adapter_model.safetensors").is_file():
+        fix = "copy the adapter again, or save it with PEFT of today"
+        raise UsageError(f"the adapter {folder} has no adapter_model.safetensors; {fix}")
     return base
 
 
@@ -179,7 +180,7 @@ def student_config(source: Path) -> Any:
         return AutoConfig.for_model(**gguf_config(GGUF(source)))
     base = adapter_base(source)
     try:
-        config = AutoConfig.from_pretrained(base or str(source))
+        config = AutoConfig.from_pretrained(base or str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         fault = f"cannot load the student {source}: {str(error).splitlines()[0][:200]}"
         raise UsageError(f"{fault}; its base is {base}: {_BASE_FIX}" if base else fault) from error

@@ -80,7 +80,10 @@ def train_rows(
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     node = NodeFolder(out)
     with _locked(out):
-        record = node.begin(NodeRecord(fingerprint, fingerprint, parts))
+        record = NodeRecord(fingerprint, fingerprint, parts)
+        if line := node.taken_for(record, "a training of this student on these rows with these settings"):
+            output.print(line)
+        record = node.begin(record)
         if record.done:
             check_weights(out / "model")
             output.print(f"{out} is done: this student on these rows with these settings")
