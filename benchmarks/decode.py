@@ -108,6 +108,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     def settings(temperature: float) -> Search:
         return Search(
             rollouts=options.budget,
+            ends="line",
             patterns=["plain"],
             max_thought_tokens=32,
             max_reflections=1,

@@ -38,7 +38,7 @@ def grow(search: TreeSearch, size: int, leaves: int = 4) -> None:
                 for thought in thoughts if request.type == "answer" else ():
                     thought.verdict = "correct" if right else "wrong"
                     thought.reward = float(right)
-                rollout.feed(thoughts)
+                rollout.feed([[thought] for thought in thoughts])
         for rollout in rollouts:
             search.tell(rollout)
             for node in rollout.written:

@@ -1,10 +1,14 @@
-"""Is the tree worth its tokens? MCTS with and without reflection beside sampling, each tuned on dev questions.
+"""Is the tree worth its tokens? Search beside sampling at equal generated tokens, each tuned on dev questions.
 
-    python -m benchmarks.worth                     the embedded model, half an hour on two cores
-    python -m benchmarks.worth --questions 4 --temperatures 0.7     a few minutes
+    python -m benchmarks.worth                          the demo's tasks and model, half an hour on two cores
+    python -m benchmarks.worth --recipe recipes/gsm8k.yaml     GSM8K and Qwen2.5-Coder-0.5B (`make real`), two hours
+    python -m benchmarks.worth --task gsm8k --model NAME       that recipe's search with another model, or another task
 
-Each method gets the same grid of temperatures on dev questions and is reported, at its own best, on others; sampling
-gets as many generated tokens for a question as the tree it stands beside. Writes benchmarks/out/worth.json.
+Three ways: the recipe's search (`mcts`), independent chains that begin as its trees do (`sampling`: the same worked
+examples and first words), and what a user would do without cotree (`plain`: the model's own chat template, the plain
+question, to the end of its turn). Each gets the same grid of temperatures on dev questions and is reported, at its own
+best, on others; for each question both samplings get as many generated tokens as the tree that is reported. Writes
+benchmarks/out/worth.json.
 """
 
 from __future__ import annotations
@@ -12,8 +16,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +25,8 @@ from typing import Any
 
 from cotree.experiment.recipe import load_recipe
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.report.templates import lines
+from cotree.models.settings import Model
+from cotree.models.weights import parse_model
 from cotree.search.journal import Journal
 from cotree.search.settings import Trees
 from cotree.search.store import TreeStore
@@ -34,77 +39,139 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "out" / "worth.json"
 
 
-async def both(
-    endpoints: dict[str, Endpoint], settings: Trees, questions: list[Asked], seed: int
-) -> tuple[MethodResult, MethodResult]:
-    """The results of the search under these settings, and of sampling at its tokens."""
-    sampling = settings.model_copy(update={"method": "sampling", "tokens_of": "search"})
-    with (
-        tempfile.TemporaryDirectory() as name,
-        Journal(Path(name) / "journal.db") as journal,
-        TreeStore(Path(name) / "search.db") as grown,
-        TreeStore(Path(name) / "sampling.db") as sampled,
-    ):
-        more: dict[str, Any] = {"endpoints": endpoints, "config": "", "seed": seed}
-        await TreeGrower(grown, journal, settings, **more).grow(questions)
-        budgets = {tree.question_name: tree.completion_tokens for tree in grown.trees()}
-        await TreeGrower(sampled, journal, sampling, budgets=budgets, **more).grow(questions)
-        stores = {"mcts": grown, "sampling": sampled}
-        first, second = compare_methods({key: trees_of(store, questions, "") for key, store in stores.items()})
-        return first, second
+def ways_of(search: Trees) -> dict[str, Trees]:
+    """The search of a recipe, and the two ways of sampling that stand beside it."""
+    sampling = {"method": "sampling", "tokens_of": "mcts"}
+    whole = {"ends": "paragraph", "examples": 0, "patterns": ["solution"], "thoughts": {}, "max_reflections": 0}
+    written = search.model_dump(exclude_unset=True)
+    plain = {key: value for key, value in written.items() if key not in whole}
+    chain = {"max_chain_tokens": max(512, search.max_chain_tokens)}  # without examples they are longer
+    return {
+        "mcts": search,
+        "sampling": search.model_copy(update=sampling),
+        "plain": Trees.model_validate(plain | whole | sampling | chain),
+    }
 
 
-def drawn(names: list[str], split: Split, count: int) -> list[Asked]:
-    return [(task(name), question) for name in names for question in task(name).questions(split, count)]
+class Bench:
+    """Grows trees of one model with everything that was asked before in a journal; stores and journal stay in `folder`.
+
+    A run that was stopped goes on where it was, and a question costs the same tokens in every way.
+    """
+
+    def __init__(self, endpoints: Mapping[str, Endpoint], folder: Path, seed: int) -> None:
+        self.endpoints, self.folder, self.seed = endpoints, folder, seed
+        self.seconds: dict[str, float] = {}
+
+    async def grow(self, name: str, settings: Trees, questions: list[Asked], budgets_of: str | None = None) -> None:
+        """Grow the trees of one way into the store `name`; for sampling `budgets_of` is a store with each budget."""
+        budgets, config = None, settings.model_dump_json(exclude={"questions", "split"})
+        if budgets_of is not None:
+            with TreeStore(self.folder / f"{budgets_of}.db") as other:
+                budgets = {tree.question_name: tree.completion_tokens for tree in other.trees()}
+        started = time.monotonic()
+        with Journal(self.folder / "journal.db") as journal, TreeStore(self.folder / f"{name}.db") as store:
+            more: dict[str, Any] = {"endpoints": self.endpoints, "config": config, "seed": self.seed}
+            await TreeGrower(store, journal, settings, budgets=budgets, **more).grow(questions)
+        self.seconds[name] = round(time.monotonic() - started, 1)
+
+    def result(self, way: str, name: str, settings: Trees, questions: list[Asked]) -> MethodResult:
+        """What a way found."""
+        config = settings.model_dump_json(exclude={"questions", "split"})
+        with TreeStore(self.folder / f"{name}.db") as store:
+            return compare_methods({way: trees_of(store, questions, config)})[0]
 
 
-def goal(result: MethodResult) -> float:
-    """What is tuned for: a pair needs both kinds of chains."""
-    return result.pairs_per_question
+def drawn(counts: Mapping[str, int], split: Split) -> list[Asked]:
+    return [(task(name), question) for name, count in counts.items() for question in task(name).questions(split, count)]
 
 
-async def measure(count: int, dev: int, temperatures: list[float], seed: int) -> dict[str, Any]:
-    recipe = load_recipe(ROOT / "recipes" / "laptop.yaml", [f"seed={seed}"])
-    search = recipe.nodes["trees/train"].settings
-    names = list(search.questions)
-    methods = {"mcts": 0, "mcts with reflection": search.max_reflections or 1}
-    result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "seed": seed, "tuned": {}, "reported": {}}
-    models = {name: recipe.models[name] for name in search.writers}
-    async with open_endpoints(models, widest=search.widest) as endpoints:
+def line(result: MethodResult, seconds: float) -> str:
+    """The figures of one way, in a line."""
 
-        async def at(temperature: float, reflections: int, asked: list[Asked]) -> tuple[MethodResult, MethodResult]:
-            changed = search.model_copy(update={"temperature": temperature, "max_reflections": reflections})
-            return await both(endpoints, changed, asked, seed)
+    def share(name: str) -> str:
+        value, low, high = getattr(result, name)
+        return f"{100 * value:5.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
-        for name, reflections in methods.items():
-            grid: dict[float, tuple[MethodResult, MethodResult]] = {}
-            for temperature in temperatures:
-                grid[temperature] = await at(temperature, reflections, drawn(names, "dev", dev))
-                print(f"dev  {name}  temperature {temperature}: {_pairs(grid[temperature][0])}", flush=True)
-            ours = max(temperatures, key=lambda t: goal(grid[t][0]))
-            theirs = max(temperatures, key=lambda t: goal(grid[t][1]))
-            result["tuned"][name] = {"mcts": ours, "sampling": theirs}
-            asked = drawn(names, "train", count)
-            rows = [asdict((await at(t, reflections, asked))[side]) for side, t in enumerate((ours, theirs))]
-            result["reported"][name] = rows
-            print(f"\n{name} at temperature {ours}, sampling at {theirs}, {count} questions a task:")
-            print("\n".join(lines("compared", rows)), flush=True)
+    value, low, high = result.pairs_per_1000_tokens
+    shared = "  -" if result.shared is None else f"{100 * result.shared:3.0f}"
+    return (
+        f"{result.method:9} {result.chains:6}  {share('accuracy'):16} {share('correct'):16} {share('both'):16} "
+        f"{share('vote'):16} {value:5.2f} ({low:.2f}-{high:.2f})  {shared:>6}  {result.tokens:8} {seconds:7.0f}"
+    )
+
+
+HEAD = (
+    f"{'':9} {'chains':>6}  {'chains correct %':16} {'a correct one %':16} {'correct+wrong %':16} {'vote right %':16} "
+    f"{'pairs/1000 tokens':17} {'shared %':>8}  {'tokens':>7} {'seconds':>7}"
+)
+
+
+async def measure(
+    model: Mapping[str, Model], search: Trees, folder: Path, *, dev: int, temperatures: list[float], seed: int
+) -> dict[str, Any]:
+    """Tune every way on dev questions, then report it on train questions."""
+    ways = ways_of(search)
+    result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "seed": seed, "tuned": {}, "dev": {}}
+    result |= {"questions": dict(search.questions), "temperatures": temperatures, "model": list(model)}
+    async with open_endpoints(dict(model), widest=search.widest) as endpoints:
+        bench = Bench(endpoints, folder, seed)
+        asked = drawn(dict.fromkeys(search.questions, dev), "dev")
+        print(f"{len(asked)} dev questions\n{HEAD}", flush=True)
+        best: dict[str, Trees] = {}
+        for way, settings in ways.items():
+            grid = {t: settings.model_copy(update={"temperature": t}) for t in temperatures}
+            found = {}
+            for temperature, at in grid.items():
+                name = f"dev-{way}-{temperature}"
+                tuned = result["tuned"].get("mcts")
+                await bench.grow(name, at, asked, None if way == "mcts" else f"dev-mcts-{tuned}")
+                found[temperature] = bench.result(way, name, at, asked)
+                print(f"{line(found[temperature], bench.seconds[name])}  at temperature {temperature}", flush=True)
+            chosen = max(temperatures, key=lambda t: found[t].pairs_per_1000_tokens[0])
+            result["tuned"][way], best[way] = chosen, grid[chosen]
+            result["dev"][way] = {str(t): asdict(of) for t, of in found.items()}
+        asked, result["reported"] = drawn(search.questions, "train"), []
+        print(f"\n{len(asked)} train questions, each way at the temperature of most pairs\n{HEAD}", flush=True)
+        for way, settings in best.items():
+            name = f"train-{way}"
+            await bench.grow(name, settings, asked, None if way == "mcts" else "train-mcts")
+            found_there = bench.result(way, name, settings, asked)
+            result["reported"].append(asdict(found_there) | {"seconds": bench.seconds[name]})
+            print(f"{line(found_there, bench.seconds[name])}  at temperature {settings.temperature}", flush=True)
     return result
-
-
-def _pairs(result: MethodResult) -> str:
-    return f"{goal(result):.2f} pairs a question, {result.tokens} tokens"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=48, help="a task, reported")
-    parser.add_argument("--dev", type=int, default=16, help="a task, for tuning")
+    parser.add_argument("--recipe", type=Path, help="whose `trees.train` is searched with; recipes/laptop.yaml")
+    parser.add_argument("--task", help="instead of the recipe's; then recipes/gsm8k.yaml is the default recipe")
+    parser.add_argument("--model", help="a packaged name, a .gguf or a folder, instead of the recipe's thinker")
+    parser.add_argument("--questions", type=int, help="a task, reported; as many as the recipe has")
+    parser.add_argument("--dev", type=int, default=24, help="a task, for tuning")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.5, 0.7, 1.0])
+    parser.add_argument("--set", nargs="*", default=[], metavar="A=B", help="settings of the search, e.g. rollouts=4")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "worth", help="of trees and journal; resumes")
     options = parser.parse_args()
     started = time.monotonic()
-    result = asyncio.run(measure(options.questions, options.dev, options.temperatures, options.seed))
+    recipe_file = options.recipe or ROOT / "recipes" / ("gsm8k.yaml" if options.task else "laptop.yaml")
+    overrides = [f"seed={options.seed}", *(f"trees.train.{one}" for one in options.set)]
+    recipe = load_recipe(recipe_file, overrides)
+    search: Trees = recipe.nodes["trees/train"].settings
+    models = {name: recipe.models[name] for name in search.writers}
+    if options.model:
+        model = parse_model(options.model, max_in_flight=next(iter(models.values())).max_in_flight)
+        models = dict.fromkeys(models, model)
+    names = [options.task] if options.task else list(search.questions)
+    search = search.model_copy(
+        update={"questions": {n: options.questions or search.questions.get(n, 60) for n in names}}
+    )
+    folder = options.folder / "-".join([recipe_file.stem, *names])
+    folder.mkdir(parents=True, exist_ok=True)
+    result = asyncio.run(
+        measure(models, search, folder, dev=options.dev, temperatures=options.temperatures, seed=options.seed)
+    )
     result["seconds"] = round(time.monotonic() - started)
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(result, indent=1) + "\n")

@@ -14,6 +14,7 @@ recipe = cotree.build_recipe(
                 "roles": {"thinker": "small"},
                 "rollouts": 6,
                 "temperature": 1.0,
+                "ends": "line",
                 "max_thought_tokens": 32,
             }
         },

@@ -203,9 +203,7 @@ def test_a_dataset_without_rows_says_by_reason_where_the_chains_went(
 def test_more_rollouts_are_not_advised_where_something_else_took_the_chains(tmp_path: Path) -> None:
     cut = replace(node(2, 1, "thinking", "and and", "no_answer"), finish_reason="length")
     cuts = tree_of("one", [node(0, None, None), node(1, 0, "sub_task", "I add."), cut])
-    with pytest.raises(
-        CotreeError, match="1 end in a thought that max_thought_tokens cut off; raise the trees' max_thou"
-    ):
+    with pytest.raises(CotreeError, match="1 end in a thought that max_tokens cut off; raise the trees' max_thought"):
         dataset_of([cuts], tmp_path / "x")
     with pytest.raises(
         CotreeError, match="5 repeat a question that an evaluation asks, 1 are wrong; take other training"

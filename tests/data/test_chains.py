@@ -58,6 +58,24 @@ def test_what_is_no_chain_is_counted_by_its_reason() -> None:
     assert rules.counts.chains_left_out["thought_cut"] == 1
 
 
+def test_forced_answers_can_be_left_out() -> None:
+    own = node(2, 1, "answer", "So it is \\boxed{3}.", "correct")
+    forced = replace(node(3, 1, "answer", "The answer is: \\boxed{3}", "correct"), prefix="The answer is: \\boxed{")
+    tree = tree_of("x", [node(0, None, None), node(1, 0, "thinking", "I add."), own, forced])
+    for keeps, leaves in ((True, [2, 3]), (False, [2])):
+        rules = Rules(Dataset(trees="t", rows="sft", forced=keeps), tokenizer())
+        assert [c.leaf_id for c in read_chains(tree, rules)] == leaves
+        assert rules.counts.chains_left_out == ({} if keeps else {"forced_answer": 1})
+
+
+def test_paragraphs_read_naturally_in_every_form() -> None:
+    first, last = node(1, 0, "thinking", "I add."), node(2, 1, "answer", "\n\nSo it is \\boxed{3}.", "correct")
+    assert assistant_text([first, last], "plain") == "I add.\n\nSo it is \\boxed{3}."
+    assert assistant_text([first, last], "think") == "<think>\nI add.\n</think>\n\nSo it is \\boxed{3}."
+    assert assistant_text([first, last], "tags") == "<thinking>I add.</thinking>\n<answer>So it is \\boxed{3}.</answer>"
+    assert assistant_text([last], "plain") == "So it is \\boxed{3}."
+
+
 REFLECTED = [
     node(0, None, None),
     node(1, 0, "sub_task", "First, I split it."),

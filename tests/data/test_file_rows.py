@@ -112,6 +112,40 @@ def test_preferences_of_trls_types_become_pairs(tmp_path: Path, row: Row) -> Non
     assert (pair["rejected_finished"], pair["tree_id"], pair["task"]) == (True, "0", "theirs")
 
 
+def test_a_form_of_pairs_whose_columns_are_empty_is_passed_over(tmp_path: Path) -> None:
+    theirs = {"prompt": "1 + 2?", "chosen_response": "It is \\boxed{3}", "rejected_response": "It is 4"}
+    counts = dataset_from([{**theirs, "chosen": None, "rejected": None}], tmp_path / "it", "dpo")
+    assert (counts.rows, rows_in(tmp_path / "it")[0]["chosen"]) == (1, REPLY)
+
+
+TURNS = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("history", "turns"),
+    [
+        ([["Hi there", "Hello"]], TURNS),
+        (TURNS, TURNS),
+        ([{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Hello"}], TURNS),
+        ([["Hi there", None]], None),
+        (["ab", "cd"], None),
+        ([["Hi there", "Hello", "Bye"]], None),
+        ([["Hi there"]], None),
+        ([["Hi there", "Hello"], *TURNS], None),
+        ({"Hi there": "Hello"}, None),
+        ("ab", None),
+        (7, None),
+    ],
+)
+def test_a_history_is_turns_or_pairs_of_texts(tmp_path: Path, history: Any, turns: Any) -> None:
+    row = {"instruction": "1 + 2?", "output": "It is \\boxed{3}"}
+    counts = dataset_from([row | {"history": history}, row | {"id": 1}], tmp_path / "it")
+    prompts = [row["prompt"] for row in rows_in(tmp_path / "it")]
+    assert prompts == ([[*TURNS, *USER]] if turns else []) + [USER]
+    assert counts.rows_left_out == ({} if turns else {"malformed": 1})
+    assert bool(counts.faults) != bool(turns)
+
+
 def test_what_is_not_kept_of_a_row_is_counted_and_named(tmp_path: Path) -> None:
     reply = {"role": "assistant", "content": "It is \\boxed{3}", "mood": "glad", "name": None}
     rows: list[Row] = [

@@ -149,6 +149,19 @@ def test_a_step_pair_is_found() -> None:
     assert select_step_pairs(twice, chains(twice), wanted("step_pairs"), 0) == [], "a step is not better than itself"
 
 
+@pytest.mark.parametrize("undecided", [0, 5])
+def test_leaves_that_could_not_be_judged_turn_no_step_pair_around(undecided: int) -> None:
+    nodes = [node(0, None, None), node(1, 0, "thinking", "I add."), node(2, 0, "thinking", "I guess.")]
+    below = [(1, kind) for kind in ("correct", "correct", "wrong", *["undecided"] * undecided)]
+    for parent, kind in [*below, (2, "correct"), (2, "wrong")]:
+        nodes.append(node(len(nodes), parent, "answer", f"It is {len(nodes)}", kind))
+    tree = tree_of("x", nodes)
+    (pair,) = select_step_pairs(tree, chains(tree), wanted("step_pairs", min_gap=0.15), 0)
+    assert pair.better is not None and pair.worse is not None
+    assert (pair.better.text, pair.better.visits, pair.worse.text) == ("I add.", 3, "I guess.")
+    assert (mean_value(pair.better), mean_value(pair.worse)) == (2 / 3, 1 / 2)
+
+
 @given(chain_lists, lengths, st.integers())
 def test_order_does_not_depend_on_the_order_of_the_input(found: list[Chain], length: Length, seed: int) -> None:
     assert in_order(found, length, seed) == in_order(found[::-1], length, seed)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -31,6 +32,14 @@ from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint
 
 HELLO = [{"role": "user", "content": "How many?"}]
+MALFORMED = (
+    b"GET\r\n\r\n",
+    b"\x16\x03\x01\x00\xf8",  # TLS
+    b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+)
+LINES = ("ends=line", "patterns=[plain]")
 TOKEN = "s3cret-of-the-server"
 
 
@@ -42,7 +51,7 @@ async def served(
     rollouts, tokenizer = options.pop("rollouts", 6), None if chat_only else "its own"
     given = {"served": "one", "tokenizer": tokenizer, "rollouts": rollouts, "seed": 3, "boxed": True}
     async with Client("one", backend.url, "one", max_in_flight=64, count_tokens=count_tokens, backoff=0.01) as client:
-        server = Server([backend.url], overrides=overrides, **(given | options))
+        server = Server([backend.url], overrides=(*LINES, *overrides), **(given | options))
         server.endpoints = {"one": Endpoint("one", (client,), None if chat_only else PlainTemplate(), "one")}
         runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
@@ -296,6 +305,18 @@ async def test_a_backend_that_refuses_is_an_error_and_no_traceback(stream: bool)
         assert server.searches == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_the_backend_refuses_is_the_clients_fault_in_the_backends_words(stream: bool) -> None:
+    async with FakeServer(reply=talk, faults={0: "400"}) as fake, served(fake, rollouts=1) as (session, server):
+        body = {"model": "one", "messages": HELLO, "stream": stream}
+        async with session.post("/v1/chat/completions", json=body) as reply:
+            found = (await events(reply))[0] if stream else await reply.json()
+            assert reply.status == (200 if stream else 400)
+        words = "the model's server refuses this request: the prompt is longer than the context of 8 tokens"
+        assert (found["error"]["message"], found["error"]["type"]) == (words, "invalid_request_error")
+        assert server.searches == 0
+
+
 async def test_free_texts_cannot_vote_so_a_server_of_them_takes_likelihood() -> None:
     async with FakeServer(reply=poem) as fake:
         async with served(fake, boxed=False) as (session, _):
@@ -374,6 +395,10 @@ def test_the_verb_says_its_address_and_ends_cleanly(number: signal.Signals) -> N
                 return await ask(session)
 
         assert asyncio.run(asked())[0] == 200
+        for text in MALFORMED:
+            with socket.create_connection((URL(found[1]).host, URL(found[1]).port)) as wire:
+                wire.sendall(text)
+                assert wire.recv(12)[8:] == b" 400", text
         process.send_signal(number)
         out, errors = process.communicate(timeout=120)
     assert (process.returncode, out, errors) == (0, "closed\n", "")
@@ -383,7 +408,7 @@ def test_the_decode_verb_prints_answer_chain_votes_and_tokens(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FakeServerThread(reply=talk, models=("one",)) as fake:
-        words = ["decode", "How many?", "--model", fake.url, "--served", "one", "--boxed", "--rollouts", "5"]
+        words = ["decode", "How many?", "--model", fake.url, "--served", "one", "--boxed", "--rollouts", "5", *LINES]
         monkeypatch.setattr(sys, "argv", ["cotree", *words, "temperature=0.5"])
         with pytest.raises(SystemExit) as left:
             main()

@@ -43,7 +43,7 @@ def poem(prompt: str, seed: int, index: int) -> str:
 
 
 def search(**changes: Any) -> Search:
-    base = {"rollouts": 12, "leaves_per_round": 2, "patterns": {"wide": WIDE}}
+    base = {"rollouts": 12, "leaves_per_round": 2, "patterns": {"wide": WIDE}, "ends": "line"}
     return Search.model_validate(base | {"max_reflections": 1} | changes)
 
 

@@ -211,6 +211,7 @@ def test_the_verb_says_a_line_a_check_and_exits_with_2(
     assert "ok   model `m0`: exact: its greedy reply cut in two is completed to itself" in out
     assert "FAIL model `m0`: stop strings: " in out
     assert "ok   trees/train: train questions: 2 there" in out
+    assert "ok   trees/train: thoughts: a chat model: a paragraph each, chains of at most 512 tokens; 3 worked" in out
     assert "FAIL students/sft: student: " in out
     assert "FAIL model `gone`: reach: " in out
     assert os.listdir(tmp_path) == ["recipe.yaml"]

@@ -136,14 +136,17 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
         "omit": ["seed"], "rename": {"max_tokens": "max_completion_tokens"},
     }),
     Trees: ("trees.train", {
-        "rollouts": 3, "leaves_per_round": 1, "exploration": 0.5, "patterns": ["plain"], "thoughts": {},
-        "temperature": 0.3, "top_p": 0.5, "max_thought_tokens": 9, "max_depth": 7, "max_reflections": 1, "stop": {},
+        "rollouts": 3, "leaves_per_round": 1, "exploration": 0.5, "widen": True, "ends": "line", "examples": 1,
+        "patterns": ["plain"], "thoughts": {},
+        "temperature": 0.3, "top_p": 0.5, "max_thought_tokens": 9, "max_chain_tokens": 9,
+        "max_depth": 7, "max_reflections": 1, "stop": {},
         "adaptive": True, "reward": None, "trees_in_flight": 1, "questions": {"arithmetic": 2, "letters": 3},
         "split": "dev", "roles": {"thinker": "near"}, "method": "sampling", "tokens_of": None,
     }),
     Writer: ("trees.train.roles.reflector.0", {"model": "far", "temperature": 0.1, "top_p": 0.2}),
     Thought: ("trees.train.thoughts.double_check", {
-        "text": None, "prefixes": ["Once more:"], "role": "thinker", "max_tokens": 5, "ends": "tokens",
+        "text": None, "prefixes": ["Once more:"], "role": "thinker", "max_tokens": 5, "ends": "paragraph",
+        "thought_tokens": None,
     }),
     Stop: ("trees.train.stop", {"correct": 2, "wrong": 1, "easy": 2, "hopeless": 2, "tokens": 99, "seconds": 9.0}),
     Reward: ("trees.train.reward", {
@@ -151,8 +154,9 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
     }),
     Dataset: ("datasets.chains", {
         "trees": ["train", "sampled"], "file": None, "hub": None, "rows": None, "length": "medium", "select": "random",
-        "verified": False, "per_tree": 2, "rejected": None, "unanswered": None, "solve_rate": [0.1, 0.9],
-        "questions_of": "corpus", "size_of": "corpus", "size_in": None, "min_gap": None, "min_visits": None,
+        "verified": False, "per_tree": 2, "rejected": None, "unanswered": None, "forced": False,
+        "solve_rate": [0.1, 0.9], "questions_of": "corpus",
+        "size_of": "corpus", "size_in": None, "min_gap": None, "min_visits": None,
         "label_above": None, "text": "think", "leave_out": ["sub_task"], "reflections": "cut", "max_tokens": 99,
         "gates": {"loops": False}, "tokenizer": "near", "license": "mit",
     }),

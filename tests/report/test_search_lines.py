@@ -17,8 +17,9 @@ from cotree.report.templates import lines, sentence
 
 def row(method: str, correct: int, n: int = 100) -> dict[str, Any]:
     share = [correct / n, *wilson_interval(correct, n)]
-    return {"method": method, "correct": share, "both": share, "vote": share, "questions": n, "tokens": 3000,
-            "pairs_per_question": 0.2, "uncached_prompt_tokens": 500, "tokens_per_pair": 150.0}  # fmt: skip
+    return {"method": method, "accuracy": share, "correct": share, "both": share, "vote": share, "questions": n,
+            "tokens": 3000, "pairs_per_question": 0.2, "uncached_prompt_tokens": 500,
+            "tokens_per_pair": 150.0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,10 @@ def test_the_verdict_follows_the_intervals(ours: int, theirs: int, words: str) -
 def test_a_search_that_found_no_pair_has_no_price_of_one() -> None:
     (line, _) = lines("compared", [row("train", 0) | {"tokens_per_pair": None}])
     assert "tokens a pair –" in line
+    assert "chains correct 0.0" in line
+    old = row("train", 0)
+    del old["accuracy"]  # a record of an older cotree
+    assert "chains correct" not in lines("compared", [old])[0]
 
 
 def test_models_are_named_only_where_there_are_several() -> None:

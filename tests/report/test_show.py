@@ -53,7 +53,7 @@ def test_a_tree_shows_each_thought_with_its_value_and_what_became_of_its_chain(r
     text = words(shown(run, "bags-12", width=140))
     assert APPLES in text and "gold 32" in text
     for line in (
-        "9 thoughts · chains: 2 correct, 1 wrong, 1 no answer · 5 rollouts, stopped: rollouts · 402 tokens",
+        "9 thoughts · chains: 2 correct, 1 wrong, 1 no answer · 5 rollouts, ended after the last rollout · 402 tokens",
         "sub_task Firstly, I need to break down this task. find the apples in the bags, then add. small 0.50 4",
         "answer ✓ The answer is: \\boxed{32} small 1.00 1 → chosen in pairs: shortest correct of 2, 41 tokens",
         "answer ✗ The answer is: \\boxed{23} small 0.00 1 → rejected in pairs: shares 12 tokens with the chosen one, "

@@ -321,10 +321,14 @@ def test_instructions_have_the_papers_groups() -> None:
 def test_summary_lines_say_what_each_node_came_to(run: RunFolder) -> None:
     lines = [line for line in summary_lines(summarize_run(run)) if isinstance(line, str) and line]
     assert lines[0] == (
-        "train: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer), 49 thoughts cut"
+        "train: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer), 0 of them forced, "
+        "49 chains cut by max_tokens"
     )
-    assert lines[1].endswith("68.5% of questions have a correct chain, 57.5% both kinds; 720 reflections, 98 repaired")
-    assert lines[2] == "  trees ended: 300 rollouts, 100 exhausted (2,500 rollouts)"
+    assert lines[1].endswith(
+        "68.5% of questions have a correct chain, 57.5% a correct and a wrong one; 720 reflections, 98 followed by a "
+        "correct answer"
+    )
+    assert lines[2] == "  trees ended: 300 after the last rollout, 100 with nothing left to grow (2,500 rollouts)"
     assert "sft: 274 sft rows (63.2 tokens)" in lines
     assert "pairs: 221 dpo rows; chosen 48.7 tokens, rejected 55.9, difference −7.2, shared prefix 19.4" in lines
     timed = {line.split()[0]: line for line in lines}

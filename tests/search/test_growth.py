@@ -72,7 +72,7 @@ def test_mini_steps_continue_the_very_words(tmp_path: Path) -> None:
     pattern = {"root": {"thinking": 1}, "thinking": {"thinking": 1, "answer": 1}, "reflection": {"thinking": 1}}
     search = settings(
         patterns={"own": pattern},
-        thoughts={"thinking": Thought(max_tokens=4, ends="tokens")},
+        thoughts={"thinking": Thought(thought_tokens=4, ends="tokens")},
         rollouts=12,
         max_reflections=0,
     )
@@ -115,6 +115,23 @@ def test_stop_conditions_end_a_tree_early(tmp_path: Path, stop: dict[str, Any], 
             "tokens": tree.completion_tokens >= 5,
         }
         assert held.get(tree.stopped, True)
+
+
+@pytest.mark.parametrize(("stop", "right"), [({"hopeless": 1}, False), ({"easy": 3}, True)])
+def test_undecided_chains_make_no_tree_hopeless_nor_less_easy(
+    tmp_path: Path, stop: dict[str, Any], right: bool
+) -> None:
+    class Unsure(type(letters(1)[0][0])):  # type: ignore[misc]
+        def verify(self, answer: str, question: Question) -> Verdict:
+            return Verdict.of((right and answer == question.gold) or None, answer)
+
+    wide = {"root": {"thinking": 4}, "thinking": {"answer": 3}, "reflection": {"thinking": 1}}
+    asked = [(Unsure(), question) for _, question in letters(4)]
+    trees, _ = run(tmp_path / "t.db", settings(rollouts=16, patterns={"own": wide}, stop=stop), asked=asked)
+    kinds = [{node.verdict for node in tree.nodes} for tree in trees]
+    assert all("undecided" in found for found in kinds)
+    assert ("easy" in {tree.stopped for tree in trees}) == right
+    assert "hopeless" not in {tree.stopped for tree in trees}
 
 
 ADAPTIVE = settings(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotree.search.mcts import Node, Rollout, TreeSearch
+from cotree.search.mcts import Node, Rollout, TreeSearch, next_thought
 from cotree.search.settings import Search
-from cotree.search.thoughts import PATTERNS, PREFIXES, THOUGHT_TYPES, draw, draw_pattern, draw_prefix
+from cotree.search.thoughts import DEFAULT_PATTERNS, PATTERNS, PREFIXES, THOUGHT_TYPES, draw, draw_pattern, draw_prefix
 from cotree.tasks.base import VerdictKind
 
 
@@ -28,7 +29,8 @@ def write(rollout: Rollout, noise: int) -> None:
         for i in range(wanted.n):
             roll = own.random()
             if wanted.type == "answer":
-                kind: VerdictKind = "correct" if roll < 0.3 else "wrong" if roll < 0.8 else "no_answer"
+                wrong: VerdictKind = "wrong" if roll < 0.7 else "no_answer" if roll < 0.85 else "undecided"
+                kind: VerdictKind = "correct" if roll < 0.3 else wrong
                 thoughts.append(leaf(wanted.thought(i, f"answer {own.randint(0, 3)}"), kind))
             elif roll < 0.05 or own.random() < 0.1:
                 thoughts.append(wanted.thought(i, ""))
@@ -36,7 +38,17 @@ def write(rollout: Rollout, noise: int) -> None:
                 thoughts.append(leaf(wanted.thought(i, f"cut {i}"), "no_answer"))
             else:
                 thoughts.append(wanted.thought(i, f"{wanted.type} {own.randint(0, 5)}"))
-        rollout.feed(thoughts)
+        rollout.feed([write_on(thought, own) for thought in thoughts])
+
+
+def write_on(thought: Node, own: random.Random) -> list[Node]:
+    """A thought, and after some of them what the same sample went on to write, down to an end of its chain."""
+    sample = [thought]
+    if thought.text and thought.reward is None and own.random() < 0.2:
+        while sample[-1].depth < 6 and own.random() < 0.6:
+            sample.append(next_thought(sample[-1], "thinking", f"then {own.randint(0, 2)}"))
+        sample.append(leaf(next_thought(sample[-1], "answer", f"own answer {own.randint(0, 3)}"), "wrong"))
+    return sample
 
 
 def tell(search: TreeSearch, rollout: Rollout) -> None:
@@ -56,7 +68,8 @@ def shape(search: TreeSearch) -> list[tuple[object, ...]]:
 
 
 def new_search(pattern: str, seed: int, rollouts: int = 12) -> TreeSearch:
-    return TreeSearch(PATTERNS[pattern], str(seed), Search(rollouts=rollouts, max_depth=8, max_reflections=3))
+    search = Search(rollouts=rollouts, max_depth=8, max_reflections=3, widen=seed % 2 == 1)
+    return TreeSearch(PATTERNS[pattern], str(seed), search)
 
 
 @given(
@@ -83,8 +96,9 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
     assert search.rollouts == told
     assert all(node.text for node in search.nodes[1:])
     for node in search.nodes:
-        judged = [n for n in below(node) if n.verdict is not None]
+        judged = [n for n in below(node) if n.verdict not in (None, "undecided")]
         assert node.visits == len(judged)
+        assert node.tries == sum(n.verdict is not None for n in below(node))
         assert node.value == pytest.approx(sum(n.reward or 0.0 for n in judged))
         assert 0 <= node.value <= node.visits
         assert node.virtual_visits == 0
@@ -97,7 +111,8 @@ def test_invariants_hold_whatever_comes(pattern: str, seed: int, rollouts: int, 
     assert [n.node_id for n in search.nodes] == list(range(len(search.nodes)))
     rewards = [random.Random(f"{seed}-{leaf.node_id}").random() for leaf in search.leaves]
     search.set_rewards(rewards)
-    rewarded = dict(zip((leaf.node_id for leaf in search.leaves), rewards, strict=True))
+    leaves = zip(search.leaves, rewards, strict=True)
+    rewarded = {leaf.node_id: reward for leaf, reward in leaves if leaf.verdict != "undecided"}
     for node in search.nodes:
         assert node.visits == sum(n.node_id in rewarded for n in below(node)), "another value is no other visit"
         assert node.value == pytest.approx(sum(rewarded.get(n.node_id, 0.0) for n in below(node)))
@@ -142,10 +157,50 @@ def test_a_tree_with_nothing_to_grow_begins_anew_beside_what_it_has() -> None:
     assert len(set(places)) == len(places) > 2, "every place has a seed of its own"
 
 
+def grown(widen: bool, kind: Callable[[Node], VerdictKind]) -> TreeSearch:
+    """A tree of 12 rollouts, two answers below each of its thoughts; no two texts are alike."""
+    pattern = {"root": {"thinking": 2}, "thinking": {"answer": 2}}
+    search = TreeSearch(pattern, "s", Search(rollouts=12, max_reflections=0, exploration=0.5, widen=widen))
+    while not search.done:
+        for rollout in search.ask(1):
+            while (wanted := rollout.pending) is not None:
+                new = [wanted.thought(i, f"{wanted.seed_key} {i}") for i in range(wanted.n)]
+                rollout.feed([[leaf(t, kind(t)) if wanted.type == "answer" else t] for t in new])
+            search.tell(rollout)
+    return search
+
+
+def test_a_node_is_widened_or_deepened_by_what_its_children_brought() -> None:
+    narrow = grown(False, lambda node: "wrong")
+    assert narrow.exhausted
+    assert narrow.rollouts == 2
+    assert [len(narrow.root.children), *(len(child.children) for child in narrow.root.children)] == [2, 2, 2]
+    # Where a thought leads to right answers it gets more of them; where none does the root gets more thoughts.
+    deep = grown(True, lambda node: "correct" if node.path.startswith("0.0/") else "wrong")
+    wide = grown(True, lambda node: "wrong")
+    assert deep.rollouts == wide.rollouts == 12
+    assert len(deep.root.children[0].children) > 8
+    assert len(wide.root.children) == 4
+    assert max(child.visits for child in wide.root.children) <= 8
+
+
 def test_ucb_is_the_papers() -> None:
     search = new_search("plain", 1)
     node = Node(1, 0, "thinking", "t", visits=4, value=3.0)
     assert search.ucb(node, 9) == pytest.approx(3 / 4 + 1.0 * (2.1972245773362196 / 4) ** 0.5)
+    node.undecided = 5
+    assert search.ucb(node, 9) == pytest.approx(3 / 4 + 1.0 * (2.1972245773362196 / 9) ** 0.5)
+
+
+@pytest.mark.parametrize("place", ["0.0/", "0.1/"])
+def test_where_nothing_can_be_judged_the_search_does_not_stay(place: str) -> None:
+    search = grown(True, lambda node: "undecided" if node.path.startswith(place) else "correct")
+    unsure = next(child for child in search.root.children if child.path == place)
+    assert (unsure.visits, unsure.value, unsure.undecided) == (0, 0.0, len(unsure.children))
+    assert unsure.undecided < search.root.visits == search.root.value
+    nothing = grown(True, lambda node: "undecided")
+    assert nothing.root.undecided == len(nothing.leaves) and nothing.rollouts == 12
+    assert max(child.undecided for child in nothing.root.children) <= 8
 
 
 def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> None:
@@ -154,7 +209,7 @@ def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> 
         for rollout in search.ask(1):
             while (wanted := rollout.pending) is not None:
                 thoughts = [wanted.thought(i, f"{wanted.seed_key} {i}") for i in range(wanted.n)]
-                rollout.feed([leaf(t, "wrong") if wanted.type == "answer" else t for t in thoughts])
+                rollout.feed([[leaf(t, "wrong") if wanted.type == "answer" else t] for t in thoughts])
             tell(search, rollout)
     (reflection,) = (n for n in search.nodes if n.type == "reflection")
     assert reflection.parent is not None
@@ -166,7 +221,7 @@ def test_a_wrong_answer_earns_its_parent_one_reflection_without_the_answer() -> 
 
 def test_patterns_reach_an_answer_from_every_type_and_use_every_thought_type() -> None:
     used = {"reflection"}
-    for pattern in PATTERNS.values():
+    for pattern in (PATTERNS[name] for name in DEFAULT_PATTERNS["line"]):
         for row in pattern.values():
             used |= set(row)
             assert row

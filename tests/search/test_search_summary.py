@@ -65,7 +65,7 @@ def test_equal_chains_are_one_chain_with_as_many_votes() -> None:
     trees = [
         answered("q1", [right, right, wrong, ("or 4", "wrong")]),
         answered("q2", [right, wrong, wrong]),
-        answered("q3", [wrong, ("", "no_answer")]),
+        answered("q3", [wrong, ("", "no_answer"), ("5", "undecided")]),
     ]
     (found,) = compare_methods({"sampling": trees})
     assert found.method == "sampling"
@@ -75,8 +75,20 @@ def test_equal_chains_are_one_chain_with_as_many_votes() -> None:
     assert found.both == found.correct
     assert found.vote == (1 / 3, *wilson_interval(1, 3)), "a tie goes to the first answer: q1"
     assert (found.tokens, found.uncached_prompt_tokens, found.tokens_per_pair) == (90, 15, 45.0)
+    assert (found.chains, found.accuracy[0]) == (9, 3 / 9)
+    assert found.pairs_per_1000_tokens[0] == pytest.approx(2000 / 90)
+    assert found.shared == 0.0, "whole chains share nothing"
     (none,) = compare_methods({"none": [answered("q", [wrong])]})
-    assert none.tokens_per_pair is None
+    assert (none.tokens_per_pair, none.shared) == (None, None)
+
+
+def test_the_pairs_of_a_tree_share_the_tokens_of_their_common_thoughts() -> None:
+    nodes = [node(0, None, None), node(1, 0, "thinking", "first"), node(2, 1, "answer", "a", "correct")]
+    nodes += [node(3, 1, "answer", "b", "wrong"), node(4, 0, "thinking", "other"), node(5, 4, "answer", "c", "wrong")]
+    sizes = {1: 30, 2: 10, 3: 20, 4: 5, 5: 5}
+    tree = tree_of("q", [replace(n, tokens=sizes.get(n.node_id, 0)) for n in nodes])
+    (found,) = compare_methods({"mcts": [tree]})
+    assert found.shared == pytest.approx(60 / 90), "of the two wrong ones it is paired with its sibling"
 
 
 def test_a_method_is_counted_the_same_whatever_the_order_of_its_trees() -> None:

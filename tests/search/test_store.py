@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import astuple, fields, replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.full_disk import full_disk
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.search.journal import Journal
@@ -110,6 +113,11 @@ def test_verdicts_keep_their_reasons_and_the_version_of_their_judge(tmp_path: Pa
         store.put(judged)
     with TreeStore(tmp_path / "t.db", reading=True) as store:
         assert store.tree("t1") == judged
+    with sqlite3.connect(tmp_path / "t.db") as db:
+        db.execute("UPDATE nodes SET visits = visits + 1 WHERE node_id IN (0, 1, 2, 3)")
+        db.execute("UPDATE trees SET checksum = NULL")
+    with TreeStore(tmp_path / "t.db", reading=True) as store:
+        assert store.tree("t1") == judged, "an older cotree counted what could not be judged"
 
 
 OLDER = (
@@ -174,6 +182,25 @@ def test_reading_makes_and_changes_nothing(tmp_path: Path) -> None:
         assert path.read_bytes() == before and os.listdir(path.parent) == ["t.db"]
     finally:
         path.parent.chmod(0o755)
+
+
+def test_a_snapshot_that_cannot_be_written_is_read_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    with TreeStore(tmp_path / "t.db") as store:
+        store.put(tree())
+        for end in ("", "-wal"):
+            shutil.copyfile(f"{tmp_path}/t.db{end}", f"{tmp_path}/snapshot/t.db{end}")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with TreeStore(tmp_path / "snapshot" / "t.db", reading=True) as store:
+        assert list(store.trees()) == [tree()]
+    assert sorted(os.listdir(tmp_path / "snapshot")) == ["t.db", "t.db-wal"], "nothing is made beside it"
+    with full_disk(), pytest.raises(CotreeError, match=r"cannot write .*temporary: File too large; .*TMPDIR"):
+        TreeStore(tmp_path / "snapshot" / "t.db", reading=True)
+    assert not os.listdir(tmp_path / "temporary")
 
 
 def connect_with(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str], sqlite3.OperationalError | None]) -> None:

@@ -35,6 +35,24 @@ class PlainTemplate:
         return "".join(f"[{m['role']}] {m['content']}\n" for m in messages) + "[assistant] "
 
 
+PLAIN = PlainTemplate()
+
+
+class ThinkingTemplate(PlainTemplate):
+    """The template of a reasoning model: it opens the assistant's thinking, and leaves that of earlier turns out."""
+
+    chat_template = "lays out <think> and </think>"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        return super().apply_chat_template(messages) + "<think>\n"
+
+
+class BaseTemplate(PlainTemplate):
+    """A base model's tokenizer, which has no template."""
+
+    chat_template = ""
+
+
 def reply(prompt: str, seed: int, index: int) -> str:
     """Words for a thought; for an answer one of three numbers, so that both verdicts occur."""
     if prompt.endswith("{"):
@@ -52,6 +70,7 @@ def whole_reply(prompt: str, seed: int, index: int) -> str:
 def settings(**changes: Any) -> Trees:
     """A small search with a pattern of its own."""
     base = {"questions": {"letters": 16}, "roles": {"thinker": "one"}, "rollouts": 6, "leaves_per_round": 2}
+    base |= {"ends": "line"}
     return Trees.model_validate(
         base | {"patterns": {"short": SHORT}, "max_reflections": 1, "trees_in_flight": 4} | changes
     )
@@ -69,7 +88,9 @@ def config_of(trees: Trees) -> str:
 
 
 @asynccontextmanager
-async def endpoints_at(url: str, names: Iterable[str], **options: Any) -> AsyncIterator[dict[str, Endpoint]]:
+async def endpoints_at(
+    url: str, names: Iterable[str], *, template: Any = PLAIN, **options: Any
+) -> AsyncIterator[dict[str, Endpoint]]:
     """A model of each name, all behind one URL; the options are the client's."""
     options = dict[str, Any](max_in_flight=64, count_tokens=count_tokens, backoff=0.01) | options
     async with AsyncExitStack() as stack:
@@ -77,7 +98,7 @@ async def endpoints_at(url: str, names: Iterable[str], **options: Any) -> AsyncI
         for name in names:
             client = Client(name, url, name, **options)
             await stack.enter_async_context(client)
-            found[name] = Endpoint(name, (client,), PlainTemplate(), name)
+            found[name] = Endpoint(name, (client,), template, name)
         yield found
 
 

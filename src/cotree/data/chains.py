@@ -73,11 +73,13 @@ def read_chains(tree: StoredTree, rules: Rules) -> list[Chain]:
 def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Rules) -> Chain | str:
     """The chain to a judged leaf, its tokens not yet counted, or the reason why it is left out."""
     settings, reward, whole = rules.settings, leaf.reward or 0.0, tree.chain(leaf.node_id)
-    is_cut_off = verdict == "no_answer" and leaf.type != "answer" and leaf.finish_reason == "length"
+    is_cut_off = leaf.is_cut
     if verdict == "undecided":
         return verdict
     if verdict == "no_answer" and not (is_cut_off and settings.unanswered):
         return "thought_cut" if is_cut_off else "no_answer"
+    if leaf.is_forced and not settings.forced:
+        return "forced_answer"
     kept = whole
     if settings.reflections == "cut":  # a sampled chain has no pattern of thoughts, and no reflection
         kept = cut_reflections(whole, rules.patterns.get(tree.pattern, {}))

@@ -69,6 +69,7 @@ class Dataset(Section):
         common prefix): a `wrong` one, or a correct one that is longer than the chosen one (`longer_correct`), to prefer
         brevity alone.
     unanswered: a path that max_tokens cut off may be rejected too; its turn has no end (`rejected_finished` says so).
+    forced: false leaves out chains whose answer's first words the search wrote, not the model.
     solve_rate: only trees whose share of correct answers is in [low, high]: leaves out what is too easy or too hard.
     questions_of: only questions that this other dataset has.
     size_of: at most as many rows as this other dataset has, or, with `size_in: tokens`, as near its completion tokens
@@ -93,6 +94,7 @@ class Dataset(Section):
     per_tree: Annotated[int, _ANY_KIND] = Field(1, ge=1)
     rejected: Annotated[Literal["wrong", "longer_correct"], OnlyFor(("dpo",))] = "wrong"
     unanswered: Annotated[bool, OnlyFor(("dpo",))] = False
+    forced: Annotated[bool, _ANY_KIND] = True
     solve_rate: Annotated[tuple[_Share, _Share] | None, _ANY_KIND] = None
     questions_of: str | None = None
     size_of: str | None = None

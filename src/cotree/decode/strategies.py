@@ -90,7 +90,8 @@ class Decoded:
     @property
     def text(self) -> str:
         """The whole chain."""
-        return f"{self.reasoning}\n{self.answer_text}" if self.reasoning else self.answer_text
+        apart = "" if self.answer_text.startswith("\n") or not self.reasoning else "\n"
+        return f"{self.reasoning}{apart}{self.answer_text}"
 
 
 class GoldFreeScorer:
@@ -105,7 +106,7 @@ class GoldFreeScorer:
 
     async def score_answer(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
         """A verdict only where there is no answer; the value of the chain."""
-        if growth.task.extract(answer.text, answer.finish_reason, "strict") is None:
+        if growth.task.extract(chain_text(answer.chain()), answer.finish_reason, "strict") is None:
             return Verdict("no_answer", 0.0), 0.0
         return None, await self.chain_value(growth, answer)
 
@@ -255,7 +256,7 @@ async def _write_next(growth: Growth, node: Node, width: int) -> list[Node]:
     first = growth.search.child_slots(node)[0]
     n = first.n if first.type == "answer" else max(first.n, width)
     request = growth.search.thought_request(node, Slot(first.type, n, first.index))
-    return distinct_thoughts(await growth.write_thoughts(request))
+    return distinct_thoughts(await growth.write_thoughts(request, ahead=False))
 
 
 # How each strategy finds leaves: they yield all of them after each round that the budget pays for.
@@ -270,7 +271,8 @@ _ROUNDS: Mapping[str, Callable[[Growth], AsyncIterator[list[Node]]]] = {
 async def _answers(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None], list[int | None]]:
     """Each leaf's answer, and the number of the group of equal answers that it is in."""
     task = growth.task
-    answers = [task.extract(leaf.text, "stop", "strict") if leaf.verdict is None else None for leaf in leaves]
+    texts = [chain_text(leaf.chain()) if leaf.verdict is None else "" for leaf in leaves]
+    answers = [task.extract(text, "stop", "strict") if text else None for text in texts]
     if not task.comparable:
         return answers, [None] * len(leaves)
     return answers, await asyncio.to_thread(group_answers, task, growth.question, answers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cotree.base.errors import UsageError
@@ -18,7 +18,7 @@ from cotree.models.client import Choice, Request
 from cotree.models.endpoints import Endpoint
 from cotree.search.journal import SearchModels
 from cotree.search.settings import Search, Stop, Thought, Writer
-from cotree.search.thoughts import example_messages
+from cotree.search.thoughts import search_messages
 from cotree.tasks.base import Asked, Message, Question, Task
 
 # They share the request's prompt, and a server decodes them side by side.
@@ -53,9 +53,9 @@ class Sampler(Protocol):
 
 def conversation(task: Task, question: Question, asking: AskSettings) -> list[Message]:
     """What the model is asked, before its chat template: the question, after worked examples if the settings say so."""
-    shows_examples = asking.examples or asking.strategy is not None
-    shown = example_messages(task.worked_examples(question), task.answer_form) if shows_examples else []
-    return [*shown, *question.messages]
+    if asking.strategy is not None:
+        return search_messages(task, question, ends=search_settings(asking).ends)
+    return search_messages(task, question, shown=3 if asking.examples else 0)
 
 
 class PlainSampler:
@@ -65,23 +65,21 @@ class PlainSampler:
 
     def __init__(self, endpoint: Endpoint, asking: AskSettings) -> None:
         self.endpoint, self.asking = endpoint, asking
-        # A base model has no token that ends a turn: it would ask itself the next question.
-        is_base = endpoint.tokenizer is not None and not endpoint.tokenizer.chat_template
-        self.stop = ("\nQuestion:",) if is_base else ()
 
     async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
         """One request for all of them."""
         prompt = self.endpoint.prompt(conversation(task, question, self.asking))
         request = Request(
-            prompt=prompt.text,
+            prompt=prompt.text + prompt.opened,
             messages=prompt.messages,
             n=len(numbers),
             seed=self.asking.seed + numbers.start,
-            stop=self.stop,
+            stop=self.endpoint.turn_stops,
             **self.asking.sampling(),
         )
         completion = await self.endpoint.complete(request, question.id)
-        return SampledReplies(completion.choices, completion.prompt_tokens)
+        choices = [replace(choice, text=prompt.opened + choice.text) for choice in completion.choices]
+        return SampledReplies(choices, completion.prompt_tokens)
 
 
 class SearchSampler:
@@ -135,11 +133,12 @@ def samples_of_a_request(asking: AskSettings) -> int:
 
 
 def search_settings(asking: AskSettings, budget_tokens: int = 1) -> Search:
-    """How the search of an evaluation is done: the plain pattern, for about so many generated tokens."""
+    """How the search of an evaluation is done: for about so many generated tokens, chains as long as plain replies."""
     return Search(
         rollouts=budget_tokens,
-        patterns=["plain"],
+        examples=3,
         max_thought_tokens=min(_LONGEST_THOUGHT, asking.max_tokens),
+        max_chain_tokens=asking.max_tokens,
         thoughts={"answer": Thought(max_tokens=asking.max_tokens)},
         temperature=asking.temperature,
         top_p=asking.top_p,

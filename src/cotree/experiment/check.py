@@ -31,7 +31,8 @@ from cotree.models.client import Client, Request
 from cotree.models.endpoints import Endpoint, open_endpoints
 from cotree.models.weights import gguf_file, locate, parameter_count
 from cotree.search.reward import combine_step_scores, load_reward_function, step_score_messages
-from cotree.search.settings import Reward
+from cotree.search.settings import Reward, Trees
+from cotree.search.thoughts import examples_shown
 from cotree.tasks import Question
 
 # A request that fails twice fails here: a check should not wait as long as a search would.
@@ -221,6 +222,9 @@ async def _check_model(recipe: Recipe, name: str, record: Record) -> None:
         if not await record(subject, "reach", reach()):
             return
         endpoint = endpoints[name]
+        for node in recipe.of_kind("trees"):
+            if node.settings.roles["thinker"][0].model == name:
+                await record(node.id, "thoughts", _thoughts(node.settings, endpoint))
         for client in endpoint.clients:
             where = f"{subject} at {client.url}" if len(endpoint.clients) > 1 else subject
             if model.mode == "pooling":
@@ -238,6 +242,17 @@ def _reward_of(recipe: Recipe, name: str) -> Reward:
     """How the recipe uses a process reward model."""
     rewards = [node.settings.reward for node in recipe.of_kind("trees")]
     return next((reward for reward in rewards if reward is not None and reward.process == name), Reward(process=name))
+
+
+async def _thoughts(settings: Trees, endpoint: Endpoint) -> str:
+    """How the thinker is asked, in words: what is not set in the recipe goes by the kind of model that it is."""
+    shown = examples_shown(settings.examples, endpoint.kind)
+    default = "" if settings.examples is not None else " by default"
+    limit = settings.max_chain_tokens if settings.ends == "paragraph" else settings.max_thought_tokens
+    each = (
+        f"a {settings.ends} each, {'chains' if settings.ends == 'paragraph' else 'thoughts'} of at most {limit} tokens"
+    )
+    return f"a {endpoint.kind} model: {each}; {shown} worked examples{default}; patterns {', '.join(settings.patterns)}"
 
 
 async def _scores(client: Client, reward: Reward) -> str:

@@ -33,7 +33,7 @@ from cotree.tasks.decontamination import contaminated
 from cotree.train.settings import TRAINING_VERSION
 
 # Raised when the code changes what a node of this kind makes from the same inputs.
-CONTENT_VERSION: Mapping[Kind, int] = {"trees": 1, "datasets": 3, "students": TRAINING_VERSION, "evaluations": 1}
+CONTENT_VERSION: Mapping[Kind, int] = {"trees": 2, "datasets": 3, "students": TRAINING_VERSION, "evaluations": 1}
 
 
 @dataclass(frozen=True)

@@ -12,27 +12,32 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from cotree.models.client import Completion, Counters, Request
 from cotree.models.wire import Prompt
 from cotree.search.journal import SearchModels
-from cotree.search.mcts import Node, Rollout, ThoughtRequest, TreeSearch
+from cotree.search.mcts import Node, Rollout, ThoughtRequest, TreeSearch, next_thought
 from cotree.search.reward import chain_reward
 from cotree.search.settings import Role, Search, Thought, Writer
 from cotree.search.thoughts import (
     ANSWER_FORMATS,
     PREFIXES,
     THOUGHT_STOPS,
+    Pattern,
     chain_text,
     draw,
     draw_pattern,
+    examples_shown,
     question_name,
     read_box,
     search_messages,
+    split_paragraphs,
     thought_text,
 )
 from cotree.tasks import Question, Task, Verdict
+from cotree.tasks.extract import after_thinking, has_answer_tag
 
 
 class Scorer(Protocol):
@@ -57,7 +62,8 @@ class VerifierScorer:
 
     async def score_answer(self, growth: Growth, answer: Node) -> tuple[Verdict, float]:
         """The verifier's verdict, and its reward or the recipe's; without an answer the reward is the verifier's, 0."""
-        verdict = await growth.task.judge_async(growth.question, answer.text, answer.finish_reason)
+        text = chain_text(answer.chain())
+        verdict = await growth.task.judge_async(growth.question, text, answer.finish_reason)
         if growth.settings.reward is None or verdict.kind in ("no_answer", "undecided"):
             return verdict, verdict.reward
         return verdict, await chain_reward(growth, answer.chain(), verdict)
@@ -98,7 +104,8 @@ class Growth:
         self.used: list[bytes] = []
         self.stopped: str | None = None
         self.started = time.monotonic()
-        self._messages = search_messages(task, question)
+        shown = examples_shown(settings.examples, models.endpoints[roles["thinker"][0].model].kind)
+        self._messages = search_messages(task, question, shown=shown, ends=settings.ends)
         self._prompts: dict[str, Prompt] = {}
 
     def _prefixes(self) -> dict[str, Sequence[str]]:
@@ -122,7 +129,8 @@ class Growth:
 
     def stop_condition(self) -> str | None:
         """The name of the condition of `settings.stop` that is met by now, None as long as none is."""
-        stop, leaves = self.settings.stop, self.search.leaves
+        stop = self.settings.stop
+        leaves = [leaf for leaf in self.search.leaves if leaf.verdict != "undecided"]
         correct = sum(leaf.verdict == "correct" for leaf in leaves)
         # Chains of equal text count once.
         chains = {(chain_text(leaf.chain()), leaf.verdict) for leaf in leaves} if stop.correct or stop.wrong else set()
@@ -152,38 +160,115 @@ class Growth:
         while (request := rollout.pending) is not None:
             rollout.feed(await self.write_thoughts(request))
 
-    async def write_thoughts(self, request: ThoughtRequest) -> list[Node]:
-        """The thoughts of a request, one node a sample; scored where they end a chain."""
-        settings, above, form = self.settings.thought(request.type), request.node, self.task.answer_form
-        if settings.text is not None:
-            return [request.thought(0, settings.text.strip())]
+    async def write_thoughts(self, request: ThoughtRequest, *, ahead: bool = True) -> list[list[Node]]:
+        """The thoughts of a request: for each sample those that it wrote one after the other; ends are scored.
+
+        ahead: a sample may write on to the end of its turn, where the next thoughts would be asked for in the same way.
+        """
+        if (fixed := self.settings.thought(request.type).text) is not None:
+            return [[request.thought(0, fixed.strip())]]
+        ends = self.settings.ends_of(request.type)
+        whole_turn = ends == "open" or (ahead and self._writes_ahead(request.type))
+        if request.type == "answer" and after_thinking(chain_text(request.node.chain())) is None:
+            request = replace(request, prefix=f"\n</think>\n\n{request.prefix.lstrip()}")
         thoughts = await self.sample(
             request,
             self.draw_writer(request.type, request.seed_key),
-            max_tokens=settings.max_tokens or self.settings.max_thought_tokens,
-            stop=self.answer_format.stops if request.type == "answer" else THOUGHT_STOPS,
+            max_tokens=self._max_tokens(request, whole_turn=whole_turn),
+            stop=self.answer_format.stops if request.type == "answer" else () if whole_turn else THOUGHT_STOPS[ends],
         )
-        for thought in thoughts:
-            closed = request.type == "answer" and form == "boxed" and read_box(thought.text)[1]
-            cut = thought.finish_reason == "length" and not closed
-            is_open, in_line = cut and settings.ends == "tokens", above.is_open and request.type == above.type
-            thought.text = thought_text(
-                request.type, request.prefix, thought.text, form, in_line=in_line, is_open=is_open
-            )
-            if cut and not is_open:
-                thought.verdict, thought.reward = "no_answer", 0.0
-            elif request.type == "answer":
-                await self.score(thought)
+        if request.type == "answer":
+            return [[await self._read_answer(thought)] for thought in thoughts]
+        return [await self._read_thoughts(request, thought, ends, whole_turn=whole_turn) for thought in thoughts]
+
+    def _writes_ahead(self, thought_type: str) -> bool:
+        """Whether paragraph follows paragraph without prefixes, from the same writer, until the model answers."""
+        pattern, kind, seen = self.search.pattern, thought_type, set[str]()
+        writers = writers_of(kind, self.roles, self.settings.thought(kind))
+        while kind not in seen and len(writers) == 1:  # of several each thought draws one
+            thought = self.settings.thought(kind)
+            if self.settings.ends_of(kind) != "paragraph" or thought.max_tokens is not None:
+                return False
+            seen.add(kind)
+            kind = next(iter(pattern[kind]))
+            if any(self.search.prefixes[kind]) or writers_of(kind, self.roles, self.settings.thought(kind)) != writers:
+                return False
+        return len(writers) == 1
+
+    def _max_tokens(self, request: ThoughtRequest, *, whole_turn: bool) -> int:
+        """The most tokens that a request may generate: what is left of the chain's, or those of one thought."""
+        if whole_turn:
+            return max(1, self.settings.max_chain_tokens - sum(thought.tokens for thought in request.node.chain()))
+        thought = self.settings.thought(request.type)
+        return thought.max_tokens or thought.thought_tokens or self.settings.max_thought_tokens
+
+    async def _read_answer(self, answer: Node) -> Node:
+        """The answer that a request opened and the model wrote, scored; one that was cut is none."""
+        form = self.task.answer_form
+        cut = answer.finish_reason == "length" and not (form == "boxed" and read_box(answer.text)[1])
+        answer.text = thought_text("answer", answer.prefix, answer.text, form)
+        if cut:
+            answer.verdict, answer.reward = "no_answer", 0.0
+        else:
+            await self.score(answer)
+        return answer
+
+    async def _read_thoughts(self, request: ThoughtRequest, first: Node, ends: str, *, whole_turn: bool) -> list[Node]:
+        """What one sample wrote, as thoughts that follow each other. Where the model answers, the rest is the answer.
+
+        whole_turn: it wrote to the end of its turn, so if there is no answer then there is none.
+        """
+        form, cut = self.task.answer_form, first.finish_reason == "length"
+        in_line, is_open = request.node.is_open and request.type == request.node.type, cut and ends == "tokens"
+        first.text = thought_text(request.type, first.prefix, first.text, form, in_line=in_line, is_open=is_open)
+        if not first.text:
+            return [first]
+        chain = chain_text(first.chain())
+        above = chain[: len(chain) - len(first.text)]
+        parts = (
+            split_paragraphs(first.text, self.settings.max_depth - request.node.depth) if whole_turn else [first.text]
+        )
+        answering = self._answering_part(above, parts, first.finish_reason, whole_turn=whole_turn)
+        steps, answer = parts[:answering], "" if answering is None else "".join(parts[answering:])
+        if ends == "open" and steps:
+            steps = ["".join(steps)]
+        thoughts = _nodes_of(first, [*steps, answer] if answer else steps, self.search.pattern)
+        last = thoughts[-1]
+        if answer:
+            last.type = "answer"
+            await self.score(last)
+        elif (cut and not is_open) or (whole_turn and next(iter(self.search.pattern[str(last.type)])) != "answer"):
+            last.verdict, last.reward = "no_answer", 0.0
         return thoughts
+
+    def _answering_part(self, above: str, parts: Sequence[str], finish_reason: str, *, whole_turn: bool) -> int | None:
+        """The number of the first part with which a chain that begins with `above` has an answer in the task's form."""
+        for number, part in enumerate(parts):
+            above += part
+            is_last = number == len(parts) - 1
+            if self.task.answer_form == "text" and not (whole_turn and is_last):
+                found = has_answer_tag(above)
+            else:
+                found = self.task.extract(above, finish_reason if is_last else "stop", "strict") is not None
+            if found:
+                return number
+        return None
 
     async def sample(
         self, request: ThoughtRequest, writer: Writer, *, max_tokens: int, stop: tuple[str, ...]
     ) -> list[Node]:
-        """A node for each sample that continues a request's chain and prefix; its text is what the model wrote."""
-        beginning = chain_text([*request.node.chain(), request.thought(0, request.prefix)])
+        """A node for each sample that continues a request's chain and prefix; its text is what the model wrote.
+
+        A template that opens the model's thinking has written the first words of the first thought's prefix.
+        """
+        endpoint = self.models.endpoints[writer.model]
         if writer.model not in self._prompts:
-            self._prompts[writer.model] = self.models.endpoints[writer.model].prompt(self._messages)
+            self._prompts[writer.model] = endpoint.prompt(self._messages)
         prompt, seed = self._prompts[writer.model], draw(f"request:{request.seed_key}", 2**31)
+        if request.node is self.search.root and not request.prefix.startswith(prompt.opened):
+            request = replace(request, prefix=prompt.opened + request.prefix)
+        beginning = chain_text([*request.node.chain(), request.thought(0, request.prefix)])
+        stop = stop if "\n" in stop else (*stop, *endpoint.turn_stops)
         completion = await self.continue_text(
             writer, prompt, beginning, n=request.n, max_tokens=max_tokens, seed=seed, stop=stop
         )
@@ -231,6 +316,24 @@ class Growth:
         self.spent.requests += 1
         self.spent.add(completion)
         return completion
+
+
+def _nodes_of(first: Node, texts: Sequence[str], pattern: Pattern) -> list[Node]:
+    """A node for each of the texts that one sample wrote; `first` becomes the first of them, and its tokens are shared
+    out by length."""
+    nodes, total, length = [first], first.tokens, max(1, sum(map(len, texts)))
+    finish_reason, first.text, before = first.finish_reason, texts[0], 0
+    for text in texts[1:]:
+        last = nodes[-1]
+        last.finish_reason = "stop"
+        following = next_thought(last, next(iter(pattern[str(last.type)])), text)
+        following.seed, following.seconds, following.logprob = first.seed, first.seconds, first.logprob
+        nodes.append(following)
+    nodes[-1].finish_reason = finish_reason
+    for node in nodes:
+        node.tokens = round(total * (before + len(node.text)) / length) - round(total * before / length)
+        before += len(node.text)
+    return nodes
 
 
 def writers_of(thought_type: str, roles: Mapping[str, Role], thought: Thought) -> Role:

@@ -5,14 +5,16 @@ An ask-and-tell interface: `ask(k)` selects up to k places to grow, with virtual
 rollouts of a round in the order in which they were asked. So completions may arrive in any order and at any time, and
 the tree stays the same. A request is seeded by its place in the tree, never by the budget, C or the order of rollouts.
 
-Invariants: a node's `visits` is the number of judged leaves at or below it and `value` the sum of their rewards; a leaf
-is judged once and never selected again; after every tell no virtual loss of that rollout is left; no `answer` exists
-without a reward. All operations cost O(depth x branching), `set_rewards` the size of the tree.
+Invariants: a node's `visits` is the number of judged leaves at or below it and `value` the sum of their rewards, and an
+undecided leaf is in neither; a leaf is judged once and never selected again; after every tell no virtual loss of that
+rollout is left; no `answer` exists without a reward. All operations cost O(depth x branching), `set_rewards` the size
+of the tree.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,12 +25,18 @@ from cotree.search.thoughts import PREFIXES, Pattern, draw_prefix
 
 @dataclass(slots=True)
 class Slot:
-    """Children of a node, `n` samples of one type in one request. `taken`: a rollout writes or has written them."""
+    """Children of a node, `n` samples of one type in one request. `taken`: a rollout writes or has written them.
+
+    written: further samples, which the request that wrote the node itself went on to write.
+    is_more: children beyond the pattern's row, which compete with the node's children (`widen`).
+    """
 
     type: str
     n: int
     index: int
     taken: bool = False
+    written: int = 0
+    is_more: bool = False
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -37,7 +45,10 @@ class Node(StoredNode):
 
     path: its place ("0.1/2.0/": slot.sample at each depth), which seeds whatever grows below it.
     logprob: the mean over the thought's tokens, 0 where it was not asked for.
-    virtual_visits: rollouts under way at or below the node. free_slots: slots at or below it that nobody has taken.
+    fresh_leaves: the judged leaves at which the rollouts ended that took a slot of the node. asking: those under way
+    that started at the node.
+    virtual_visits: rollouts under way at or below the node. undecided: leaves at or below it that could not be judged.
+    free_slots: slots at or below it that nobody has taken.
     """
 
     parent: Node | None = None
@@ -47,6 +58,14 @@ class Node(StoredNode):
     slots: list[Slot] = field(default_factory=list)
     free_slots: int = 0
     virtual_visits: int = 0
+    undecided: int = 0
+    fresh_leaves: list[Node] = field(default_factory=list)
+    asking: int = 0
+
+    @property
+    def tries(self) -> int:
+        """How often the search came here: leaves at or below, also undecided ones, and rollouts under way."""
+        return self.visits + self.virtual_visits + self.undecided
 
     def chain(self) -> list[Node]:
         """The thoughts from the first below the root down to this one."""
@@ -60,7 +79,8 @@ class Node(StoredNode):
 
 @dataclass(frozen=True, slots=True)
 class ThoughtRequest:
-    """A request for `n` thoughts of one type that follow `node`'s chain; `place` is the index of their slot."""
+    """A request for `n` thoughts of one type that follow `node`'s chain; `place` is the index of their slot, and the
+    first of them is its sample number `first`."""
 
     node: Node
     type: str
@@ -68,19 +88,33 @@ class ThoughtRequest:
     place: int
     prefix: str
     seed_key: str
+    first: int = 0
 
     def thought(self, sample: int, text: str) -> Node:
         """A node for one sample. It joins the tree when `tell` merges its rollout."""
-        above, path = self.node, f"{self.node.path}{self.place}.{sample}/"
+        above, path = self.node, f"{self.node.path}{self.place}.{self.first + sample}/"
         return Node(-1, None, self.type, text, self.prefix, depth=above.depth + 1, parent=above, path=path)
 
 
-def distinct_thoughts(thoughts: Sequence[Node]) -> list[Node]:
-    """The first thought of each text; one without words is left out."""
-    found: dict[str, Node] = {}
-    for thought in thoughts:
-        if thought.text:
-            found.setdefault(thought.text, thought)
+def next_thought(thought: Node, thought_type: str, text: str) -> Node:
+    """A node for what the same sample went on to write after a thought: sample 0 of the thought's first slot."""
+    path, depth = f"{thought.path}0.0/", thought.depth + 1
+    return Node(-1, None, thought_type, text, model=thought.model, depth=depth, parent=thought, path=path)
+
+
+def distinct_thoughts(samples: Sequence[Sequence[Node]]) -> list[Node]:
+    """The thoughts of some samples, each one or several that follow each other, parents before children.
+
+    Of equal siblings the first is kept, and gets the children of the others; one without words is left out.
+    """
+    found: dict[tuple[int, str, bool], Node] = {}
+    for sample in samples:
+        above = sample[0].parent if sample else None
+        for thought in sample:
+            if not thought.text:
+                break
+            thought.parent = above
+            above = found.setdefault((id(above), thought.text, thought.reward is None), thought)
     return list(found.values())
 
 
@@ -94,29 +128,37 @@ class Rollout:
 
     def _take(self, node: Node, slot: Slot) -> None:
         """Make the thoughts of a slot the next that are asked for."""
-        slot.taken = True
+        self._search.take(node, slot)
         self._slot = slot
         self.pending: ThoughtRequest | None = self._search.thought_request(node, slot)
 
-    def feed(self, thoughts: Sequence[Node]) -> None:
-        """Take the thoughts that `pending` asked for; `pending` is then the next request, or None at a judged leaf.
+    def feed(self, samples: Sequence[Sequence[Node]]) -> None:
+        """Take what `pending` asked for; `pending` is then the next request, or None at a judged leaf.
 
-        A thought that ends its chain (an answer, a cut text) comes with its reward, any other without. Where the model
-        wrote nothing, an answer is asked for in its place, so that every rollout ends at a judged leaf.
+        A sample is a thought, or several that follow each other where the model wrote on. One that ends its chain (an
+        answer, a cut text) comes with its reward, any other without. Where the model wrote nothing, an answer is asked
+        for in its place, so that every rollout ends at a judged leaf.
         """
         assert self.pending is not None, "this rollout has already reached a judged leaf"
-        new = distinct_thoughts(thoughts)
+        new = distinct_thoughts(samples)
         if not new and self.pending.type != "answer":
             self._slot.type, self._slot.n = "answer", 1
             self._take(self.pending.node, self._slot)
             return
         self.written.extend(new)
-        unfinished = [node for node in new if node.reward is None]
-        for node in unfinished:
-            node.slots = self._search.child_slots(node)
+        written_on = Counter(id(node.parent) for node in new)
+        for node in new:
+            if node.reward is None:
+                node.slots = self._search.child_slots(node)
+                first = node.slots[0]
+                first.written = min(written_on[id(node)], first.n)
+                first.n -= first.written
+                if first.n == 0:
+                    self._search.take(node, first)
         self.pending = None
-        if unfinished and len(unfinished) == len(new):
-            self._take(unfinished[0], unfinished[0].slots[0])
+        if new and not any(node.reward is not None for node in new):
+            last = next(node for node in new if not written_on[id(node)])
+            self._take(last, last.slots[0])
 
 
 class TreeSearch:
@@ -165,25 +207,58 @@ class TreeSearch:
         # A mini-step that broke off inside a line is continued word by word, so no prefix comes between.
         continues = node.is_open and slot.type == node.type
         prefix = "" if continues else draw_prefix(self.prefixes[slot.type], key)
-        return ThoughtRequest(node, slot.type, n=slot.n, place=slot.index, prefix=prefix, seed_key=key)
+        ends = self.settings.ends if slot.type == "answer" else self.settings.ends_of(slot.type)
+        if node.parent is not None and ends in ("paragraph", "open"):
+            prefix = f"\n\n{prefix}"
+        return ThoughtRequest(
+            node, slot.type, n=slot.n, place=slot.index, prefix=prefix, seed_key=key, first=slot.written
+        )
 
     def ask(self, k: int = 1) -> list[Rollout]:
         """Up to `k` rollouts from different places (fewer when the tree or the budget has no more)."""
         asked: list[Rollout] = []
         while len(asked) < k and not self.done:
             node = self._select()
+            free = sum(not slot.taken for slot in node.slots)
             asked.append(Rollout(self, node, next(slot for slot in node.slots if not slot.taken)))
-            self._add_upwards(node, free_slots=-1, virtual_visits=1)
+            node.asking += 1
+            more = sum(not slot.taken for slot in node.slots) - free
+            self._add_upwards(node, free_slots=more, virtual_visits=1)
             self.rollouts_left -= 1
             self.rollouts += 1
         return asked
 
+    def take(self, node: Node, slot: Slot) -> None:
+        """Mark a slot as taken; with `widen`, where the pattern branches, one of as many children again is opened."""
+        slot.taken = True
+        n = self.pattern.get(node.type or "root", {}).get(slot.type, 1)
+        if self.settings.widen and n > 1:
+            node.slots.append(Slot(slot.type, n, len(node.slots), is_more=True))
+
     def tell(self, rollout: Rollout) -> None:
-        """Merge a finished rollout: its nodes join the tree, its judged leaves count once, its virtual loss goes."""
+        """Merge a finished rollout: its nodes join the tree, its judged leaves count once, its virtual loss goes.
+
+        A thought that the tree has at this place is not added again, and what follows it goes below the one that is
+        there. Leaves are: each has a vote.
+        """
         assert rollout.pending is None, "tell needs a rollout that has reached a judged leaf"
         self._add_upwards(rollout.start, virtual_visits=-1)
+        there: dict[int, Node] = {}
         for node in rollout.written:
-            self._join(node)
+            assert node.parent is not None
+            node.parent = there.get(id(node.parent), node.parent)
+            same = [child for child in node.parent.children if (child.type, child.text) == (node.type, node.text)]
+            twin = next((child for child in same if child.reward is None), None) if node.reward is None else None
+            if twin is None:
+                self._join(node)
+            else:
+                there[id(node)] = twin
+        rollout.start.asking -= 1
+        for leaf in rollout.written:
+            above = leaf.parent if leaf.reward is not None else None
+            while above is not None:
+                above.fresh_leaves.append(leaf)
+                above = above.parent if above is not rollout.start else None
 
     def add_leaf(self, leaf: Node) -> None:
         """Let a judged leaf that no rollout wrote join the tree: a whole chain that was sampled by itself."""
@@ -195,7 +270,7 @@ class TreeSearch:
         for leaf, reward in zip(self.leaves, rewards, strict=True):
             leaf.reward = reward
         for node in self.nodes:
-            node.value = node.reward or 0.0
+            node.value = (node.reward or 0.0) if node.verdict != "undecided" else 0.0
         # Parents come before their children.
         for node in reversed(self.nodes):
             if node.parent is not None:
@@ -205,38 +280,58 @@ class TreeSearch:
         """Let a reflection follow the parent of an answer that seems wrong, as the answer's sibling.
 
         The chain that goes on thus keeps the thinking but not the answer. A parent gets one reflection, and only where
-        thinking and an answer still fit below `max_depth`.
+        thinking and an answer still fit below `max_depth`; the root gets none, since no thought is there to look at.
         """
         parent = answer.parent
         assert parent is not None
         there = any(slot.type == "reflection" for slot in parent.slots)
-        if there or self.reflections_left == 0 or parent.depth + 3 > self.settings.max_depth:
+        if parent is self.root or there or self.reflections_left == 0 or parent.depth + 3 > self.settings.max_depth:
             return
         self.reflections_left -= 1
         parent.slots.insert(0, Slot("reflection", 1, index=len(parent.slots)))
         self._add_upwards(parent, free_slots=1)
 
     def _select(self) -> Node:
-        """Walk down by UCB to a node with a free slot: unvisited children first, then slots, then the best child."""
+        """Walk down by UCB to a node with a free slot: unvisited children first, then slots, then the best child.
+
+        With `widen` more children of a node compete with those that it has, by UCB over what fresh ones there brought.
+        """
         node = self.root
         while True:
             growable = [child for child in node.children if child.free_slots > 0]
-            fresh = next((child for child in growable if child.visits + child.virtual_visits == 0), None)
+            fresh = next((child for child in growable if child.tries == 0), None)
+            free = [slot for slot in node.slots if not slot.taken]
             if fresh is not None:
                 node = fresh
-            elif any(not slot.taken for slot in node.slots):
+            elif any(not slot.is_more for slot in free) or not growable:
                 return node
             else:
-                parent_visits = node.visits + node.virtual_visits
-                node = max(growable, key=lambda child: self.ucb(child, parent_visits))
+                tries = node.tries
+                best = max(growable, key=lambda child: self.ucb(child, tries))
+                if free and self._ucb_of_more(node) > self.ucb(best, tries):
+                    return node
+                node = best
 
-    def ucb(self, node: Node, parent_visits: int) -> float:
-        """v/n + C sqrt(ln N / n), the paper's UCB; a virtual loss counts as a visit without reward."""
-        visits = node.visits + node.virtual_visits
-        return node.value / visits + self.settings.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
+    def _ucb_of_more(self, node: Node) -> float:
+        """UCB of one more request at a node, over what its earlier ones brought; those under way count as worth 0."""
+        rewards = [leaf.reward or 0.0 for leaf in node.fresh_leaves if leaf.verdict != "undecided"]
+        tries = max(1, len(node.fresh_leaves) + node.asking)
+        return self._ucb(sum(rewards), len(rewards) + node.asking, tries, node.tries)
+
+    def ucb(self, node: Node, parent_tries: int) -> float:
+        """v/n + C sqrt(ln N / n), the paper's UCB; a virtual loss counts as a visit without reward.
+
+        Undecided leaves are not in v/n, but in the N and n of the other term: where nothing can be judged the search
+        does not stay for ever.
+        """
+        return self._ucb(node.value, node.visits + node.virtual_visits, node.tries, parent_tries)
+
+    def _ucb(self, value: float, visits: int, tries: int, parent_tries: int) -> float:
+        mean = value / max(visits, 1)
+        return mean + self.settings.exploration * math.sqrt(math.log(max(parent_tries, 1)) / tries)
 
     def _join(self, node: Node) -> None:
-        """Append a node to its parent; a leaf's reward is backed up."""
+        """Append a node to its parent; a leaf's reward is backed up, if it could be judged."""
         assert node.parent is not None
         node.node_id, node.parent_id = len(self.nodes), node.parent.node_id
         self.nodes.append(node)
@@ -244,11 +339,20 @@ class TreeSearch:
         self._add_upwards(node, free_slots=sum(not slot.taken for slot in node.slots))
         if node.reward is not None:
             self.leaves.append(node)
-            self._add_upwards(node, visits=1, value=node.reward)
+            if node.verdict == "undecided":
+                self._add_upwards(node, undecided=1)
+            else:
+                self._add_upwards(node, visits=1, value=node.reward)
 
     @staticmethod
     def _add_upwards(
-        node: Node, *, visits: int = 0, value: float = 0.0, virtual_visits: int = 0, free_slots: int = 0
+        node: Node,
+        *,
+        visits: int = 0,
+        value: float = 0.0,
+        virtual_visits: int = 0,
+        undecided: int = 0,
+        free_slots: int = 0,
     ) -> None:
         """Add to the counts of a node and of all its ancestors."""
         step: Node | None = node
@@ -256,5 +360,6 @@ class TreeSearch:
             step.visits += visits
             step.value += value
             step.virtual_visits += virtual_visits
+            step.undecided += undecided
             step.free_slots += free_slots
             step = step.parent

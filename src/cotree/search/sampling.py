@@ -12,9 +12,6 @@ from cotree.search.growth import Growth
 from cotree.search.mcts import Node, ThoughtRequest
 from cotree.search.thoughts import draw_prefix
 
-# A whole chain may be as long as so many thoughts.
-_THOUGHTS = 4
-
 
 async def sample_chains(growth: Growth, *, budget: int | None, most: int | None = None) -> AsyncIterator[list[Node]]:
     """Sample whole chains, a request at a time; each is a scored leaf below the root of the growth's tree.
@@ -26,7 +23,8 @@ async def sample_chains(growth: Growth, *, budget: int | None, most: int | None 
     search, settings = growth.search, growth.settings
     first_type = next(iter(search.pattern["root"]))
     fixed = settings.thought(first_type).text
-    free_text = growth.task.answer_form == "text"
+    # A line of a worked example closes a box and ends; other texts end with the model's turn.
+    ends_with_box = settings.ends == "line" and growth.task.answer_form != "text"
     requests = 0
     n = 1  # the first says what a chain costs
     while n > 0:
@@ -36,13 +34,13 @@ async def sample_chains(growth: Growth, *, budget: int | None, most: int | None 
         leaves = await growth.sample(
             ThoughtRequest(search.root, "answer", n, place=requests, prefix=prefix, seed_key=key),
             growth.draw_writer(first_type, key),
-            max_tokens=settings.max_thought_tokens * _THOUGHTS,
-            stop=() if free_text else ("}\n",),
+            max_tokens=settings.max_chain_tokens,
+            stop=("}\n",) if ends_with_box else (),
         )
         for leaf in leaves:
-            leaf.text = f"{prefix}{leaf.text}"
+            leaf.text = f"{leaf.prefix}{leaf.text}"
             # The stop string took the box's brace with it.
-            if not free_text and leaf.finish_reason == "stop" and leaf.text.count("{") > leaf.text.count("}"):
+            if ends_with_box and leaf.finish_reason == "stop" and leaf.text.count("{") > leaf.text.count("}"):
                 leaf.text += "}"
             await growth.score(leaf)
             search.add_leaf(leaf)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from cotree.base.settings import NOT_CONTENT, Section, require_known
-from cotree.search.thoughts import PATTERNS, THOUGHT_TYPES, check_pattern
+from cotree.search.thoughts import DEFAULT_PATTERNS, PATTERNS, THOUGHT_TYPES, check_pattern
 from cotree.tasks.base import Split
 
 Count = Annotated[int, Field(ge=1)]
@@ -38,23 +38,30 @@ class Thought(Section):
     prefixes: the words it may begin with, one drawn by seed; an own type needs them (or a `text`).
     role: who writes it; by default the reflector writes reflections and double checks, the thinker everything else.
     text: fixed words; no model is called.
-    max_tokens: instead of the search's `max_thought_tokens`.
-    ends: `line` (a thought is a line; one that is cut by max_tokens is a dead end) or `tokens` (a mini-step: it ends
-        after max_tokens tokens, wherever that is, and the next one continues its very words).
+    max_tokens: instead of the search's `max_thought_tokens`; a line or paragraph that is longer is cut, a dead end.
+    ends: where a thought ends, by default where the search's thoughts do: `line` at a line's end; `paragraph` at a
+        blank line; `open` where the model turns to the answer or ends its turn; `tokens` after `thought_tokens` tokens,
+        wherever that is, and the next one continues its very words (mini-steps).
     """
 
     text: str | None = Field(None, min_length=1)
     prefixes: tuple[str, ...] | None = Field(None, min_length=1)
     role: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    ends: Literal["line", "tokens"] = "line"
+    ends: Literal["line", "paragraph", "open", "tokens"] | None = None
+    thought_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
-    def _fixed_or_written(self) -> Thought:
-        if self.text is not None and (self.prefixes or self.role or self.max_tokens or self.ends != "line"):
+    def _consistent(self) -> Thought:
+        if self.text is not None and (self.prefixes or self.role or self.max_tokens or self.ends):
             raise ValueError("a fixed `text` is not written by a model: leave out prefixes, role, max_tokens and ends")
         if self.text is not None and "\n" in self.text.strip():
             raise ValueError("a fixed `text` is one line")
+        if (self.ends == "tokens") != (self.thought_tokens is not None):
+            raise ValueError("`ends: tokens` and `thought_tokens`, after how many tokens, go together")
+        if self.max_tokens is not None and self.ends in ("open", "tokens"):
+            fix = "thought_tokens" if self.ends == "tokens" else "the search's max_chain_tokens"
+            raise ValueError(f"max_tokens cuts lines and paragraphs; for `ends: {self.ends}` use {fix}")
         return self
 
 
@@ -97,8 +104,10 @@ class Reward(Section):
         return self
 
 
-def _with_shipped_patterns(value: Any) -> Any:
+def _with_shipped_patterns(value: Any, info: ValidationInfo) -> Any:
     """Names of shipped patterns, or a mapping in which an own pattern has its matrix and a shipped one null."""
+    if value == "default":
+        value = DEFAULT_PATTERNS[info.data.get("ends", "paragraph")]
     names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     given = dict.fromkeys(value) if names else value
     if not isinstance(given, dict):
@@ -110,12 +119,20 @@ def _with_shipped_patterns(value: Any) -> Any:
 class Search(Section):
     """Monte Carlo tree search over thoughts (paper, section on MCTS-based CoT data construction).
 
+    ends: where thoughts end that say nothing else: `paragraph` at a blank line, for models that write solutions of
+        their own; `line` at a line's end, for small ones that follow the worked examples.
+    examples: how many worked examples the prompt shows; more of them shorten chains and bring answers. By default 3,
+        and none for a reasoning model, whose thinking they would cut short.
     patterns: one is drawn for each tree: a list of shipped names, or {name: matrix} with a matrix of type -> {next
-        type: number of children}, and null for a shipped one.
+        type: number of children}, and null for a shipped one; by default the shipped ones for `ends`.
     thoughts: how thought types are written, own types included.
     rollouts: descents to a judged leaf, at most. leaves_per_round: how many go at once, kept apart by virtual loss.
     exploration: C of UCB; more of it spreads rollouts over branches, less returns to what was right.
+    widen: where a node has all children of its pattern's row, more of them compete with those that are there, so that a
+        node is widened or deepened by what its children brought (adaptive branching, as in AB-MCTS).
     temperature, top_p: of every writer that names none.
+    max_thought_tokens: the longest line or paragraph that is asked for by itself. max_chain_tokens: the longest chain
+        that is written in one request.
     max_reflections: how many wrong answers of a tree earn a reflection.
     adaptive: rollouts that stopped trees left over go to trees that have both kinds of chains, up to as many again as
         they had.
@@ -125,11 +142,19 @@ class Search(Section):
     rollouts: int = Field(8, ge=1)
     leaves_per_round: int = Field(2, ge=1)
     exploration: float = Field(1.0, ge=0)
-    patterns: Annotated[dict[str, Matrix], BeforeValidator(_with_shipped_patterns)] = Field(PATTERNS, min_length=1)
+    widen: bool = False
+    ends: Literal["line", "paragraph"] = "paragraph"
+    examples: int | None = Field(None, ge=0)
+    patterns: Annotated[dict[str, Matrix], BeforeValidator(_with_shipped_patterns)] = Field(
+        "default",
+        min_length=1,
+        validate_default=True,
+    )
     thoughts: dict[str, Thought] = Field({})
     temperature: float = Field(0.8, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_thought_tokens: int = Field(64, ge=1)
+    max_chain_tokens: int = Field(512, ge=1)
     max_depth: int = Field(10, ge=3)
     max_reflections: int = Field(2, ge=0)
     stop: Stop = Stop()
@@ -140,6 +165,11 @@ class Search(Section):
     def thought(self, thought_type: str) -> Thought:
         """How thoughts of a type are written; by default the shipped way."""
         return self.thoughts.get(thought_type, Thought())
+
+    def ends_of(self, thought_type: str) -> str:
+        """Where thoughts of a type end; an answer, and fixed words, are lines."""
+        thought = self.thought(thought_type)
+        return "line" if thought_type == "answer" or thought.text is not None else thought.ends or self.ends
 
     @property
     def widest(self) -> int:
@@ -157,7 +187,9 @@ class Search(Section):
         for name, pattern in self.patterns.items():
             if name == "sampling":
                 raise ValueError("pattern `sampling`: trees of `method: sampling` are called so; choose another name")
-            check_pattern(name, pattern, (*THOUGHT_TYPES, *own))
+            known_types = (*THOUGHT_TYPES, *own)
+            answering = [kind for kind in known_types if self.ends_of(kind) in ("paragraph", "open")]
+            check_pattern(name, pattern, known_types, answering)
             if self.max_reflections and "reflection" not in pattern:
                 raise ValueError(
                     f"pattern `{name}`: the row `reflection` is missing, and a wrong answer adds one; add e.g. "
@@ -165,7 +197,7 @@ class Search(Section):
                 )
         # An answer is judged, and ends by itself.
         answer = self.thought("answer")
-        if answer.text is not None or answer.ends != "line":
+        if answer.text is not None or answer.ends is not None:
             raise ValueError("thoughts.answer: only prefixes, role and max_tokens can change; it ends by itself")
         for prefix in answer.prefixes or ():
             if not prefix.endswith("\\boxed{"):

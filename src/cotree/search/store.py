@@ -16,6 +16,7 @@ from typing import Any
 
 from cotree.base.errors import UsageError
 from cotree.search.database import Database, checksum
+from cotree.tasks.extract import ANSWER_TAG
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class StoredNode:
     prefix: str = ""
     model: str = ""
     depth: int = 0
-    visits: int = 0  # judged leaves at or below
+    visits: int = 0  # judged leaves at or below, undecided ones left out
     value: float = 0.0  # the sum of their rewards
     verdict: str | None = None  # correct, wrong, no_answer or undecided; None if not a leaf that the verifier judged
     reward: float | None = None  # of a judged leaf, in [0, 1]; None where the chain goes on
@@ -48,10 +49,22 @@ class StoredNode:
         """Whether its line goes on: a mini-step that ended by its token count and not by itself."""
         return self.finish_reason == "length" and self.reward is None
 
+    @property
+    def is_forced(self) -> bool:
+        """Whether it is an answer whose first words the search wrote, not the model."""
+        return self.type == "answer" and self.prefix.endswith(("\\boxed{", f"{ANSWER_TAG}\n"))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether max_tokens ended it, and its chain with it, before there was an answer."""
+        return self.verdict == "no_answer" and self.type != "answer" and self.finish_reason == "length"
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTree:
     """A tree: a row of `trees`, the fields its columns in their order, with its nodes in id order.
+
+    No undecided leaf is in the visits and value of a node; an older cotree's trees, which have them, are counted anew.
 
     A tree of `method: sampling` has the pattern `sampling`, and below its root one `answer` node for each whole chain;
     equal chains are separate nodes, because a majority vote counts them all.
@@ -74,6 +87,16 @@ class StoredTree:
     completion_tokens: int  # all that was generated, duplicates dropped from the tree included
     nodes: list[StoredNode]
     verdict_version: int | None = None  # the VERDICT_VERSION of its verdicts; None: an older cotree's, which kept none
+
+    def __post_init__(self) -> None:
+        if all(node.verdict != "undecided" for node in self.nodes):
+            return
+        for node in self.nodes:
+            is_judged = node.reward is not None and node.verdict != "undecided"
+            node.visits, node.value = int(is_judged), (node.reward or 0.0) if is_judged else 0.0
+        for node in reversed(self.nodes[1:]):  # parents come before their children
+            above = self.nodes[node.parent_id or 0]
+            above.visits, above.value = above.visits + node.visits, above.value + node.value
 
     @property
     def question_name(self) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cotree.base.statistics import wilson_interval
+from cotree.base.statistics import ratio_interval, wilson_interval
 from cotree.search.journal import Journal
-from cotree.search.store import StoredTree, TreeStore
+from cotree.search.store import StoredNode, StoredTree, TreeStore
 from cotree.search.thoughts import chain_text, names_of_turns
 from cotree.search.trees import trees_of
 from cotree.tasks.base import Asked
@@ -25,8 +25,9 @@ def summarize(store: TreeStore, journal: Journal, questions: Sequence[Asked], co
 
     Returns:
         What all trees hold, as plain data:
-        trees, thoughts; rollouts: descents to a judged leaf; answers: judged ones, by verdict in `correct`, `wrong` and
-        `no_answer`; cut: thoughts other than answers that max_tokens ended; questions_with_correct,
+        trees, thoughts; rollouts: descents to a judged leaf; answers: judged chains, by verdict in `correct`, `wrong`
+        and `no_answer`, of which `forced` ones answer in words that the search began; cut: chains that max_tokens ended
+        before an answer, not among these; questions_with_correct,
         questions_with_both: the share of trees with a correct chain, and with a correct and a wrong one; reflections,
         and those `repaired`, which a correct answer follows; stopped: {why trees ended: how many}.
         by_task: {task: the same}. by_model: {model: the thoughts, tokens, reflections and repaired that it wrote}.
@@ -74,7 +75,7 @@ def _repaired_reflections(tree: StoredTree) -> set[int]:
 
 def _counts_of_tree(tree: StoredTree) -> dict[str, int]:
     """One tree's counts, by the names that `summarize` gives them."""
-    answers = Counter(node.verdict for node in tree.nodes if node.type == "answer")
+    answers = Counter(node.verdict for node in tree.nodes if node.verdict is not None and not node.is_cut)
     verdicts = {node.verdict for node in tree.nodes}
     return {
         "trees": 1,
@@ -85,28 +86,40 @@ def _counts_of_tree(tree: StoredTree) -> dict[str, int]:
         "wrong": answers["wrong"],
         "no_answer": answers["no_answer"],
         "undecided": answers["undecided"],
-        "cut": sum(node.verdict is not None and node.type != "answer" for node in tree.nodes),
+        "forced": sum(node.is_forced for node in tree.nodes),
+        "cut": sum(node.is_cut for node in tree.nodes),
         "questions_with_correct": "correct" in verdicts,
         "questions_with_both": {"correct", "wrong"} <= verdicts,
         "reflections": sum(node.type == "reflection" for node in tree.nodes),
     }
 
 
+# A figure with the ends of its 95% interval.
+Measured = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class MethodResult:
-    """What one method found over a set of questions, and at what cost.
+    """What one method found over a set of questions, and at what cost; each figure as (value, low, high).
 
+    chains: all but undecided ones. accuracy: the share that is correct; those that were cut or have no answer are not.
     correct, both, vote: shares of the questions with a correct chain, with a correct and a wrong one, and with a
-    correct majority answer, each as (share, low, high) with its 95% Wilson interval. pairs_per_question: preference
-    pairs that use no chain twice. tokens: generated. tokens_per_pair: None where there is no pair.
+    correct majority answer. Intervals are Wilson's, or of a bootstrap over questions.
+    pairs_per_question, pairs_per_1000_tokens: preference pairs that use no chain twice.
+    shared: of the tokens of the pairs, each correct chain with the wrong one that shares most with it, the share that
+    both have; None where there is no pair. tokens: generated. tokens_per_pair: None where there is no pair.
     """
 
     method: str
     questions: int
-    correct: tuple[float, float, float]
-    both: tuple[float, float, float]
-    vote: tuple[float, float, float]
+    chains: int
+    accuracy: Measured
+    correct: Measured
+    both: Measured
+    vote: Measured
     pairs_per_question: float
+    pairs_per_1000_tokens: Measured
+    shared: float | None
     tokens: int
     uncached_prompt_tokens: int
     tokens_per_pair: float | None
@@ -114,34 +127,69 @@ class MethodResult:
 
 def compare_methods(trees: Mapping[str, Iterable[StoredTree]]) -> list[MethodResult]:
     """Compare methods by the trees that each made for the same questions: {method's name: its trees}."""
-    return [_method_result(method, of_method) for method, of_method in trees.items()]
+    found = {method: [_found_in(tree) for tree in of_method] for method, of_method in trees.items()}
+    # In an order of their own, because the intervals draw trees by number.
+    return [_method_result(method, sorted(of, key=lambda tree: sorted(tree.items()))) for method, of in found.items()]
 
 
-def _method_result(method: str, trees: Iterable[StoredTree]) -> MethodResult:
-    total: Counter[str] = Counter()
-    for tree in trees:
-        leaves = [node for node in tree.nodes if node.type == "answer" and node.verdict in ("correct", "wrong")]
-        # Equal chains are one chain, but each of them has a vote.
-        chains = Counter({chain_text(tree.chain(leaf.node_id)): leaf.verdict for leaf in leaves}.values())
-        # The first answer wins a tie: a Counter keeps the order of arrival.
-        majority = Counter(leaf.answer for leaf in leaves).most_common(1)
-        pairs = min(chains["correct"], chains["wrong"])
-        total.update(
-            questions=1,
-            correct=chains["correct"] > 0,
-            both=pairs > 0,
-            vote=any(leaf.verdict == "correct" and leaf.answer == majority[0][0] for leaf in leaves),
-            pairs=pairs,
-            tokens=tree.completion_tokens,
-            uncached_prompt_tokens=tree.prompt_tokens - tree.cached_tokens,
-        )
-    n, pairs, tokens = total["questions"], total["pairs"], total["tokens"]
+def _found_in(tree: StoredTree) -> Counter[str]:
+    """What one tree adds to the sums of its method."""
+    ends = [node for node in tree.nodes if node.verdict not in (None, "undecided")]
+    leaves = [leaf for leaf in ends if leaf.verdict in ("correct", "wrong")]
+    # Equal chains are one chain, but each of them has a vote.
+    distinct = {chain_text(tree.chain(leaf.node_id)): leaf for leaf in leaves}
+    chains = Counter(leaf.verdict for leaf in distinct.values())
+    # The first answer wins a tie: a Counter keeps the order of arrival.
+    majority = Counter(leaf.answer for leaf in leaves).most_common(1)
+    pairs = min(chains["correct"], chains["wrong"])
+    shared, of = _shared_tokens(tree, list(distinct.values()), pairs)
+    return Counter(
+        chains=len(ends),
+        correct_chains=sum(leaf.verdict == "correct" for leaf in ends),
+        correct=chains["correct"] > 0,
+        both=pairs > 0,
+        vote=any(leaf.verdict == "correct" and leaf.answer == majority[0][0] for leaf in leaves),
+        pairs=pairs,
+        shared=shared,
+        of=of,
+        tokens=tree.completion_tokens,
+        uncached_prompt_tokens=tree.prompt_tokens - tree.cached_tokens,
+    )
+
+
+def _shared_tokens(tree: StoredTree, leaves: Sequence[StoredNode], pairs: int) -> tuple[int, int]:
+    """The tokens that the two sides of so many pairs share, counted twice, and all tokens of both sides."""
+    paths = {leaf.node_id: {node.node_id: node.tokens for node in tree.chain(leaf.node_id)} for leaf in leaves}
+    right, wrong = ([leaf.node_id for leaf in leaves if leaf.verdict == kind] for kind in ("correct", "wrong"))
+    common = {
+        (a, b): sum(tokens for node, tokens in paths[a].items() if node in paths[b]) for a in right for b in wrong
+    }
+    shared = of = 0
+    for _ in range(pairs):
+        a, b = max(common, key=common.__getitem__)
+        shared, of = shared + 2 * common[a, b], of + sum(paths[a].values()) + sum(paths[b].values())
+        common = {pair: tokens for pair, tokens in common.items() if pair[0] != a and pair[1] != b}
+    return shared, of
+
+
+def _method_result(method: str, found: Sequence[Counter[str]]) -> MethodResult:
+    n, total = len(found), sum(found, Counter[str]())
+    pairs, tokens = total["pairs"], total["tokens"]
+
+    def ratio(part: str, whole: str, scale: int = 1) -> Measured:
+        low, high = ratio_interval([tree[part] for tree in found], [tree[whole] for tree in found])
+        return scale * total[part] / max(total[whole], 1), scale * low, scale * high
+
     shares = {name: (total[name] / n, *wilson_interval(total[name], n)) for name in ("correct", "both", "vote")}
     return MethodResult(
         method=method,
         questions=n,
+        chains=total["chains"],
+        accuracy=ratio("correct_chains", "chains"),
         **shares,
         pairs_per_question=pairs / n,
+        pairs_per_1000_tokens=ratio("pairs", "tokens", 1000),
+        shared=total["shared"] / total["of"] if total["of"] else None,
         tokens=tokens,
         uncached_prompt_tokens=total["uncached_prompt_tokens"],
         tokens_per_pair=tokens / pairs if pairs else None,

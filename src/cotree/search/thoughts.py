@@ -31,10 +31,18 @@ Pattern = Mapping[str, Mapping[str, int]]
 _SHIPPED = yaml.safe_load((files("cotree.search") / "thoughts.yaml").read_text("utf-8"))
 PREFIXES: dict[str, list[str]] = _SHIPPED["prefixes"]
 PATTERNS: dict[str, dict[str, dict[str, int]]] = _SHIPPED["patterns"]
+DEFAULT_PATTERNS: dict[str, list[str]] = _SHIPPED["default_patterns"]
 THOUGHT_TYPES = tuple(PREFIXES)
 
-# One thought is one line and does not answer before its turn.
-THOUGHT_STOPS = ("\n", "The answer is")
+# The stop strings of a thought, by where it ends. A line does not answer before its turn; the others may.
+THOUGHT_STOPS: Mapping[str, tuple[str, ...]] = {
+    "line": ("\n", "The answer is"),
+    "tokens": ("\n", "The answer is"),
+    "paragraph": ("\n\n",),
+    "open": (),
+}
+# Blank lines after which a new step begins; a step is not over at a colon.
+_BLANK_LINES = re.compile(r"(?<![:\s])(?<!:\*\*)[ \t]*\n(?:[ \t]*\n)+(?=\S)")
 # Escaped ones are signs, not braces: `\left\{x\right.` opens nothing.
 _BRACES = re.compile(r"\\\\(?=[{}])|\\?[{}]")
 
@@ -55,8 +63,12 @@ ANSWER_FORMATS: Mapping[AnswerForm, AnswerFormat] = {
 }
 
 
-def check_pattern(name: str, pattern: Pattern, known: Sequence[str] = THOUGHT_TYPES) -> None:
+def check_pattern(
+    name: str, pattern: Pattern, known: Sequence[str] = THOUGHT_TYPES, answering: Sequence[str] = ()
+) -> None:
     """Check that a pattern leads from the root to an answer on every path.
+
+    answering: types in which the model answers by itself; each still needs a row that says how it goes on.
 
     Raises:
         ValueError: an unknown type, one without a way to `answer`, a row that nothing leads to; each with the fix.
@@ -66,7 +78,7 @@ def check_pattern(name: str, pattern: Pattern, known: Sequence[str] = THOUGHT_TY
     require_known(f"{where}: unknown type", sorted(named), known)
     if "answer" in pattern:
         raise ValueError(f"{where}: nothing comes after an answer; delete its row `answer`")
-    ending = {"answer"}
+    ending = {"answer", *(kind for kind in answering if kind in pattern)}
     while more := [kind for kind, row in pattern.items() if kind not in ending and ending & row.keys()]:
         ending.update(more)
     for kind in sorted({"root", *named, *pattern} - ending, key=lambda kind: (kind in pattern, kind)):
@@ -108,34 +120,60 @@ def names_of_turns(question: Question) -> list[str]:
     return [question_name(replace(question, turn=turn)) for turn in turns]
 
 
-def search_messages(task: Task, question: Question) -> list[Message]:
-    """The conversation that a search continues: worked examples, then the question."""
-    return [*example_messages(task.worked_examples(question), task.answer_form), *question.messages]
+def examples_shown(given: int | None, kind: str) -> int:
+    """How many worked examples a search shows to a thinker of a kind (`Endpoint.kind`), by default by the kind."""
+    return (0 if kind == "reasoning" else 3) if given is None else given
 
 
-def example_messages(examples: Sequence[WorkedExample], form: AnswerForm) -> list[Message]:
-    """The examples as earlier turns: sub_task, thinking, answer, one thought a line.
+def search_messages(task: Task, question: Question, *, shown: int = 3, ends: str = "line") -> list[Message]:
+    """The conversation that a search continues: so many worked examples, whose thoughts end so, then the question."""
+    examples = task.worked_examples(question)[:shown]
+    return [*example_messages(examples, task.answer_form, ends=ends), *question.messages]
+
+
+def example_messages(examples: Sequence[WorkedExample], form: AnswerForm, *, ends: str = "line") -> list[Message]:
+    """The examples as earlier turns: sub_task, thinking, answer; a thought a line, or a paragraph without prefixes.
 
     They are the same for every pattern, so that a family's trees share one beginning, which a server evaluates once;
     a type that they do not show is asked for by its prefix.
     """
     messages: list[Message] = []
     for example in examples:
-        sub_task = f"{PREFIXES['sub_task'][0]} {example.steps['sub_task']}"
         answer = f"{ANSWER_FORMATS[form].prefix}{example.answer}{ANSWER_FORMATS[form].close}"
+        thoughts = [example.steps["sub_task"], example.steps["thinking"], answer]
+        if ends == "line":
+            thoughts[0] = f"{PREFIXES['sub_task'][0]} {thoughts[0]}"
         messages.append({"role": "user", "content": example.question})
-        messages.append({"role": "assistant", "content": "\n".join([sub_task, example.steps["thinking"], answer])})
+        messages.append({"role": "assistant", "content": ("\n" if ends == "line" else "\n\n").join(thoughts)})
     return messages
 
 
 def chain_text(thoughts: Iterable[StoredNode]) -> str:
-    """The text of a chain, a thought a line; a mini-step that ended inside a line is continued in that line."""
+    """The text of a chain: a line a thought; a paragraph has its own blank line before it, and a mini-step that ended
+    inside a line is continued in that line."""
     text, is_open = "", False
     for thought in thoughts:
-        goes_on = not text or text.endswith("\n") or (is_open and not thought.prefix)
-        text += thought.text if goes_on else f"\n{thought.text}"
+        goes_on = text.endswith("\n") or thought.text.startswith("\n") or (is_open and not thought.prefix)
+        if not text:  # a paragraph, where the thoughts before it were left out
+            text = thought.text.lstrip("\n")
+        else:
+            text += thought.text if goes_on else f"\n{thought.text}"
         is_open = thought.is_open
     return text
+
+
+def split_paragraphs(text: str, most: int) -> list[str]:
+    """A text cut before its blank lines into at most so many steps, which joined are the text.
+
+    A heading, a line that ends in a colon and a block of code go on behind a blank line.
+    """
+    cuts = [0]
+    for blank in _BLANK_LINES.finditer(text):
+        in_code = text.count("```", 0, blank.start()) % 2 == 1
+        after_heading = text[: blank.start()].rpartition("\n")[2].startswith("#")
+        if blank.start() and len(cuts) < most and not in_code and not after_heading:
+            cuts.append(blank.start())
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 def read_box(written: str) -> tuple[str, bool]:
@@ -167,5 +205,5 @@ def thought_text(
         # The end of an open line is a step of its own, though it has no words.
         return "\n" if in_line else ""
     text = f"{prefix}{written}"
-    text = text if in_line else text.lstrip()
+    text = text if in_line or prefix.startswith("\n") else text.lstrip()
     return text if is_open else text.rstrip()

@@ -22,7 +22,7 @@ from cotree.search.reward import chain_rank_key
 from cotree.search.sampling import sample_chains
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
-from cotree.search.thoughts import names_of_turns, question_name, search_messages
+from cotree.search.thoughts import chain_text, names_of_turns, question_name, search_messages
 from cotree.tasks import Question, Task
 from cotree.tasks.base import VERDICT_VERSION, Asked
 from cotree.tasks.extract import visible_text
@@ -46,7 +46,7 @@ def turns_of(store: TreeStore, questions: Sequence[Asked], config: str) -> Itera
             tree_id = hashlib.sha256(f"{tree_key(task, question)}/{config}".encode()).hexdigest()[:16]
             yield Turn(task, question, tree_id, tree_id in finished)
             replied = question.later and tree_id in finished
-            question = question.follow_up(_best_reply(store.tree(tree_id))) if replied else None
+            question = question.follow_up(_best_reply(task, store.tree(tree_id))) if replied else None
 
 
 def trees_of(store: TreeStore, questions: Sequence[Asked], config: str) -> Iterator[StoredTree]:
@@ -66,14 +66,16 @@ def tree_key(task: Task, question: Question) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _best_reply(tree: StoredTree) -> str:
-    """The reply that goes into the next turn's conversation: the answer of the best chain, without thinking and tag.
+def _best_reply(task: Task, tree: StoredTree) -> str:
+    """The reply that goes into the next turn's conversation: of the best chain the answer, without thinking and tag;
+    where an answer is free text and has no tag, the whole chain is the answer.
 
     The best chain is that of the highest reward, then of the highest mean v/n on its way, then the first; "" if there
     is no answer.
     """
     chains = [tree.chain(node.node_id) for node in tree.nodes if node.type == "answer"]
-    return visible_text(max(chains, key=chain_rank_key)[-1].text) if chains else ""
+    best = max(chains, key=chain_rank_key, default=[])
+    return visible_text(chain_text(best if task.answer_form == "text" else best[-1:]))
 
 
 @dataclass
