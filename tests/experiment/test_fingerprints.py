@@ -136,7 +136,8 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
         "omit": ["seed"], "rename": {"max_tokens": "max_completion_tokens"},
     }),
     Trees: ("trees.train", {
-        "rollouts": 3, "leaves_per_round": 1, "exploration": 0.5, "widen": True, "ends": "line", "examples": 1,
+        "rollouts": 3, "leaves_per_round": 1, "exploration": 0.5, "widen": True, "seek": "pairs",
+        "ends": "line", "examples": 1,
         "patterns": ["plain"], "thoughts": {},
         "temperature": 0.3, "top_p": 0.5, "max_thought_tokens": 9, "max_chain_tokens": 9,
         "max_depth": 7, "max_reflections": 1, "stop": {},

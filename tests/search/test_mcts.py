@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -157,10 +158,11 @@ def test_a_tree_with_nothing_to_grow_begins_anew_beside_what_it_has() -> None:
     assert len(set(places)) == len(places) > 2, "every place has a seed of its own"
 
 
-def grown(widen: bool, kind: Callable[[Node], VerdictKind]) -> TreeSearch:
+def grown(widen: bool, kind: Callable[[Node], VerdictKind], **changes: Any) -> TreeSearch:
     """A tree of 12 rollouts, two answers below each of its thoughts; no two texts are alike."""
     pattern = {"root": {"thinking": 2}, "thinking": {"answer": 2}}
-    search = TreeSearch(pattern, "s", Search(rollouts=12, max_reflections=0, exploration=0.5, widen=widen))
+    given = {"rollouts": 12, "max_reflections": 0, "exploration": 0.5, "widen": widen, "patterns": {"p": pattern}}
+    search = TreeSearch(pattern, "s", Search.model_validate(given | changes))
     while not search.done:
         for rollout in search.ask(1):
             while (wanted := rollout.pending) is not None:
@@ -182,6 +184,18 @@ def test_a_node_is_widened_or_deepened_by_what_its_children_brought() -> None:
     assert len(deep.root.children[0].children) > 8
     assert len(wide.root.children) == 4
     assert max(child.visits for child in wide.root.children) <= 8
+
+
+def test_the_search_seeks_right_chains_or_where_right_and_wrong_ones_part() -> None:
+    def kind(node: Node) -> VerdictKind:
+        """Below the first thought all are right, below the second every other one."""
+        return "correct" if node.path.startswith("0.0/") or node.path.endswith("0/") else "wrong"
+
+    visits = {}
+    for seek in ("correct", "pairs"):
+        first, second = grown(True, kind, seek=seek, exploration=0.2, rollouts=20).root.children[:2]
+        visits[seek] = first.visits > second.visits
+    assert visits == {"correct": True, "pairs": False}
 
 
 def test_ucb_is_the_papers() -> None:

@@ -328,6 +328,11 @@ class TreeSearch:
 
     def _ucb(self, value: float, visits: int, tries: int, parent_tries: int) -> float:
         mean = value / max(visits, 1)
+        if self.settings.seek == "pairs":
+            # One leaf more that is right as often as the tree's are, else a single right one would look like certainty.
+            usual = self.root.value / max(self.root.visits, 1)
+            mean = (value + usual) / (visits + 1)
+            mean = 2 * min(mean, 1 - mean)
         return mean + self.settings.exploration * math.sqrt(math.log(max(parent_tries, 1)) / tries)
 
     def _join(self, node: Node) -> None:

@@ -128,6 +128,8 @@ class Search(Section):
     thoughts: how thought types are written, own types included.
     rollouts: descents to a judged leaf, at most. leaves_per_round: how many go at once, kept apart by virtual loss.
     exploration: C of UCB; more of it spreads rollouts over branches, less returns to what was right.
+    seek: where UCB goes back to: `correct`, where many chains were right (the paper's v/n), or `pairs`, where right and
+        wrong ones part: v/n is replaced by twice the smaller of v/n and 1 - v/n.
     widen: where a node has all children of its pattern's row, more of them compete with those that are there, so that a
         node is widened or deepened by what its children brought (adaptive branching, as in AB-MCTS).
     temperature, top_p: of every writer that names none.
@@ -143,6 +145,7 @@ class Search(Section):
     leaves_per_round: int = Field(2, ge=1)
     exploration: float = Field(1.0, ge=0)
     widen: bool = False
+    seek: Literal["correct", "pairs"] = "correct"
     ends: Literal["line", "paragraph"] = "paragraph"
     examples: int | None = Field(None, ge=0)
     patterns: Annotated[dict[str, Matrix], BeforeValidator(_with_shipped_patterns)] = Field(

@@ -132,7 +132,7 @@ def search_messages(task: Task, question: Question, *, shown: int = 3, ends: str
 
 
 def example_messages(examples: Sequence[WorkedExample], form: AnswerForm, *, ends: str = "line") -> list[Message]:
-    """The examples as earlier turns: sub_task, thinking, answer; a thought a line, or a paragraph without prefixes.
+    """The examples as earlier turns: sub_task, thinking, answer, a line each; or their solutions in paragraphs.
 
     They are the same for every pattern, so that a family's trees share one beginning, which a server evaluates once;
     a type that they do not show is asked for by its prefix.
@@ -140,11 +140,13 @@ def example_messages(examples: Sequence[WorkedExample], form: AnswerForm, *, end
     messages: list[Message] = []
     for example in examples:
         answer = f"{ANSWER_FORMATS[form].prefix}{example.answer}{ANSWER_FORMATS[form].close}"
-        thoughts = [example.steps["sub_task"], example.steps["thinking"], answer]
+        sub_task, thinking = example.steps["sub_task"], example.steps["thinking"]
         if ends == "line":
-            thoughts[0] = f"{PREFIXES['sub_task'][0]} {thoughts[0]}"
-        messages.append({"role": "user", "content": example.question})
-        messages.append({"role": "assistant", "content": ("\n" if ends == "line" else "\n\n").join(thoughts)})
+            text = f"{PREFIXES['sub_task'][0]} {sub_task}\n{thinking}\n{answer}"
+        else:
+            solution = example.steps.get("solution") or f"{sub_task}\n\n{thinking}"
+            text = f"{solution}\n\n{answer}"
+        messages += [{"role": "user", "content": example.question}, {"role": "assistant", "content": text}]
     return messages
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from cotree.base.errors import UsageError
@@ -22,7 +22,7 @@ from cotree.search.reward import chain_rank_key
 from cotree.search.sampling import sample_chains
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
-from cotree.search.thoughts import chain_text, names_of_turns, question_name, search_messages
+from cotree.search.thoughts import chain_text, names_of_turns, question_name
 from cotree.tasks import Question, Task
 from cotree.tasks.base import VERDICT_VERSION, Asked
 from cotree.tasks.extract import visible_text
@@ -61,7 +61,8 @@ def trees_left(store: TreeStore, questions: Sequence[Asked], config: str) -> int
 
 def tree_key(task: Task, question: Question) -> str:
     """A hash of all of a question that decides its tree: a question whose content changed is another question."""
-    asked = [question_name(question), question.family, search_messages(task, question), task.answer_form]
+    examples = [asdict(example) for example in task.worked_examples(question)]
+    asked = [question_name(question), question.family, examples, question.messages, task.answer_form]
     content = [*asked, question.gold, question.spec, task.verifier_version]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

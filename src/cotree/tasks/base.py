@@ -90,7 +90,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class WorkedExample:
-    """A solved question for a search prompt: the question as a user asks it, thought type -> text, the answer."""
+    """A solved question for a search prompt: the question as a user asks it, thought type -> text, the answer.
+
+    steps: `sub_task` and `thinking`, a line each; `solution`, if it is there, is shown instead where thoughts are
+        paragraphs.
+    """
 
     question: str
     steps: Mapping[str, str]

@@ -68,7 +68,7 @@ def shipped_examples(section: str, prompt: str = "{question}") -> tuple[WorkedEx
 
 def worked_example(fields: Mapping[str, str], prompt: str) -> WorkedExample:
     """A worked example from its fields: `question`, whatever else the prompt shows, steps by thought type, `answer`."""
-    steps = {step: fields[step] for step in ("sub_task", "thinking", "double_check") if step in fields}
+    steps = {step: fields[step] for step in ("sub_task", "thinking", "double_check", "solution") if step in fields}
     return WorkedExample(fill_prompt(prompt, fields), steps, fields["answer"])
 
 

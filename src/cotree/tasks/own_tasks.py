@@ -37,7 +37,8 @@ class TaskFile(BaseModel):
     data: a file beside it, a folder or a hub id. fields: what the rows call the id, the question, the gold answer and
     whatever else the prompt uses. prompt: each `{name}` in it stands for a field. extractor: `answer` as for the
     shipped tasks, or `text` for all of the reply after its thinking and the answer tag. examples: solved questions for
-    the search prompt: `question` and whatever else the prompt shows, `sub_task`, `thinking`, `double_check`, `answer`.
+    the search prompt: `question` and whatever else the prompt shows, `sub_task`, `thinking`, `double_check`, `answer`,
+    and a `solution` in paragraphs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -129,7 +130,7 @@ def _read_task_file(path: Path) -> TaskFile:
     shown = {name for name in file.fields if f"{{{name}}}" in file.prompt}
     wanted = shown | {"sub_task", "thinking", "answer"}
     for number, example in enumerate(file.examples):
-        if example.keys() - {"double_check"} != wanted:
-            keys = ", ".join(sorted(wanted))
-            raise UsageError(f"{path}: `examples.{number}`: its keys must be {keys}, and double_check if you like")
+        if example.keys() - {"double_check", "solution"} != wanted:
+            keys = f"{', '.join(sorted(wanted))}, and double_check and solution if you like"
+            raise UsageError(f"{path}: `examples.{number}`: its keys must be {keys}")
     return file
