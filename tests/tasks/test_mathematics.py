@@ -321,7 +321,9 @@ def test_prompts_ids_and_examples(name: str) -> None:
     examples = benchmark.worked_examples(questions[0])
     assert len(examples) == 3
     for example in examples:
-        assert set(example.steps) == {"sub_task", "thinking", "double_check"}
+        assert set(example.steps) == {"sub_task", "thinking", "double_check", "solution"}
+        assert example.steps["solution"].count("\n\n") in (1, 2)
+        assert example.answer in example.steps["solution"] or "0 < x < 4" in example.steps["solution"]
         assert example.answer in example.steps["thinking"] or "0 < x < 4" in example.steps["thinking"]
         assert example.question not in {question.messages[0]["content"] for question in questions}
 
