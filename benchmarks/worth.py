@@ -108,10 +108,16 @@ HEAD = (
 
 
 async def measure(
-    model: Mapping[str, Model], search: Trees, folder: Path, *, dev: int, temperatures: list[float], seed: int
+    model: Mapping[str, Model],
+    ways: Mapping[str, Trees],
+    folder: Path,
+    *,
+    dev: int,
+    temperatures: list[float],
+    seed: int,
 ) -> dict[str, Any]:
     """Tune every way on dev questions, then report it on train questions."""
-    ways = ways_of(search)
+    search = ways["mcts"]
     result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "seed": seed, "tuned": {}, "dev": {}}
     result |= {"questions": dict(search.questions), "temperatures": temperatures, "model": list(model)}
     async with open_endpoints(dict(model), widest=search.widest) as endpoints:
@@ -150,6 +156,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="a task, reported; as many as the recipe has")
     parser.add_argument("--dev", type=int, default=24, help="a task, for tuning")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.5, 0.7, 1.0])
+    parser.add_argument("--ways", nargs="+", default=["sampling", "plain"], help="to stand beside the search")
     parser.add_argument("--set", nargs="*", default=[], metavar="A=B", help="settings of the search, e.g. rollouts=4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "worth", help="of trees and journal; resumes")
@@ -167,10 +174,11 @@ def main() -> None:
     search = search.model_copy(
         update={"questions": {n: options.questions or search.questions.get(n, 60) for n in names}}
     )
+    ways = {way: of for way, of in ways_of(search).items() if way in ("mcts", *options.ways)}
     folder = options.folder / "-".join([recipe_file.stem, *names])
     folder.mkdir(parents=True, exist_ok=True)
     result = asyncio.run(
-        measure(models, search, folder, dev=options.dev, temperatures=options.temperatures, seed=options.seed)
+        measure(models, ways, folder, dev=options.dev, temperatures=options.temperatures, seed=options.seed)
     )
     result["seconds"] = round(time.monotonic() - started)
     OUT.parent.mkdir(parents=True, exist_ok=True)
