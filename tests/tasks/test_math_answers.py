@@ -92,6 +92,8 @@ CORRECT = [
     (r"\frac{1}{6}", r"\boxed{0.1(6)}"),
     ("1.5\\text{ million}", r"\boxed{1500000}"),
     ("0.1", r"\boxed{10 percent}"),
+    ("0.1", r"\boxed{10 pct}"),
+    ("40/900", r"\boxed{4 4/9percentage}"),
     ("2.75", r"\boxed{2,75}"),
     ("37", r"\boxed{37^\circ C}"),
     ("10", r"\boxed{\text{10 apples}}"),

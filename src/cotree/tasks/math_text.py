@@ -70,6 +70,7 @@ _SPELLINGS = [
         (rf"^\s*{_WORD}([^{{}}]*[0-9][^{{}}]*)\}}\s*$", r"\1"),
         (r"(?i)^\s*(?:\\text\{[^{}0-9]*\b(?:answer|result)s?\b[^{}0-9]*\}|(?:the )?(?:final )?answer(?: is|:))", ""),
         (r"(\^\{?\\circ\s*\}?)\s*(?:[CF]|\\(?:text|mathrm)\{\s*[CF]\s*\})(?=[\s.]*$)", r"\1"),
+        (r"(?<=[0-9\s{}])(?:percentage|pct)\b", "percent"),
         (rf"{_WORD}((?:{SCALE}|[a-z]+illion|percent)\b[^{{}}]*)\}}", r" \1"),
         (r"\{,\}", ","),
         (r"^\(([0-9A-F]+)\)_", r"\1_"),
