@@ -1,7 +1,7 @@
 """Is the tree worth its tokens? Search beside sampling at equal generated tokens, each tuned on dev questions.
 
-    python -m benchmarks.worth                          the demo's tasks and model, half an hour on two cores
-    python -m benchmarks.worth --recipe recipes/gsm8k.yaml     GSM8K and Qwen2.5-Coder-0.5B (`make real`), two hours
+    python -m benchmarks.worth                          the demo's tasks and model
+    python -m benchmarks.worth --recipe recipes/gsm8k.yaml     GSM8K and Qwen2.5-Coder-0.5B (`make real`)
     python -m benchmarks.worth --task gsm8k --model NAME       that recipe's search with another model, or another task
 
 Three ways: the recipe's search (`mcts`), independent chains that begin as its trees do (`sampling`: the same worked
@@ -56,7 +56,8 @@ def ways_of(search: Trees) -> dict[str, Trees]:
 class Bench:
     """Grows trees of one model with everything that was asked before in a journal; stores and journal stay in `folder`.
 
-    A run that was stopped goes on where it was, and a question costs the same tokens in every way.
+    A run that was stopped goes on where it was; its seconds are then those of the last start. Both samplings spend on a
+    question what its tree has cost.
     """
 
     def __init__(self, endpoints: Mapping[str, Endpoint], folder: Path, seed: int) -> None:

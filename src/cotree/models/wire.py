@@ -228,8 +228,7 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
     unread = Completion((), prompt_tokens, 0, 0, misreported=misreported)
     reported = max(reported or 0, 0)
     if request.scores:
-        scored = _read_scores(payload, unread)
-        return scored
+        return _read_scores(payload, unread)
     if not isinstance(payload.get("choices"), list):
         return Failure("the reply is not JSON with choices", counted=unread)
     # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
