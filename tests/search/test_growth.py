@@ -20,6 +20,7 @@ from cotree.search.summary import compare_methods
 from cotree.search.thoughts import chain_text
 from cotree.tasks import Question, Task, Verdict
 from cotree.tasks.base import Turn, WorkedExample
+from cotree.tasks.generated import Letters
 
 
 def test_a_pattern_of_ones_own_decides_what_follows(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_stop_conditions_end_a_tree_early(tmp_path: Path, stop: dict[str, Any], 
 def test_undecided_chains_make_no_tree_hopeless_nor_less_easy(
     tmp_path: Path, stop: dict[str, Any], right: bool
 ) -> None:
-    class Unsure(type(letters(1)[0][0])):  # type: ignore[misc]
+    class Unsure(Letters):
         def verify(self, answer: str, question: Question) -> Verdict:
             return Verdict.of((right and answer == question.gold) or None, answer)
 

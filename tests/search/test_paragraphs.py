@@ -316,6 +316,15 @@ def test_a_forced_answer_closes_the_thinking_first(tmp_path: Path) -> None:
         assert n.answer == "2"
 
 
+def test_a_judge_whose_template_opens_its_thinking_is_asked_with_it(tmp_path: Path) -> None:
+    search = settings(**PARAGRAPHS, reward={"judge": "one", "samples": 2}, questions={"letters": 2})
+    with FakeServerThread(reply=lambda p, s, i: " yes" if "Reply with yes" in p else reason(p, s, i)) as server:
+        asyncio.run(grow(server.url, tmp_path / "t.db", search, letters(2), template=ThinkingTemplate()))
+    asked = [body["prompt"] for body in server.requests if "Reply with yes" in body["prompt"]]
+    assert asked
+    assert all(prompt.endswith("[assistant] <think>\nThe final answer is right:") for prompt in asked)
+
+
 def test_a_base_model_stops_before_it_asks_itself_another_question(tmp_path: Path) -> None:
     def babbling(prompt: str, seed: int, index: int) -> str:
         return f"{essay(prompt, seed, index)}\nQuestion: What is 1 + 1?\nAnswer:\n\\boxed{{2}}"

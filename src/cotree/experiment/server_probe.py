@@ -38,7 +38,8 @@ class ServerProbe:
         """Continue `prefix` as the assistant's first words."""
         prompt = self.endpoint.prompt([QUESTION])
         stops = (stop,) if stop else ()
-        request = Request(prompt.text + prefix, n, max_tokens, temperature, 1.0, 11, stops, prompt.messages)
+        words = prompt.text + prompt.opened + prefix
+        request = Request(words, n, max_tokens, temperature, 1.0, 11, stops, prompt.messages)
         return await self.client.complete(request)
 
     async def template(self) -> str:
@@ -64,7 +65,8 @@ class ServerProbe:
         if not 0 < choice.tokens <= _MAX_TOKENS + 1:
             raise UsageError(f"the reply has {choice.tokens} tokens for max_tokens {_MAX_TOKENS}; does it heed that?")
         if self.endpoint.tokenizer is not None:
-            own = len(self.endpoint.tokenizer(self.endpoint.prompt([QUESTION]).text)["input_ids"])
+            prompt = self.endpoint.prompt([QUESTION])
+            own = len(self.endpoint.tokenizer(prompt.text + prompt.opened)["input_ids"])
             if abs(own - done.prompt_tokens) > max(2, own // 20):
                 counted = f"the server counts {done.prompt_tokens} prompt tokens, `tokenizer` {own}"
                 raise UsageError(f"{counted}; is it this model's?")

@@ -89,8 +89,9 @@ async def _judge_reward(growth: Growth, judge: str, samples: int, text: str) -> 
     content = f"Question:\n{asked}\n\nAnswer:\n{text}\n\nIs the final answer right? Reply with yes or no."
     prompt = growth.models.endpoints[judge].prompt([{"role": "user", "content": content}])
     seed = draw(f"judge:{growth.seed}/{text}", 2**31)
+    words = f"{prompt.opened}The final answer is right:"
     judged = await growth.continue_text(
-        Writer(model=judge), prompt, "The final answer is right:", n=samples, max_tokens=4, seed=seed, stop=("\n",)
+        Writer(model=judge), prompt, words, n=samples, max_tokens=4, seed=seed, stop=("\n",)
     )
     return fmean(choice.text.strip().lower().startswith(("yes", "true")) for choice in judged.choices)
 
