@@ -71,6 +71,7 @@ def measure(size: Size, seed: int) -> dict[str, Any]:
     shares = asyncio.run(_embedded(size, seed))
     result["embedded_tokens_per_second"] = vars(shares)
     result["embedded_share_of_raw"] = shares.search / shares.raw
+    result["embedded_share_of_evaluation"] = shares.search / shares.evaluation
     result["seconds"] = time.perf_counter() - started
     return result
 

@@ -47,6 +47,7 @@ def _embedded(r: dict[str, Any]) -> list[Row]:
     for name, what, other in (
         ("raw", "embedded model, output tokens (goal: 0.9)", "raw, as many in flight"),
         ("raw_all_slots", "", "raw, all slots in use"),
+        ("evaluation", "  beside an evaluation (goal: 0.8)", "same prompts"),
     ):
         rows.append((what, f"{ours:.0f} /s", f"{other} {rates[name]:.0f} /s", f"{ours / rates[name]:.2f}"))
     return rows

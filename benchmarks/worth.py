@@ -7,8 +7,9 @@
 Three ways: the recipe's search (`mcts`), independent chains that begin as its trees do (`sampling`: the same worked
 examples and first words), and what a user would do without cotree (`plain`: the model's own chat template, the plain
 question, to the end of its turn). Each gets the same grid of temperatures on dev questions and is reported, at its own
-best, on others; for each question both samplings get as many generated tokens as the tree that is reported. Writes
-benchmarks/out/worth.json.
+best, on others; for each question both samplings get as many generated tokens as the tree that is reported. `--tokens
+800 1400 2000` tunes at 800 a question and reports at all three: the smaller ones are the beginnings of the largest, and
+cost nothing more. Writes benchmarks/out/worth.json.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ def ways_of(search: Trees) -> dict[str, Trees]:
         "sampling": search.model_copy(update=sampling),
         "plain": Trees.model_validate(plain | whole | sampling | chain),
     }
+
+
+def spending(settings: Trees, tokens: int | None) -> Trees:
+    """The settings with a stop at so many generated tokens a question; None leaves them as they are."""
+    stop = settings.stop if tokens is None else settings.stop.model_copy(update={"tokens": tokens})
+    return settings.model_copy(update={"stop": stop})
 
 
 class Bench:
@@ -115,9 +122,10 @@ async def measure(
     *,
     dev: int,
     temperatures: list[float],
+    tokens: list[int | None],
     seed: int,
 ) -> dict[str, Any]:
-    """Tune every way on dev questions, then report it on train questions."""
+    """Tune every way on dev questions at the first number of tokens, then report it on train questions at each."""
     search = ways["mcts"]
     result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "seed": seed, "tuned": {}, "dev": {}}
     result |= {"questions": dict(search.questions), "temperatures": temperatures, "model": list(model)}
@@ -127,7 +135,7 @@ async def measure(
         print(f"{len(asked)} dev questions\n{HEAD}", flush=True)
         best: dict[str, Trees] = {}
         for way, settings in ways.items():
-            grid = {t: settings.model_copy(update={"temperature": t}) for t in temperatures}
+            grid = {t: spending(settings.model_copy(update={"temperature": t}), tokens[0]) for t in temperatures}
             found = {}
             for temperature, at in grid.items():
                 name = f"dev-{way}-{temperature}"
@@ -139,13 +147,15 @@ async def measure(
             result["tuned"][way], best[way] = chosen, grid[chosen]
             result["dev"][way] = {str(t): asdict(of) for t, of in found.items()}
         asked, result["reported"] = drawn(search.questions, "train"), []
-        print(f"\n{len(asked)} train questions, each way at the temperature of most pairs\n{HEAD}", flush=True)
-        for way, settings in best.items():
-            name = f"train-{way}"
-            await bench.grow(name, settings, asked, None if way == "mcts" else "train-mcts")
-            found_there = bench.result(way, name, settings, asked)
-            result["reported"].append(asdict(found_there) | {"seconds": bench.seconds[name]})
-            print(f"{line(found_there, bench.seconds[name])}  at temperature {settings.temperature}", flush=True)
+        print(f"\n{len(asked)} train questions, each way at the temperature of most pairs", flush=True)
+        for most in sorted(tokens, key=lambda n: -(n or 0)):
+            print(f"{HEAD}  {'' if most is None else f'at {most} tokens a question'}", flush=True)
+            for way, settings in best.items():
+                name, at = f"train-{way}-{most}", spending(settings, most)
+                await bench.grow(name, at, asked, None if way == "mcts" else f"train-mcts-{most}")
+                found_there = bench.result(way, name, at, asked)
+                result["reported"].append({"at_tokens": most} | asdict(found_there) | {"seconds": bench.seconds[name]})
+                print(f"{line(found_there, bench.seconds[name])}  at temperature {settings.temperature}", flush=True)
     return result
 
 
@@ -157,6 +167,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="a task, reported; as many as the recipe has")
     parser.add_argument("--dev", type=int, default=24, help="a task, for tuning")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.5, 0.7, 1.0])
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[None], help="generated a question; as the recipe says"
+    )
     parser.add_argument("--ways", nargs="+", default=["sampling", "plain"], help="to stand beside the search")
     parser.add_argument("--set", nargs="*", default=[], metavar="A=B", help="settings of the search, e.g. rollouts=4")
     parser.add_argument("--seed", type=int, default=0)
@@ -178,9 +191,8 @@ def main() -> None:
     ways = {way: of for way, of in ways_of(search).items() if way in ("mcts", *options.ways)}
     folder = options.folder / "-".join([recipe_file.stem, *names])
     folder.mkdir(parents=True, exist_ok=True)
-    result = asyncio.run(
-        measure(models, ways, folder, dev=options.dev, temperatures=options.temperatures, seed=options.seed)
-    )
+    more = {"dev": options.dev, "temperatures": options.temperatures, "tokens": options.tokens, "seed": options.seed}
+    result = asyncio.run(measure(models, ways, folder, **more))
     result["seconds"] = round(time.monotonic() - started)
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(result, indent=1) + "\n")

@@ -34,7 +34,13 @@ def test_the_tiny_form_writes_every_key_with_real_numbers(tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
-    for key in ("stub_thoughts_per_second", "cpu_ratio_to_bare_client", "embedded_share_of_raw", "one_tree_speedup"):
+    for key in (
+        "stub_thoughts_per_second",
+        "cpu_ratio_to_bare_client",
+        "embedded_share_of_raw",
+        "embedded_share_of_evaluation",
+        "one_tree_speedup",
+    ):
         assert isinstance(result[key], float)
     assert set(result["tree_ms_per_thought"]) == {"100", "200"}
     assert ("treequest" in result) == (importlib.util.find_spec("treequest") is not None)

@@ -245,7 +245,7 @@ def test_another_strategy_answers_through_the_same_seam(
         samples_per_call = 2
 
         async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
-            return SampledReplies([Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers], 100)
+            return SampledReplies([Choice(f"\\boxed{{{n}}}", "stop", 9) for n in numbers], 100, 0.5)
 
     def tree(endpoint: Endpoint) -> Sampler:
         return Tree()

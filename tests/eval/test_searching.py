@@ -53,6 +53,13 @@ def test_a_strategy_is_evaluated_as_any_model_and_resumes(strategy: str, tmp_pat
     assert (found.rows[0].test_at == {}) == (strategy == "mcts"), "two trees are too few"
     assert all(75 < sample.tokens < 300 for sample in samples), "all that was generated is counted"
     assert {sample.verdict for sample in samples} <= {"correct", "wrong"}
+    took = sorted(sample.seconds or 0.0 for sample in samples)
+    row = found.rows[0]
+    assert took[0] > 0
+    assert (row.seconds_p50, row.seconds_p95) == (took[2], took[5])
+    table = str(table_of([str(tmp_path)]).render("markdown"))
+    assert "seconds p50 | seconds p95" in table.splitlines()[0]
+    assert f" s (p95 {took[5]:.1f})" in table
     by_question = [{s.response for s in samples if s.id == one.id} for one in samples]
     assert any(len(responses) == 2 for responses in by_question), "each sample has a seed of its own"
 

@@ -136,6 +136,7 @@ class _RunningEvaluation:
                 prompt_tokens=sampled.prompt_tokens if number == numbers.start else 0,
                 prompt_hash=content_hash(conversation(task, question, self._asking)),
                 decoding=sampled.decoding,
+                seconds=round(sampled.seconds, 3),
                 tree_answers=sampled.tree_answers,
                 **self._asking.sampling(),
             )

@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ class EvalSample:
     """A model's reply to one question, and the verdict on it.
 
     prompt_tokens: of its request, counted with the request's first sample; 0 with the others.
+    seconds: wall time of the request or search that brought it, while others ran; None in an older cotree's journals.
     verdict, lenient_verdict: under strict and lenient extraction. answer: what strict extraction found.
     prompt_hash: sha256 of the conversation before any chat template, so it is the same for all models.
     decoding: the search that chose the reply, "" for plain sampling.
@@ -63,6 +64,7 @@ class EvalSample:
     temperature: float = 0.0
     top_p: float = 1.0
     decoding: str = ""
+    seconds: float | None = field(default=None, compare=False)
     tree_answers: Sequence[str | None] | None = None
     tree_correct: Sequence[bool | None] | None = None
     verdict_version: int = 0

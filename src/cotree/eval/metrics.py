@@ -71,9 +71,10 @@ def _score_task(
     answered = counts["correct"] + counts["wrong"]
     answers = [sample.answer for sample in samples if sample.answer is not None]
     commonest, commonest_share = statistics.constant_baseline(answers) if answers else (None, None)
-    tokens = sorted(sample.tokens for sample in samples)
-    # Percentiles: the least number of tokens that so many percent of the samples do not exceed.
-    numbers: dict[str, Any] = {f"tokens_p{p}": tokens[math.ceil(len(tokens) * p / 100) - 1] for p in (50, 90, 99)}
+    tokens = [sample.tokens for sample in samples]
+    seconds = [sample.seconds for sample in samples if sample.seconds is not None]
+    numbers: dict[str, Any] = {f"tokens_p{p}": _percentile(tokens, p) for p in (50, 90, 99)}
+    numbers |= {f"seconds_p{p}": _percentile(seconds, p) for p in (50, 95)}
     numbers |= {reason: counts[reason] / len(samples) for reason in ("loop", "truncated", "finished_without_answer")}
     numbers |= {name: getattr(first, name) for name in ("decoding", *SAMPLING)}
     accuracy, low, high = _estimate([fmean(s.verdict == "correct" for s in found) for found in by_question.values()])
@@ -102,6 +103,11 @@ def _score_task(
         detectable=statistics.minimum_detectable_difference(len(by_question), accuracy),
         families=_families(task, samples),
     )
+
+
+def _percentile(values: Sequence[float], percent: int) -> float | None:
+    """The least of the values that so many percent of them do not exceed; None where there are none."""
+    return sorted(values)[math.ceil(len(values) * percent / 100) - 1] if values else None
 
 
 def without_undecided(by_question: Mapping[str, Sequence[EvalSample]]) -> dict[str, Sequence[EvalSample]]:

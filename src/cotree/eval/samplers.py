@@ -7,6 +7,7 @@ more class with these two members.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,12 +33,14 @@ Budgets = Mapping[tuple[str, str], int]
 class SampledReplies:
     """The replies to one question: a choice for each sample, whose `tokens` are all that was generated for it.
 
+    seconds: until all of them were there, waiting for a free place apart.
     decoding: the search that chose it, for readers; "" for plain sampling.
     tree_answers: of a tree the answers of all its chains, in the order in which they ended.
     """
 
     choices: Sequence[Choice]
     prompt_tokens: int
+    seconds: float
     decoding: str = ""
     tree_answers: Sequence[str | None] | None = None
 
@@ -79,7 +82,7 @@ class PlainSampler:
         )
         completion = await self.endpoint.complete(request, question.id)
         choices = [replace(choice, text=prompt.opened + choice.text) for choice in completion.choices]
-        return SampledReplies(choices, completion.prompt_tokens)
+        return SampledReplies(choices, completion.prompt_tokens, completion.seconds)
 
 
 class SearchSampler:
@@ -105,6 +108,7 @@ class SearchSampler:
         settings = search_settings(self.asking, max(budget or 1, 1))
         value = choose_value(task, strategy, self.asking.value, settings)
         async with self._running:
+            started = time.perf_counter()
             best = await search_answer(
                 task,
                 question,
@@ -115,11 +119,11 @@ class SearchSampler:
                 value=value,
                 seed=self.asking.seed + numbers.start,
             )
+            seconds = time.perf_counter() - started
         choice = Choice(best.text, "length" if best.cut_off else "stop", best.spent.completion_tokens)
         decoding = f"{strategy} by {value}, {shown}"
-        return SampledReplies(
-            (choice,), best.spent.prompt_tokens, decoding, best.answers if strategy == "mcts" else None
-        )
+        answers = best.answers if strategy == "mcts" else None
+        return SampledReplies((choice,), best.spent.prompt_tokens, seconds, decoding, answers)
 
 
 def make_sampler(endpoint: Endpoint, asking: AskSettings, budgets: Budgets | None) -> Sampler:

@@ -46,6 +46,7 @@ class TaskScores(StrictModel):
         chains of the largest one, if there are enough trees.
     majority: how often the answer that most samples give is right; None where answers do not vote.
     mean_tokens, tokens_p50, ...: mean and percentiles of generated tokens.
+    seconds_p50, seconds_p95: of the wall time of a reply, while others were asked at the same time.
     detectable: the least difference that two such rows can show.
     """
 
@@ -74,6 +75,8 @@ class TaskScores(StrictModel):
     tokens_p50: int | None = None
     tokens_p90: int | None = None
     tokens_p99: int | None = None
+    seconds_p50: float | None = None
+    seconds_p95: float | None = None
     detectable: float | None = None
     families: dict[str, FamilyScores] = {}
 

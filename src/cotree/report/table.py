@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NamedSummary = tuple[str, Summary]
 _NUMBERS = ("accuracy", "no_answer", "loop", "cut_off", "finished_without_answer", "accuracy_answered", "lenient")
 _HEAD = ("model", "accuracy\n%", "95%\ninterval", "no\nanswer\n%", "cut\noff\n%", "if\nanswered\n%", "tokens", "n")
+_SECONDS = ("seconds\np50", "seconds\np95")  # where a strategy stands in the table
 _SHARES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "average")
 _INSTRUCTIONS_HEAD = ("model", "prompts\nstrict", "prompts\nloose", "single\nstrict", "single\nloose", "mean\nof these")
 # The columns of the paper's tables; a task that it does not have keeps its own name.
@@ -86,13 +87,15 @@ class TableRow:
         """What to say of seeds that give nearly one answer to everything."""
         return [f"{self.label} {words}" for row in self.rows if (words := sentence("constant", row))]
 
-    def cells(self) -> Row:
-        """Its cells in the table of accuracies."""
+    def cells(self, *, seconds: bool = False) -> Row:
+        """Its cells in the table of accuracies, those of the seconds of a reply only if they are asked for."""
         spread = interval(self.low, self.high) if self.deviation is None else f"±{percent(self.deviation)}"
         ratios = (percent(self.mean(key)) for key in ("no_answer", "truncated", "accuracy_answered"))
         seeds = f"{len(self.rows)} × " if len(self.rows) > 1 else ""
         tokens = number(float(self.mean("mean_tokens") or 0.0))
-        return (self.label, percent(self.accuracy), spread, *ratios, tokens, f"{seeds}{number(self.first.n)}")
+        took = [self.mean(key) for key in ("seconds_p50", "seconds_p95")] if seconds else []
+        times = ("–" if each is None else f"{each:.1f}" for each in took)
+        return (self.label, percent(self.accuracy), spread, *ratios, tokens, *times, f"{seeds}{number(self.first.n)}")
 
     def to_json(self) -> dict[str, Any]:
         """The row's numbers; those of one seed whole, of several seeds their means."""
@@ -100,7 +103,11 @@ class TableRow:
         low, high = (self.low, self.high) if self.deviation is None else (None, None)
         named = {"model": self.label, "run": self.run, **same}
         named |= {"seeds": [row.seed for row in self.rows if row.seed is not None], "deviation": self.deviation}
-        return named | {key: self.mean(key) for key in (*_NUMBERS, "mean_tokens")} | {"low": low, "high": high}
+        return (
+            named
+            | {key: self.mean(key) for key in (*_NUMBERS, "mean_tokens", "seconds_p50", "seconds_p95")}
+            | {"low": low, "high": high}
+        )
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,12 @@ class Table:
 
     def accuracies(self) -> Grid:
         """Models under their task, with the best constant answer as its last row."""
-        sections = {task: [row.cells() for row in rows] for task, rows in self.tasks().items()}
+        seconds = any(row.first.decoding for row in self.rows)
+        sections = {task: [row.cells(seconds=seconds) for row in rows] for task, rows in self.tasks().items()}
         for best in self.baselines:
             if best.task in sections:
                 sections[best.task].append((f"always “{best.answer}”", percent(best.accuracy)))
-        return Grid(_HEAD, sections, named="task")
+        return Grid((*_HEAD[:-1], *_SECONDS, _HEAD[-1]) if seconds else _HEAD, sections, named="task")
 
     def instructions(self) -> Grid:
         """Shares of instructions that were followed, strictly and loosely, under the paper's groups."""

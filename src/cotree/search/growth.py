@@ -216,7 +216,7 @@ class Growth:
     async def _read_thoughts(self, request: ThoughtRequest, first: Node, ends: str, *, whole_turn: bool) -> list[Node]:
         """What one sample wrote, as thoughts that follow each other. Where the model answers, the rest is the answer.
 
-        whole_turn: it wrote to the end of its turn, so if there is no answer then there is none.
+        whole_turn: it wrote to the end of its turn.
         """
         form, cut = self.task.answer_form, first.finish_reason == "length"
         in_line, is_open = request.node.is_open and request.type == request.node.type, cut and ends == "tokens"
@@ -237,8 +237,9 @@ class Growth:
         if answer:
             last.type = "answer"
             await self.score(last)
-        elif (cut and not is_open) or (whole_turn and next(iter(self.search.pattern[str(last.type)])) != "answer"):
+        elif cut and not is_open:
             last.verdict, last.reward = "no_answer", 0.0
+        last.ended = whole_turn and ends == "paragraph"
         return thoughts
 
     def _answering_part(self, above: str, parts: Sequence[str], finish_reason: str, *, whole_turn: bool) -> int | None:

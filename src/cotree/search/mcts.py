@@ -45,6 +45,7 @@ class Node(StoredNode):
 
     path: its place ("0.1/2.0/": slot.sample at each depth), which seeds whatever grows below it.
     logprob: the mean over the thought's tokens, 0 where it was not asked for.
+    ended: the model ended its turn with it and gave no answer, so an answer is asked for next.
     fresh_leaves: the judged leaves at which the rollouts ended that took a slot of the node. asking: those under way
     that started at the node.
     virtual_visits: rollouts under way at or below the node. undecided: leaves at or below it that could not be judged.
@@ -54,6 +55,7 @@ class Node(StoredNode):
     parent: Node | None = None
     path: str = ""
     logprob: float = 0.0
+    ended: bool = False
     children: list[Node] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     free_slots: int = 0
@@ -196,8 +198,8 @@ class TreeSearch:
         self.root.free_slots += len(new)
 
     def child_slots(self, node: Node) -> list[Slot]:
-        """New slots for the children that the pattern gives a node; near `max_depth` only for an answer."""
-        last = node.depth + 1 >= self.settings.max_depth
+        """New slots for the children that the pattern gives a node; near `max_depth` or at a turn's end an answer."""
+        last = node.ended or node.depth + 1 >= self.settings.max_depth
         following = {"answer": 1} if last else self.pattern[node.type or "root"]
         return [Slot(child, n, index) for index, (child, n) in enumerate(following.items(), start=len(node.slots))]
 
