@@ -46,8 +46,8 @@ async def compare(
     """Each round searches new questions with the recipe's settings, then sends the same bodies plainly.
 
     The plain requests wait for nothing but a free place, so they keep the server as busy as it can be kept. The
-    evaluation asks for whole replies to the prompts at which the trees began, one a request, on a server whose slots
-    share nothing, until it has generated as many tokens.
+    evaluation asks for whole replies to the prompts at which the trees began (`whole_replies`), one a request, on a
+    server whose slots share nothing.
     """
     recipe = load_recipe(recipe_file)
     settings, ((name, model),) = recipe.nodes["trees/train"].settings, recipe.models.items()
@@ -70,8 +70,7 @@ async def compare(
     drawn = [one.questions("train", -(-questions * rounds // len(tasks))) for one in tasks]
     asked = list(chain(*(zip(tasks, row, strict=True) for row in zip(*drawn, strict=True))))
     spent: dict[str, list[tuple[int, float]]] = {"search": [], "raw": [], "raw_all_slots": [], "evaluation": []}
-    file = gguf_at_type(shipped, model.gguf) if model.gguf else shipped
-    slots = model.max_in_flight
+    file, slots = gguf_at_type(shipped, model.gguf), model.max_in_flight
     with serve(file, slots=slots, shared=True) as url, serve(file, slots=slots) as apart:
         served = Model(url=url, tokenizer=str(shipped), max_in_flight=slots)
         async with open_endpoints({name: served}) as endpoints:

@@ -194,6 +194,18 @@ def test_an_open_thought_is_all_that_comes_before_the_answer(tmp_path: Path) -> 
                 assert chain_text(tree.chain(leaf.node_id)[:-1]).endswith("I give up.")
 
 
+def test_after_an_open_thought_that_ended_its_turn_the_pattern_goes_on(tmp_path: Path) -> None:
+    pattern = {"root": {"thinking": 4}, "thinking": {"double_check": 1}, "double_check": {"answer": 1}}
+    search = settings(
+        patterns={"own": pattern}, thoughts={"thinking": Thought(ends="open")}, max_reflections=0, max_chain_tokens=60
+    )
+    trees, _ = run(tmp_path / "t.db", search, server={"reply": essay})
+    found = [tree.chain(leaf.node_id) for tree in trees for leaf in tree.nodes if leaf.verdict]
+    gave_up = [chain for chain in found if chain[0].text.endswith("I give up.")]
+    assert {tuple(str(n.type) for n in chain) for chain in gave_up} == {("thinking", "double_check", "answer")}
+    assert {len(chain) for chain in found if chain not in gave_up} == {2}
+
+
 def test_a_line_that_answers_is_not_answered_again(tmp_path: Path) -> None:
     def hasty(prompt: str, seed: int, index: int) -> str:
         return "2}" if prompt.endswith("{") else f" I see \\boxed{{{1 + index}}} of them."

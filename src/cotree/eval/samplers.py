@@ -33,7 +33,7 @@ Budgets = Mapping[tuple[str, str], int]
 class SampledReplies:
     """The replies to one question: a choice for each sample, whose `tokens` are all that was generated for it.
 
-    seconds: until all of them were there, waiting for a free place apart.
+    seconds: wall time of the request that brought them, or of the whole search.
     decoding: the search that chose it, for readers; "" for plain sampling.
     tree_answers: of a tree the answers of all its chains, in the order in which they ended.
     """

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NamedSummary = tuple[str, Summary]
 _NUMBERS = ("accuracy", "no_answer", "loop", "cut_off", "finished_without_answer", "accuracy_answered", "lenient")
 _HEAD = ("model", "accuracy\n%", "95%\ninterval", "no\nanswer\n%", "cut\noff\n%", "if\nanswered\n%", "tokens", "n")
+_COSTS = ("mean_tokens", "seconds_p50", "seconds_p95")
 _SECONDS = ("seconds\np50", "seconds\np95")  # where a strategy stands in the table
 _SHARES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "average")
 _INSTRUCTIONS_HEAD = ("model", "prompts\nstrict", "prompts\nloose", "single\nstrict", "single\nloose", "mean\nof these")
@@ -93,7 +94,7 @@ class TableRow:
         ratios = (percent(self.mean(key)) for key in ("no_answer", "truncated", "accuracy_answered"))
         seeds = f"{len(self.rows)} × " if len(self.rows) > 1 else ""
         tokens = number(float(self.mean("mean_tokens") or 0.0))
-        took = [self.mean(key) for key in ("seconds_p50", "seconds_p95")] if seconds else []
+        took = [self.mean(key) for key in _COSTS[1:]] if seconds else []
         times = ("–" if each is None else f"{each:.1f}" for each in took)
         return (self.label, percent(self.accuracy), spread, *ratios, tokens, *times, f"{seeds}{number(self.first.n)}")
 
@@ -103,11 +104,7 @@ class TableRow:
         low, high = (self.low, self.high) if self.deviation is None else (None, None)
         named = {"model": self.label, "run": self.run, **same}
         named |= {"seeds": [row.seed for row in self.rows if row.seed is not None], "deviation": self.deviation}
-        return (
-            named
-            | {key: self.mean(key) for key in (*_NUMBERS, "mean_tokens", "seconds_p50", "seconds_p95")}
-            | {"low": low, "high": high}
-        )
+        return named | {key: self.mean(key) for key in (*_NUMBERS, *_COSTS)} | {"low": low, "high": high}
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,8 @@ class Growth:
             await self.score(last)
         elif cut and not is_open:
             last.verdict, last.reward = "no_answer", 0.0
-        last.ended = whole_turn and ends == "paragraph"
+        else:
+            last.ended = whole_turn and ends == "paragraph"
         return thoughts
 
     def _answering_part(self, above: str, parts: Sequence[str], finish_reason: str, *, whole_turn: bool) -> int | None:
