@@ -130,7 +130,7 @@ def changed_by(raw: dict[str, Any], before: Prints, *changes: tuple[str, Any]) -
 # below gives it. A setting that is missing here fails `test_every_setting_is_in_the_table`.
 SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
     Model: ("models.far", {
-        "weights": None, "base": None, "gguf": None, "tokenizer": "other/tokenizer", "mode": None, "model": "larger",
+        "weights": None, "gguf": None, "tokenizer": "other/tokenizer", "mode": None, "model": "larger",
         "url": "http://elsewhere:9", "api_key_env": "KEY", "max_in_flight": 3, "timeout": 60.0,
         "price": {"completion": 2.0},
         "omit": ["seed"], "rename": {"max_tokens": "max_completion_tokens"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,7 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.families import FAMILIES, gguf_name, to_halves, to_pairs, transformers_name
-from cotree.models.gguf_files import GGUF, export_gguf, write_gguf
+from cotree.models.gguf_export import HARD_TEXTS, export_gguf
+from cotree.models.gguf_files import GGUF, write_gguf
+from cotree.models.tokenizer import SPLITS
+from cotree.models.weights import gguf_at_type
 from cotree.train.student import convert_gguf
 
 PROMPT = "<|im_start|>user\nTom has 12 apples.\n\n3  boxes<|im_end|>\n<|im_start|>assistant\n"
@@ -46,7 +51,7 @@ def test_rotary_orders_are_inverse_and_pair_up_halves(heads: int, half: int, col
 def test_export_is_exact_for_every_family(
     model_type: str, tied: bool, tmp_path: Path, serve: Callable[[Path], Post]
 ) -> None:
-    """base GGUF -> folder -> changed weights -> GGUF: the engine's log-probabilities are transformers' own."""
+    """GGUF -> folder -> changed weights -> GGUF: the engine's log-probabilities are transformers' own."""
     # ASCII only: the engine reports no log-probability for a token that is half a character.
     vocabulary = tiny_tokenizer(ascii_only=True)
     base = write_tiny_gguf(tiny_model(model_type, tied), vocabulary, tmp_path / "base.gguf")
@@ -59,23 +64,68 @@ def test_export_is_exact_for_every_family(
     trained = tiny_model(model_type, tied, seed=1)
     trained.save_pretrained(folder)
     for kind, tolerance in (("F32", 1e-4), ("F16", 2e-2)):
-        out = export_gguf(folder, base, tmp_path / f"{kind}.gguf", kind)  # type: ignore[arg-type]
+        out = export_gguf(folder, tmp_path / f"{kind}.gguf", kind)  # type: ignore[arg-type]
         check_served(trained, AutoTokenizer.from_pretrained(folder), serve(out), PROMPT, tolerance)
 
 
-def test_q8_0_is_what_the_gguf_package_quantises_and_metadata_is_untouched(tmp_path: Path) -> None:
+ROTARY = {
+    "default": {"rope_type": "default", "rope_theta": 5000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope"), [*((name, "default") for name in FAMILIES), *(("llama", r) for r in ROTARY)]
+)
+def test_a_folder_is_served_as_transformers_computes_it(
+    model_type: str, rope: str, tmp_path: Path, serve: Callable[[Path], Post]
+) -> None:
+    """No GGUF before: the header is made of the folder's own config and tokenizer."""
+    model = tiny_model(model_type, tied=model_type != "qwen2", rope_parameters=ROTARY[rope])
+    vocabulary = tiny_tokenizer(ascii_only=True)
+    model.save_pretrained(tmp_path / "student")
+    vocabulary.save_pretrained(tmp_path / "student")
+    out = export_gguf(tmp_path / "student", tmp_path / "out.gguf", "F32")
+    check_served(model, vocabulary, serve(out), PROMPT * 3, 1e-4)
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_a_vocabulary_is_known_by_how_it_splits_text(pre: str, tmp_path: Path, serve: Callable[[Path], Post]) -> None:
+    """The engine cuts texts with the written vocabulary as the folder's tokenizer does."""
+    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf", pre)
+    folder = convert_gguf(base, tmp_path / "student")
+    out = export_gguf(folder, tmp_path / "out.gguf", "F32")
+    post, tokenizer = serve(out), AutoTokenizer.from_pretrained(folder)
+    for text in [PROMPT, *HARD_TEXTS, "x<|im_end|>y", "12345678 It's 7"]:
+        served = post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == served
+
+
+def test_q8_0_is_what_the_gguf_package_quantises_and_a_conversion_keeps_the_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
-    out = export_gguf(convert_gguf(base, tmp_path / "student"), base, tmp_path / "q8.gguf", "Q8_0")
+    out = gguf_at_type(base, "Q8_0")
     ours, theirs = gguf.GGUFReader(out), gguf.GGUFReader(base)
     originals = {tensor.name: tensor for tensor in theirs.tensors}
-    assert {tensor.name for tensor in ours.tensors} == set(originals)
-    for tensor in ours.tensors:
-        values = originals[tensor.name].data
-        matrix = values.ndim > 1
-        assert tensor.tensor_type.name == ("Q8_0" if matrix else "F32")
-        assert (tensor.data == (gguf.quants.quantize(values, tensor.tensor_type) if matrix else values)).all()
-    same = {key for key in theirs.fields if not key.startswith("GGUF.") and key != "general.file_type"}
-    assert {key: ours.fields[key].contents() for key in same} == {key: theirs.fields[key].contents() for key in same}
+    exported = gguf.GGUFReader(export_gguf(convert_gguf(base, tmp_path / "student"), tmp_path / "q8.gguf", "Q8_0"))
+    for found in (ours, exported):
+        assert {tensor.name for tensor in found.tensors} == set(originals)
+        for tensor in found.tensors:
+            values = originals[tensor.name].data
+            matrix = values.ndim > 1
+            assert tensor.tensor_type.name == ("Q8_0" if matrix else "F32")
+            assert (tensor.data == (gguf.quants.quantize(values, tensor.tensor_type) if matrix else values)).all()
+    # What the folder says of itself is what the file had said, but for names.
+    for key in theirs.fields.keys() - {"general.file_type", "general.name"}:
+        if not key.startswith("GGUF.") and key not in ("tokenizer.ggml.unknown_token_id", "tokenizer.ggml.pre"):
+            assert exported.fields[key].contents() == theirs.fields[key].contents(), key
     assert ours.fields["general.file_type"].contents() == 7
     before, after = GGUF(base), GGUF(out)
     untouched = before.fields.keys() - {"general.file_type"}
@@ -89,27 +139,52 @@ def test_a_vocabulary_that_is_no_utf_8_is_copied(tmp_path: Path) -> None:
     assert b"<unused_" in content
     base.write_bytes(content.replace(b"<unused_", b"\xff\xfe\xfdused_"))
     file = GGUF(base)
-    write_gguf(tmp_path / "copy.gguf", file, "F32", shapes={"output_norm.weight": (64,)}, read=file.array)
+    write_gguf(tmp_path / "copy.gguf", file.fields, "F32", shapes={"output_norm.weight": (64,)}, read=file.array)
     copied = GGUF(tmp_path / "copy.gguf").fields["tokenizer.ggml.tokens"]
     assert copied == file.fields["tokenizer.ggml.tokens"]
     assert b"\xff\xfe\xfdused_" in copied
 
 
-def test_export_refuses_what_is_not_the_base_and_leaves_no_file(tmp_path: Path) -> None:
-    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
-    folder = convert_gguf(base, tmp_path / "student")
-    other = write_tiny_gguf(tiny_model("qwen3"), tiny_tokenizer(), tmp_path / "other.gguf")
-    with pytest.raises(UsageError, match="is a 'qwen3' model"):
-        export_gguf(folder, other, tmp_path / "out.gguf", "F16")
-    wide = tiny_model()
-    wide.resize_token_embeddings(320)
-    wide.save_pretrained(tmp_path / "wide")
-    with pytest.raises(UsageError, match=r"is not the base of .* token_embd.weight is \(300, 64\)"):
-        export_gguf(tmp_path / "wide", base, tmp_path / "out.gguf", "F16")
-    (folder / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(UsageError, match="cannot export 'mamba' models: supported are llama"):
-        export_gguf(folder, base, tmp_path / "out.gguf", "F16")
-    assert sorted(path.name for path in tmp_path.glob("*out*")) == []
+def test_what_cannot_be_said_exactly_is_refused_by_name_and_leaves_no_file(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    tiny_model(tied=False).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    config, tokenizer, out = folder / "config.json", folder / "tokenizer.json", tmp_path / "out.gguf"
+    kept = {file: file.read_text() for file in (config, tokenizer)}
+
+    def refused(fault: str, file: Path, **changes: Any) -> None:
+        content = json.loads(kept[file])
+        for path, value in changes.items():
+            place = content
+            *parts, last = path.split("__")
+            for part in parts:
+                place = place[part]
+            place[last] = value
+        file.write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=fault):
+            export_gguf(folder, out, "F16")
+        file.write_text(kept[file])
+
+    refused("cannot export 'gpt2' models: supported are llama", config, model_type="gpt2")
+    refused("sliding-window layers", config, model_type="mistral", sliding_window=64)
+    refused(r"llama\.cpp computes llama models with silu", config, hidden_act="gelu")
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    refused(r"no rotary positions like its own \(dynamic\)", config, rope_parameters=dynamic)
+    bent = ROTARY["yarn"] | {"beta_fast": 16}
+    refused(r"no rotary positions like its own \(yarn\)", config, rope_parameters=bent)
+    refused("its tokenizer is SentencePiece", tokenizer, model__byte_fallback=True)
+    plain = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    refused(r"splits text in none of the ways .*gpt-2, smollm, qwen2, llama-bpe", tokenizer, pre_tokenizer=plain)
+    refused(r"missing \(blk.2.attn_k.weight, ...\); copy it again", config, num_hidden_layers=3)
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    tiny_model(vocab_size=200).save_pretrained(tmp_path / "small")
+    with pytest.raises(UsageError, match=r"has 200 embeddings, and a token 2\d\d; copy its base model's tokenizer"):
+        export_gguf(tmp_path / "small", out, "F16")
+    tokenizer.unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UsageError, match=r"copy tokenizer\.json and tokenizer_config\.json of its base model into it"):
+        export_gguf(folder, out, "F16")
+    assert not out.exists()
 
 
 def test_export_to_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path: Path) -> None:
@@ -117,7 +192,7 @@ def test_export_to_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path: Path
     folder = convert_gguf(base, tmp_path / "student")
     (tmp_path / "full.gguf").write_text("old")
     with full_disk(), pytest.raises(CotreeError, match=r"cannot write .*full.gguf: .*File too large"):
-        export_gguf(folder, base, tmp_path / "full.gguf", "F32")
+        export_gguf(folder, tmp_path / "full.gguf", "F32")
     assert (tmp_path / "full.gguf").read_text() == "old"
 
 

@@ -106,9 +106,8 @@ def pieces_gguf(folder: Path) -> Path:
         },
     }
     path = folder / "pieces.gguf"
-    file.fields = fields
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    write_gguf(path, file, "F32", shapes=shapes, read=file.array)
+    write_gguf(path, fields, "F32", shapes=shapes, read=file.array)
     return path
 
 

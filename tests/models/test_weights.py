@@ -193,11 +193,16 @@ def test_another_type_holds_the_same_weights(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """A transformers folder, and the GGUF that it was trained from as its base; an empty cache folder."""
+    """A transformers folder; an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
-    tiny_model(seed=1).save_pretrained(tmp_path / "student")
-    return Model(weights=str(tmp_path / "student"), base=str(base))
+    return Model(weights=str(saved(tmp_path / "student")))
+
+
+def saved(folder: Path, model: Any = None, **how: Any) -> Path:
+    """A folder of a model with its tokenizer."""
+    (tiny_model(seed=1) if model is None else model).save_pretrained(folder, **how)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def test_a_transformers_folder_is_exported_once_for_its_weights(exported: Model) -> None:
@@ -210,7 +215,7 @@ def test_a_transformers_folder_is_exported_once_for_its_weights(exported: Model)
         == tiny_model(seed=1).model.layers[0].mlp.up_proj.weight.numpy(force=True)
     ).all()
     assert parameter_count(locate(str(exported.weights))) == parameter_count(file)
-    assert tokenizer_source(exported) == Path(exported.base)
+    assert tokenizer_source(exported) == Path(str(exported.weights))
     tiny_model(seed=2).save_pretrained(str(exported.weights))
     assert gguf_file(exported, "F32") != file
     assert len(made_files()) == 2
@@ -218,10 +223,10 @@ def test_a_transformers_folder_is_exported_once_for_its_weights(exported: Model)
 
 def test_weights_in_several_files_and_in_bf16_are_exported_as_they_are(exported: Model, tmp_path: Path) -> None:
     whole = GGUF(gguf_file(exported, "F32"))
-    tiny_model(seed=1).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    saved(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     shards = GGUF(gguf_file(exported.model_copy(update={"weights": str(tmp_path / "shards")}), "F32"))
-    tiny_model(seed=1).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    saved(tmp_path / "half", tiny_model(seed=1).to(torch.bfloat16))
     half = GGUF(gguf_file(exported.model_copy(update={"weights": str(tmp_path / "half")}), "F32"))
     for name in whole.tensors:
         values = whole.array(name)
@@ -233,9 +238,6 @@ def test_what_cannot_be_exported_is_one_line(exported: Model, tmp_path: Path) ->
     (tmp_path / "run" / "model").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"run has no config.json with \*.safetensors; give .*run/model"):
         gguf_file(exported.model_copy(update={"weights": str(tmp_path / "run")}), "F32")
-    other = write_tiny_gguf(tiny_model("qwen3"), tiny_tokenizer(), tmp_path / "other.gguf")
-    with pytest.raises(UsageError, match=r"is a 'qwen3' model, .*; `base` names the GGUF that it was trained from"):
-        gguf_file(exported.model_copy(update={"base": str(other)}), "F32")
     torn = next(Path(str(exported.weights)).glob("*.safetensors"))
     content = torn.read_bytes()
     for size in (4, 100, len(content) - 1000):
@@ -254,9 +256,7 @@ def test_every_kind_of_word_is_the_model_that_a_recipe_would_have(tmp_path: Path
     assert parse_model(url, chat=True) == Model(url=url, mode="chat")
     for word in ("smollm2-135m-instruct", str(tmp_path / "m.gguf"), str(tmp_path), "owner/repo:file.gguf"):
         assert parse_model(word) == Model(weights=word)
-    assert parse_model(str(tmp_path), base="b.gguf", tokenizer="t") == Model(
-        weights=str(tmp_path), base="b.gguf", tokenizer="t"
-    )
+    assert parse_model(str(tmp_path), tokenizer="t") == Model(weights=str(tmp_path), tokenizer="t")
 
 
 @pytest.mark.parametrize(
@@ -283,12 +283,13 @@ def flip(file: Path) -> None:
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_damaged_conversion_is_made_again(exported: Model) -> None:
+def test_a_damaged_conversion_is_made_again(exported: Model, tmp_path: Path) -> None:
     of_folder = gguf_file(exported, "F32")
-    of_gguf = gguf_at_type(Path(exported.base), "F16")
+    own = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "own.gguf")
+    of_gguf = gguf_at_type(own, "F16")
     conversions: list[tuple[Path, Callable[[], Path]]] = [
         (of_folder, lambda: gguf_file(exported, "F32")),
-        (of_gguf, lambda: gguf_at_type(Path(exported.base), "F16")),
+        (of_gguf, lambda: gguf_at_type(own, "F16")),
     ]
     for file, again in conversions:
         whole = file.read_bytes()
@@ -303,7 +304,8 @@ def test_a_damaged_conversion_is_made_again(exported: Model) -> None:
 def test_weights_that_are_damaged_are_refused_before_they_are_served(exported: Model, tmp_path: Path) -> None:
     from cotree.models.llama_cpp import serve
 
-    made, own, folder = gguf_file(exported, "F32"), Path(exported.base), Path(str(exported.weights))
+    made, folder = gguf_file(exported, "F32"), Path(str(exported.weights))
+    own = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "own.gguf")
     for file in (own, *folder.iterdir()):
         os.utime(file, (1e9, 1e9))
         weights.file_sha256(file)  # which is remembered of weights that cotree did not make
@@ -315,7 +317,7 @@ def test_weights_that_are_damaged_are_refused_before_they_are_served(exported: M
     flip(own)
     flip(folder / "model.safetensors")
     with (
-        pytest.raises(UsageError, match=r"base.gguf is damaged \(other content, but the same size and date"),
+        pytest.raises(UsageError, match=r"own.gguf is damaged \(other content, but the same size and date"),
         serve(own),
     ):
         pass

@@ -84,10 +84,10 @@ def tiny_config(model_type: str, tied: bool = True, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **(sizes | changes))
 
 
-def tiny_model(model_type: str = "llama", tied: bool = True, seed: int = 0) -> Any:
+def tiny_model(model_type: str = "llama", tied: bool = True, seed: int = 0, **changes: Any) -> Any:
     """Random weights, wide enough that tokens differ clearly; norms and biases random too, so that none is neutral."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, tied), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, tied, **changes), attn_implementation="eager")
     with torch.no_grad():
         for name, values in model.named_parameters():
             if values.ndim == 1:

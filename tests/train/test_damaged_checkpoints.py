@@ -14,7 +14,7 @@ from tests.support.tiny_student import same, tiny_model, tiny_tokenizer, weights
 from cotree.base.atomic import write_sums
 from cotree.base.errors import UsageError
 from cotree.base.progress import Output
-from cotree.models.gguf_files import export_gguf
+from cotree.models.gguf_export import export_gguf
 from cotree.models.settings import Model
 from cotree.models.weights import gguf_file
 from cotree.train.callback import StepLog
@@ -224,9 +224,8 @@ def test_a_damaged_student_is_one_line_wherever_it_is_read(
     fault = rf"trained/model is damaged \({name}.*\); delete it and run again what made it"
     with pytest.raises(UsageError, match=fault):
         train_rows("sft", trained / "model", sft_rows, tmp_path / "child")
-    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
     with pytest.raises(UsageError, match=fault):
-        gguf_file(Model(weights=str(trained / "model"), base=str(base)), "F32")
+        gguf_file(Model(weights=str(trained / "model")), "F32")
     if harm not in (Path.unlink, emptied) or name != "model.safetensors":  # lost weights are trained again at once
         with pytest.raises(UsageError, match=fault):
             train_rows("sft", student, sft_rows, trained, overrides=["batch_size=11"])
@@ -236,10 +235,9 @@ def test_a_damaged_student_is_one_line_wherever_it_is_read(
 
 
 def test_a_student_that_is_trained_anew_leaves_no_gguf_of_the_one_before(
-    trained: Path, student: Path, sft_rows: Path, tmp_path: Path
+    trained: Path, student: Path, sft_rows: Path
 ) -> None:
-    base = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "base.gguf")
-    export_gguf(trained / "model", base, trained / "student-F32.gguf", "F32")
+    export_gguf(trained / "model", trained / "student-F32.gguf", "F32")
     shutil.rmtree(trained / "model")
     train_rows("sft", student, sft_rows, trained, overrides=["batch_size=11"])
     assert sorted(path.name for path in trained.iterdir()) == ["log.jsonl", "model", "node.json", "result.json"]

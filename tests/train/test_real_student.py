@@ -14,7 +14,8 @@ from tests.train.test_step import plain_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.models.encode import encode_dpo
-from cotree.models.gguf_files import export_gguf
+from cotree.models.gguf_export import export_gguf
+from cotree.models.gguf_files import GGUF
 from cotree.train.dpo import PairTrainer
 from cotree.train.forest import forest_tokens
 from cotree.train.model import load_model
@@ -52,7 +53,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # F16 keeps 11 bits of each weight: over 30 layers that moves a log-probability by up to about 0.01.
 @pytest.mark.parametrize(("kind", "tolerance"), [pytest.param("F32", 2e-3, marks=pytest.mark.slow), ("F16", 3e-2)])
 def test_the_engine_decodes_an_export_as_transformers_does(
-    kind: str, tolerance: float, base: Path, folder: Path, tmp_path: Path, serve: Callable[[Path], Post]
+    kind: str, tolerance: float, folder: Path, tmp_path: Path, serve: Callable[[Path], Post]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -60,9 +61,10 @@ def test_the_engine_decodes_an_export_as_transformers_does(
         for values in model.parameters():
             values += 1e-4 * torch.randn_like(values)
     model.save_pretrained(tmp_path / "student")
-    (tmp_path / "student" / "config.json").write_text((folder / "config.json").read_text())
-    post = serve(export_gguf(tmp_path / "student", base, tmp_path / f"{kind}.gguf", kind))  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path / "student")
+    post = serve(export_gguf(tmp_path / "student", tmp_path / f"{kind}.gguf", kind))  # type: ignore[arg-type]
+    assert GGUF(tmp_path / f"{kind}.gguf")["tokenizer.ggml.pre"] == "smollm"
     for question in QUESTIONS:
         check_served(model, tokenizer, post, prompt(question), tolerance, tokens=32)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.atomic import atomic_draft
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models.gguf_files import export_gguf
+from cotree.models.gguf_export import export_gguf
 from cotree.models.tokenizer import load_tokenizer
 from cotree.train.model import load_model
 from cotree.train.run import train
@@ -60,7 +60,7 @@ def test_a_student_from_gguf_is_trained_and_saved_whichever_reader_it_came_throu
         weights.append({name: values.detach() for name, values in trained.named_parameters()})
     assert distance(*weights) < 1e-6
     assert distance(weights[0], tiny_model().state_dict()) > 1e-3
-    exported = export_gguf(tmp_path / "ours-run" / "model", file, tmp_path / "trained.gguf", "F32")
+    exported = export_gguf(tmp_path / "ours-run" / "model", tmp_path / "trained.gguf", "F32")
     again = load_file(convert_gguf(exported, tmp_path / "again") / "model.safetensors")
     assert all(torch.equal(values, weights[0][name]) for name, values in again.items())
 

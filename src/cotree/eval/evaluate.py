@@ -168,7 +168,7 @@ def evaluate_model(
 
     Args:
         model: the URL of an OpenAI-compatible server, a packaged name, a `.gguf`, `REPO_ID:FILE.gguf`, or a
-            transformers folder, which is written as GGUF first (its metadata and tokenizer come from `base`).
+            transformers folder, which is written as GGUF first.
         tasks: names as in `cotree tasks`, or own tasks.
         data: where the tasks' rows are, as in `cotree.task`.
         split: train, dev or test.
@@ -186,7 +186,6 @@ def evaluate_model(
 
             And how the model is reached (`models.weights.parse_model`):
 
-            base: the GGUF that a transformers folder was trained from.
             served, tokenizer, chat, api_key_env, max_in_flight (16): of a server, as `model`, `tokenizer`,
                 `mode: chat`, `api_key_env` and `max_in_flight` of a recipe's model.
 

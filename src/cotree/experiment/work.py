@@ -92,10 +92,10 @@ class Worker:
         kind = gguf or root.gguf
         file = self.run.node(f"students/{name}").path / f"student-{kind}.gguf"
         if not is_whole(file):
-            from cotree.models.gguf_files import export_gguf
+            from cotree.models.gguf_export import export_gguf
 
             check_weights(file.parent / "model")
-            export_gguf(file.parent / "model", gguf_file(root, root.gguf), file, kind)
+            export_gguf(file.parent / "model", file, kind)
         return Model(weights=str(file), gguf=kind, max_in_flight=root.max_in_flight)
 
     def _grow(self, node: Node[Trees], work: Work) -> None:

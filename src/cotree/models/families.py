@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cotree.base.errors import UsageError
+
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -27,6 +29,8 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# What every layer of every family has.
+MATRICES_AND_NORMS = sorted(set(_LAYER.values()) - {"attn_q_norm", "attn_k_norm"})
 _OUTER_BACK = {gguf: name for name, gguf in _OUTER.items()}
 _LAYER_BACK = {gguf: name for name, gguf in _LAYER.items()}
 
@@ -51,6 +55,26 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", rotates_pairs=False),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", rotates_pairs=False),
 }
+
+
+def supported_family(config: Any, cannot: str) -> Family:
+    """The family of a transformers config.
+
+    Args:
+        cannot: begins the error: "cannot train".
+
+    Raises:
+        UsageError: the model is of no supported family, or has layers that see a window of the text only.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UsageError(f"{cannot} {config.model_type!r} models: supported are {', '.join(FAMILIES)}")
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"} or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        raise UsageError(f"{cannot} a model with sliding-window layers: set `sliding_window` to null in config.json")
+    return family
 
 
 def gguf_name(name: str) -> str:

@@ -1,9 +1,8 @@
-"""Read and write GGUF files, and write a transformers folder as GGUF: one engine serves the teacher and the student.
+"""Read and write GGUF files, and read the tensors of a transformers folder.
 
-Invariant: metadata that nobody changes is copied byte for byte, so that vocabulary, merges and the chat template of an
-exported student are those of its base; its tensors are exactly those of the transformers folder. The `gguf` package's
-reader keeps no such bytes and takes two seconds for a header of 100,000 strings, which are read in a tenth of a second
-here; its block formats are used. Nothing here needs torch, which whoever only serves a model need not have.
+Invariant: metadata that nobody changes is copied byte for byte. The `gguf` package's reader keeps no such bytes and
+takes two seconds for a header of 100,000 strings, which are read in a tenth of a second here; its block formats are
+used. Nothing here needs torch, which whoever only serves a model need not have.
 """
 
 from __future__ import annotations
@@ -18,17 +17,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cotree.base.atomic import atomic_draft, sums_of, write_sums
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models.families import FAMILIES, gguf_name, reordered, to_pairs
 from cotree.models.settings import GGUFType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_UINT32, _STRING, _ARRAY = 4, 8, 9
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 # The number that `general.file_type` gives a type of the matrices.
 FILE_TYPES: dict[GGUFType, int] = {"F32": 0, "F16": 1, "Q8_0": 7}
-# A tensor of constants, not of weights: copied from the base.
-_CONSTANTS = "rope_freqs.weight"
 # numpy knows no BF16, which is the upper half of a float32.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -108,19 +103,27 @@ class GGUF:
 
 
 def write_gguf(
-    path: Path, base: GGUF, kind: GGUFType, *, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
+    path: Path,
+    fields: Mapping[str, bytes],
+    kind: GGUFType,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    alignment: int = 32,
 ) -> None:
-    """Write a GGUF file (version 3) with the metadata of `base`, its matrices at a type and its vectors in F32.
+    """Write a GGUF file (version 3), its matrices at a type and its vectors in F32.
 
     Args:
         path: overwritten.
+        fields: the metadata, as in `GGUF.fields`.
+        alignment: of the tensors, as the metadata say.
         shapes: of the tensors, by name, in the file's order.
         read: gives a tensor as float32; called once for each, in order, so that one is in memory at a time.
     """
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
-    fields = base.fields | {"general.file_type": struct.pack("<II", _UINT32, FILE_TYPES[kind])}
+    fields = {**fields, "general.file_type": struct.pack("<II", _UINT32, FILE_TYPES[kind])}
     fields.setdefault("general.quantization_version", struct.pack("<II", _UINT32, 2))
     header = [struct.pack("<4sIQQ", b"GGUF", 3, len(shapes), len(fields))]
     header += [_pack_string(key) + raw for key, raw in fields.items()]
@@ -130,62 +133,13 @@ def write_gguf(
         layout = f"<I{len(shape)}QIQ"
         header += [_pack_string(name), struct.pack(layout, len(shape), *reversed(shape), kinds[name], offset)]
         size = prod(quant_shape_to_byte_shape(shape, kinds[name]))
-        offset += size + -size % base.alignment
+        offset += size + -size % alignment
     with path.open("wb") as file:
         file.write(b"".join(header))
         for name in shapes:
-            file.write(bytes(-file.tell() % base.alignment))
+            file.write(bytes(-file.tell() % alignment))
             file.write(quantize(read(name), kinds[name]).tobytes())
-        file.write(bytes(-file.tell() % base.alignment))
-
-
-def export_gguf(model: Path, base: Path, out: Path, kind: GGUFType) -> Path:
-    """Write a transformers folder as a GGUF file, atomically; an existing file is replaced. Returns `out`.
-
-    Args:
-        model: a transformers folder (safetensors) of a supported family.
-        base: a GGUF of the same model before training: gives metadata and tokenizer.
-        kind: type of the matrices; vectors (norms, biases) are always F32.
-
-    Raises:
-        UsageError: unsupported family, or base and model are not the same model.
-        CotreeError: a file cannot be read or written.
-    """
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        family = FAMILIES.get(config["model_type"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"cannot read {model / 'config.json'} as a model's config: {error}") from error
-    if family is None:
-        raise UsageError(f"cannot export {config['model_type']!r} models: supported are {', '.join(FAMILIES)}")
-    file = GGUF(base)
-    if file["general.architecture"] != family.gguf:
-        raise UsageError(f"{base} is a {file['general.architecture']!r} model, {model} needs {family.gguf!r}")
-    stored = stored_tensors(model)
-    try:
-        sources = {gguf_name(name): name for name in stored}
-    except KeyError as error:
-        raise UsageError(f"{model} has a tensor that GGUF export does not know: {error}") from None
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    if "output.weight" in shapes.keys() | sources.keys():  # one of the two may tie its head to the embeddings
-        shapes.setdefault("output.weight", shapes["token_embd.weight"])
-        sources.setdefault("output.weight", sources["token_embd.weight"])
-    ours = {name: stored[source].shape for name, source in sources.items()}
-    names = (shapes.keys() | ours.keys()) - {_CONSTANTS}
-    if wrong := sorted(name for name in names if shapes.get(name) != ours.get(name)):
-        there, here = (of.get(wrong[0], "absent") for of in (shapes, ours))
-        fault = f"{wrong[0]} is {there} there and {here} here ({len(wrong)} tensors differ)"
-        raise UsageError(f"{base} is not the base of {model}: {fault}")
-
-    def read(name: str) -> np.ndarray:
-        if name == _CONSTANTS:
-            return file.array(name)
-        return reordered(_as_float32(stored[sources[name]]), sources[name], config, to_pairs)
-
-    with atomic_draft(out) as draft:
-        write_gguf(draft, file, kind, shapes=shapes, read=read)
-    write_sums(sums_of(out), [out])
-    return out
+        file.write(bytes(-file.tell() % alignment))
 
 
 def stored_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -209,10 +163,26 @@ def stored_tensors(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _as_float32(values: np.ndarray) -> np.ndarray:
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """The values of a tensor from `stored_tensors`, of whatever type, in float32."""
     if values.dtype == np.uint16:  # BF16
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
+
+
+def packed(value: Any) -> bytes:
+    """A metadata value as a file has it, its type first: a bool, number, string, or list of integers or strings."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", _UINT32, value)
+    if isinstance(value, float):
+        return struct.pack("<If", _FLOAT32, value)
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _pack_string(value)
+    if isinstance(value[0], str):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_pack_string, value))
+    return struct.pack(f"<IIQ{len(value)}i", _ARRAY, _INT32, len(value), *value)
 
 
 def _pack_string(text: str) -> bytes:

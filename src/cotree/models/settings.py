@@ -27,7 +27,7 @@ class Model(Section):
     """A model: weights that run in this process (`weights`), or OpenAI-compatible servers (`url`).
 
     weights: a packaged name (smollm2-135m-instruct, gemma-3-270m), a `.gguf` file, `REPO_ID:FILE.gguf` on the hub, or a
-        transformers folder, which is written as GGUF with the metadata and tokenizer of `base`.
+        transformers folder, which is written as GGUF with its own tokenizer.
     gguf: the type at which weights write thoughts; an evaluation has its own setting for it.
     url: one server or a list of servers of the same model; a question stays with one of them, so that its prompts stay
         in that server's cache. model: its name at the server. tokenizer: hub id or folder, renders the chat template.
@@ -46,7 +46,6 @@ class Model(Section):
     """
 
     weights: str | None = None
-    base: str = "smollm2-135m-instruct"
     gguf: GGUFType = "Q8_0"
     url: Annotated[str | tuple[str, ...] | None, NOT_CONTENT] = None
     model: str = "default"

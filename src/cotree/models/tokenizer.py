@@ -10,7 +10,7 @@ wherever a digit follows two spaces or two newlines.) Imports no torch of its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How each vocabulary splits text before merging, by llama.cpp's name for it: the expression ("" for none), and whether
 # GPT-2's own expression splits the parts further.
-_SPLITS = {
+SPLITS = {
     "gpt-2": ("", True),
     "smollm": (r"\p{N}", True),
     "qwen2": (_WORDS + r"|\p{N}" + _REST, False),
@@ -87,49 +87,60 @@ def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with its special tokens and, where it has one, its chat template.
 
     Raises:
+        UsageError: it has no vocabulary, or one of another kind.
+    """
+    for key in ("model", "tokens", "eos_token_id"):
+        file[f"tokenizer.ggml.{key}"]
+    return tokenizer_of(file.values, file.path)
+
+
+def tokenizer_of(values: Mapping[str, Any], source: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the metadata of a GGUF file describe; `source` is named in errors.
+
+    Raises:
         UsageError: the vocabulary is of another kind (the message says to take the transformers folder instead).
     """
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    model, pre = file["tokenizer.ggml.model"], file.get("tokenizer.ggml.pre", "gpt-2")
-    tokens: list[str] = file["tokenizer.ggml.tokens"]
+    model, pre = values["tokenizer.ggml.model"], values.get("tokenizer.ggml.pre", "gpt-2")
+    tokens: list[str] = values["tokenizer.ggml.tokens"]
     # With a space prefix a text has other tokens at its start than in the middle, so no text could be continued.
-    if model == "llama" and not file.get("tokenizer.ggml.add_space_prefix", True):
-        tokenizer = _scored_pieces(file, tokens)
-    elif model == "gpt2" and pre in _SPLITS:
-        tokenizer = _byte_level(file, tokens, pre)
+    if model == "llama" and not values.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer = _scored_pieces(values, tokens)
+    elif model == "gpt2" and pre in SPLITS:
+        tokenizer = _byte_level(values, tokens, pre)
     else:
-        known = f"gpt2 with {', '.join(_SPLITS)}, and llama without a space prefix"
+        known = f"gpt2 with {', '.join(SPLITS)}, and llama without a space prefix"
         fix = "give the model's transformers folder instead"
-        raise UsageError(f"{file.path} has a {model}/{pre} vocabulary, cotree reads {known}: {fix}")
-    kinds = list(zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False))
+        raise UsageError(f"{source} has a {model}/{pre} vocabulary, cotree reads {known}: {fix}")
+    kinds = list(zip(tokens, values.get("tokenizer.ggml.token_type", []), strict=False))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k == _CONTROL])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == _USER_DEFINED])
 
-    eos = tokens[file["tokenizer.ggml.eos_token_id"]]
+    eos = tokens[values["tokenizer.ggml.eos_token_id"]]
     named: dict[str, Any] = {"eos_token": eos, "pad_token": eos}
     for name, key in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        index = file.get(f"tokenizer.ggml.{key}_token_id")
+        index = values.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None:
             named[name] = tokens[index]
-    if file.get("tokenizer.ggml.add_bos_token") and "bos_token" in named:
+    if values.get("tokenizer.ggml.add_bos_token") and "bos_token" in named:
         bos = named["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
         )
-    template = file.get("tokenizer.chat_template")
+    template = values.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
 
 
-def _byte_level(file: GGUF, tokens: list[str], pre: str) -> Tokenizer:
+def _byte_level(values: Mapping[str, Any], tokens: list[str], pre: str) -> Tokenizer:
     """GPT-2's kind: text is split by regular expressions, then bytes are merged in the order of the file's merges."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    merges = [tuple(merge.split(" ", 1)) for merge in file["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in values["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    expression, then_as_gpt2 = _SPLITS[pre]
+    expression, then_as_gpt2 = SPLITS[pre]
     splits = [pre_tokenizers.Split(Regex(expression), behavior="isolated")] if expression else []
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=then_as_gpt2)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
@@ -137,7 +148,7 @@ def _byte_level(file: GGUF, tokens: list[str], pre: str) -> Tokenizer:
     return tokenizer
 
 
-def _scored_pieces(file: GGUF, tokens: list[str]) -> Tokenizer:
+def _scored_pieces(values: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     """SentencePiece's kind: of all neighbours that form a piece together, those of the best score are merged first.
 
     Expressed as BPE: every way to cut a piece in two is a merge, ranked by the piece's score. A space is written as
@@ -145,7 +156,7 @@ def _scored_pieces(file: GGUF, tokens: list[str]) -> Tokenizer:
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores, kinds = file["tokenizer.ggml.scores"], file["tokenizer.ggml.token_type"]
+    scores, kinds = values["tokenizer.ggml.scores"], values["tokenizer.ggml.token_type"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     ranked = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
     halves = ((tokens[i][:cut], tokens[i][cut:]) for i in ranked for cut in range(1, len(tokens[i])))

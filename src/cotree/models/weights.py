@@ -103,7 +103,6 @@ def parse_model(
     chat: bool = False,
     api_key_env: str | None = None,
     max_in_flight: int = 16,
-    base: str = "smollm2-135m-instruct",
 ) -> Model:
     """The model, as a recipe would have it, that one word on the command line or in Python names: a server's URL, a
     packaged name, a `.gguf`, `REPO_ID:FILE.gguf` or a transformers folder.
@@ -113,7 +112,6 @@ def parse_model(
         tokenizer: hub id or folder that renders a server's prompts. chat: the server renders them instead.
         api_key_env: the environment variable that holds a server's key.
         max_in_flight: requests at once.
-        base: the GGUF that a transformers folder was trained from; gives its metadata and tokenizer.
 
     Raises:
         UsageError: the word names nothing, or an option does not go with it.
@@ -130,7 +128,7 @@ def parse_model(
     if not word or (word not in PACKAGED and ":" not in word and not Path(word).exists()):
         known = f"a packaged name ({', '.join(PACKAGED)})"
         raise UsageError(f"nothing at `{word}`; give a server's URL, a .gguf file, a transformers folder or {known}")
-    return parse_section(Model, {"weights": word, "base": base, **shared}, "")
+    return parse_section(Model, {"weights": word, **shared}, "")
 
 
 def gguf_file(model: Model, kind: GGUFType) -> Path:
@@ -145,17 +143,12 @@ def gguf_file(model: Model, kind: GGUFType) -> Path:
     source = locate(model.weights)
     if not source.is_dir():
         return gguf_at_type(source, kind)
-    from cotree.models.gguf_files import export_gguf
+    from cotree.models.gguf_export import export_gguf
 
-    base = locate(model.base)
-    content = hashlib.sha256(f"{folder_sha256(source)} {file_sha256(base)}".encode()).hexdigest()
-    cached = cache_folder() / f"{source.resolve().name}-{content[:12]}-{kind}.gguf"
+    cached = cache_folder() / f"{source.resolve().name}-{folder_sha256(source)[:12]}-{kind}.gguf"
     if not is_whole(cached):
         check_weights(source)
-        try:
-            export_gguf(source, base, cached, kind)
-        except UsageError as error:
-            raise UsageError(f"{error}; `base` names the GGUF that it was trained from") from None
+        export_gguf(source, cached, kind)
     return cached
 
 
@@ -174,7 +167,7 @@ def gguf_at_type(source: Path, kind: GGUFType) -> Path:
         check_weights(source)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         with atomic_draft(cached, _OTHER_DISK) as draft:
-            write_gguf(draft, file, kind, shapes=shapes, read=file.array)
+            write_gguf(draft, file.fields, kind, shapes=shapes, read=file.array, alignment=file.alignment)
         write_sums(sums_of(cached), [cached])
     return cached
 
@@ -187,8 +180,7 @@ def tokenizer_source(model: Model) -> str | Path | None:
     """
     if model.weights is None or model.tokenizer is not None:
         return model.tokenizer
-    source = locate(model.weights)
-    return locate(model.base) if source.is_dir() else source
+    return locate(model.weights)
 
 
 def parameter_count(source: Path) -> int:
@@ -270,9 +262,9 @@ def folder_sha256(folder: Path) -> str:
 def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
     """What decides the text that a model writes, as plain data; never its address or its name in a recipe.
 
-    Weights: `{"weights": sha256, "gguf": type}`, with the sha256 of the `base` of a transformers folder, and a
-    `tokenizer` that is not the weights' own. A served model: `{"model": name, "tokenizer": hub id or sha256}`, and its
-    `mode` where it is not asked for completions of rendered prompts, and what `omit` keeps from it.
+    Weights: `{"weights": sha256, "gguf": type}`, and a `tokenizer` that is not the weights' own. A served model:
+    `{"model": name, "tokenizer": hub id or sha256}`, and its `mode` where it is not asked for completions of rendered
+    prompts, and what `omit` keeps from it.
 
     Args:
         gguf: the type at which weights are served, by default the model's own.
@@ -287,10 +279,7 @@ def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
         served: dict[str, Any] = {"model": model.model, "tokenizer": tokenizer}
         served |= {} if model.mode == "completions" else {"mode": model.mode}
         return served | ({"omit": sorted(model.omit)} if model.omit else {})
-    source = locate(model.weights)
-    found = {"weights": _content_sha256(source)}
-    if source.is_dir():
-        found["base"] = file_sha256(locate(model.base))
+    found = {"weights": _content_sha256(locate(model.weights))}
     if tokenizer is not None:
         found["tokenizer"] = tokenizer
     return found | {"gguf": gguf or model.gguf}

@@ -16,7 +16,7 @@ import numpy as np
 
 from cotree.base.atomic import atomic_draft, remove, sums_of, write_json, write_sums
 from cotree.base.errors import UsageError
-from cotree.models.families import FAMILIES, Family, reordered, to_halves, transformers_name
+from cotree.models.families import FAMILIES, Family, reordered, supported_family, to_halves, transformers_name
 from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import gguf_tokenizer
 from cotree.models.weights import cache_folder, check_weights, file_sha256, folder_sha256, is_whole, locate
@@ -196,14 +196,7 @@ def family_of(config: Any) -> Family:
             depend on the longest sequence, or a demand for FlashAttention-2: training computes several sequences in one
             row with an attention of its own, exactly, and none of these has a place in it.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UsageError(f"cannot train {config.model_type!r} models: supported are {', '.join(FAMILIES)}")
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layers != {"full_attention"} or (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    ):
-        raise UsageError("cannot train a model with sliding-window layers: set `sliding_window` to null in config.json")
+    family = supported_family(config, "cannot train")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _ROPE:
         raise UsageError(f"cannot train with rotary positions of type {rope!r}: supported are {', '.join(_ROPE)}")
