@@ -288,7 +288,7 @@ def test_newer_verdict_code_judges_kept_replies_again_and_asks_no_model(
     [
         (["--task", "letters"], "--model"),
         (["--model", "smollm2-135m-instruct"], "--task"),
-        (["--model", "nowhere/model", "--task", "letters"], "nothing at `nowhere/model`"),
+        (["--model", "./nowhere/model", "--task", "letters"], "nothing at `./nowhere/model`"),
         (["--model", "llama-9", "--task", "letters"], "nothing at `llama-9`"),
         (["--model", "http://127.0.0.1:9", "--task", "letters"], "give --tokenizer"),
         (["--model", "http://127.0.0.1:9", "--chat", "--task", "letters"], "start the server"),
@@ -304,9 +304,12 @@ def test_newer_verdict_code_judges_kept_replies_again_and_asks_no_model(
         (["--model", "notes.txt", "--task", "letters"], "no weights `notes.txt`"),
         (
             ["--model", "bare", "--task", "letters"],
-            "bare has no config.json with *.safetensors; give a transformers folder",
+            "bare has no config.json with model.safetensors or model.safetensors.index.json; give a",
         ),
-        (["--model", "dpo", "--task", "letters"], "dpo has no config.json with *.safetensors; give dpo/model"),
+        (
+            ["--model", "dpo", "--task", "letters"],
+            "dpo has no config.json with model.safetensors or model.safetensors.index.json; give dpo/model",
+        ),
         (["--model", "folder", "--task", "letters"], "cannot export 'mamba' models: supported are llama"),
         (["--model", "smollm2-135m-instruct", "--task", "letters", "--max-tokens", "9000"], "takes 8192; lower"),
         (["--model", "x", "--task", "letters", "--gguf", "Q2"], "`gguf`: must be 'F32', 'F16' or 'Q8_0'"),

@@ -27,7 +27,7 @@ class Hub:
     def __init__(self) -> None:
         self.commit, self.asked = "a" * 40, list[str]()
 
-    def newest_commit(self, name: str) -> str:
+    def newest_commit(self, section: str, name: str) -> str:
         self.asked.append(name)
         return self.commit
 
@@ -93,7 +93,7 @@ def test_the_plan_asks_nothing(student: Path, tmp_path: Path, the_hub: Hub) -> N
 def test_a_hub_that_is_not_reached_is_one_line(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: 1 / 0)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda self, name, repo_type: 1 / 0)
     with pytest.raises(
         UsageError, match=r"cannot ask the hub for owner/sky: division by zero; .* give `file:` instead"
     ):

@@ -93,7 +93,7 @@ def hub(packages: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]
     """`tiny` is on a hub too, which keeps what it gives, as the client does; the requests that it gets."""
     requests = []
 
-    def download(repo: str, file: str) -> str:
+    def download(repo: str, file: str, *, revision: str | None) -> str:
         requests.append((repo, file))
         snapshot = packages / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / "abc"
         snapshot.mkdir(parents=True)
@@ -139,7 +139,7 @@ def test_another_file_from_the_hub_is_refused(packages: Path, hub: list[tuple[st
 def test_a_hub_that_is_not_reached_leaves_the_line_that_installs(
     packages: Path, hub: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(repo: str, file: str) -> str:
+    def download(repo: str, file: str, *, revision: str | None) -> str:
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
@@ -236,7 +236,7 @@ def test_weights_in_several_files_and_in_bf16_are_exported_as_they_are(exported:
 
 def test_what_cannot_be_exported_is_one_line(exported: Model, tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"run has no config.json with \*.safetensors; give .*run/model"):
+    with pytest.raises(UsageError, match=r"run has no config.json with model.* or .*; give .*run/model"):
         gguf_file(exported.model_copy(update={"weights": str(tmp_path / "run")}), "F32")
     torn = next(Path(str(exported.weights)).glob("*.safetensors"))
     content = torn.read_bytes()
@@ -254,7 +254,13 @@ def test_every_kind_of_word_is_the_model_that_a_recipe_would_have(tmp_path: Path
     completions = Model(url=url, model="qwen", tokenizer="t", api_key_env="KEY", max_in_flight=4)
     assert parse_model(url, served="qwen", tokenizer="t", api_key_env="KEY", max_in_flight=4) == completions
     assert parse_model(url, chat=True) == Model(url=url, mode="chat")
-    for word in ("smollm2-135m-instruct", str(tmp_path / "m.gguf"), str(tmp_path), "owner/repo:file.gguf"):
+    for word in (
+        "smollm2-135m-instruct",
+        str(tmp_path / "m.gguf"),
+        str(tmp_path),
+        "owner/repo:file.gguf",
+        "owner/repo@v1",
+    ):
         assert parse_model(word) == Model(weights=word)
     assert parse_model(str(tmp_path), tokenizer="t") == Model(weights=str(tmp_path), tokenizer="t")
 
@@ -262,12 +268,16 @@ def test_every_kind_of_word_is_the_model_that_a_recipe_would_have(tmp_path: Path
 @pytest.mark.parametrize(
     ("word", "options", "fault"),
     [
-        ("", {}, "nothing at ``; give a server's URL, a .gguf file"),
+        ("", {}, "nothing at ``; give a server's URL, a packaged model"),
         ("http://localhost:1", {}, "give --tokenizer .* for http://localhost:1, or --chat"),
         ("smollm2-135m-instruct", {"chat": True}, "--chat and --api-key-env are for servers"),
         ("smollm2-135m-instruct", {"api_key_env": "KEY"}, "--chat and --api-key-env are for servers"),
         ("no/such.gguf", {}, "nothing at `no/such.gguf`; give a server's URL"),
-        ("llama-9", {}, r"nothing at `llama-9`; give .* or a packaged name \(smollm2"),
+        (
+            "llama-9",
+            {},
+            r"nothing at `llama-9`; give .*a packaged model \(smollm2.* or a model of the hub \(OWNER/NAME",
+        ),
     ],
 )
 def test_what_names_nothing_is_refused(word: str, options: dict[str, Any], fault: str) -> None:

@@ -18,6 +18,7 @@ from tests.train.test_checkpoint_layers import Counted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.errors import CotreeError, UsageError
+from cotree.models.weights import check_weights
 from cotree.train.callback import StepLog
 from cotree.train.model import load_model
 from cotree.train.plan import plan
@@ -116,6 +117,21 @@ def test_a_bf16_step_is_near_to_fp32(student: Path, sft_rows: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, ADAPTER])
+def test_weights_are_stored_in_bf16(lora: LoRA | None, student: Path, sft_rows: Path, tmp_path: Path) -> None:
+    """The rounded weights of the same training, in half of the file, and transformers takes them as they are."""
+    for name in ("fp32", "bf16"):
+        settings = SFT(batch_size=11, lora=lora, save_dtype=name)
+        train("sft", sft_rows, student, tmp_path / name, settings=settings, seed=0)
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("fp32", "bf16")]
+    whole, half = (load_file(file) for file in files)
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(values.to(torch.bfloat16), half[name]) for name, values in whole.items())
+    assert files[1].stat().st_size < 0.6 * files[0].stat().st_size
+    assert AutoModelForCausalLM.from_pretrained(files[1].parent).dtype == torch.bfloat16
+    check_weights(files[1].parent)
+
+
 def test_a_compiled_run_has_the_losses_and_gradients_of_a_plain_one(
     student: Path, dpo_rows: Path, tmp_path: Path
 ) -> None:

@@ -1,66 +1,81 @@
-"""Datasets of the hub are known by id and commit: an id without a revision is pinned once, in the run's recipe."""
+"""What a recipe takes from the hub is known by id and commit: an id without one is pinned once, in its run."""
 
 from __future__ import annotations
 
 import copy
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import RunFolder
 from cotree.experiment.recipe import Recipe, build_recipe
+from cotree.models.weights import HUB_WEIGHTS
 from cotree.report.summary import read_recipe
 
+# Where a recipe names what may be on the hub: section -> key of its entries.
+_NAMED_IN = {"models": "weights", "datasets": "hub"}
 # What huggingface_hub and datasets read, once, when they are loaded.
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
-    """The recipe with a revision for every dataset of the hub: the run's own, else (if `ask`) the newest commit.
+    """The recipe with a revision for every model and dataset of the hub: the run's own, else (if `ask`) the newest.
 
     Raises:
-        UsageError: the hub is not reached, or has no such dataset.
+        UsageError: the hub is not reached, or has nothing of that name.
     """
-    hubs = {node.settings.hub for node in recipe.of_kind("datasets") if node.settings.hub is not None}
-    known = _revisions(folder) if hubs else {}
-    commits = {hub: known.get(hub) or _newest_commit(hub) for hub in hubs if "@" not in hub and (ask or hub in known)}
-    if not commits:
-        return recipe
+    known: dict[tuple[str, str], str] = {}
 
-    def pin(value: Any) -> Any:
-        if isinstance(value, list):
-            return [pin(item) for item in value]
-        return f"{value}@{commits[value]}" if value in commits else value
+    def remember(section: str, word: str) -> str:
+        if (found := HUB_WEIGHTS.fullmatch(word)) and found["revision"]:
+            known[section, found["repo"]] = found["revision"]
+        return word
 
-    written = copy.deepcopy(dict(recipe.written))
-    for entry in written["datasets"].values():
-        for place in (entry, entry.get("sweep") or {}):
-            if "hub" in place:
-                place["hub"] = pin(place["hub"])
-    return build_recipe(written, recipe.home)
+    def pin(section: str, word: str) -> str:
+        found = HUB_WEIGHTS.fullmatch(word)
+        if found is None or found["revision"] or (section == "models" and Path(word).exists()):
+            return word
+        key = section, found["repo"]
+        if ask and key not in known:
+            known[key] = _newest_commit(*key)
+        return f"{found['repo']}@{known[key]}{word.removeprefix(found['repo'])}" if key in known else word
 
-
-def _revisions(folder: RunFolder) -> dict[str, str]:
-    """The revisions that the run's own recipe names."""
-    found: dict[str, str] = {}
-    kept = read_recipe(folder)["datasets"] if (folder.path / "recipe.yaml").is_file() else {}
-    for entry in kept.values():
-        swept = (entry.get("sweep") or {}).get("hub") or []
-        found |= dict(hub.split("@", 1) for hub in (entry.get("hub") or "", *swept) if "@" in hub)
-    return found
+    if (folder.path / "recipe.yaml").is_file():
+        _with_hub_names(read_recipe(folder), remember)
+    written = _with_hub_names(recipe.written, pin)
+    return recipe if written == recipe.written else build_recipe(written, recipe.home)
 
 
-def _newest_commit(hub: str) -> str:
-    from huggingface_hub import HfApi
+def _with_hub_names(written: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+    """A written recipe in which `change(section, name)` stands for every name that may be one of the hub."""
+    changed = copy.deepcopy(dict(written))
+    for section, key in _NAMED_IN.items():
+        entries = (changed.get(section) or {}).values()
+        for place in [*entries, *(entry.get("sweep") or {} for entry in entries)]:
+            if isinstance(value := place.get(key), str):
+                place[key] = change(section, value)
+            elif isinstance(value, list):
+                place[key] = [change(section, name) for name in value]
+    return changed
 
+
+def _newest_commit(section: str, repo: str) -> str:
+    """The newest commit of a model or dataset; where the hub is not reached, that of what was downloaded last."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    kind = section.removesuffix("s")
     try:
-        return str(HfApi().dataset_info(hub).sha)
+        return str(HfApi().repo_info(repo, repo_type=kind).sha)
     except Exception as error:  # noqa: BLE001 - the hub client raises dozens of unrelated types
+        with suppress(Exception):
+            return Path(snapshot_download(repo, repo_type=kind, local_files_only=True, allow_patterns=[])).name
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"cannot ask the hub for {hub}: {reason}; is it reached, or give `file:` instead") from None
+        instead = {"models": "a folder", "datasets": "`file:`"}[section]
+        raise UsageError(f"cannot ask the hub for {repo}: {reason}; is it reached, or give {instead} instead") from None
 
 
 @contextmanager

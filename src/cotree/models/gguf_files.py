@@ -19,6 +19,7 @@ import numpy as np
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.settings import GGUFType
+from cotree.models.weights import weight_files
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
@@ -143,13 +144,14 @@ def write_gguf(
 
 
 def stored_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of all `*.safetensors` files of a folder, by name, on disk until they are used; BF16 as uint16.
+    """The tensors of a transformers folder, by name, on disk until they are used; BF16 as uint16.
 
     Raises:
+        UsageError: the index of the weights' files is damaged.
         CotreeError: a file is damaged, or has a tensor that is not of floating point.
     """
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             data = np.memmap(path, mode="r")
             start = 8 + int(data[:8].view("<u8")[0])

@@ -13,7 +13,8 @@ import json
 import os
 import re
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -45,9 +46,18 @@ class PackagedModel(Section):
 _SHIPPED = yaml.safe_load((files("cotree.models") / "packaged.yaml").read_text("utf-8"))
 PACKAGED = {name: PackagedModel.model_validate(model) for name, model in _SHIPPED.items()}
 
+# A model of the hub: `OWNER/NAME`, a revision of it (`OWNER/NAME@REVISION`), or a GGUF file in it
+# (`OWNER/NAME:FILE.gguf`, `OWNER/NAME@REVISION:FILE.gguf`).
+HUB_WEIGHTS = re.compile(
+    r"(?![^:]*\.gguf$)(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>.+\.gguf))?"
+)
+_FORMS = (
+    f"a packaged model ({', '.join(PACKAGED)}), a .gguf file, a transformers folder, or a model of the hub "
+    "(OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:FILE.gguf)"
+)
 # What decides the text of a transformers folder; the rest is cards, logs and the like.
 _TOKENIZER_FILES = ("token*", "*.model", "special_tokens*", "added_tokens*", "vocab*", "merges*", "chat_template*")
-_MODEL_FILES = ("*.safetensors", "config.json", *_TOKENIZER_FILES)
+_MODEL_FILES = ("model*.safetensors", "adapter_model*.safetensors", "config.json", *_TOKENIZER_FILES)
 # What to do when the cache folder's disk is full.
 _OTHER_DISK = "set XDG_CACHE_HOME to another disk"
 # A file that was written so lately may be written again within the same tick of the file system's clock.
@@ -55,30 +65,54 @@ _SETTLED_NS = 1_000_000_000
 
 
 def locate(name: str) -> Path:
-    """The GGUF file or transformers folder of a name: a packaged model, a path, or `REPO_ID:FILE.gguf` on the hub.
+    """The GGUF file or transformers folder of a name: a packaged model, a path, or a model of the hub (`HUB_WEIGHTS`).
 
-    A packaged file that comes in parts is joined in the cache folder, once; a file on the hub is downloaded, once. What
-    is here comes before the hub.
+    A packaged file that comes in parts is joined in the cache folder, once; what is on the hub is downloaded, once,
+    into the hub client's own cache. What is here comes before the hub.
 
     Raises:
-        UsageError: nothing of that name is here, or the packaged file is damaged.
+        UsageError: nothing of that name is here or on the hub, or it is damaged or not whole.
         CotreeError: the cache folder cannot be written.
     """
     if name in PACKAGED:
         return _packaged_file(name, PACKAGED[name])
     path = Path(name)
     if path.is_dir():
-        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-            return path
-        check_weights(path)
-        fix = f"give {path / 'model'}" if (path / "model").is_dir() else "give a transformers folder"
-        raise UsageError(f"{path} has no config.json with *.safetensors; {fix}")
+        return _whole_folder(path, name)
     if name.endswith(".gguf") and path.is_file():
         return path
-    if on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+):(.+\.gguf)", name):
-        return _hub_file(on_hub[1], on_hub[2])
-    forms = f"a packaged model ({', '.join(PACKAGED)}), a .gguf file, REPO_ID:FILE.gguf or a transformers folder"
-    raise UsageError(f"no weights `{name}` are here; give {forms}")
+    if (on_hub := HUB_WEIGHTS.fullmatch(name)) and not path.exists():
+        repo, revision, file = on_hub["repo"], on_hub["revision"], on_hub["file"]
+        return _hub_file(repo, file, revision) if file else _whole_folder(_hub_folder(repo, revision), name)
+    raise UsageError(f"no weights `{name}` are here; give {_FORMS}")
+
+
+def _whole_folder(path: Path, name: str) -> Path:
+    """A transformers folder, looked at for what it must hold: a config, and all files of its weights; `name` is named
+    in errors."""
+    if (path / "config.json").is_file() and (files := weight_files(path)):
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UsageError(f"{name} lacks {missing[0]} ({len(missing)} of {len(files)} files); copy it again")
+        return path
+    check_weights(path)
+    fix = f"give {path / 'model'}" if (path / "model").is_dir() else "give a transformers folder"
+    raise UsageError(f"{name} has no config.json with model.safetensors or model.safetensors.index.json; {fix}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors, as transformers chooses them: `model.safetensors`, else those that
+    `model.safetensors.index.json` names, whether they are there or not; none where the folder has neither.
+
+    Raises:
+        UsageError: the index is damaged.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    try:
+        return [folder / name for name in sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UsageError(f"{index} is no index of weights ({error}); copy it again") from None
 
 
 def packaged_models() -> str:
@@ -104,8 +138,8 @@ def parse_model(
     api_key_env: str | None = None,
     max_in_flight: int = 16,
 ) -> Model:
-    """The model, as a recipe would have it, that one word on the command line or in Python names: a server's URL, a
-    packaged name, a `.gguf`, `REPO_ID:FILE.gguf` or a transformers folder.
+    """The model, as a recipe would have it, that one word on the command line or in Python names: a server's URL, or
+    weights as `locate` knows them.
 
     Args:
         served: a server's name for the model.
@@ -125,9 +159,8 @@ def parse_model(
         return model
     if chat or api_key_env:
         raise UsageError("--chat and --api-key-env are for servers; weights in this process continue text exactly")
-    if not word or (word not in PACKAGED and ":" not in word and not Path(word).exists()):
-        known = f"a packaged name ({', '.join(PACKAGED)})"
-        raise UsageError(f"nothing at `{word}`; give a server's URL, a .gguf file, a transformers folder or {known}")
+    if not word or (word not in PACKAGED and not HUB_WEIGHTS.fullmatch(word) and not Path(word).exists()):
+        raise UsageError(f"nothing at `{word}`; give a server's URL, {_FORMS}")
     return parse_section(Model, {"weights": word, **shared}, "")
 
 
@@ -356,11 +389,26 @@ def _undamaged(path: Path, model: PackagedModel) -> Path:
     return path
 
 
-def _hub_file(repo: str, file: str) -> Path:
+def _hub_file(repo: str, file: str, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
+    with _hub_errors(f"{file} of {repo}"):
+        return Path(hf_hub_download(repo, file, revision=revision))
+
+
+def _hub_folder(repo: str, revision: str | None) -> Path:
+    """A model of the hub as a folder in the hub client's cache; only what a transformers folder is made of."""
+    from huggingface_hub import snapshot_download
+
+    wanted = [*_MODEL_FILES, "model.safetensors.index.json", "generation_config.json"]
+    with _hub_errors(f"{repo}, which is no folder here,"):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
     try:
-        return Path(hf_hub_download(repo, file))
+        yield
     except Exception as error:  # noqa: BLE001 - the hub client raises a dozen unrelated types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"cannot get {file} of {repo} from the hub: {reason}; download it and give its path") from None
+        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"cannot get {what} from the hub: {reason}; download it and give its path") from None

@@ -6,6 +6,7 @@ and a new one is zero at first, so the model at step 0 is the SFT checkpoint, wh
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from cotree.base.atomic import sums_of, write_sums
+from cotree.base.atomic import sums_of, write_json, write_sums
 from cotree.base.errors import UsageError
 from cotree.tasks.diagnosis import diagnose
 from cotree.train.attention import ATTENTION, forest_attention
@@ -127,7 +128,7 @@ def probe_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
     return {"probe_tokens": fmean(lengths), "probe_loop": fmean(loops), "probe_no_answer": fmean(missing)}
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any]) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any], *, bf16: bool = False) -> None:
     """Store a trained model and its tokenizer; of one with an adapter the merged weights, the adapter beside them.
 
     An adapter that continued another one is not stored: no folder holds what it goes on top of.
@@ -137,13 +138,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any]) 
         tokenizer: stored with it.
         folder: an empty one; an adapter goes to `folder/adapter`.
         state: the model's weights, gathered from all processes.
+        bf16: round the stored weights of the model to bf16; an adapter keeps its own.
     """
     if hasattr(model, "merge_and_unload"):
         if model.peft_config["default"].base_model_name_or_path:
             model.save_pretrained(folder / "adapter", state_dict=state)
-        model.merge_and_unload().save_pretrained(folder)
-    else:
-        model.save_pretrained(folder, state_dict=state)
+        model = model.merge_and_unload()
+        state = model.state_dict()
+    if bf16:  # a weight that has two names stays one, else it would be stored twice
+        rounded = {values.data_ptr(): values.to(torch.bfloat16) for values in state.values()}
+        state = {name: rounded[values.data_ptr()] for name, values in state.items()}
+    model.save_pretrained(folder, state_dict=state)
+    if bf16:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_json(folder / "config.json", config | {"dtype": "bfloat16"})
     tokenizer.save_pretrained(folder)
     make_readable(folder)
     for part in filter(Path.is_dir, (folder / "adapter", folder)):

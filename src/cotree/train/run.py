@@ -160,7 +160,8 @@ def _store(trainer: StepTrainer[Any], tokenizer: Any, out: Path, result: TrainRe
             remove(of_earlier_weights)
         with atomic_draft(out / "model") as draft:
             draft.mkdir()
-            save_model(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, draft, state_dict)
+            trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            save_model(trained, tokenizer, draft, state_dict, bf16=trainer.settings.save_dtype == "bf16")
             write_json(out / "result.json", asdict(result))
         _remove_checkpoints(out / "trainer")
     trainer.accelerator.wait_for_everyone()

@@ -42,7 +42,8 @@ class Optimizer(Section):
     A step is computed in packs of at most `pack_tokens` tokens, shared ones counted once: it changes memory and time,
     never the gradient. The learning rate rises over `warmup_ratio` of the steps, from 0 as in transformers, then falls
     linearly to 0. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `compile` is torch.compile on all
-    but the attention. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows over `max_tokens` (prompt
+    but the attention. `save_dtype: bf16` rounds the trained weights when they are stored: half of the disk, half of
+    what a server loads. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows over `max_tokens` (prompt
     included) are left out and counted; None takes all that the dataset has.
     """
 
@@ -59,6 +60,7 @@ class Optimizer(Section):
     gradient_checkpointing: Annotated[bool, NOT_CONTENT] = False
     compile: Annotated[bool, NOT_CONTENT] = False
     lora: LoRA | None = None
+    save_dtype: Literal["fp32", "bf16"] = "fp32"
     report_to: Annotated[tuple[str, ...], NOT_CONTENT] = ()
     probe: Probe | None = None
     row_kind: ClassVar[Literal["sft", "dpo"]]  # the rows that the method trains on (`data.kinds`)
