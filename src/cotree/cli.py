@@ -134,7 +134,7 @@ def preview(
 
 @app.command(name="eval", epilog="Example: cotree eval --model smollm2-135m-instruct --task gsm8k --limit 100")
 def eval_(
-    model: Annotated[str, typer.Option(help="A URL, .gguf, transformers folder or packaged name.")],
+    model: Annotated[str, typer.Option(help="A URL, .gguf, transformers folder, packaged name or hub id.")],
     task: Annotated[list[str], typer.Option(help="A task to evaluate on; may be repeated.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 1024,
     samples: Annotated[int, typer.Option(min=1, help="Completions a question.")] = 1,
@@ -222,7 +222,7 @@ def table(
 @app.command(epilog="Example: cotree train sft --student smollm2-135m-instruct --data rows.jsonl -o trained epochs=2")
 def train(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="sft or dpo.")],
-    student: Annotated[str, typer.Option(help="A transformers folder, a .gguf or a packaged name.")],
+    student: Annotated[str, typer.Option(help="A transformers folder, a .gguf, a packaged name or a hub id.")],
     data: Annotated[Path, typer.Option(help="TRL's SFT or preference rows: .parquet or .jsonl.")],
     out: Out,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings of the method.")] = None,
@@ -320,7 +320,9 @@ def report(
 def decode(
     question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its words; or --task and --id.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=v", help="Settings of the search.")] = None,
-    model: Annotated[str, typer.Option(help="A server's URL, a .gguf or a packaged name.")] = "smollm2-135m-instruct",
+    model: Annotated[
+        str, typer.Option(help="A server's URL, a .gguf, a packaged name or a hub id.")
+    ] = "smollm2-135m-instruct",
     task: Annotated[str | None, typer.Option(help="The task of the question.")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="The question's id in its task.")] = None,
     boxed: Boxed = False,

@@ -31,7 +31,7 @@ PROMPT = "<|im_start|>user\nTom has 12 apples.\n\n3  boxes<|im_end|>\n<|im_start
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_names_are_those_of_the_gguf_package(model_type: str) -> None:
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[FAMILIES[model_type].gguf]
-    names = gguf.get_tensor_name_map(arch, 2)
+    names = gguf.get_tensor_name_map(arch, 4)
     for name in tiny_model(model_type, tied=False).state_dict():
         stem, kind = name.rsplit(".", 1)
         assert gguf_name(name) == f"{names.get_name(stem)}.{kind}"
@@ -175,6 +175,8 @@ def test_what_cannot_be_said_exactly_is_refused_by_name_and_leaves_no_file(tmp_p
     refused("its tokenizer is SentencePiece", tokenizer, model__byte_fallback=True)
     plain = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     refused(r"splits text in none of the ways .*gpt-2, smollm, qwen2, llama-bpe", tokenizer, pre_tokenizer=plain)
+    smollm3 = {"model_type": "smollm3", "num_hidden_layers": 2, "no_rope_layers": [1, 0], "layer_types": None}
+    refused("rotates no positions in every fourth layer only", config, **smollm3)
     refused(r"missing \(blk.2.attn_k.weight, ...\); copy it again", config, num_hidden_layers=3)
     tiny_tokenizer().save_pretrained(tmp_path / "small")
     tiny_model(vocab_size=200).save_pretrained(tmp_path / "small")

@@ -81,6 +81,8 @@ def tiny_config(model_type: str, tied: bool = True, **changes: Any) -> Any:
     }
     if model_type == "mistral":
         sizes["sliding_window"] = None
+    if model_type == "smollm3":
+        sizes["num_hidden_layers"] = 4  # of which the last has no rotary positions
     return AutoConfig.for_model(model_type, **(sizes | changes))
 
 

@@ -54,6 +54,7 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", "llama", rotates_pairs=True),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", rotates_pairs=False),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", rotates_pairs=False),
+    "smollm3": Family("SmolLM3ForCausalLM", "smollm3", rotates_pairs=True),
 }
 
 

@@ -115,6 +115,9 @@ def _architecture(folder: Path, config: Any, rows: int) -> dict[str, Any]:
     family = supported_family(config, "cannot write as GGUF")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise UsageError(f"cannot write {folder} as GGUF: llama.cpp computes {family.gguf} models with silu")
+    without = [layer for layer, rotated in enumerate(getattr(config, "no_rope_layers", ())) if not rotated]
+    if family.gguf == "smollm3" and without != [*range(3, config.num_hidden_layers, 4)]:
+        raise UsageError(f"cannot write {folder} as GGUF: llama.cpp rotates no positions in every fourth layer only")
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     fields = {

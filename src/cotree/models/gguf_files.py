@@ -19,7 +19,6 @@ import numpy as np
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.settings import GGUFType
-from cotree.models.weights import weight_files
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
@@ -141,6 +140,22 @@ def write_gguf(
             file.write(bytes(-file.tell() % alignment))
             file.write(quantize(read(name), kinds[name]).tobytes())
         file.write(bytes(-file.tell() % alignment))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors, as transformers chooses them: `model.safetensors`, else those that
+    `model.safetensors.index.json` names, whether they are there or not; none where the folder has neither.
+
+    Raises:
+        UsageError: the index is damaged.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    try:
+        return [folder / name for name in sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UsageError(f"{index} is no index of weights ({error}); copy it again") from None
 
 
 def stored_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -26,8 +26,9 @@ class Price(Section):
 class Model(Section):
     """A model: weights that run in this process (`weights`), or OpenAI-compatible servers (`url`).
 
-    weights: a packaged name (smollm2-135m-instruct, gemma-3-270m), a `.gguf` file, `REPO_ID:FILE.gguf` on the hub, or a
-        transformers folder, which is written as GGUF with its own tokenizer.
+    weights: a packaged name (smollm2-135m-instruct, gemma-3-270m), a `.gguf` file, a transformers folder, or a model of
+        the hub (`OWNER/NAME`, `OWNER/NAME@REVISION`, `OWNER/NAME:FILE.gguf`); an id without a revision is pinned to the
+        newest commit when a run begins. A folder is written as GGUF with its own tokenizer where llama.cpp serves it.
     gguf: the type at which weights write thoughts; an evaluation has its own setting for it.
     url: one server or a list of servers of the same model; a question stays with one of them, so that its prompts stay
         in that server's cache. model: its name at the server. tokenizer: hub id or folder, renders the chat template.

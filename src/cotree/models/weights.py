@@ -90,6 +90,8 @@ def locate(name: str) -> Path:
 def _whole_folder(path: Path, name: str) -> Path:
     """A transformers folder, looked at for what it must hold: a config, and all files of its weights; `name` is named
     in errors."""
+    from cotree.models.gguf_files import weight_files
+
     if (path / "config.json").is_file() and (files := weight_files(path)):
         if missing := [file.name for file in files if not file.is_file()]:
             raise UsageError(f"{name} lacks {missing[0]} ({len(missing)} of {len(files)} files); copy it again")
@@ -97,22 +99,6 @@ def _whole_folder(path: Path, name: str) -> Path:
     check_weights(path)
     fix = f"give {path / 'model'}" if (path / "model").is_dir() else "give a transformers folder"
     raise UsageError(f"{name} has no config.json with model.safetensors or model.safetensors.index.json; {fix}")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's tensors, as transformers chooses them: `model.safetensors`, else those that
-    `model.safetensors.index.json` names, whether they are there or not; none where the folder has neither.
-
-    Raises:
-        UsageError: the index is damaged.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
-    try:
-        return [folder / name for name in sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})]
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise UsageError(f"{index} is no index of weights ({error}); copy it again") from None
 
 
 def packaged_models() -> str:

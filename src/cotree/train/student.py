@@ -30,8 +30,8 @@ def student_folder(name: str) -> Path:
     """The transformers folder that training from these weights starts from; of a GGUF it is made once, in the cache.
 
     Args:
-        name: a transformers folder or an adapter's, which is used as it is; a packaged name, a `.gguf` file, or
-            `REPO_ID:FILE.gguf` on the hub.
+        name: a transformers folder or an adapter's, which is used as it is; a packaged name, a `.gguf` file, or a
+            model of the hub (`weights.HUB_WEIGHTS`).
 
     Raises:
         UsageError: nothing of that name is here, it is damaged, or it cannot be trained.
