@@ -387,7 +387,7 @@ def _hub_folder(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [*_MODEL_FILES, "model.safetensors.index.json", "generation_config.json"]
-    with _hub_errors(f"{repo}, which is no folder here,"):
+    with _hub_errors(repo):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
@@ -396,5 +396,9 @@ def _hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the hub client raises a dozen unrelated types
+        from huggingface_hub import is_offline_mode
+
+        if is_offline_mode():
+            raise UsageError(f"{what} is not downloaded yet, and the hub is not asked now (offline)") from None
         reason = next(filter(None, str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"cannot get {what} from the hub: {reason}; download it and give its path") from None
+        raise UsageError(f"cannot get {what} from the hub: {reason}; give a path of what is here") from None
