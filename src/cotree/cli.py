@@ -35,6 +35,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="For machines: JSON on stdo
 Served = Annotated[str, typer.Option(help="The model's name at a server.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")]
 KeyVariable = Annotated[str | None, typer.Option(help="The variable that holds a server's key.")]
+Engine = Annotated[
+    Literal["llama.cpp", "vllm"] | None, typer.Option(help="Serves weights; vllm where it and a GPU are here.")
+]
+EngineArgs = Annotated[
+    list[str] | None, typer.Option("--engine-arg", metavar="key=value", help="An argument of vllm serve; repeatable.")
+]
 Boxed = Annotated[bool, typer.Option("--boxed", help="Answers are short, in a box, and can vote; else free text.")]
 Strategy = Literal["mcts", "vote", "best_of_n", "beam"]
 StrategyName = Annotated[Strategy, typer.Option(help="How answers are searched for.")]
@@ -155,6 +161,8 @@ def eval_(
     tokenizer: Tokenizer = None,
     chat: Annotated[bool, typer.Option("--chat", help="The server renders the prompts.")] = False,
     api_key_env: KeyVariable = None,
+    engine: Engine = None,
+    engine_args: EngineArgs = None,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
     strategy: Annotated[Strategy | None, typer.Option(help="Decode by search.")] = None,
     value: Annotated[Literal["vote", "likelihood"] | None, typer.Option(help="What answers go by.")] = None,
@@ -184,6 +192,8 @@ def eval_(
         tokenizer=tokenizer,
         chat=chat,
         api_key_env=api_key_env,
+        engine=engine,
+        engine_args=engine_args or (),
         max_in_flight=max_in_flight,
         strategy=strategy,
         value=value,
@@ -334,6 +344,8 @@ def decode(
     served: Served = "default",
     tokenizer: Tokenizer = None,
     api_key_env: KeyVariable = None,
+    engine: Engine = None,
+    engine_args: EngineArgs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and errors.")] = False,
 ) -> None:
     """Answer one question by search that knows no gold answer."""
@@ -354,6 +366,8 @@ def decode(
         served=served,
         tokenizer=tokenizer,
         api_key_env=api_key_env,
+        engine=engine,
+        engine_args=engine_args or (),
         output=Output(quiet=quiet),
     )
     if quiet:
@@ -376,6 +390,8 @@ def serve(
     served: Served = "default",
     tokenizer: Tokenizer = None,
     api_key_env: KeyVariable = None,
+    engine: Engine = None,
+    engine_args: EngineArgs = None,
     quiet: Quiet = False,
 ) -> None:
     """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
@@ -387,6 +403,8 @@ def serve(
         served=served,
         tokenizer=tokenizer,
         api_key_env=api_key_env,
+        engine=engine,
+        engine_args=engine_args or (),
         budget_tokens=budget_tokens,
         rollouts=rollouts,
         seed=seed,

@@ -288,7 +288,7 @@ async def test_tokens_per_second_are_those_of_raw_requests(tmp_path: Path) -> No
             started = time.perf_counter()
             path = tmp_path / f"{n}.jsonl"
             sampler_of = partial(PlainSampler, asking=asking)
-            await asyncio.to_thread(ask, open_server(model, "m"), asked, path, asking, sampler_of=sampler_of)
+            await asyncio.to_thread(ask, open_server(model, "m", tmp_path), asked, path, asking, sampler_of=sampler_of)
             return time.perf_counter() - started
 
         pairs = [(await raw(), await ours(n)) for n in range(4)]

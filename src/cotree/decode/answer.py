@@ -55,6 +55,8 @@ def read_settings(
     served: str = "default",
     tokenizer: str | None = None,
     api_key_env: str | None = None,
+    engine: str | None = None,
+    engine_args: Sequence[str] = (),
     budget_tokens: int | None = None,
     rollouts: int | None = None,
 ) -> Decoding:
@@ -67,15 +69,17 @@ def read_settings(
             (`roles.reflector=NAME`) and of more models (`models.NAME.url=...`).
         served, tokenizer, api_key_env: of servers, as `model`, `tokenizer` and `api_key_env` of a recipe's model;
             without a tokenizer the server renders the prompts.
+        engine, engine_args: of weights, as of a recipe's model; each argument as `key=value`.
         budget_tokens, rollouts: what a search may spend; 16 rollouts if neither is given.
 
     Raises:
         UsageError: a model or a setting is wrong.
     """
     of_server: dict[str, Any] = {"tokenizer": tokenizer, "chat": tokenizer is None, "api_key_env": api_key_env}
+    of_weights: dict[str, Any] = {"engine": engine, "engine_args": engine_args}
     known: dict[str, Any] = {}
     for word in models:
-        name, given = (served, of_server) if is_url(word) else (word, {})
+        name, given = (served, of_server) if is_url(word) else (word, of_weights)
         if name in known:
             raise UsageError("two models have one name; serve each from a process of its own, or name them by --served")
         known[name] = parse_model(word, served=served, **given).model_dump(exclude_defaults=True)
@@ -118,6 +122,7 @@ def decode(
             budget_tokens: about how many tokens to generate. rollouts: at most so many chains (16 without a budget).
             overrides: `a.b=c`, of the search's settings, `roles` and `models`.
             served, tokenizer, api_key_env: of a server, as `model`, `tokenizer` and `api_key_env` of a recipe's model.
+            engine, engine_args: of weights, as of a recipe's model; each argument as `key=value`.
 
     Raises:
         UsageError: found before any work.

@@ -23,7 +23,6 @@ from cotree.eval.samplers import Sampler, conversation
 from cotree.eval.settings import AskSettings
 from cotree.models.encode import render_prompt
 from cotree.models.endpoints import Endpoint
-from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import token_counter
 from cotree.tasks import task as task_of
 from cotree.tasks.base import VERDICT_VERSION, Asked, Question, Split, Task
@@ -241,15 +240,21 @@ def load_questions(
 
 
 def check_lengths(
-    gguf: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], asking: AskSettings, *, name: str
+    context: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Asked],
+    asking: AskSettings,
+    *,
+    name: str,
 ) -> int:
-    """The most tokens that a question and its replies may need, after a check that a GGUF's context has room for them.
+    """The most tokens that a question and its replies may need, after a check that a model's context has room for them.
+
+    Args:
+        context: the most tokens that the model takes, None where that is not known.
 
     Raises:
         UsageError: it has not; the longest question is named, and the model by its `name`.
     """
-    file = GGUF(gguf)
-    context = file.get(f"{file['general.architecture']}.context_length")
     needed = [tokens_needed(tokenizer, *asked, asking) for asked in questions]
     longest = max(needed)
     if context is not None and longest > context:

@@ -31,7 +31,16 @@ from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
 from cotree.models.llama_cpp import serve
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer, token_counter
-from cotree.models.weights import PACKAGED, gguf_file, identity, locate, parse_model, tokenizer_source
+from cotree.models.weights import (
+    PACKAGED,
+    context_length,
+    engine_of,
+    gguf_file,
+    identity,
+    locate,
+    parse_model,
+    tokenizer_source,
+)
 from cotree.tasks.base import VERDICT_VERSION, Asked, Split
 
 if TYPE_CHECKING:
@@ -72,8 +81,8 @@ def evaluate(
         CotreeError: work failed after it had started; the same call resumes it.
     """
     check_strategy(asking, questions, budgets)
-    if model.weights is None:
-        opened = open_server(model, name)
+    if model.weights is None or engine_of(model) == "vllm":
+        opened = open_server(model, name, folder)
     else:
         opened = open_local(*local_model(model, asking), questions, asking, name=name)
     endpoints: list[Endpoint] = []
@@ -111,7 +120,8 @@ def evaluate(
 
 
 def local_model(model: Model, asking: AskSettings) -> tuple[Path, PreTrainedTokenizerBase]:
-    """The GGUF that is served for an evaluation of weights, and the tokenizer that renders their prompts.
+    """What is served for an evaluation of weights, a GGUF in llama.cpp and a transformers folder in vLLM, and the
+    tokenizer that renders their prompts.
 
     Raises:
         UsageError: the weights are not here, or cannot be served.
@@ -119,14 +129,27 @@ def local_model(model: Model, asking: AskSettings) -> tuple[Path, PreTrainedToke
     source = tokenizer_source(model)
     assert model.weights, "only weights are served here"
     assert source, "weights carry a tokenizer"
-    file = locate(model.weights) if asking.gguf is None else gguf_file(model, asking.gguf)
+    as_it_is = asking.gguf is None or engine_of(model) == "vllm"
+    file = locate(model.weights) if as_it_is else gguf_file(model, asking.gguf or "Q8_0")
     return file, load_tokenizer(source, chats=False)
 
 
+def check_fit(model: Model, questions: Sequence[Asked], asking: AskSettings, *, name: str) -> None:
+    """Check that every question and its reply fit into the context of weights.
+
+    Raises:
+        UsageError: one does not, or the weights cannot be served.
+    """
+    file, tokenizer = local_model(model, asking)
+    given = model.engine_args.get("max_model_len")
+    context = given if isinstance(given, int) else context_length(file)
+    check_lengths(context, tokenizer, questions, asking, name=name)
+
+
 @asynccontextmanager
-async def open_server(model: Model, name: str) -> AsyncIterator[Endpoint]:
-    """A model on servers, which are asked whether they are ready."""
-    async with open_endpoints({name: model}) as endpoints:
+async def open_server(model: Model, name: str, logs: Path) -> AsyncIterator[Endpoint]:
+    """A model on servers, which are asked whether they are ready; those of vLLM are started and log into a folder."""
+    async with open_endpoints({name: model}, logs=logs) as endpoints:
         yield endpoints[name]
 
 
@@ -139,7 +162,7 @@ async def open_local(
     Raises:
         UsageError: a question is too long for the model.
     """
-    longest = check_lengths(file, tokenizer, questions, asking, name=name)
+    longest = check_lengths(context_length(file), tokenizer, questions, asking, name=name)
     context = max(_PROMPT_TOKENS + asking.max_tokens, longest)
     slots = max(1, min(_SLOTS, _MEMORY_TOKENS // context))
     at_once = samples_of_a_request(asking)
@@ -168,7 +191,7 @@ def evaluate_model(
 
     Args:
         model: the URL of an OpenAI-compatible server, a packaged name, a `.gguf`, `REPO_ID:FILE.gguf`, or a
-            transformers folder, which is written as GGUF first.
+            transformers folder, which is written as GGUF first where llama.cpp serves it.
         tasks: names as in `cotree tasks`, or own tasks.
         data: where the tasks' rows are, as in `cotree.task`.
         split: train, dev or test.
@@ -188,6 +211,7 @@ def evaluate_model(
 
             served, tokenizer, chat, api_key_env, max_in_flight (16): of a server, as `model`, `tokenizer`,
                 `mode: chat`, `api_key_env` and `max_in_flight` of a recipe's model.
+            engine, engine_args: of weights, as of a recipe's model; each argument as `key=value`.
 
     Raises:
         UsageError: found before any question was asked.
@@ -218,7 +242,7 @@ def evaluate_model(
             for line in asyncio.run(check_servers({name: source})):
                 output.print(line)
         else:
-            check_lengths(*local_model(source, asking), questions, asking, name=name)
+            check_fit(source, questions, asking, name=name)
     with locked(folder, other=_OTHER):
         record = _record(source, questions, asking)
         if line := node.taken_for(record, "an evaluation of this model with these settings"):

@@ -20,7 +20,7 @@ from typing import Any
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import Output
 from cotree.data.settings import Dataset
-from cotree.eval.asking import check_lengths
+from cotree.eval.evaluate import check_fit
 from cotree.eval.settings import Evaluation
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.recipe import Node, Recipe
@@ -29,7 +29,8 @@ from cotree.experiment.state import run_folder
 from cotree.experiment.work import tokenizer_of
 from cotree.models.client import Client, Request
 from cotree.models.endpoints import Endpoint, open_endpoints
-from cotree.models.weights import gguf_file, locate, parameter_count
+from cotree.models.vllm import vllm_program
+from cotree.models.weights import engine_of, locate, parameter_count
 from cotree.search.reward import combine_step_scores, load_reward_function, step_score_messages
 from cotree.search.settings import Reward, Trees
 from cotree.search.thoughts import examples_shown
@@ -124,10 +125,14 @@ def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterato
 
 
 def _packages(recipe: Recipe, nodes: Iterable[Node[Any]]) -> str:
-    """That the extras are installed which these nodes need: llama.cpp to serve weights, torch to train."""
+    """That the extras are installed which these nodes need: an engine to serve weights, torch to train."""
     asked = [name for node in nodes if node.kind == "trees" for name in node.settings.writers]
     asked += [name for node in nodes if node.kind == "evaluations" for name in node.settings.models]
-    needed = ["xllamacpp"] if any(recipe.models[recipe.root_model(name)].weights for name in asked) else []
+    served = [model for name in asked if (model := recipe.models[recipe.root_model(name)]).weights is not None]
+    engines = {engine_of(model) for model in served}
+    if "vllm" in engines and vllm_program() is None:
+        raise UsageError("vllm is not installed; pip install 'cotree[vllm]', or take `engine: llama.cpp`")
+    needed = ["xllamacpp"] if "llama.cpp" in engines else []
     trainings = [node.settings.training for node in nodes if node.kind == "students"]
     needed += ["torch", "accelerate"] if trainings else []
     needed += ["peft"] if any(training.lora for training in trainings) else []
@@ -167,10 +172,7 @@ def _tokens_of(fingerprints: Fingerprints, node: Node[Any]) -> str:
 
 def _lengths(fingerprints: Fingerprints, node: Node[Evaluation], name: str) -> str:
     """That every question and its reply fit into a model's context."""
-    recipe, settings = fingerprints.recipe, node.settings
-    tokenizer = tokenizer_of(recipe, name, chats=False)
-    weights = gguf_file(recipe.models[name], settings.gguf)
-    check_lengths(weights, tokenizer, fingerprints.questions(node), settings, name=name)
+    check_fit(fingerprints.recipe.models[name], fingerprints.questions(node), node.settings, name=name)
     return "they do"
 
 
@@ -217,7 +219,10 @@ async def _check_model(recipe: Recipe, name: str, record: Record) -> None:
             opening = open_endpoints({name: model}, attempts=_ATTEMPTS, all_ready=True)
             endpoints.update(await opened.enter_async_context(opening))
             servers = len(endpoints[name].clients)
-            return "loaded" if model.weights else f"{servers} server{'s' * (servers > 1)} ready"
+            ready = f"{servers} server{'s' * (servers > 1)} ready"
+            if model.weights is None:
+                return ready
+            return f"{ready} in vLLM" if engine_of(model) == "vllm" else "loaded in llama.cpp"
 
         if not await record(subject, "reach", reach()):
             return

@@ -25,7 +25,7 @@ from cotree.eval.asking import load_questions
 from cotree.eval.settings import Evaluation
 from cotree.experiment.recipe import Node, Recipe, Student
 from cotree.models.settings import GGUFType
-from cotree.models.weights import file_sha256, identity
+from cotree.models.weights import file_sha256, identity, serving
 from cotree.search.settings import Trees
 from cotree.tasks import Question
 from cotree.tasks.base import VERDICT_VERSION, Asked
@@ -149,11 +149,11 @@ class Fingerprints:
         return Fingerprint(_hash(parts), _hash(parts), parts)
 
     def _writer(self, name: str, gguf: GGUFType | None = None) -> dict[str, Any]:
-        """What decides the text of a model or a student: weights and their GGUF type, or a served model's name."""
+        """What decides the text of a model or a student: weights and how they are served, or a served model's name."""
         root = self.recipe.models[self.recipe.root_model(name)]
         if name in self.recipe.models:
             return identity(root, gguf)
-        return {"student": self.of(f"students/{name}").of, "gguf": gguf or root.gguf}
+        return {"student": self.of(f"students/{name}").of} | serving(root, gguf)
 
     def questions(self, node: Node[Trees] | Node[Evaluation]) -> list[Asked]:
         """The questions of a trees or evaluations node, each with its task; of trees in the order of the tasks' names,

@@ -17,10 +17,12 @@ from cotree.base.errors import CotreeError
 from cotree.base.numbers import duration, number
 from cotree.base.run_folder import NodeRecord, RunFolder
 from cotree.eval.settings import Evaluation
+from cotree.experiment.engines import engine_lines, engines_of, with_engines
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import offline, pinned
 from cotree.experiment.recipe import Node, Recipe, Student
 from cotree.experiment.state import State, equal_content, run_folder, states_of
+from cotree.models.settings import Engine
 from cotree.models.weights import locate, parameter_count
 from cotree.search.settings import Matrix, Trees
 from cotree.train.settings import Optimizer
@@ -47,7 +49,7 @@ class NodePlan:
 
     tokens: that models would generate, or that training would see. seconds: on this machine. memory_mb: of training at
     its peak. disk_mb: of training at its peak, checkpoints included. Each is None where it cannot be known. cells: of
-    evaluations only.
+    evaluations only. engines: what would serve the weights that it asks, by the names of models and students.
     """
 
     name: str
@@ -59,10 +61,11 @@ class NodePlan:
     memory_mb: int | None = None
     disk_mb: int | None = None
     cells: list[Cell] | None = None
+    engines: dict[str, Engine] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; nodes that are no evaluation have no `cells`."""
-        return {key: value for key, value in asdict(self).items() if key != "cells" or value is not None}
+        """As plain data; `cells` and `engines` only where there are any."""
+        return {key: value for key, value in asdict(self).items() if key not in ("cells", "engines") or value}
 
 
 def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
@@ -74,6 +77,7 @@ def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
     folder = run_folder(recipe, runs_dir)
     recipe = pinned(recipe, folder, ask=False)
     with offline():
+        recipe = with_engines(recipe, folder)
         fingerprints = Fingerprints(recipe)
         states = states_of(folder, fingerprints, recipe.nodes)
         equal = equal_content(folder, None, states)
@@ -104,6 +108,7 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
         for cell in each.cells or ():
             if (cell.state, cell.why) != (each.state, each.why):
                 lines.append(f"{'':<{width}}    {cell.model}: {_with_reasons(cell)}")
+    lines += engine_lines({name: engine for each in plans for name, engine in (each.engines or {}).items()})
     known = [each.seconds for each in plans if each.seconds]
     unknown = any(each.state != "done" and each.seconds is None for each in plans)
     if known:
@@ -150,6 +155,8 @@ class _Estimates:
             return planned
         if node.kind == "students":
             return self._add_training(planned, node)
+        names = node.settings.writers if node.kind == "trees" else [str(each.model) for each in left]
+        planned = replace(planned, engines=engines_of(self.recipe, names))
         if node.kind == "trees":
             tokens = self._tokens_of_trees(node, left[0].state)
             done = [record for name, record in self.records.items() if record.done and name.startswith("trees/")]

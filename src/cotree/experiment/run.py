@@ -23,13 +23,13 @@ from cotree.base.lock import locked
 from cotree.base.progress import Output
 from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
 from cotree.experiment.check import preflight
+from cotree.experiment.engines import engine_lines, engines_of, with_engines
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import pinned
 from cotree.experiment.recipe import Node, Recipe, load_recipe, recipe_yaml
 from cotree.experiment.state import State, equal_content, records_of, run_folder, states_of
 from cotree.experiment.work import Worker
 from cotree.models.endpoints import check_servers
-from cotree.models.settings import Model
 from cotree.report.html import write_report
 from cotree.report.summary import summarize_run, write_summary
 from cotree.report.table import summary_lines
@@ -62,7 +62,7 @@ def run(
     output = output or Output()
     source = None if source is None else Path(source)
     folder = run_folder(recipe, runs_dir)
-    recipe = pinned(recipe, folder)
+    recipe = with_engines(pinned(recipe, folder), folder)
     fingerprints = Fingerprints(recipe)
     wanted = recipe.with_needed([only] if isinstance(only, str) else only) if only else list(recipe.nodes)
     if folder.nodes():
@@ -85,7 +85,10 @@ def run(
             output.print(what)
     for _, _, look in preflight(fingerprints, [state.node for state in ahead]):
         look()
-    for line in asyncio.run(check_servers(_models_asked(recipe, [state for state in ahead if state.asks]))):
+    asked = _names_asked([state for state in ahead if state.asks])
+    for line in engine_lines(engines_of(recipe, asked)):
+        output.print(line)
+    for line in asyncio.run(check_servers({name: recipe.models[name] for name in asked if name in recipe.models})):
         output.print(line)
     reading = ExitStack()  # while content is taken from another run, nothing works there
     if taken and source is not None and source.resolve() != folder.path.resolve():
@@ -178,12 +181,12 @@ def _mark_outdated(folder: RunFolder, states: Sequence[State]) -> None:
         folder.node(*place).mark_outdated(of_another or place not in wanted)
 
 
-def _models_asked(recipe: Recipe, states: Sequence[State]) -> dict[str, Model]:
-    """The models of the recipe, students aside, that will write or be evaluated."""
+def _names_asked(states: Sequence[State]) -> list[str]:
+    """The models and students that will write or be evaluated, each once."""
     names: list[str] = []
     for state in states:
         names += state.node.settings.writers if state.node.kind == "trees" else [state.model] if state.model else []
-    return {name: recipe.models[name] for name in names if name in recipe.models}
+    return list(dict.fromkeys(names))
 
 
 def _take_over(
@@ -222,7 +225,7 @@ def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir(parents=True)
         for entry in source.iterdir():
-            if entry.name != "node.json" and not entry.name.endswith("-shm"):
+            if entry.name != "node.json" and not entry.name.endswith(("-shm", ".log")):
                 _copy(entry, target / entry.name)
     elif source.suffix in (".db", ".db-wal", ".jsonl"):
         with atomic_draft(target) as draft:

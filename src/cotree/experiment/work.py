@@ -29,7 +29,7 @@ from cotree.experiment.recipe import Node, Recipe, Student
 from cotree.models.gguf_files import GGUF
 from cotree.models.settings import GGUFType, Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import check_weights, gguf_file, is_whole, tokenizer_source
+from cotree.models.weights import check_weights, engine_of, is_whole, locate, tokenizer_source
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
 from cotree.search.thoughts import PATTERNS
@@ -84,19 +84,24 @@ class Worker:
             make[node.kind](node, work)
 
     def model(self, name: str, gguf: GGUFType | None = None) -> Model:
-        """A model of the recipe, or a student as a model: its weights as GGUF, at the type that is asked for."""
+        """A model of the recipe, or a student as a model, served by the engine of the model that it descends from: by
+        vLLM its folder, by llama.cpp its weights as GGUF, at the type that is asked for."""
         if name in self.recipe.models:
             model = self.recipe.models[name]
             return model if gguf is None or model.weights is None else model.model_copy(update={"gguf": gguf})
         root = self.recipe.models[self.recipe.root_model(name)]
         kind = gguf or root.gguf
+        settings: dict[str, Any] = {"max_in_flight": root.max_in_flight, "timeout": root.timeout}
+        if engine_of(root) == "vllm":
+            folder = self.run.node(f"students/{name}").path / "model"
+            return Model(weights=str(folder), engine="vllm", engine_args=root.engine_args, **settings)
         file = self.run.node(f"students/{name}").path / f"student-{kind}.gguf"
         if not is_whole(file):
             from cotree.models.gguf_export import export_gguf
 
             check_weights(file.parent / "model")
             export_gguf(file.parent / "model", file, kind)
-        return Model(weights=str(file), gguf=kind, max_in_flight=root.max_in_flight)
+        return Model(weights=str(file), engine="llama.cpp", gguf=kind, **settings)
 
     def _grow(self, node: Node[Trees], work: Work) -> None:
         from cotree.models.endpoints import open_endpoints
@@ -111,7 +116,7 @@ class Worker:
 
         async def grow(store: TreeStore, journal: Journal) -> Progress:
             models = {name: self.model(name) for name in settings.writers}
-            async with open_endpoints(models, widest=settings.widest) as endpoints:
+            async with open_endpoints(models, widest=settings.widest, logs=work.path) as endpoints:
                 with self.output.progress(node.name) as update:
                     grower = TreeGrower(
                         store,
@@ -200,7 +205,9 @@ class Worker:
         trained = "" if name in self.recipe.models else "a student of "
         if model.weights is None:
             return f"{trained}{model.model}, asked of a server; its licence is its publisher's"
-        licence = GGUF(gguf_file(model, model.gguf)).get("general.license", "licence not stated")
+        weights, licence = locate(model.weights), "licence not stated"
+        if not weights.is_dir():
+            licence = GGUF(weights).get("general.license", licence)
         return f"{trained}{Path(model.weights).name}, {licence}"
 
     def _judge(self, sources: Sequence[Node[Trees]]) -> Callable[[StoredTree, str], Verdict]:

@@ -70,6 +70,7 @@ class Client:
     backoff: seconds; the k-th repetition waits uniform(0, min(15, backoff * 2**(k-1))), or what `Retry-After` asks.
     takeover: a server that has only failed for so many seconds is lost: other servers of the model are asked in its
         place, and one request at a time tries whether it is back, as often.
+    ended: says why no request will ever be answered again, "" while some may; the server is then lost at once.
     on_problem: told in one line that requests fail and are repeated, at once and then every minute while they do; by
         default a warning of the module's logger, which Python writes to stderr.
 
@@ -93,6 +94,7 @@ class Client:
     patience: float = 300.0
     backoff: float = 0.5
     takeover: float = 30.0
+    ended: Callable[[], str] = str
     on_problem: Callable[[str], None] = logging.getLogger(__name__).warning
 
     def __post_init__(self) -> None:
@@ -170,6 +172,8 @@ class Client:
             if self._failing_since is not None:
                 self._trial = started + (self.silence or self.takeover)
             result = await attempt()
+            if isinstance(result, Failure) and (ended := self.ended()):
+                result = replace(result, reason=ended, wait=math.inf, counted=None)
             self._note(result, started)
             if not isinstance(result, Failure):
                 return result

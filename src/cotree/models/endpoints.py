@@ -1,4 +1,5 @@
-"""The models of a recipe as open endpoints: weights served by llama.cpp in this process, others reached over HTTP.
+"""The models of a recipe as open endpoints: weights served by llama.cpp in this process or by vLLM in processes of its
+own, others reached over HTTP.
 
 Whoever asks for a completion sees only an `Endpoint`. A question stays with one server of a model, so that its prompts
 stay in that server's cache; while that server is lost, others stand in.
@@ -8,21 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import os
 import re
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from cotree.base.errors import UsageError
+from cotree.models import llama_cpp, vllm
 from cotree.models.client import ATTEMPTS, Client
 from cotree.models.encode import render_prompt
-from cotree.models.llama_cpp import serve
 from cotree.models.settings import Model, Price
 from cotree.models.tokenizer import load_tokenizer, token_counter
-from cotree.models.weights import gguf_file, identity_text, tokenizer_source
+from cotree.models.weights import check_weights, engine_of, gguf_file, identity_text, locate, tokenizer_source
 from cotree.models.wire import Completion, Prompt, Request
 from cotree.tasks.extract import opened_thinking
 
@@ -102,7 +104,12 @@ class Endpoint:
 
 @asynccontextmanager
 async def open_endpoints(
-    models: Mapping[str, Model], *, widest: int = 8, attempts: int = ATTEMPTS, all_ready: bool = False
+    models: Mapping[str, Model],
+    *,
+    widest: int = 8,
+    attempts: int = ATTEMPTS,
+    all_ready: bool = False,
+    logs: Path | None = None,
 ) -> AsyncIterator[dict[str, Endpoint]]:
     """Start or reach every model; when this yields, each has a server that is ready.
 
@@ -110,11 +117,15 @@ async def open_endpoints(
         widest: the most samples that one request will ask for; llama.cpp needs a slot for each.
         attempts: how often a request is sent before it fails.
         all_ready: whether every server of a model must be; else others stand in for those that do not answer.
+        logs: the folder for the logs of vLLM's servers, by default a new one in the system's folder for such files.
 
     Raises:
         UsageError: a model is missing, its servers do not answer or one has a fault that no wait mends (all that are
             not ready are named), or an API key is not in the environment.
+        CotreeError: a server of vLLM does not become ready.
     """
+    in_vllm = [name for name, model in models.items() if model.weights is not None and engine_of(model) == "vllm"]
+    gpus = vllm.share_gpus({name: vllm.gpus_of_a_server(models[name].engine_args) for name in in_vllm})
     async with AsyncExitStack() as stack:
         endpoints: dict[str, Endpoint] = {}
         for name, model in models.items():
@@ -122,40 +133,51 @@ async def open_endpoints(
             if model.api_key_env is not None and not api_key:
                 fault = f"the environment variable {_variable(model.api_key_env)} is not set; export its API key"
                 raise UsageError(f"model `{name}`: {fault}")
-            tokenizer, urls, timeout = _tokenizer(model), model.urls, _SERVER_TIMEOUT
-            if model.weights is not None:
+            tokenizer = _tokenizer(model)
+            shared: dict[str, Any] = {
+                "max_in_flight": model.max_in_flight,
+                "count_tokens": token_counter(tokenizer),
+                "omit": model.omit,
+                "rename": dict(model.rename.items()),
+                "attempts": attempts,
+            }
+            if model.weights is not None and name not in in_vllm:
                 slots = max(model.max_in_flight, widest)
-                urls = (stack.enter_context(serve(gguf_file(model, model.gguf), slots=slots, shared=True)),)
-                timeout = _LLAMA_CPP_TIMEOUT
-            clients = [
-                Client(
-                    name,
-                    url,
-                    model.model,
-                    max_in_flight=model.max_in_flight,
-                    count_tokens=token_counter(tokenizer),
-                    api_key=api_key,
-                    omit=model.omit,
-                    rename=dict(model.rename.items()),
-                    timeout=timeout,
-                    longest=math.inf if model.weights is not None else model.timeout,
-                    silence=model.timeout / 3 if len(urls) > 1 else None,
-                    attempts=attempts,
-                )
-                for url in urls
-            ]
+                url = stack.enter_context(llama_cpp.serve(gguf_file(model, model.gguf), slots=slots, shared=True))
+                clients = [Client(name, url, model.model, timeout=_LLAMA_CPP_TIMEOUT, **shared)]
+            else:
+                at: list[dict[str, Any]] = [
+                    {"url": url, "model": model.model, "api_key": api_key} for url in model.urls
+                ]
+                if name in in_vllm:
+                    serving = _serve_in_vllm(name, model, gpus[name], logs)
+                    servers = await stack.enter_async_context(serving)
+                    at = [{"url": s.url, "model": name, "api_key": s.api_key, "ended": s.ended} for s in servers]
+                silence = model.timeout / 3 if len(at) > 1 else None
+                shared |= {"timeout": _SERVER_TIMEOUT, "longest": model.timeout, "silence": silence}
+                clients = [Client(name, **server, **shared) for server in at]
             for client in clients:
                 await stack.enter_async_context(client)
             if model.weights is None:
                 found = await asyncio.gather(*(client.find_problem(model.mode) for client in clients))
                 problems = [problem for problem in found if problem]
                 stay = any(problem and not client.lost for problem, client in zip(found, clients, strict=True))
-                if problems and (all_ready or stay or len(problems) == len(urls)):
-                    which = f"{len(problems)} of {len(urls)} servers are not ready: " if len(urls) > 1 else ""
+                if problems and (all_ready or stay or len(problems) == len(clients)):
+                    which = f"{len(problems)} of {len(clients)} servers are not ready: " if len(clients) > 1 else ""
                     raise UsageError(which + "; ".join(problems))
             rendering = tokenizer if model.mode == "completions" else None
             endpoints[name] = Endpoint(name, tuple(clients), rendering, identity_text(model), model.price)
         yield endpoints
+
+
+def _serve_in_vllm(
+    name: str, model: Model, gpus: Sequence[tuple[str, ...]], logs: Path | None
+) -> AbstractAsyncContextManager[list[vllm.Server]]:
+    """A model's weights, looked at for damage, in a server of vLLM for each entry of `gpus`."""
+    folder = locate(str(model.weights))
+    check_weights(folder)
+    logs = logs or Path(tempfile.mkdtemp(prefix="cotree-vllm-"))
+    return vllm.serve(folder, model.engine_args, name=name, gpus=gpus, logs=logs, ready=model.timeout)
 
 
 async def check_servers(models: Mapping[str, Model]) -> list[str]:

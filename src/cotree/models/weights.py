@@ -1,8 +1,8 @@
 """Models by name: where their weights are, each as GGUF of a type, and what identifies them.
 
-Teacher and student are served by one engine at one GGUF type, so that a comparison is fair. A packaged model's file is
-checked against its sha256. Two models of one identity are one model: fingerprints and the keys of journalled
-completions are made of it.
+Teacher and student are served by one engine, in llama.cpp at one GGUF type, so that a comparison is fair. A packaged
+model's file is checked against its sha256. Two models of one identity are one model: fingerprints and the keys of
+journalled completions are made of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from math import prod
@@ -24,8 +24,9 @@ import yaml
 
 from cotree.base.atomic import atomic_draft, content_sha256, damage, sums_of, write_json, write_sums
 from cotree.base.errors import CotreeError, UsageError
-from cotree.base.settings import Section, parse_section
-from cotree.models.settings import GGUFType, Model
+from cotree.base.settings import Section, apply_override, parse_section
+from cotree.models.settings import SPEED_ARGS, Engine, GGUFType, Model
+from cotree.models.vllm import visible_gpus, vllm_program
 
 
 class PackagedModel(Section):
@@ -123,6 +124,8 @@ def parse_model(
     chat: bool = False,
     api_key_env: str | None = None,
     max_in_flight: int = 16,
+    engine: str | None = None,
+    engine_args: Sequence[str] = (),
 ) -> Model:
     """The model, as a recipe would have it, that one word on the command line or in Python names: a server's URL, or
     weights as `locate` knows them.
@@ -132,11 +135,14 @@ def parse_model(
         tokenizer: hub id or folder that renders a server's prompts. chat: the server renders them instead.
         api_key_env: the environment variable that holds a server's key.
         max_in_flight: requests at once.
+        engine, engine_args: of weights, as in a recipe's model; each argument as `key=value`.
 
     Raises:
         UsageError: the word names nothing, or an option does not go with it.
     """
-    shared: dict[str, Any] = {"tokenizer": tokenizer, "max_in_flight": max_in_flight}
+    shared: dict[str, Any] = {"tokenizer": tokenizer, "max_in_flight": max_in_flight, "engine": engine}
+    for argument in engine_args:
+        apply_override(shared.setdefault("engine_args", {}), argument, "max_model_len=8192")
     if is_url(word):
         shared |= {"mode": "chat" if chat or tokenizer is None else "completions", "api_key_env": api_key_env}
         model = parse_section(Model, {"url": word, "model": served, **shared}, "")
@@ -189,6 +195,33 @@ def gguf_at_type(source: Path, kind: GGUFType) -> Path:
             write_gguf(draft, file.fields, kind, shapes=shapes, read=file.array, alignment=file.alignment)
         write_sums(sums_of(cached), [cached])
     return cached
+
+
+def engine_of(model: Model) -> Engine:
+    """What serves a model's weights: what it says, else vLLM where it and a GPU are here and the weights are a
+    transformers folder, else llama.cpp.
+
+    Raises:
+        UsageError: the weights are not here, or are a GGUF file that vLLM is to serve.
+    """
+    wanted = model.engine or ("vllm" if vllm_program() and visible_gpus() else "llama.cpp")
+    if wanted == "llama.cpp" or locate(str(model.weights)).is_dir():
+        return wanted
+    if model.engine is None:
+        return "llama.cpp"
+    raise UsageError(f"`engine: vllm` serves transformers folders; {model.weights} is a GGUF file, for llama.cpp")
+
+
+def context_length(source: Path) -> int | None:
+    """The most tokens that weights, a GGUF file or a transformers folder, were made for; None where they do not say."""
+    from cotree.models.gguf_files import GGUF
+
+    if source.is_dir():
+        found = json.loads((source / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    else:
+        file = GGUF(source)
+        found = file.get(f"{file['general.architecture']}.context_length")
+    return found if isinstance(found, int) else None
 
 
 def tokenizer_source(model: Model) -> str | Path | None:
@@ -281,7 +314,7 @@ def folder_sha256(folder: Path) -> str:
 def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
     """What decides the text that a model writes, as plain data; never its address or its name in a recipe.
 
-    Weights: `{"weights": sha256, "gguf": type}`, and a `tokenizer` that is not the weights' own. A served model:
+    Weights: `{"weights": sha256}` with what `serving` says, and a `tokenizer` that is not their own. A served model:
     `{"model": name, "tokenizer": hub id or sha256}`, and its `mode` where it is not asked for completions of rendered
     prompts, and what `omit` keeps from it.
 
@@ -298,10 +331,23 @@ def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
         served: dict[str, Any] = {"model": model.model, "tokenizer": tokenizer}
         served |= {} if model.mode == "completions" else {"mode": model.mode}
         return served | ({"omit": sorted(model.omit)} if model.omit else {})
-    found = {"weights": _content_sha256(locate(model.weights))}
+    found: dict[str, Any] = {"weights": _content_sha256(locate(model.weights))}
     if tokenizer is not None:
         found["tokenizer"] = tokenizer
-    return found | {"gguf": gguf or model.gguf}
+    return found | serving(model, gguf)
+
+
+def serving(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
+    """What decides text of how weights are served: `{"gguf": type}` in llama.cpp, else `{"engine": "vllm"}` and the
+    `engine_args` that are no matter of place, memory or speed alone.
+
+    Raises:
+        UsageError: as `engine_of`.
+    """
+    if engine_of(model) == "llama.cpp":
+        return {"gguf": gguf or model.gguf}
+    content = {name: value for name, value in model.engine_args.items() if name not in SPEED_ARGS}
+    return {"engine": "vllm"} | ({"engine_args": content} if content else {})
 
 
 def identity_text(model: Model) -> str:
