@@ -21,7 +21,7 @@ Done = tuple[dict[str, Any], Path]
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[FakeServerThread]:
-    from tests.support.experiment import knowing_reply
+    from tests.support.knowing import knowing_reply
 
     with FakeServerThread(chat_only=True, reply=knowing_reply) as found:
         yield found

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from tests.experiment.conftest import Done
-from tests.support.experiment import KeptOutput, begun, knowing_reply, small, step_by_step
+from tests.support.experiment import KeptOutput, begun, small, step_by_step
 from tests.support.fake_server import FakeServerThread
 from tests.support.full_disk import full_disk
+from tests.support.knowing import knowing_reply
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.run_folder import RunFolder

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.support.experiment import KeptOutput, knowing_reply, small
+from tests.support.experiment import KeptOutput, small
 from tests.support.fake_server import FakeServerThread
+from tests.support.knowing import knowing_reply
 
 from cotree.experiment.recipe import load_recipe
 from cotree.experiment.run import run

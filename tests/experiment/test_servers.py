@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.support.experiment import KeptOutput, begun, knowing_reply, step_by_step
+from tests.support.experiment import KeptOutput, begun, step_by_step
 from tests.support.fake_server import FakeServerThread
+from tests.support.knowing import knowing_reply
 
 from cotree.base.run_folder import RunFolder
 from cotree.eval.evaluate import evaluate_model

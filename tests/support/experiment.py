@@ -6,15 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from tests.support.fake_server import draw
+from tests.support.knowing import TASKS
 from tests.support.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
 from cotree.base.progress import Output
 from cotree.experiment.recipe import build_recipe
 from cotree.experiment.run import run
-from cotree.tasks import task
-
-TASKS = ("arithmetic", "letters")
 
 
 def tiny_student(folder: Path) -> Path:
@@ -22,26 +19,6 @@ def tiny_student(folder: Path) -> Path:
     model = tiny_model()
     model.config.max_position_embeddings = 4096
     return write_tiny_gguf(model, tiny_tokenizer(), folder / "tiny.gguf")
-
-
-def knowing_reply(prompt: str, seed: int, index: int) -> str:
-    """Thoughts of 1 to 6 words; a box is closed on the right answer of the question asked, or on a wrong one."""
-    last = max((prompt.rfind(q.messages[-1]["content"]), q.gold) for name in TASKS for q in _questions(name))
-    if not prompt.rstrip().endswith("\\boxed{"):
-        return (
-            " ".join(f"w{draw(prompt, seed, index, n) % 50}" for n in range(1 + draw(prompt, seed, index) % 6)) + "\n"
-        )
-    right = draw(prompt, seed, index) % 2
-    return f"{last[1] if right else 7919}}}\n"
-
-
-_KNOWN: dict[str, list[Any]] = {}
-
-
-def _questions(name: str) -> list[Any]:
-    if name not in _KNOWN:
-        _KNOWN[name] = [*task(name).questions("train", 6)]
-    return _KNOWN[name]
 
 
 def step_by_step(url: str, student: Path, **more: Any) -> dict[str, Any]:

@@ -263,13 +263,16 @@ class FakeServer:
         for index in range(wanted if only is None else only):
             whole = self.reply(prompt, seed, index) if self.reply else babble(prompt, seed, index, temperature)
             text, finish, tokens = _cut_text(whole, stop, body.get("max_tokens", 16))
-            if self.keeps_stop and finish == "stop":
+            if (self.keeps_stop or body.get("include_stop_str_in_output")) and finish == "stop":
                 text += next((s for s in stop if whole.startswith(text + s)), "")
             if self.habit == "echoes":
                 text = (begun if chat else prompt) + text
             said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             logprobs = self._logprobs(text, tokens, chat, len(text) < len(whole)) if body.get("logprobs") else None
             choices.append({"index": index, **said, "finish_reason": finish, "logprobs": logprobs})
+            if body.get("prompt_logprobs") is not None:  # vLLM's: none for the first token, each with its alternatives
+                known = [{word: {"logprob": -(draw(word) % 1000) / 400, "rank": 1}} for word in prompt.split()[1:]]
+                choices[-1]["prompt_logprobs"] = [None, *known]
             counts.append(tokens)
         completion_tokens = 10**7 if self.usage == "absurd" else sum(counts if self.usage == "vllm" else counts[:1])
         prompt_tokens = count_tokens(prompt)

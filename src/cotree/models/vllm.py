@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -28,11 +28,11 @@ from cotree.base.errors import CotreeError, UsageError, first_cotree_error
 from cotree.base.progress import one_line
 from cotree.models import supervise
 
-_PORTS = 5  # so many are tried before a server is given up because its port is taken
+_PORTS = 3  # so many are tried before a server is given up because its port is taken
 _TAKEN = re.compile("address already in use", re.I)
 # What vLLM writes before a line of its log, and a line that says what went wrong.
 _LOG_PREFIX = re.compile(r"^(\(.*?\) )?((INFO|WARNING|ERROR) [\d: -]+\[[^\]]*\] *)?")
-_FAULT = re.compile(r"^\w*(Error|Exception|error): ")
+_FAULT = re.compile(r"^[\w.: -]*(Error|Exception|error): ")
 
 
 def vllm_program() -> str | None:
@@ -115,7 +115,7 @@ class Server:
 
     name: str
     url: str
-    api_key: str
+    api_key: str = field(repr=False)
     log: Path
     start: int
     process: subprocess.Popen[bytes]
