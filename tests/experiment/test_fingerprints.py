@@ -130,7 +130,8 @@ def changed_by(raw: dict[str, Any], before: Prints, *changes: tuple[str, Any]) -
 # below gives it. A setting that is missing here fails `test_every_setting_is_in_the_table`.
 SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
     Model: ("models.far", {
-        "weights": None, "gguf": None, "tokenizer": "other/tokenizer", "mode": None, "model": "larger",
+        "weights": None, "gguf": None, "engine": None, "engine_args": None,
+        "tokenizer": "other/tokenizer", "mode": None, "model": "larger",
         "url": "http://elsewhere:9", "api_key_env": "KEY", "max_in_flight": 3, "timeout": 60.0,
         "price": {"completion": 2.0},
         "omit": ["seed"], "rename": {"max_tokens": "max_completion_tokens"},
@@ -188,6 +189,10 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 # What a changed model decides: itself where it is asked, and what is made of its weights.
 MODELS = {"models.far": {"trees/train", "trees/sampled", "evaluations/test/far"}}
+
+
+# Of the evaluations above, the cells of weights.
+CELLS = ("test/tiny", "test/sft", "test/dpo", "search/sft", "equal/sft")
 
 
 def sources(place: str) -> set[str]:
@@ -291,6 +296,24 @@ def test_inputs_and_edges_count(folder: Path, change: tuple[str, Any], changed: 
     if path.endswith("reward"):
         value = {"function": f"{folder / 'reward.py'}:f"}
     assert changed_by(raw, prints_of(recipe), (path, value)) == depending(recipe, changed)
+
+
+def test_the_engine_of_weights_counts_where_they_write_and_its_speed_does_not(folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    (weights / "model.safetensors").write_bytes(b"weights")
+    raw = written(folder)
+    raw["models"]["tiny"]["weights"] = str(weights)
+    recipe = build_recipe(raw)
+    before, writes = prints_of(recipe), {"trees/second", *(f"evaluations/{cell}" for cell in CELLS)}
+    engine = ("models.tiny.engine", "vllm")
+    assert changed_by(raw, before, engine) == depending(recipe, writes)
+    raw["models"]["tiny"]["engine"] = "vllm"
+    before = prints_of(recipe := build_recipe(raw))
+    for name, value in ("tensor_parallel_size", 2), ("max_num_seqs", 8):
+        assert changed_by(raw, before, ("models.tiny.engine_args", {name: value})) == set()
+    assert changed_by(raw, before, ("models.tiny.engine_args", {"dtype": "float32"})) == depending(recipe, writes)
 
 
 def test_the_text_of_a_question_a_row_or_a_reward_counts_and_the_place_of_a_file_does_not(tmp_path: Path) -> None:

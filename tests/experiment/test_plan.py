@@ -160,8 +160,9 @@ def test_the_verbs_json(done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     nodes = json.loads(capsys.readouterr().out)["nodes"]
     assert [node["name"] for node in nodes] == list(build_recipe(written).nodes)
     for node in nodes:
-        assert set(node) == NODE_KEYS | ({"cells"} if node["name"].startswith("evaluations/") else set())
+        assert set(node) == NODE_KEYS | ({"cells", "engines"} if node["name"].startswith("evaluations/") else set())
     assert all(set(cell) == {"model", "state", "why"} for cell in nodes[-1]["cells"])
+    assert nodes[-1]["engines"] == {"joint": "llama.cpp", "masked": "llama.cpp"}
     assert {node["name"] for node in nodes if node["state"] != "done"} == JOINT
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit):

@@ -243,6 +243,8 @@ def evaluate_model(
                 output.print(line)
         else:
             check_fit(source, questions, asking, name=name)
+            if engine_of(source) == "vllm":
+                output.print(f"{name}: served by vLLM")
     with locked(folder, other=_OTHER):
         record = _record(source, questions, asking)
         if line := node.taken_for(record, "an evaluation of this model with these settings"):
