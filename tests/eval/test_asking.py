@@ -86,7 +86,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, 
     def reply(prompt: str, seed: int, index: int) -> str:
         return f"<think>hm</think>The answer is:\nsaid {prompt.count('[user]')}"
 
-    def needed(_: Path, tokenizer: object, questions: Sequence[Asked], asking: AskSettings, *, name: str) -> int:
+    def needed(_: None, tokenizer: object, questions: Sequence[Asked], asking: AskSettings, *, name: str) -> int:
         return max(tokens_needed(words(), *asked, asking) for asked in questions)
 
     with FakeServerThread(reply=reply) as server:
@@ -97,6 +97,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeServerThread, 
             yield server.url
 
         monkeypatch.setattr("cotree.eval.evaluate.serve", serve)
+        monkeypatch.setattr("cotree.eval.evaluate.context_length", lambda file: None)
         monkeypatch.setattr("cotree.eval.evaluate.check_lengths", needed)
         yield server, widths
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.support.experiment import KeptOutput, tiny_student
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.run_folder import RunFolder
+from cotree.cli import main
+from cotree.eval.evaluate import evaluate_model
 from cotree.experiment.check import check
 from cotree.experiment.engines import with_engines
 from cotree.experiment.fingerprints import Fingerprints
@@ -132,3 +135,25 @@ def test_a_run_keeps_its_engine_on_another_machine(
     assert back.models["base"].engine == "vllm", "which says that vLLM is needed, instead of mixing"
     other = build_recipe(written(folder.parent / "tiny.gguf"))
     assert with_engines(other, RunFolder(tmp_path / "new")).models["base"].engine is None, "other weights"
+
+
+def test_verbs_without_a_recipe_take_it_too(
+    folder: Path, faults: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, out = KeptOutput(), tmp_path / "e"
+    options: dict[str, Any] = {"engine": "vllm", "engine_args": ["dtype=float32"], "output": output}
+    for _ in range(2):
+        scores = evaluate_model(str(folder), "letters", limit=2, max_tokens=8, out=out, **options)
+    (start,) = fake_vllm.starts(faults)
+    assert start["args"]["dtype"] == "float32", "and the second call had nothing left to ask"
+    assert scores.tokens.completion > 0 and (out / "vllm-tiny-0.log").is_file()
+    assert output.lines[0] == "tiny: served by vLLM"
+
+    words = ["decode", "Which?", "--boxed", "--rollouts", "2", "--model", str(folder)]
+    words += ["--engine", "vllm", "--engine-arg", "max_model_len=4096"]
+    monkeypatch.setattr(sys, "argv", ["cotree", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    assert [each["args"]["max_model_len"] for each in fake_vllm.starts(faults)] == [None, 4096]
+    assert not any(runs(pid) for each in fake_vllm.starts(faults) for pid in each["pids"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 # Seconds that a server has for ending by itself, and that its processes have for being gone after SIGKILL.
-_GRACE, _GONE = 15.0, 30.0
+_GRACE, _GONE = 5.0, 30.0
 
 
 def supervise(parent: int, command: list[str]) -> int:
