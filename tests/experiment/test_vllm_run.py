@@ -119,7 +119,7 @@ def test_a_run_keeps_its_engine_on_another_machine(
     plain = build_recipe(written(folder))
     here = with_engines(plain, laptop)
     assert here.models["base"].engine is None, "llama.cpp is the only one to choose"
-    (laptop.path / "recipe.yaml").write_text(yaml.safe_dump(written(folder)))
+    (laptop.path / "recipe.yaml").write_text(yaml.safe_dump(written(Path("/home/other") / folder.name)))
     before = Fingerprints(here).of("trees/train").of
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # the same folder on a machine with a GPU

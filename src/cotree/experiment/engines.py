@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import RunFolder
@@ -15,7 +16,7 @@ from cotree.report.summary import read_recipe
 
 
 def with_engines(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe with the run's own engine for every model that names none and has the weights that it had there.
+    """The recipe with the run's own engine for every model that names none and has weights of the same name there.
 
     In a run's own recipe an engine is written where vLLM is one to choose; none means llama.cpp, so that a run of a
     laptop goes on with it where there is a GPU.
@@ -28,7 +29,7 @@ def with_engines(recipe: Recipe, folder: RunFolder) -> Recipe:
         before = kept.get(name) or {}
         with suppress(UsageError):  # weights that are not here: their fingerprint says so
             engine = here = engine_of(model)
-            if before.get("weights") == model.weights:
+            if Path(before.get("weights") or "").name == Path(model.weights).name:  # their folder may have moved
                 engine = before.get("engine") or "llama.cpp"
             if "vllm" in (here, engine):
                 written["models"][name]["engine"] = engine

@@ -94,7 +94,7 @@ class Client:
     patience: float = 300.0
     backoff: float = 0.5
     takeover: float = 30.0
-    ended: Callable[[], str] = str
+    ended: Callable[[], str] = lambda: ""
     on_problem: Callable[[str], None] = logging.getLogger(__name__).warning
 
     def __post_init__(self) -> None:
