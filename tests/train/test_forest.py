@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.tiny_student import in_float64, tiny_config, tiny_model
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cotree.base.errors import UsageError
 from cotree.models.encode import EncodedChain
 from cotree.models.families import FAMILIES
-from cotree.train.attention import ATTENTION, dense_attention, flex_attention
+from cotree.train.attention import ATTENTION, Layout, dense_attention, flex_attention
 from cotree.train.forest import Forest, Scored, forest_logps, forest_tokens, multiplicities, packs
 from cotree.train.model import load_model
 from cotree.train.student import family_of
@@ -79,8 +83,9 @@ def test_a_forest_holds_each_beginning_once_and_a_token_sees_its_ancestors(chain
             seen[place, path[: depth + 1]] = True
     row = torch.arange(len(seen))
     assert torch.equal((row <= row[:, None]) & (row[:, None] < forest.layout.ends), seen)
-    segments = torch.split(seen, forest.layout.segments, dim=1)
-    for run, visible in zip(torch.split(row, forest.layout.runs), forest.layout.visible, strict=True):
+    lengths, visibles = forest.layout.segments
+    segments = torch.split(seen, lengths, dim=1)
+    for run, visible in zip(torch.split(row, [own for _, own in forest.layout.runs]), visibles, strict=True):
         attended = torch.cat([segments[at][run] for at in visible], dim=1)
         assert torch.equal(attended, torch.ones_like(attended).tril(attended.shape[1] - len(run)))
         assert attended.sum() == seen[run].sum()
@@ -98,6 +103,44 @@ def test_flex_attention_attends_to_the_same(chains: list[Scored], heads: tuple[i
     dense = dense_attention(query, key, value, layout=layout, scaling=0.3)
     flex = flex_attention(query, key, value, layout=layout, scaling=0.3)
     torch.testing.assert_close(flex, dense, rtol=0, atol=1e-10)
+
+
+# Lengths around multiples of a block, and leaves that begin and end within one.
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), leaves=st.integers(1, 8), longest=st.sampled_from([3, 100, 128, 129, 256, 500]))
+def test_the_block_mask_is_that_of_a_test_of_every_pair(seed: int, leaves: int, longest: int) -> None:
+    source = random.Random(seed)
+    chains = [[source.randrange(9) for _ in range(source.randint(2, longest))]]
+    for _ in range(leaves):
+        start = source.choice(chains)
+        rest = source.choice([1, 128, source.randint(1, longest)])
+        chains.append([*start[: source.randint(1, len(start))], *(source.randrange(9) for _ in range(rest))])
+    layout = Forest(chains).layout
+    found, tokens = layout.flex_mask, len(layout.ends)
+    expected = create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu")
+    for ours, theirs in zip(found.as_tuple(), expected.as_tuple(), strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def test_the_block_mask_of_a_long_row_takes_no_memory_of_every_pair() -> None:
+    tokens = 2**18  # every pair would be 64 GiB
+    ends = torch.full((tokens,), tokens)
+    ends[tokens // 2 :] = torch.arange(tokens // 2, tokens) + 1  # leaves of one token
+    found = Layout(ends, []).flex_mask
+    full = found.full_kv_num_blocks
+    assert full is not None and int(full.sum()) == sum(min(row, 1024) for row in range(2048))
+    assert int(found.kv_num_blocks.sum()) == 2048
+
+
+def test_three_graphs_of_flex_attention_serve_all_lengths() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    attend = torch.compile(torch_flex_attention, dynamic=True, fullgraph=True, backend=counter)
+    for tokens in (400, 5, 127, 128, 129, 384, 1000, 31, 256):
+        mask = Layout(torch.full((tokens,), tokens), [([*range(tokens)], tokens)]).flex_mask
+        query, key = (torch.randn(1, heads, tokens, 16) for heads in (4, 2))
+        attend(query, key, key, block_mask=mask, scale=0.3, enable_gqa=True)
+    assert counter.frame_count == 3  # under a block, one block, more
 
 
 @given(chains=trees(), cap=st.integers(1, 60), more=trees())

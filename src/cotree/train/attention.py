@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 ATTENTION = "cotree_forest"
+FLEX_BLOCK = 128
 
 
 class Layout:
@@ -25,34 +29,58 @@ class Layout:
 
     Attributes:
         ends: (tokens,) where the tokens below each one end.
-        runs: lengths of the runs, which follow each other in the row.
-        segments: lengths of the segments of the row, cut so that the ancestors of each run are whole segments.
-        visible: for each run the segments that it attends to: those of its ancestors, and its own.
+        runs: the runs, which follow each other in the row: the path of each (the places that its last token attends
+            to), and how many of them are its own.
     """
 
     def __init__(self, ends: Tensor, runs: list[tuple[list[int], int]]) -> None:
-        """Make a layout of each run's path (the places that its last token attends to), and how many are its own."""
-        cuts = {0, len(ends)}
-        for path, own in runs:
+        self.ends = ends
+        self.runs = runs
+
+    @cached_property
+    def segments(self) -> tuple[list[int], list[list[int]]]:
+        """Lengths of the segments of the row, cut so that the ancestors of each run are whole ones; and those that each
+        run attends to: its ancestors' and its own."""
+        cuts = {0, len(self.ends)}
+        for path, own in self.runs:
             # Where the run starts, and where the last of its ancestors ends.
             cuts |= {path[-own], path[-own - 1] + 1} if own < len(path) else {path[-own]}
         starts = {start: segment for segment, start in enumerate(sorted(cuts))}
-        self.ends = ends
-        self.runs = [own for _, own in runs]
-        self.segments = [stop - start for start, stop in pairwise(sorted(cuts))]
-        self.visible = [[starts[place] for place in path if place in starts] for path, _ in runs]
+        visible = [[starts[place] for place in path if place in starts] for path, _ in self.runs]
+        return [stop - start for start, stop in pairwise(sorted(cuts))], visible
 
     @cached_property
-    def flex_mask(self) -> Any:
-        """The layout as flex_attention's block mask."""
-        from torch.nn.attention.flex_attention import create_block_mask
+    def flex_mask(self) -> BlockMask:
+        """The layout as flex_attention's block mask, without a test of every pair of tokens.
+
+        A block of queries attends to tokens of an earlier block of keys if the last of their `ends` lies beyond its
+        first query, and to all of them if the first of their `ends` lies beyond its last. Its own block is causal.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
 
         ends, tokens = self.ends, len(self.ends)
+        blocks = F.pad(ends, (0, -tokens % FLEX_BLOCK)).view(-1, FLEX_BLOCK)
+        keys = torch.arange(len(blocks), device=ends.device) * FLEX_BLOCK
+        queries = keys[:, None]
+        full = (keys < queries) & (blocks.amin(1) >= queries + FLEX_BLOCK)
+        partial = (keys <= queries) & (blocks.amax(1) > queries) & ~full
 
         def is_visible(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < ends[key])
 
-        return create_block_mask(is_visible, None, None, tokens, tokens, device=ends.device)
+        return BlockMask.from_kv_blocks(
+            *_ordered(partial), *_ordered(full), FLEX_BLOCK, is_visible, seq_lengths=(tokens, tokens)
+        )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and their numbers first among all: in flex_attention's form.
+
+    Args:
+        blocks: (queries, keys) whether it has them.
+    """
+    numbers = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], numbers.to(torch.int32)[None, None]
 
 
 def forest_attention(
@@ -84,10 +112,11 @@ def forest_attention(
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scaling: float | None) -> Tensor:
     """`forest_attention` run by run, with torch's dense attention."""
     # split, not slices: the backward of a slice fills and adds a whole row for every segment.
-    keys, values = (torch.split(each, layout.segments, dim=2) for each in (key, value))
+    segments, visible = layout.segments
+    keys, values = (torch.split(each, segments, dim=2) for each in (key, value))
     outputs = []
-    for q, visible in zip(torch.split(query, layout.runs, dim=2), layout.visible, strict=True):
-        k, v = (torch.cat([each[at] for at in visible], dim=2) for each in (keys, values))
+    for q, seen in zip(torch.split(query, [own for _, own in layout.runs], dim=2), visible, strict=True):
+        k, v = (torch.cat([each[at] for at in seen], dim=2) for each in (keys, values))
         above = k.shape[2] - q.shape[2]  # a run sees all its ancestors, and is causal in itself
         mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(above) if above else None
         output = F.scaled_dot_product_attention(
@@ -107,7 +136,13 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout,
 
 @cache
 def _torch_flex_attention(compiled: bool) -> Any:
-    """torch's flex_attention: compiled on CUDA, where the eager form would compute every score."""
+    """torch's flex_attention: compiled on CUDA, where the eager form would compute every score.
+
+    The number of tokens is dynamic, so three graphs serve all of a model's packs: under a block, one block, and more.
+    `fullgraph` makes an error of too many of them, for which the eager form would step in with one warning.
+    """
     from torch.nn.attention import flex_attention as torch_flex
 
-    return torch.compile(torch_flex.flex_attention, dynamic=True) if compiled else torch_flex.flex_attention
+    if not compiled:
+        return torch_flex.flex_attention
+    return torch.compile(torch_flex.flex_attention, dynamic=True, fullgraph=True)
