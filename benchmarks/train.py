@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.train_shapes import Shape, demo, shapes
 
-from cotree.train.forest import Forest, packs
+from cotree.train.forest import Forest, Scored, multiplicities, packs
 
 OUT = Path(__file__).parent / "out" / "train.json"
 RECIPE = Path(__file__).parents[1] / "recipes" / "laptop.yaml"
@@ -100,7 +100,7 @@ def measure(student: Path, shape: Shape, arguments: argparse.Namespace) -> dict[
     first: dict[int, float] = {}
     for size in sizes:  # the last holds all rows: TRL's SFT term is the mean of its micro-batch
         first[size], their_loss = timed(f"{shape.name}: fair, micro-batch {size}", *fair, size)
-    distance = _distance(gradient_of(ours[0]), gradient_of(fair[0]))
+    apart = distance(gradient_of(ours[0]), gradient_of(fair[0]))
     fastest = min(first, key=lambda size: first[size])
     seconds: dict[str, list[float]] = {"cotree": [], "fair": [], "as_is": []}
     for _ in range(arguments.repeats):
@@ -125,7 +125,7 @@ def measure(student: Path, shape: Shape, arguments: argparse.Namespace) -> dict[
         "token_ratio": tokens,
         "flop_ratio": flops,
         "peak_memory_ratio_bs1": statistics.median(peaks["cotree"]) / statistics.median(peaks["fair"]),
-        "gradient_rel_l2": distance,
+        "gradient_rel_l2": apart,
         "seconds": seconds,
         "fair_seconds_by_micro_batch": first,
         "peak_bytes": peaks,
@@ -142,16 +142,14 @@ def work(student: Path, rows: Sequence[Any], pack_tokens: int, *, masked: bool) 
     what the sides of a pair share is not scored.
     """
     config = json.loads((student / "config.json").read_text())
-    width, head = config["hidden_size"], config["head_dim"]
+    width = config["hidden_size"]
+    head = config.get("head_dim") or width // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     layer = width * (2 * queries + 2 * keys + 3 * config["intermediate_size"])
 
     def flops(tokens: int, seen: int, scored: int) -> int:
         layers: int = config["num_hidden_layers"]
         return 2 * layers * (layer * tokens + 2 * queries * seen) + 2 * width * config["vocab_size"] * scored
-
-    def scored(chains: Sequence[tuple[int, Sequence[int]]]) -> int:
-        return len({tuple(ids[:end]) for first, ids in chains for end in range(first + 1, len(ids) + 1)})
 
     plain = [(len(row.prompt), ids) for row in rows for ids in row.sequences]
     lengths = [len(ids) - 1 for _, ids in plain]
@@ -162,11 +160,13 @@ def work(student: Path, rows: Sequence[Any], pack_tokens: int, *, masked: bool) 
         after[0] += len(forest.ids)
         after[1] += int(forest.positions.sum()) + len(forest.ids)
         firsts = [len(row.prompt) + (row.prefix if masked else 0) for row in pack]
-        after[2] += scored([(first, ids) for first, row in zip(firsts, pack, strict=True) for ids in row.sequences])
+        scored = [Scored(ids, first) for first, row in zip(firsts, pack, strict=True) for ids in row.sequences]
+        after[2] += round(sum(float((1 / count.double()).sum()) for count in multiplicities(scored)))
     return before[0] / after[0], flops(*before) / flops(*after)
 
 
-def _distance(left: dict[str, Any], right: dict[str, Any]) -> float:
+def distance(left: dict[str, Any], right: dict[str, Any]) -> float:
+    """Of two gradients, relative to the second."""
     difference = sum((left[name] - right[name]).double().square().sum() for name in left)
     return float((difference / sum(values.double().square().sum() for values in right.values())) ** 0.5)
 
@@ -197,7 +197,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Of this process. `ru_maxrss` would not do: it begins with what the parent had at the start."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -224,7 +224,7 @@ def main() -> None:
         (shape,) = chosen_shapes(arguments, arguments.student)
         make = sides(arguments.student, shape, arguments.pack_tokens)[arguments.child]
         timed(f"{shape.name}: memory of {arguments.child}", *make(reference=False), 1)
-        print(_peak_bytes())
+        print(peak_bytes())
         return
     known = settings(arguments)
     results: dict[str, Any] = {}

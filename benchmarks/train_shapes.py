@@ -70,6 +70,25 @@ def shapes(seed: int, prompt: int = 120, thought: int = 60, vocabulary: int = 40
     ]
 
 
+def wide(leaves: int, tokens: int, vocabulary: int, seed: int = 0) -> Shape:
+    """SFT on all chains of a tree: each of its six equal stretches branches in two until there are enough leaves.
+
+    Args:
+        leaves: a power of two, at most 64.
+        tokens: of each completion, about.
+    """
+    source = random.Random(seed)
+    chains: list[list[int]] = [[]]
+    for _ in range(6):
+        ways = 2 if len(chains) < leaves else 1
+        chains = [
+            chain + [source.randrange(3, vocabulary) for _ in range(tokens // 6)]
+            for chain in chains
+            for _ in range(ways)
+        ]
+    return Shape(f"{leaves}_leaves", "sft", [EncodedChain([3] * 8, [*chain, END]) for chain in chains])
+
+
 def demo(run: Path | None, student: Path, recipe_of_rule: Path) -> Shape:
     """The first step of a run; without one as many pairs, each of a question of arithmetic, written by rule."""
     from cotree.experiment.recipe import load_recipe

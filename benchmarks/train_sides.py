@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,12 @@ from cotree.train.trainer import training_arguments
 
 BETA = 0.1
 Step = Callable[[int], float]
+Precision = Literal["fp32", "bf16"]
 
 
-def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool = True) -> tuple[Any, Step]:
+def cotree_step(
+    student: Path, shape: Shape, pack_tokens: int, reference: bool = True, *, precision: Precision = "fp32"
+) -> tuple[Any, Step]:
     """The model, and what computes a step, given a micro-batch: gradients stay on the model, the loss is returned.
 
     `reference` false leaves it at 0, which changes no size: what memory is measured with.
@@ -39,7 +42,7 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool =
     rows, model, unused = shape.rows, load_model(student), Path(tempfile.gettempdir()) / "unused"
     trainer: Any
     if shape.loss == "sft":
-        sft = SFT(batch_size=len(rows), pack_tokens=pack_tokens, precision="fp32")
+        sft = SFT(batch_size=len(rows), pack_tokens=pack_tokens, precision=precision)
         trainer = ChainTrainer(model, [rows], training_arguments(unused, sft, 1, 0), sft)
     else:
         dpo = DPO(
@@ -50,55 +53,74 @@ def cotree_step(student: Path, shape: Shape, pack_tokens: int, reference: bool =
             mask_prefix=True,  # the default: the shared prefix cancels in the margin, so the gradient is TRL's
             sft_scope="full",
             pack_tokens=pack_tokens,
-            precision="fp32",
+            precision=precision,
         )
         arguments = training_arguments(unused, dpo, 1, 0)
-        rows = with_reference(model, rows, arguments, dpo) if reference else rows
+        rows = with_reference(model.to(arguments.device), rows, arguments, dpo) if reference else rows
         trainer = PairTrainer(model, [rows], arguments, dpo)
-    trainer.create_accelerator_and_postprocess()
-    return trainer.model, lambda _: float(trainer.training_step(trainer.model, rows))
+    model = _prepared(trainer)
+    return model, lambda _: float(trainer.training_step(model, rows))
 
 
-def trl_step(student: Path, shape: Shape, fair: bool, reference: bool = True) -> tuple[Any, Step]:
+def trl_step(
+    student: Path,
+    shape: Shape,
+    fair: bool,
+    reference: bool = True,
+    *,
+    precision: Precision = "fp32",
+    attention: str = "sdpa",
+) -> tuple[Any, Step]:
     """The same of TRL's SFTTrainer or DPOTrainer; gradients are accumulated over micro-batches as its loop does."""
-    trainer, rows = (_trl_sft if shape.loss == "sft" else _trl_dpo)(student, shape, fair)
+    options = {"output_dir": tempfile.gettempdir(), "use_cpu": not torch.cuda.is_available(), "max_length": None}
+    options |= {"bf16": precision == "bf16", "report_to": [], "disable_tqdm": True}
     if fair:
-        _score_labelled_only(trainer.model)
+        options |= {"gradient_checkpointing": False}
+    if fair and shape.loss != "sft":
+        options |= {"precompute_ref_log_probs": True}
+    trainer, rows = (_trl_sft if shape.loss == "sft" else _trl_dpo)(student, shape, options, attention)
+    if fair and not torch.cuda.is_available():
+        _score_labelled_only(trainer.model)  # on CUDA it does so itself
     if fair and shape.loss != "sft":
         for row in rows:
             chosen = rejected = torch.zeros(1)
             if reference:  # it is the model itself before its first step
                 with torch.no_grad():
-                    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([row]))
+                    inputs = trainer._prepare_inputs(trainer.data_collator([row]))
+                    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, inputs)
             row |= {"ref_chosen_logps": chosen.item(), "ref_rejected_logps": rejected.item()}
-    trainer.create_accelerator_and_postprocess()
+    model = _prepared(trainer)
     if trainer.args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def step(micro_batch: int) -> float:
-        trainer.model.train()
+        model.train()
         parts = [rows[at : at + micro_batch] for at in range(0, len(rows), micro_batch)]
         total = 0.0
         for part in parts:
-            loss = trainer.compute_loss(trainer.model, trainer.data_collator(part)) / len(parts)
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator(part))) / len(parts)
             loss.backward()
             total += loss.item()
         return total
 
-    return trainer.model, step
+    return model, step
 
 
-def _trl_dpo(student: Path, shape: Shape, fair: bool) -> tuple[Any, list[dict[str, Any]]]:
+def _prepared(trainer: Any) -> Any:
+    """Its model as it trains it: on its device, and under autocast where the precision is bf16."""
+    trainer.create_accelerator_and_postprocess()
+    return trainer.accelerator.prepare_model(trainer.model)
+
+
+def _trl_dpo(student: Path, shape: Shape, options: dict[str, Any], attention: str) -> tuple[Any, list[dict[str, Any]]]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     losses = ["sigmoid", "sft"] if shape.loss == "joint" else ["sigmoid"]
-    config = DPOConfig(
-        **_options(fair), beta=BETA, loss_type=losses, loss_weights=[1.0] * len(losses), precompute_ref_log_probs=fair
-    )
+    config = DPOConfig(**options, beta=BETA, loss_type=losses, loss_weights=[1.0] * len(losses))
     trainer = DPOTrainer(
-        model=_plain(student),
-        ref_model=None if fair else _plain(student),
+        model=_plain(student, attention),
+        ref_model=None if config.precompute_ref_log_probs else _plain(student, attention),
         args=config,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
         processing_class=AutoTokenizer.from_pretrained(student),
@@ -107,7 +129,7 @@ def _trl_dpo(student: Path, shape: Shape, fair: bool) -> tuple[Any, list[dict[st
     return trainer, rows
 
 
-def _trl_sft(student: Path, shape: Shape, fair: bool) -> tuple[Any, list[dict[str, Any]]]:
+def _trl_sft(student: Path, shape: Shape, options: dict[str, Any], attention: str) -> tuple[Any, list[dict[str, Any]]]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -116,22 +138,16 @@ def _trl_sft(student: Path, shape: Shape, fair: bool) -> tuple[Any, list[dict[st
         for c in shape.rows
     ]
     trainer = SFTTrainer(
-        model=_plain(student),
-        args=SFTConfig(**_options(fair), completion_only_loss=True),
+        model=_plain(student, attention),
+        args=SFTConfig(**options, completion_only_loss=True),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(student),
     )
     return trainer, list(trainer.train_dataset)
 
 
-def _options(fair: bool) -> dict[str, Any]:
-    options = {"output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "max_length": None}
-    options |= {"report_to": [], "disable_tqdm": True}
-    return options | ({"gradient_checkpointing": False} if fair else {})
-
-
-def _plain(student: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+def _plain(student: Path, attention: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, attn_implementation=attention)
 
 
 def _score_labelled_only(model: Any) -> None:

@@ -119,7 +119,8 @@ def test_the_block_mask_is_that_of_a_test_of_every_pair(seed: int, leaves: int, 
     found, tokens = layout.flex_mask, len(layout.ends)
     expected = create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu")
     for ours, theirs in zip(found.as_tuple(), expected.as_tuple(), strict=True):
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+        same = torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs  # type: ignore[arg-type]
+        assert same
 
 
 def test_the_block_mask_of_a_long_row_takes_no_memory_of_every_pair() -> None:
