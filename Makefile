@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help tour demo two-models real test check slow bench-search bench-tasks bench-store bench-train clean
+.PHONY: help tour demo two-models real test check slow bench-search bench-tasks bench-store bench-train bench-gpu clean
 
 # Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-tasks     verdicts a second of every task, on the files in COTREE_DATA: benchmarks/out/tasks.json"
 	@echo "make bench-store    build datasets from 100,000 generated trees: rows/s and peak memory: benchmarks/out/store.json"
 	@echo "make bench-train    training speed beside TRL at equal gradients: benchmarks/out/train.json"
+	@echo "make bench-gpu      gradients, flex_attention, speed and memory on one GPU, in 8 minutes: benchmarks/out/gpu.json"
 	@echo "make clean   remove .venv and caches (runs/ stays)"
 
 tour: $(TOUR)
@@ -77,6 +78,9 @@ bench-store: $(DEV)
 
 bench-train: $(DEV)
 	@$(PY) -m benchmarks.train $(ARGS)
+
+bench-gpu: $(DEV)
+	@$(PY) -m benchmarks.gpu $(ARGS)
 
 clean:
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

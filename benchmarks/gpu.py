@@ -21,14 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-OUT = Path(__file__).parent / "out" / "gpu.json"
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "benchmarks" / "out" / "gpu.json"
 # Each section's part of the time, in the order in which they run.
-PARTS = {"masks": 0.06, "attention": 0.14, "gradients": 0.15, "memory": 0.15, "speed": 0.5}
+PARTS = {"masks": 0.04, "attention": 0.18, "gradients": 0.16, "memory": 0.12, "speed": 0.5}
 Results = dict[str, dict[str, Any]]
 
 
@@ -55,49 +57,60 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in (name for name in PARTS if name in arguments.sections):
             used += PARTS[name]
-            section(name, found, arguments, Path(folder), started + total * used / whole)
-    write(arguments.out, found)
+            with (Path(folder) / f"{name}.log").open("w+") as log:
+                section(name, found, arguments, log=log, deadline=started + total * used / whole)
     print("\n".join(f"{name}: {value}" for name, value in found["settings"].items()))
     for name, results in found["sections"].items():
         print(f"\n{name}: {results['status']}, {results['seconds']:.0f} s\n{table(results['items'])}")
     print("\ngoals\n" + table({goal.pop("goal"): goal for goal in goals(found["sections"])}))
 
 
-def section(name: str, found: dict[str, Any], arguments: argparse.Namespace, folder: Path, deadline: float) -> None:
-    """Run a section in a process until it ends or its time does; `found` and the file have each number at once."""
-    began, records = time.monotonic(), folder / f"{name}.jsonl"
+def section(name: str, found: dict[str, Any], arguments: argparse.Namespace, *, log: TextIO, deadline: float) -> None:
+    """Run a section in a process until it ends or its time does; `found` and the file have each number at once.
+
+    Args:
+        name: of the section.
+        found: all results so far; gets those of this section.
+        arguments: of the command.
+        log: gets what the process prints; the weights and what it finds are kept beside it.
+        deadline: by the monotonic clock.
+    """
+    began, folder = time.monotonic(), Path(log.name).parent
+    records = folder / f"{name}.jsonl"
     records.touch()
     results: dict[str, Any] = {"status": "cut", "seconds": 0.0, "items": {}}
     found["sections"][name] = results
     command = [sys.executable, "-m", "benchmarks.gpu", "--child", name, "--students", str(folder)]
     command += ["--out", str(records)] + ["--tiny"] * arguments.tiny
     print(f"{datetime.now(UTC):%H:%M:%S} {name}", file=sys.stderr, flush=True)
-    with (folder / f"{name}.log").open("w+") as log:
-        # A session of its own: torch's compiler has processes, which end with it.
-        child = subprocess.Popen(command, stdout=log, stderr=log, cwd=OUT.parents[2], start_new_session=True)
-        try:
-            while child.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-                if len(lines := records.read_text().splitlines()) > len(results["items"]):
-                    merge(results["items"], lines)
-                    write(arguments.out, found)
-            code = child.poll()
-        finally:
-            try:
-                os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            child.wait()
-        merge(results["items"], records.read_text().splitlines())
-        results["seconds"] = time.monotonic() - began
-        if code is not None:
-            results["status"] = "done" if code == 0 else f"ended with code {code}"
-        if code:
-            log.seek(0)
-            results["log"] = log.read()[-2000:]
-            print(results["log"], file=sys.stderr)
+    # A session of its own: torch's compiler has processes, which end with it.
+    child = subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True
+    )
+    lines = 0
+    try:
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            told = records.read_text().splitlines()
+            if len(told) > lines:
+                lines = len(told)
+                merge(results["items"], told)
+                write(arguments.out, found)
+        code = child.poll()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    merge(results["items"], records.read_text().splitlines())
+    results["seconds"] = time.monotonic() - began
+    if code is not None:
+        results["status"] = "done" if code == 0 else f"ended with code {code}"
+    if code:
+        log.seek(0)
+        results["log"] = log.read()[-2000:]
+        print(results["log"], file=sys.stderr)
     for item in results["items"].values():
-        if item.get("status") in ("waits", "runs"):
+        if item["status"] in ("waits", "runs"):
             item["status"] = "cut" if code is None else "lost"
     write(arguments.out, found)
 
@@ -208,4 +221,5 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section's process ends, too
     main()

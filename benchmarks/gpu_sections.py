@@ -53,16 +53,20 @@ class Scale:
 
     Attributes:
         models: their configs by name.
-        thoughts: tokens of a thought in the shapes of `bench-train`, whose chains have five, by name of the size.
+        shapes: those of `bench-train` whose speed is measured, with a size, and the widest tree.
+        thoughts: tokens of a thought in them, of which a chain has five, by size.
         wide: leaves and tokens of a chain of the widest tree.
         growth: leaves of the trees of one depth whose memory is compared, and that depth.
         gradient_thought: tokens of a thought where gradients are compared.
         lengths: of the rows that are attended over; up to `compared` tokens the results are compared.
         masks: lengths of the rows whose block masks are built; up to `compared` * 8 also by a test of every pair.
         pack_tokens: caps of a pack, tried in order until one fits into memory.
+        micro_batches: rows of TRL's, tried in order until one is slower or does not fit.
+        repeats: of a step that takes less than a second.
     """
 
     models: dict[str, dict[str, Any]]
+    shapes: Sequence[str]
     thoughts: dict[str, int]
     wide: tuple[int, int]
     growth: tuple[Sequence[int], int]
@@ -71,11 +75,23 @@ class Scale:
     compared: int
     masks: Sequence[int]
     pack_tokens: Sequence[int]
+    micro_batches: Sequence[int] = (1, 2, 3, 4, 6, 8, 16)
     repeats: int = 3
 
 
 REAL = Scale(
     models={"qwen2.5-0.5b": QWEN, "llama-3.2-1b": LLAMA},
+    shapes=(
+        "early_2k",
+        "mcts_2k",
+        "late_2k",
+        "64_leaves",
+        "early_16k",
+        "late_16k",
+        "mcts_16k",
+        "one_pair_2k",
+        "sft_4_chains_2k",
+    ),
     thoughts={"2k": 400, "16k": 3200},
     wide=(64, 4096),
     growth=((8, 16, 32, 64), 4096),
@@ -88,6 +104,7 @@ REAL = Scale(
 TINY = Scale(
     models={"qwen2.5-0.5b": QWEN | SMALL | {"num_attention_heads": 7, "num_key_value_heads": 1},
             "llama-3.2-1b": LLAMA | SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}},
+    shapes=("late_2k", "8_leaves"),
     thoughts={"2k": 6},
     wide=(8, 36),
     growth=((2, 8), 36),
@@ -95,7 +112,8 @@ TINY = Scale(
     lengths=(20, 128, 300),
     compared=300,
     masks=(300, 3000),
-    pack_tokens=(64, 32),
+    pack_tokens=(256, 64),
+    micro_batches=(1, 2),
     repeats=1,
 )  # fmt: skip
 
@@ -135,8 +153,8 @@ def sections(scale: Scale, students: Path) -> dict[str, dict[str, Item]]:
         },
         "speed": {
             f"{name} {shape}": trained(speed, name, shape, scale)
+            for shape in scale.shapes
             for name in scale.models
-            for shape in shape_names(scale)
         },
     }  # fmt: skip
 
@@ -158,13 +176,8 @@ def make_student(config: dict[str, Any], folder: Path) -> Path:
     return made.rename(folder)
 
 
-def shape_names(scale: Scale) -> list[str]:
-    names = ("early", "mcts", "late", "one_pair", "sft_4_chains")
-    return [*(f"{name}_{size}" for size in scale.thoughts for name in names), f"{scale.wide[0]}_leaves"]
-
-
 def shape_of(name: str, vocabulary: int, scale: Scale) -> Shape:
-    """One of `shape_names`, with the token ids of a model's vocabulary."""
+    """One of `scale.shapes`, with the token ids of a model's vocabulary."""
     leaves, tokens = scale.wide
     if name == f"{leaves}_leaves":
         return wide(leaves, tokens, vocabulary)
@@ -317,13 +330,15 @@ def attention_implementations() -> list[str]:
 
 def _trl_tries(student: Path, shape: Shape, implementation: str, scale: Scale) -> Iterator[tuple[int, dict[str, Any]]]:
     """Seconds, peak memory and loss of TRL's step by the rows of a micro-batch, or what went wrong."""
-    sizes = [size for size in (1, 2, 3, 4, 6, 8, 16) if len(shape.rows) % size == 0]
-    size = sizes[0]
+    size, fastest = 1, float("inf")
     try:
         model, step = trl_step(student, shape, True, False, precision="bf16", attention=implementation)
-        for size in sizes:
+        for size in (size for size in scale.micro_batches if len(shape.rows) % size == 0):
             seconds, peak, loss = _stepped(model, step, size, scale.repeats)
             yield size, {"seconds": seconds, "peak_gb": peak, "loss": loss}
+            if seconds > 1.05 * fastest:
+                return
+            fastest = min(fastest, seconds)
     except torch.OutOfMemoryError:  # larger ones will not fit either
         yield size, {"error": "out of memory"}
     except Exception as error:  # noqa: BLE001 - whatever fails in TRL must not take our numbers with it
@@ -334,19 +349,24 @@ def _trl_tries(student: Path, shape: Shape, implementation: str, scale: Scale) -
 
 
 def _stepped(model: Any, step: Step, micro_batch: int, repeats: int) -> tuple[float, float, float]:
-    """Seconds of the fastest step after a first one, the peak of its memory in GB, and the loss."""
+    """Seconds of the fastest step after a first one, the peak of its memory in GB, and the loss.
+
+    The first compiles, and does what is done once. Of long steps one is enough.
+    """
     clear(model)
-    step(micro_batch)  # what is compiled, and done once
-    tries = []
+    step(micro_batch)
+    fastest, peak, taken = float("inf"), 0.0, 0.0
     for _ in range(repeats):
         clear(model)
-        loss, seconds, peak = _measured(step, micro_batch)
-        tries.append((seconds, peak))
-    return min(tries)[0], max(peak for _, peak in tries), loss
+        loss, seconds, memory = _measured(step, micro_batch)
+        fastest, peak, taken = min(fastest, seconds), max(peak, memory), taken + seconds
+        if taken > 1:
+            break
+    return fastest, peak, loss
 
 
 def _measured(compute: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float, float]:
-    """The result of a call, the seconds that it took, and the peak of memory in GB: CUDA's, else of this process until now."""
+    """The result of a call, its seconds, and the peak of memory in GB: CUDA's, else this process's until now."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
