@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import PARTS, goals, main, merge, section, table
+from benchmarks.gpu import PARTS, goals, main, merge, run_items, table
 from benchmarks.gpu_sections import TINY, sections
 
 ROOT = Path(__file__).parents[1]
@@ -70,26 +68,27 @@ def test_speed_is_that_of_the_same_step(students: Path, shape: str) -> None:
     assert found["trl_with"] in found["trl_tries"] and all("seconds" in each for each in found["trl_tries"].values())
 
 
-def test_a_section_over_its_time_is_cut_and_said_so(tmp_path: Path) -> None:
-    arguments = argparse.Namespace(tiny=True, out=tmp_path / "gpu.json")
-    found: dict[str, Any] = {"sections": {}}
-    with (tmp_path / "speed.log").open("w+") as log:
-        section("speed", found, arguments, log=log, deadline=time.monotonic())
-    assert json.loads(arguments.out.read_text())["sections"]["speed"]["status"] == "cut"
-
-
-def test_the_command_writes_what_it_prints(
+def test_sections_over_their_time_are_cut_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "gpu.json"
-    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--sections", "masks", "--out", str(out)])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--minutes", "0", "--out", str(out)])
     main()
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert found["sections"]["masks"]["status"] == "done"
-    assert found["sections"]["masks"]["items"]["300 tokens"]["equal"] is True
-    assert "masks: done" in printed and "goals" in printed
+    assert {name: results["status"] for name, results in found["sections"].items()} == dict.fromkeys(PARTS, "cut")
+    assert "speed: cut, 0 s" in printed and "goals" in printed
     assert [goal["measured"] for goal in found["goals"]] == [None, None, None]
+
+
+def test_an_item_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
+    students, records = tmp_path / "students", tmp_path / "memory.jsonl"
+    (students / "qwen2.5-0.5b").mkdir(parents=True)  # no model is in it
+    run_items("memory", True, students, records)
+    items: dict[str, dict[str, Any]] = {}
+    merge(items, records.read_text().splitlines())
+    statuses = {name: item["status"] for name, item in items.items()}
+    assert statuses == {name: "failed" if "qwen" in name else "done" for name in sections(TINY, students)["memory"]}
+    assert "qwen2.5-0.5b 2 leaves: ValueError" in table(items)
 
 
 def test_goals_are_those_of_the_worst_item_and_faults_are_shown() -> None:

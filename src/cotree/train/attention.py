@@ -9,6 +9,7 @@ attention of each run of the forest to its ancestors, which never computes what 
 
 from __future__ import annotations
 
+import math
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -129,8 +130,11 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scaling: float | None) -> Tensor:
     """`forest_attention` with torch's flex_attention."""
-    attend = _torch_flex_attention(query.is_cuda)
-    output: Tensor = attend(query, key, value, block_mask=layout.flex_mask, scale=scaling, enable_gqa=True)
+    attend, usual = _torch_flex_attention(query.is_cuda), query.shape[-1] ** -0.5
+    if scaling is not None and not math.isclose(scaling, usual):
+        query = query * (scaling / usual)
+    # As its `scale` it would be one of the graph's dynamic numbers, where the kernels need a constant.
+    output: Tensor = attend(query, key, value, block_mask=layout.flex_mask, enable_gqa=True)
     return output.transpose(1, 2)
 
 
@@ -138,8 +142,8 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout,
 def _torch_flex_attention(compiled: bool) -> Any:
     """torch's flex_attention: compiled on CUDA, where the eager form would compute every score.
 
-    The number of tokens is dynamic, so three graphs serve all of a model's packs: under a block, one block, and more.
-    `fullgraph` makes an error of too many of them, for which the eager form would step in with one warning.
+    The number of tokens is dynamic, so a handful of graphs serves all packs of a model. `fullgraph` makes an error of
+    too many of them, for which the eager form would step in with one warning.
     """
     from torch.nn.attention import flex_attention as torch_flex
 
