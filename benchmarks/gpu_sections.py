@@ -358,8 +358,8 @@ def _stepped(model: Any, step: Step, micro_batch: int, repeats: int) -> tuple[fl
     fastest, peak, taken = float("inf"), 0.0, 0.0
     for _ in range(repeats):
         clear(model)
-        loss, seconds, memory = _measured(step, micro_batch)
-        fastest, peak, taken = min(fastest, seconds), max(peak, memory), taken + seconds
+        loss, seconds, held = _measured(step, micro_batch)
+        fastest, peak, taken = min(fastest, seconds), max(peak, held), taken + seconds
         if taken > 1:
             break
     return fastest, peak, loss
