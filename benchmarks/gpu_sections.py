@@ -245,7 +245,7 @@ def gradients(student: Path, loss: str, scale: Scale) -> Iterator[dict[str, Any]
     right = plain_gradient(student, shape, "fp32")
     found: dict[str, Any] = {"noise_bf16": distance(plain_gradient(student, shape, "bf16"), right)}
     for precision in ("fp32", "bf16"):
-        model, step = cotree_step(student, shape, cap, reference=False, precision=precision)  # type: ignore[arg-type]
+        model, step = cotree_step(student, shape, cap, reference=False, precision=precision)
         step(0)
         found[f"tree_{precision}"] = distance(gradient_of(model), right)
         del model, step
@@ -272,7 +272,7 @@ def plain_gradient(student: Path, shape: Shape, precision: Precision) -> dict[st
             loss = loss - sums[0] / scored
         if shape.loss != "sft":
             loss = loss - F.logsigmoid(BETA * (sums[0] - sums[1])) / len(shape.rows)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     found = gradient_of(model)
     del model
     free()
@@ -330,6 +330,8 @@ def attention_implementations() -> list[str]:
 
 def _trl_tries(student: Path, shape: Shape, implementation: str, scale: Scale) -> Iterator[tuple[int, dict[str, Any]]]:
     """Seconds, peak memory and loss of TRL's step by the rows of a micro-batch, or what went wrong."""
+    model: Any = None
+    step: Any = None
     size, fastest = 1, float("inf")
     try:
         model, step = trl_step(student, shape, True, False, precision="bf16", attention=implementation)

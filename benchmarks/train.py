@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -66,7 +66,9 @@ def make_student(tiny: bool, folder: Path) -> Path:
     return student
 
 
-def sides(student: Path, shape: Shape, pack_tokens: int) -> dict[str, Any]:
+def sides(
+    student: Path, shape: Shape, pack_tokens: int
+) -> dict[str, Callable[..., tuple[Any, Callable[[int], float]]]]:
     """For each side what makes its model and its step."""
     from benchmarks.train_sides import cotree_step, trl_step
 
@@ -149,7 +151,8 @@ def work(student: Path, rows: Sequence[Any], pack_tokens: int, *, masked: bool) 
 
     def flops(tokens: int, seen: int, scored: int) -> int:
         layers: int = config["num_hidden_layers"]
-        return 2 * layers * (layer * tokens + 2 * queries * seen) + 2 * width * config["vocab_size"] * scored
+        vocabulary: int = config["vocab_size"]
+        return int(2 * layers * (layer * tokens + 2 * queries * seen) + 2 * width * vocabulary * scored)
 
     plain = [(len(row.prompt), ids) for row in rows for ids in row.sequences]
     lengths = [len(ids) - 1 for _, ids in plain]

@@ -88,7 +88,15 @@ def test_from_search_to_table_with_a_model_of_the_hub(hub: FakeHub, server: Fake
     fresh.touch()
     assert {path.stat().st_mode for path in folder.iterdir()} == {fresh.stat().st_mode}
 
-    # Without a network the same run is done, and a folder of the same content makes the same student.
+
+@pytest.mark.slow
+def test_a_run_with_a_model_of_the_hub_needs_no_network_later(
+    hub: FakeHub, server: FakeServerThread, tmp_path: Path
+) -> None:
+    """And a folder of the same content makes the same student."""
+    recipe, run = tmp_path / "r.yaml", tmp_path / "runs" / "steps"
+    recipe.write_text(yaml.safe_dump(one_arm(server.url, "owner/tiny")))
+    assert cotree("run", recipe, hub=hub, home=tmp_path).returncode == 0
     again = cotree("run", recipe, hub=hub, home=tmp_path, HF_HUB_OFFLINE="1")
     assert again.returncode == 0 and "begins" not in again.stdout, again.stdout + again.stderr
     recipe.write_text(yaml.safe_dump(one_arm(server.url, str(hub.repos["owner/tiny"][COMMITS[0]]))))
