@@ -170,14 +170,14 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
         "learning_rate": 1e-5, "epochs": 2, "batch_size": 2, "max_tokens": 99, "pack_tokens": 99, "warmup_ratio": 0.2,
         "weight_decay": 0.1, "max_grad_norm": 2.0, "save_steps": 3, "precision": "bf16", "gradient_checkpointing": True,
         "compile": True, "lora": {"rank": 2}, "report_to": ["tensorboard"], "probe": {"every": 2}, "sft_scope": "dedup",
-        "save_dtype": "bf16",
+        "save_dtype": "bf16", "gpus": 2, "shard": True,
     }),
     DPO: ("students.dpo", {
         "learning_rate": 1e-5, "epochs": 2, "batch_size": 2, "max_tokens": 99, "pack_tokens": 99, "warmup_ratio": 0.2,
         "weight_decay": 0.1, "max_grad_norm": 2.0, "save_steps": 3, "precision": "bf16", "gradient_checkpointing": True,
         "compile": True, "lora": {}, "report_to": ["tensorboard"], "probe": {}, "loss": "simpo", "beta": 0.2,
         "label_smoothing": 0.2, "simpo_gamma": 0.1, "ld_alpha": 0.1, "reference_free": True, "alpha": 0.5,
-        "mask_prefix": False, "sft_norm": "pair", "sft_scope": "full", "save_dtype": "bf16",
+        "mask_prefix": False, "sft_norm": "pair", "sft_scope": "full", "save_dtype": "bf16", "gpus": 2, "shard": True,
     }),
     LoRA: ("students.dpo.lora", {"rank": 2, "alpha": 2}),
     Probe: ("students.dpo.probe", {"every": 2, "questions": 2, "max_tokens": 9, "stop_rise": 0.5, "keep": "best"}),
@@ -224,7 +224,7 @@ def test_what_changes_speed_or_place_only_is_in_no_fingerprint(folder: Path) -> 
     assert {path.rpartition(".")[2] for path in SPEED} == {
         "url", "rename", "api_key_env", "max_in_flight", "timeout", "price", "trees_in_flight", "license",
         "pack_tokens",
-        "save_steps", "gradient_checkpointing", "compile", "report_to",
+        "save_steps", "gradient_checkpointing", "compile", "gpus", "shard", "report_to",
     }  # fmt: skip
     before = prints_of(build_recipe(raw))
     for path, value in SPEED.items():

@@ -35,6 +35,8 @@ from cotree.search.reward import combine_step_scores, load_reward_function, step
 from cotree.search.settings import Reward, Trees
 from cotree.search.thoughts import examples_shown
 from cotree.tasks import Question
+from cotree.train.processes import process_count
+from cotree.train.settings import Optimizer
 
 # A request that fails twice fails here: a check should not wait as long as a search would.
 _ATTEMPTS = 2
@@ -118,6 +120,8 @@ def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterato
             yield name, "contamination", partial(_contamination, fingerprints, node)
         if node.kind == "students":
             yield name, "student", partial(_chat_template, recipe, node.name)
+            if settings.training.gpus != "all":  # which fits anywhere
+                yield name, "gpus", partial(_processes, settings.training)
         if node.kind == "evaluations":
             for model in {recipe.root_model(model) for model in settings.models}:
                 if recipe.models[model].weights is not None:
@@ -155,6 +159,10 @@ def _reward_function(name: str) -> str:
 def _chat_template(recipe: Recipe, student: str) -> str:
     tokenizer_of(recipe, student)
     return "has a chat template"
+
+
+def _processes(training: Optimizer) -> str:
+    return f"{process_count(training)} processes train"
 
 
 def _tokens_of(fingerprints: Fingerprints, node: Node[Any]) -> str:

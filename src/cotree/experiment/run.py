@@ -34,6 +34,7 @@ from cotree.report.html import write_report
 from cotree.report.summary import summarize_run, write_summary
 from cotree.report.table import summary_lines
 from cotree.search.store import TreeStore
+from cotree.train.processes import first_process
 
 
 def run(
@@ -47,6 +48,8 @@ def run(
 ) -> RunFolder:
     """Bring the nodes of a recipe up to date; calling it again resumes.
 
+    Of the processes of torchrun or srun the first does so, and the others train with it.
+
     Args:
         runs_dir: where the run's folder is made (a recipe that was read from a run folder stays in that).
         only: ids of nodes ("students/dpo"), entries, or kinds ("trees"); what they read is included.
@@ -59,12 +62,21 @@ def run(
             trees would be grown again.
         CotreeError: work failed after it had started; the same call resumes it.
     """
-    output = output or Output()
+    only = [only] if isinstance(only, str) else only
     source = None if source is None else Path(source)
     folder = run_folder(recipe, runs_dir)
+    with first_process() as first:
+        if first:
+            _run(recipe, folder, only, source=source, regrow=regrow, output=output or Output())
+    return folder
+
+
+def _run(
+    recipe: Recipe, folder: RunFolder, only: Sequence[str], *, source: Path | None, regrow: bool, output: Output
+) -> None:
     recipe = with_engines(pinned(recipe, folder), folder)
     fingerprints = Fingerprints(recipe)
-    wanted = recipe.with_needed([only] if isinstance(only, str) else only) if only else list(recipe.nodes)
+    wanted = recipe.with_needed(only) if only else list(recipe.nodes)
     if folder.nodes():
         with locked(folder.path):
             _mend_stores(folder, output)
@@ -104,7 +116,6 @@ def run(
         for state in states:
             _bring_up_to_date(worker, state)
         output.print(f"report: {_write_results(folder, recipe, output)}")
-    return folder
 
 
 def report_again(path: Path, out: Path | None = None) -> Path:

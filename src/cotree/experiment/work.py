@@ -224,7 +224,7 @@ class Worker:
 
     def _train(self, node: Node[Student], work: Work) -> None:
         from cotree.train.callback import plot_steps
-        from cotree.train.run import train
+        from cotree.train.processes import train_together
         from cotree.train.student import student_folder
         from cotree.train.trainer import resolve_precision
 
@@ -236,7 +236,7 @@ class Worker:
         else:
             weights = str(self.run.node(f"students/{settings.parent}").path / "model")
         with self.output.progress(f"{node.name} steps") as update:
-            result = train(
+            result = train_together(
                 settings.method,
                 self.run.node(f"datasets/{settings.data}").path / "train.parquet",
                 student_folder(weights),

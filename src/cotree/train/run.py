@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cotree.base.atomic import atomic_draft, remove, write_json
+from cotree.base.errors import UsageError
 from cotree.base.progress import Output
 from cotree.base.run_folder import read_json
 from cotree.models.tokenizer import load_tokenizer
@@ -31,7 +32,13 @@ from cotree.train.model import load_model, probe_answers, quiet, save_model
 from cotree.train.rows import check_fits, encode_file, fixed_steps
 from cotree.train.settings import DPO, Optimizer
 from cotree.train.sft import ChainTrainer
-from cotree.train.trainer import StepTrainer, explain_out_of_memory, last_checkpoint, training_arguments
+from cotree.train.trainer import (
+    StepTrainer,
+    explain_out_of_memory,
+    is_sharded,
+    last_checkpoint,
+    training_arguments,
+)
 
 TRAINERS: Mapping[str, type[StepTrainer[Any]]] = {"sft": ChainTrainer, "dpo": PairTrainer}
 
@@ -98,9 +105,9 @@ def train(
     started = monotonic()
     if (out / "model").exists():
         check_weights(out / "model")
-        if (done := read_json(out / "result.json")) is not None:
+        if (out / "result.json").exists():
             _remove_checkpoints(out / "trainer")  # a kill may have come between the two
-            return TrainResult(**done)
+            return read_result(out)
         remove(out / "model")
     tokenizer = load_tokenizer(student)
     encoded = encode_file(rows, tokenizer, settings)
@@ -126,14 +133,24 @@ def train(
         trainer.add_callback(callback)
         with arguments.main_process_first(local=False):  # damaged checkpoints are named and deleted once
             checkpoint = last_checkpoint(out / "trainer", (output or Output()).print)
+        if checkpoint and (checkpoint / "optimizer.pt").exists() == is_sharded(settings):
+            made, now = ("in one piece", "true") if is_sharded(settings) else ("in shards", "false")
+            raise UsageError(
+                f"{checkpoint} was written {made}, and shard is {now}; set it back, or delete {out}/trainer"
+            )
         with quiet():
             with explain_out_of_memory("outside the packs, where the optimizer keeps two numbers a weight: set lora"):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             result = _result(trainer, len(encoded.rows), encoded.too_long, callback.seconds())
-            _store(trainer, tokenizer, out, result)
+            _store(trainer, tokenizer, out, result, student=student)
         return result
     finally:
         _free_memory(trainer)
+
+
+def read_result(out: Path) -> TrainResult:
+    """The result of the finished run in a folder."""
+    return TrainResult(**(read_json(out / "result.json") or {}))
 
 
 def _result(trainer: StepTrainer[Any], rows: int, too_long: int, seconds: float) -> TrainResult:
@@ -152,16 +169,20 @@ def _result(trainer: StepTrainer[Any], rows: int, too_long: int, seconds: float)
     )
 
 
-def _store(trainer: StepTrainer[Any], tokenizer: Any, out: Path, result: TrainResult) -> None:
+def _store(trainer: StepTrainer[Any], tokenizer: Any, out: Path, result: TrainResult, *, student: Path) -> None:
     """Write result and model, and delete the checkpoints that the model replaces."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes hold parts of it (FSDP)
     if trainer.args.process_index == 0:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if is_sharded(trainer.settings):
+            model = load_model(student, trainer.settings.lora)
+            model.load_state_dict(state_dict)
+            state_dict = model.state_dict()  # in which tied weights are one again
         for of_earlier_weights in out.glob("student-*.gguf*"):
             remove(of_earlier_weights)
         with atomic_draft(out / "model") as draft:
             draft.mkdir()
-            trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-            save_model(trained, tokenizer, draft, state_dict, bf16=trainer.settings.save_dtype == "bf16")
+            save_model(model, tokenizer, draft, state_dict, bf16=trainer.settings.save_dtype == "bf16")
             write_json(out / "result.json", asdict(result))
         _remove_checkpoints(out / "trainer")
     trainer.accelerator.wait_for_everyone()

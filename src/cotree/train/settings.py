@@ -45,6 +45,11 @@ class Optimizer(Section):
     but the attention. `save_dtype: bf16` rounds the trained weights when they are stored: half of the disk, half of
     what a server loads. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows over `max_tokens` (prompt
     included) are left out and counted; None takes all that the dataset has.
+
+    `gpus` is how many processes of this machine train, a GPU each: `all` that are there (one process without CUDA, and
+    at most one for each row of a step), or a number, which without CUDA starts as many on the CPU. Under torchrun or
+    srun all of theirs train. `shard` divides weights, gradients and the optimizer's moments among the processes
+    (FSDP2); else each has all of them (DDP), as a single process has in any case.
     """
 
     learning_rate: float = Field(5e-5, gt=0)
@@ -59,6 +64,8 @@ class Optimizer(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: Annotated[bool, NOT_CONTENT] = False
     compile: Annotated[bool, NOT_CONTENT] = False
+    gpus: Annotated[Literal["all"] | Annotated[int, Field(ge=1)], NOT_CONTENT] = "all"
+    shard: Annotated[bool, NOT_CONTENT] = False
     lora: LoRA | None = None
     save_dtype: Literal["fp32", "bf16"] = "fp32"
     report_to: Annotated[tuple[str, ...], NOT_CONTENT] = ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from accelerate.utils import reduce
+from accelerate import PartialState
+from accelerate.utils import DistributedType, convert_outputs_to_fp32, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
@@ -32,6 +34,7 @@ from cotree.train.model import checkpoint_layers
 from cotree.train.settings import Optimizer
 
 _COMPLETE = "complete"
+_SHARDS_BY_LAUNCHER = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # read before accelerate itself sets it
 Settings = TypeVar("Settings", bound=Optimizer)
 
 
@@ -39,8 +42,11 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
     """Trainer's arguments for so many steps: a linear schedule with warm-up, checkpoints in `out`/trainer, silent.
 
     Raises:
-        UsageError: a reporter is not installed, or a step has fewer rows than there are processes.
+        UsageError: a reporter is not installed, a step has fewer rows than there are processes, or DeepSpeed is set.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # it makes a step of every backward pass
+        raise UsageError("DeepSpeed cannot train here, where a step is several backward passes; set shard=true (FSDP2)")
+    os.environ["ACCELERATE_USE_FSDP"] = str(is_sharded(settings)).lower()  # not that of the student before
     missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise UsageError(f"report_to: {', '.join(missing)} is not installed, or no reporter of transformers")
@@ -62,6 +68,8 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=list(settings.report_to),
+        fsdp=is_sharded(settings),
+        fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if is_sharded(settings) else None,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -72,6 +80,11 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         arguments.load_best_model_at_end, arguments.metric_for_best_model = True, "probe_no_answer"
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer wraps the model in DataParallel, which splits rows
     return arguments
+
+
+def is_sharded(settings: Optimizer) -> bool:
+    """Whether the model is divided among several processes, as the settings or `accelerate launch` say."""
+    return (settings.shard or _SHARDS_BY_LAUNCHER) and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def resolve_precision(settings: Settings) -> Settings:
@@ -103,6 +116,16 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
             checkpoint_layers(model, keep_matrix_products=not settings.gradient_checkpointing)
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on CPUs too, where accelerate refuses what torch does, and compute with the weights as they are."""
+        state, sharded = PartialState(), is_sharded(self.settings)
+        if sharded and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU  # of these alone accelerate reads `fsdp`
+        super().create_accelerator_and_postprocess()
+        if sharded:  # autocast, as without: weights gathered in bf16 would not give the reference's log-probabilities
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            self.model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(self.model.forward))
 
     @abstractmethod
     def step_weights(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
@@ -141,8 +164,9 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
             counts = float(turn < len(dealt))
             pack = dealt[turn % len(dealt)]
             # DDP needs one synchronisation a step, not one a pack; it divides the sum of gradients by the processes.
+            # Shards would have to keep whole gradients until then.
             with (
-                nullcontext() if turn == turns[-1] else self.accelerator.no_sync(model),
+                nullcontext() if turn == turns[-1] or is_sharded(self.settings) else self.accelerator.no_sync(model),
                 explain_out_of_memory(f"at step {number}", pack, self.settings),
             ):
                 with self.compute_loss_context_manager():

@@ -22,8 +22,9 @@ from cotree.models.encode import template_hash
 from cotree.models.tokenizer import load_tokenizer
 from cotree.models.weights import check_weights, file_sha256
 from cotree.train.callback import StepLog, plot_steps
+from cotree.train.processes import first_process, train_together
 from cotree.train.rows import check_fits, encode_file
-from cotree.train.run import TrainResult, train
+from cotree.train.run import TrainResult, read_result
 from cotree.train.settings import METHODS, TRAINING_VERSION
 from cotree.train.student import student_config, student_folder, student_sha256
 from cotree.train.trainer import resolve_precision
@@ -40,6 +41,8 @@ def train_rows(
 ) -> TrainResult:
     """Train a student on a file of rows; the same call goes on after an interruption, and returns the result when done.
 
+    Of the processes of torchrun or srun the first does so, and the others train with it.
+
     Args:
         method: `sft` or `dpo`.
         student: a transformers folder, a `.gguf` file, a packaged name, or `REPO_ID:FILE.gguf` on the hub.
@@ -53,9 +56,18 @@ def train_rows(
         UsageError: method, settings, student or rows cannot be trained with, or another process trains in `out`.
         CotreeError: training failed after it had started; the same call resumes it.
     """
+    data, out = Path(data), Path(out)
+    with first_process() as first:
+        if first:
+            return _train_rows(method, str(student), data, out, overrides=overrides, output=output or Output())
+    return read_result(out)
+
+
+def _train_rows(
+    method: str, student: str, data: Path, out: Path, *, overrides: Sequence[str], output: Output
+) -> TrainResult:
     if method not in METHODS:
         raise UsageError(f"unknown method `{method}`; {nearest(method, METHODS)}")
-    output, data, out = output or Output(), Path(data), Path(out)
     raw: dict[str, Any] = {}
     for override in overrides:
         apply_override(raw, override, "epochs=2")
@@ -65,7 +77,7 @@ def train_rows(
     settings = parse_section(METHODS[method], raw, "")
     if out.is_dir() and not (out / "older").is_dir() and not (out / "node.json").is_file() and any(out.iterdir()):
         raise UsageError(f"{out} holds other files; choose another folder, or one that `cotree train` made")
-    folder = student_folder(str(student))
+    folder = student_folder(student)
     tokenizer = load_tokenizer(folder)
     check_fits(encode_file(data, tokenizer, settings).rows, student_config(folder))
     parts = {
@@ -97,7 +109,9 @@ def train_rows(
 
             resolved = resolve_precision(settings.model_copy(update=work.resolved))
             work.resolved["precision"] = resolved.precision
-            result = train(method, data, folder, out, settings=resolved, seed=seed, on_step=on_step, output=output)
+            result = train_together(
+                method, data, folder, out, settings=resolved, seed=seed, on_step=on_step, output=output
+            )
             work.result |= {"train": asdict(result), "tokens": {"trained": result.tokens}, "method": method}
             work.files += ["result.json", *(f"model/{file.name}" for file in (out / "model").glob("*.safetensors"))]
     output.print(f"{out / 'model'}: {method}, {result.steps} steps on {result.rows} rows, {duration(result.seconds)}")
@@ -106,7 +120,7 @@ def train_rows(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a training's folder; those of one distributed run count as one.
+    """Keep other processes out of a training's folder.
 
     The folder itself is locked: a file in it would move to `older/` with the rest.
 
@@ -118,8 +132,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if os.environ.get("RANK", "0") == "0":
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise UsageError(f"another cotree trains in {folder}; wait for it, or choose another folder") from None

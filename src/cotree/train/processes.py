@@ -1,0 +1,263 @@
+"""Training in several processes: those that are started here, one a GPU, or those of torchrun or Slurm's srun.
+
+Invariant: one process does all other work (of a recipe: search, datasets, evaluation). Processes that are started here
+train one student and end, and none outlives the one that started it, however that ended. Those of torchrun and srun
+wait for the first one's next training until it is at its end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cotree.base.atomic import explain_write_errors
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.progress import Output
+from cotree.train.settings import METHODS, Optimizer
+
+if TYPE_CHECKING:
+    from cotree.train.callback import StepLog
+    from cotree.train.run import TrainResult
+
+Training = dict[str, Any]  # the arguments of `run.train`, as JSON
+_RESUMES = "the same command goes on from the last checkpoint"
+
+
+@contextmanager
+def first_process() -> Iterator[bool]:
+    """Whether this is the process that does the work: always without torchrun and srun, with them the one of rank 0.
+
+    The others get False once the first one is at the end of its block; until then they train with it.
+
+    Raises:
+        UsageError: srun started it on several machines, and nothing says which of them is the first.
+        CotreeError: another process ended before it was done.
+    """
+    if _launched() == 1:
+        yield True
+    elif os.environ["RANK"] == "0":
+        _waiting()
+        yield True
+        _from_first(None)
+    else:
+        with _explain_lost_process():
+            while (training := _from_first(None)) is not None:
+                _train(training)
+        yield False
+
+
+def train_together(
+    method: str,
+    rows: Path,
+    student: Path,
+    out: Path,
+    *,
+    settings: Optimizer,
+    seed: int,
+    on_step: Callable[[StepLog], None] | None = None,
+    references: Path | None = None,
+    output: Output | None = None,
+) -> TrainResult:
+    """`run.train` in as many processes as `gpus` says, or in all of torchrun's or srun's; the result is the same.
+
+    What the processes that are started here print is in `out`/processes, a file each.
+
+    Raises:
+        UsageError: as `run.train`, or `gpus` is more than there are.
+        CotreeError: as `run.train`, or one of the processes ended; the same call goes on from the last checkpoint.
+    """
+    places = {"rows": rows, "student": student, "out": out, "references": references}
+    training: Training = {name: place and str(place) for name, place in places.items()}
+    training |= {"method": method, "settings": settings.model_dump(mode="json"), "seed": seed}
+    if _launched() > 1:
+        with _explain_lost_process():
+            _from_first(training)
+            return _train(training, on_step, output)
+    count = process_count(settings)
+    return (_train if count == 1 else partial(_start, count))(training, on_step, output)
+
+
+def process_count(settings: Optimizer) -> int:
+    """How many processes these settings start on this machine.
+
+    Raises:
+        UsageError: there are fewer GPUs, or fewer rows in a step.
+    """
+    import torch
+
+    here = torch.cuda.device_count()
+    if settings.gpus == "all":
+        return max(1, min(here, settings.batch_size))  # each trains on a row of a step at least
+    if 0 < here < settings.gpus:
+        raise UsageError(f"gpus is {settings.gpus}, but {here} are here; set gpus={here} or gpus=all")
+    if settings.gpus > settings.batch_size:
+        raise UsageError(
+            f"gpus is {settings.gpus}, and a step has {settings.batch_size} rows; set gpus to at most that"
+        )
+    return settings.gpus
+
+
+def _train(
+    training: Training, on_step: Callable[[StepLog], None] | None = None, output: Output | None = None
+) -> TrainResult:
+    from cotree.train.run import train
+
+    return train(
+        training["method"],
+        *(Path(training[name]) for name in ("rows", "student", "out")),
+        settings=METHODS[training["method"]].model_validate(training["settings"]),
+        seed=training["seed"],
+        on_step=on_step,
+        references=training["references"] and Path(training["references"]),
+        output=output,
+    )
+
+
+def _start(
+    count: int, training: Training, on_step: Callable[[StepLog], None] | None, output: Output | None
+) -> TrainResult:
+    """Train in processes of their own on this machine, and watch them."""
+    import torch
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from cotree.train.callback import StepLog
+    from cotree.train.run import read_result
+
+    folder = Path(training["out"]) / "processes"
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "told.jsonl").write_text("")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # they meet there, as those of torchrun do
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
+    command = [sys.executable, "-m", "cotree.train.processes", str(os.getpid()), json.dumps(training)]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(count):
+            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with _log(folder, rank).open("ab") as log:
+                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                started.append(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
+        with (folder / "told.jsonl").open(encoding="utf-8") as told:
+            codes: list[int | None] = [None]
+            while None in codes and not any(codes):
+                time.sleep(0.1)
+                codes = [process.poll() for process in started]  # first, so that nothing is told after the last look
+                for event in map(json.loads, iter(told.readline, "")):
+                    if "error" in event:
+                        raise (UsageError if event["code"] == UsageError.exit_code else CotreeError)(event["error"])
+                    if "line" in event and output is not None:
+                        output.print(event["line"])
+                    if "step" in event and on_step is not None:
+                        on_step(StepLog(**event))
+        if ended := {rank: code for rank, code in enumerate(codes) if code}:
+            rank = min(ended, key=lambda rank: ended[rank] or 0)  # one that was killed comes before those that miss it
+            how = f"by signal {-ended[rank]}" if ended[rank] < 0 else f"with exit code {ended[rank]}"
+            fault = f"process {rank} of the {count} that trained ended {how}"
+            raise CotreeError(f"{fault}; its log is {_log(folder, rank)}; {_RESUMES}")
+        return read_result(Path(training["out"]))
+    finally:
+        for process in started:  # nothing is lost: a checkpoint counts once it is whole
+            process.kill()
+            process.wait()
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.log"
+
+
+def _main() -> None:
+    """One of the processes that `_start` starts."""
+    parent, training = int(sys.argv[1]), json.loads(sys.argv[2])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    output = Output(quiet=True)
+    output.log = Path(training["out"]) / "processes" / "told.jsonl"
+
+    def tell(**event: Any) -> None:
+        with Path(training["out"], "processes", "told.jsonl").open("a", encoding="utf-8") as told:
+            told.write(json.dumps(event) + "\n")
+
+    try:
+        _train(training, on_step=lambda step: tell(**asdict(step)), output=output)
+    except CotreeError as error:
+        tell(error=str(error), code=error.exit_code)
+        raise
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _launched() -> int:
+    """How many processes torchrun, accelerate or srun started; 1 without them. Of srun's, torch learns here."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "WORLD_SIZE" not in os.environ and tasks > 1:
+        if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+            fix = "export MASTER_ADDR=$(scontrol show hostnames | head -n 1) before srun"
+            raise UsageError(f"srun started cotree on several machines, and MASTER_ADDR is not set; {fix}")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
+        os.environ |= {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+        os.environ["WORLD_SIZE"] = str(tasks)
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@cache
+def _waiting() -> Any:
+    """The group in which the processes wait for the first one, which may grow trees for days."""
+    import torch
+    from torch import distributed
+
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(_leave)
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
+def _leave() -> None:
+    """Close the groups while Python still stands: threads that are left of one abort the process."""
+    from torch import distributed
+
+    _waiting.cache_clear()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _from_first(training: Training | None) -> Training | None:
+    """What the first process gives: its next training, or None at its end."""
+    from torch import distributed
+
+    box = [training]
+    distributed.broadcast_object_list(box, src=0, group=_waiting())
+    return box[0]
+
+
+@contextmanager
+def _explain_lost_process() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        from torch.distributed import DistError
+
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        raise CotreeError(f"another process ended, its own last lines say why; {_RESUMES}") from error
+
+
+if __name__ == "__main__":
+    _main()
