@@ -29,7 +29,7 @@ from cotree.models.weights import parameter_count
 from cotree.train.settings import SFT, LoRA, Probe
 from cotree.train.verb import train_rows
 
-NODE_KEYS = {"name", "state", "why", "reads", "tokens", "seconds", "memory_mb", "disk_mb"}
+NODE_KEYS = {"name", "state", "why", "reads", "tokens", "seconds", "memory_mb", "disk_mb", "processes"}
 JOINT = {"students/joint", "students/masked", "evaluations/test"}
 
 
@@ -57,7 +57,7 @@ def test_before_anything_all_is_new(student: Path, tmp_path: Path) -> None:
     assert trees.tokens is not None and 4 * 10 < trees.tokens < 4 * 8 * 10 * 64, "bounded by patterns and rollouts"
     assert trees.seconds is None, "no speed was measured yet"
     assert joint.reads == ["students/sft", "datasets/pairs"]
-    assert joint.disk_mb is not None and joint.memory_mb is None and joint.tokens is None, "its rows are not there"
+    assert joint.disk_mb is not None and joint.memory_mb and joint.tokens is None, "its rows are not there"
     assert test.cells is not None and [(cell.model, cell.state) for cell in test.cells] == [
         ("sft", "new"), ("joint", "new"), ("masked", "new"),
     ]  # fmt: skip
@@ -262,3 +262,40 @@ def test_the_disk_of_a_training_is_that_of_the_checkpoints_it_keeps(tmp_path: Pa
     assert disk_bytes(parameters, SFT(save_steps=20), 20) == 5 * parameters, "there is no checkpoint at the last step"
     assert disk_bytes(parameters, SFT(lora=LoRA()), None) == 5 * parameters
     assert disk_bytes(parameters, SFT(probe=Probe(keep="best")), 6) == 40 * parameters
+
+
+def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> None:
+    """Neither their weights nor rows are here; a folder with a config alone is as good."""
+    tiny_model().config.save_pretrained(tmp_path / "tiny")
+    lora = {"lora": {}, "gradient_checkpointing": True}
+    written: dict[str, Any] = {
+        "name": "paper",
+        "models": {
+            "llama": {"weights": "meta-llama/Llama-3.1-8B-Instruct"},
+            "qwen": {"weights": "Qwen/Qwen2.5-1.5B-Instruct@abc"},
+            "none": {"weights": "nobody/none"},
+            "small": {"weights": str(tmp_path / "tiny")},
+        },
+        "datasets": {"chains": {"file": "rows.jsonl", "rows": "sft", "tokenizer": "small"}},
+        "students": {
+            name: {"method": "sft", "data": "chains", "precision": "fp32", **student}
+            for name, student in dict[str, dict[str, Any]](
+                {
+                    "full": {"from": "llama"},
+                    "lora": {"from": "llama", **lora},
+                    "eight": {"from": "llama", "gpus": 8, "shard": True, "batch_size": 8},
+                    "little": {"from": "qwen"},
+                    "unknown": {"from": "none"},
+                    "tiny": {"from": "small"},
+                }
+            ).items()
+        },
+    }
+    found = {each.name.partition("/")[2]: each for each in plan(build_recipe(written), tmp_path / "runs")}
+    assert found["unknown"].memory_mb is None
+    lines = {line.split()[0].partition("/")[2]: line for line in plan_lines([*found.values()])}
+    assert "); 143.5 GB of memory (a card of 80 GB has less), 224.8 GB of disk" in lines["full"]
+    assert "); 36.2 GB of memory (a card of 80 GB has that), 40.2 GB of disk" in lines["lora"]
+    assert "); 37.0 GB of memory in each of 8 processes (a card of 80 GB has that), " in lines["eight"]
+    assert "); 32.2 GB of memory (a card of 80 GB has that), " in lines["little"]
+    assert lines["tiny"].endswith("; 0.0 GB of memory") and found["tiny"].memory_mb

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +24,7 @@ from cotree.experiment.hub import offline, pinned
 from cotree.experiment.recipe import Node, Recipe, Student
 from cotree.experiment.state import State, equal_content, run_folder, states_of
 from cotree.models.settings import Engine
-from cotree.models.weights import locate, parameter_count
+from cotree.models.weights import locate
 from cotree.search.settings import Matrix, Trees
 from cotree.train.settings import Optimizer
 
@@ -32,6 +33,7 @@ _MB = 10**6
 _LEAST_SECONDS = 0.05
 # Of `max_thought_tokens`, what a thought has on average before anything was measured (10.5 of 32 in laptop.yaml).
 _THOUGHT_FILL = 1 / 3
+_CARD = 80  # GB of the GPU that large students are planned for
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class NodePlan:
     """A node's state (done, partial, new, changed; why), and the cost of bringing it up to date.
 
     tokens: that models would generate, or that training would see. seconds: on this machine. memory_mb: of training at
-    its peak. disk_mb: of training at its peak, checkpoints included. Each is None where it cannot be known. cells: of
-    evaluations only. engines: what would serve the weights that it asks, by the names of models and students.
+    its peak, in each of its processes. disk_mb: of training at its peak, checkpoints included. Each is None where it
+    cannot be known. cells: of evaluations only. engines: what would serve the weights that it asks, by the names of
+    models and students.
     """
 
     name: str
@@ -60,6 +63,7 @@ class NodePlan:
     seconds: float | None = None
     memory_mb: int | None = None
     disk_mb: int | None = None
+    processes: int | None = None
     cells: list[Cell] | None = None
     engines: dict[str, Engine] | None = None
 
@@ -100,7 +104,7 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
         costs = [
             f"about {number(each.tokens)} tokens" if each.tokens else "",
             duration(each.seconds) if each.seconds else "",
-            f"{each.memory_mb / 1000:.1f} GB of memory" if each.memory_mb else "",
+            _memory(each.memory_mb / 1000, each.processes or 1) if each.memory_mb else "",
             f"{each.disk_mb / 1000:.1f} GB of disk" if each.disk_mb and each.disk_mb > 100 else "",
         ]
         cost = ", ".join(filter(None, costs))
@@ -116,6 +120,13 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
     elif unknown:
         lines.append("how long it takes is known once a part of it has run here")
     return lines
+
+
+def _memory(gigabytes: float, processes: int) -> str:
+    """The memory of each process, and of what a laptop may not have, whether a card has it."""
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    fits = f" (a card of {_CARD} GB has {'that' if gigabytes < _CARD else 'less'})" if gigabytes > _CARD / 8 else ""
+    return f"{gigabytes:.1f} GB of memory{each}{fits}"
 
 
 def _with_reasons(each: NodePlan | Cell) -> str:
@@ -200,18 +211,24 @@ class _Estimates:
         return round(questions * min(tree, settings.stop.tokens or tree))
 
     def _add_training(self, planned: NodePlan, node: Node[Student]) -> NodePlan:
-        """The plan of a student with the disk it takes and, once its rows are there, its tokens, time and memory."""
-        weights = locate(str(self.recipe.models[self.recipe.root_model(node.name)].weights))
-        parameters, training = parameter_count(weights), node.settings.training
-        planned = replace(planned, disk_mb=round(disk_bytes(parameters, training, None) / _MB))
-        rows = self.run.node(f"datasets/{node.settings.data}").path / "train.parquet"
-        if not rows.is_file():
-            return planned
+        """The plan of a student with the memory and disk that its shapes take and, once its rows and weights are here,
+        its tokens and time."""
+        from cotree.train.memory import empty_model, shapes_of, training_memory
         from cotree.train.plan import plan as plan_training
+        from cotree.train.processes import process_count
 
-        found = plan_training(rows, weights, training, node.seed)
-        memory, disk = (round(each / _MB) for each in (found.peak_bytes, disk_bytes(parameters, training, found.steps)))
-        return replace(planned, tokens=found.tokens, seconds=_tenths_up(found.seconds), memory_mb=memory, disk_mb=disk)
+        weights, training = str(self.recipe.models[self.recipe.root_model(node.name)].weights), node.settings.training
+        config, processes = shapes_of(weights), process_count(training)
+        memory = training_memory(config, training, processes=processes, tokens=training.pack_tokens).peak
+        parameters, steps = empty_model(config).num_parameters(), None
+        rows = self.run.node(f"datasets/{node.settings.data}").path / "train.parquet"
+        with suppress(CotreeError):  # known shapes need no weights
+            if rows.is_file():
+                found = plan_training(rows, locate(weights), training, node.seed)
+                memory, steps = found.peak_bytes, found.steps
+                planned = replace(planned, tokens=found.tokens, seconds=_tenths_up(found.seconds))
+        disk = disk_bytes(parameters, training, steps)
+        return replace(planned, memory_mb=round(memory / _MB), disk_mb=round(disk / _MB), processes=processes)
 
 
 def disk_bytes(parameters: int, settings: Optimizer, steps: int | None) -> int:

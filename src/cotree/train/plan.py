@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from cotree.models.tokenizer import load_tokenizer
 from cotree.train.forest import forest_tokens, packs
+from cotree.train.memory import empty_model, training_memory
+from cotree.train.processes import process_count
 from cotree.train.rows import encode_file, fixed_steps
 from cotree.train.settings import DPO, Optimizer
 from cotree.train.student import student_config
@@ -27,8 +28,7 @@ class TrainPlan:
         rows: trained on in an epoch. too_long: rows left out because they are over the token limit.
         steps: optimizer steps. packs: forward passes in them.
         tokens: of the rows of all steps, prompts included. packed_tokens: computed for them, shared ones once.
-        peak_bytes: an estimate: weights, gradients, Adam's moments and the largest pack's activations in fp32; half or
-            twice of it is no surprise.
+        peak_bytes: an estimate, for each process (`memory.TrainMemory`).
         seconds: an estimate: the work of the matrices, the reference's included, at the speed of a matrix product
             measured here; attention, the optimizer and checkpoints take as long again or more.
     """
@@ -53,13 +53,8 @@ def plan(rows: Path, student: Path, settings: Optimizer, seed: int) -> TrainPlan
     steps = fixed_steps(encoded.rows, settings, seed)
     dealt = [pack for step in steps for pack in packs([encoded.rows[index] for index in step], settings.pack_tokens)]
     sizes = [forest_tokens(pack) for pack in dealt]
-    with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).num_parameters()
-    # A layer keeps about six rows of the model's width and two of the feed-forward's for each token
-    # (`model.checkpoint_layers`); the vocabulary is kept where a token is scored.
-    kept = config.num_hidden_layers * (6 * config.hidden_size + 2 * config.intermediate_size)
-    kept = kept // 6 if settings.gradient_checkpointing else kept
-    peak = (4 if settings.lora else 16) * weights + 4 * max(sizes) * (kept + config.vocab_size)
+    weights = empty_model(config).num_parameters()
+    memory = training_memory(config, settings, processes=process_count(settings), tokens=max(sizes))
     work = (4 if settings.lora else 6) * weights * sum(sizes)  # an adapter leaves out the gradients of the weights
     if isinstance(settings, DPO) and settings.has_reference:
         work += 2 * weights * sum(map(forest_tokens, packs(encoded.rows, settings.pack_tokens)))
@@ -70,7 +65,7 @@ def plan(rows: Path, student: Path, settings: Optimizer, seed: int) -> TrainPlan
         packs=len(dealt),
         tokens=sum(encoded.rows[index].tokens for step in steps for index in step),
         packed_tokens=sum(sizes),
-        peak_bytes=peak,
+        peak_bytes=memory.peak,
         seconds=work / _flops_per_second(),
     )
 
