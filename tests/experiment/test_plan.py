@@ -23,13 +23,14 @@ from tests.train.test_verb import Recorder
 from cotree.base.rows import write_jsonl
 from cotree.base.run_folder import RunFolder
 from cotree.cli import main
-from cotree.experiment.plan import NodePlan, disk_bytes, plan, plan_lines
-from cotree.experiment.recipe import build_recipe
+from cotree.experiment.estimates import disk_bytes
+from cotree.experiment.plan import NodePlan, plan, plan_lines
+from cotree.experiment.recipe import build_recipe, load_recipe
 from cotree.models.weights import parameter_count
 from cotree.train.settings import SFT, LoRA, Probe
 from cotree.train.verb import train_rows
 
-NODE_KEYS = {"name", "state", "why", "reads", "tokens", "seconds", "memory_mb", "disk_mb", "processes"}
+NODE_KEYS = {"name", "state", "why", "reads", "tokens", "seconds", "gpu_hours", "memory_mb", "disk_mb", "processes"}
 JOINT = {"students/joint", "students/masked", "evaluations/test"}
 
 
@@ -57,7 +58,8 @@ def test_before_anything_all_is_new(student: Path, tmp_path: Path) -> None:
     assert trees.tokens is not None and 4 * 10 < trees.tokens < 4 * 8 * 10 * 64, "bounded by patterns and rollouts"
     assert trees.seconds is None, "no speed was measured yet"
     assert joint.reads == ["students/sft", "datasets/pairs"]
-    assert joint.disk_mb is not None and joint.memory_mb and joint.tokens is None, "its rows are not there"
+    assert joint.disk_mb is not None and joint.memory_mb and joint.seconds is None, "its rows are not there"
+    assert joint.tokens and "; at most " in next(line for line in plan_lines([*found.values()]) if "joint" in line)
     assert test.cells is not None and [(cell.model, cell.state) for cell in test.cells] == [
         ("sft", "new"), ("joint", "new"), ("masked", "new"),
     ]  # fmt: skip
@@ -294,8 +296,31 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
     found = {each.name.partition("/")[2]: each for each in plan(build_recipe(written), tmp_path / "runs")}
     assert found["unknown"].memory_mb is None
     lines = {line.split()[0].partition("/")[2]: line for line in plan_lines([*found.values()])}
-    assert "); 143.5 GB of memory (a card of 80 GB has less), 224.8 GB of disk" in lines["full"]
-    assert "); 36.2 GB of memory (a card of 80 GB has that), 40.2 GB of disk" in lines["lora"]
-    assert "); 37.0 GB of memory in each of 8 processes (a card of 80 GB has that), " in lines["eight"]
-    assert "); 32.2 GB of memory (a card of 80 GB has that), " in lines["little"]
+    assert "); 143.5 GB of memory (more than a card of 80 GB has), 224.8 GB of disk" in lines["full"]
+    assert "); 36.2 GB of memory, 40.2 GB of disk" in lines["lora"]
+    assert "); 37.0 GB of memory in each of 8 processes, " in lines["eight"]
+    assert "); 32.2 GB of memory, " in lines["little"]
     assert lines["tiny"].endswith("; 0.0 GB of memory") and found["tiny"].memory_mb
+
+
+def test_the_papers_recipe_is_planned_without_its_questions_rows_or_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many questions as it names, writers as large as their names say, students as large as their shapes."""
+    monkeypatch.setenv("COTREE_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "paper" / "llama-3.1-8b.yaml")
+    plans = plan(recipe, tmp_path / "runs")
+    found = {each.name: each for each in plans}
+    trees, masked, greedy = (found[name] for name in ("trees/train", "students/masked", "evaluations/test"))
+    assert trees.tokens and trees.gpu_hours == pytest.approx(2 * 72e9 * trees.tokens / 98.9e12 / 3600)
+    settings, models = recipe.nodes["trees/train"].settings, len(recipe.nodes["evaluations/test"].settings.models)
+    assert masked.tokens and masked.tokens == pytest.approx(8000 * 2 * (100 + settings.max_chain_tokens / 3), abs=1)
+    assert masked.gpu_hours == pytest.approx(6 * 8.03e9 * masked.tokens / 395.6e12 / 3600, rel=1e-3)
+    asked = sum(recipe.nodes["evaluations/test"].settings.questions.values())
+    assert models == 11 and greedy.tokens == models * asked * 600, "alpha stands for three"
+    at_k, mcts = found["evaluations/test_at_k"].tokens, found["evaluations/test_at_k_mcts"].tokens
+    assert at_k and mcts == 4 * at_k / 2, "four trees, each at the tokens of all samples, of one of the two models"
+    lines = plan_lines(plans)
+    assert len([line for line in lines if "unresolved: " in line]) < 4, "each reason is said once"
+    assert lines[-1].startswith(f"{sum(each.gpu_hours or 0 for each in plans):.0f} GPU-hours in all, of an H100 at 40%")
