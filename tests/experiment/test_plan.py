@@ -296,7 +296,10 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
     found = {each.name.partition("/")[2]: each for each in plan(build_recipe(written), tmp_path / "runs")}
     assert found["unknown"].memory_mb is None
     lines = {line.split()[0].partition("/")[2]: line for line in plan_lines([*found.values()])}
-    assert "); 143.5 GB of memory (more than a card of 80 GB has), 224.8 GB of disk" in lines["full"]
+    assert (
+        "); 143.5 GB of memory (more than a card of 80 GB has: gpus=8 and shard, or lora), 224.8 GB of disk"
+        in lines["full"]
+    )
     assert "); 36.2 GB of memory, 40.2 GB of disk" in lines["lora"]
     assert "); 37.0 GB of memory in each of 8 processes, " in lines["eight"]
     assert "); 32.2 GB of memory, " in lines["little"]

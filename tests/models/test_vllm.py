@@ -357,7 +357,7 @@ def test_what_changes_numbers_is_another_model(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"weights": "a", "engine_args": {"dtype": "float32"}}, "`engine_args` are of vLLM; write `engine: vllm`"),
+        ({"weights": "a", "engine_args": {"dtype": "float32"}}, "`engine_args` are of vLLM; add `engine: vllm`"),
         ({"url": "http://a", "mode": "chat", "engine": "vllm"}, "a server has one already"),
         ({"weights": "a", "engine": "vllm", "engine_args": {"port": 1}}, "`engine_args.port` is given by cotree"),
         ({"weights": "a", "engine": "vllm", "engine_args": {"--dtype": "x"}}, "is no argument with a value"),

@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cotree.base.progress import Output
 from cotree.data.settings import Dataset
 from cotree.eval.evaluate import check_fit
 from cotree.eval.settings import Evaluation
+from cotree.experiment.estimates import disk_bytes, student_shapes
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.recipe import Node, Recipe
 from cotree.experiment.server_probe import QUESTION, ServerProbe
@@ -30,7 +31,7 @@ from cotree.experiment.work import tokenizer_of
 from cotree.models.client import Client, Request
 from cotree.models.endpoints import Endpoint, open_endpoints
 from cotree.models.vllm import vllm_program
-from cotree.models.weights import engine_of, locate, parameter_count
+from cotree.models.weights import engine_of
 from cotree.search.reward import combine_step_scores, load_reward_function, step_score_messages
 from cotree.search.settings import Reward, Trees
 from cotree.search.thoughts import examples_shown
@@ -40,8 +41,7 @@ from cotree.train.settings import Optimizer
 
 # A request that fails twice fails here: a check should not wait as long as a search would.
 _ATTEMPTS = 2
-# Of a student: checkpoints in fp32, the optimizer's two moments while it trains, and the GGUF file.
-_BYTES_PER_WEIGHT = 12
+_BYTES_KEPT = 5  # of a weight of a student once it is trained: fp32, and Q8_0 as GGUF
 _LEAST_BYTES = 2 * 10**8
 
 
@@ -77,6 +77,7 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
     """
     output = output or Output()
     findings: list[Finding] = []
+    said: dict[str, str] = {}
 
     async def record(subject: str, name: str, work: Awaitable[str]) -> bool:
         try:
@@ -84,7 +85,9 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
         except CotreeError as error:
             finding = Finding(subject, name, str(error))
         findings.append(finding)
-        output.print(str(finding))
+        place = said.setdefault(finding.problem, f"{subject}: {name}")  # one cause can fail many checks
+        known = finding.problem and place != f"{subject}: {name}"
+        output.print(str(replace(finding, problem=f"as {place}") if known else finding))
         return not finding.problem
 
     async def check_all() -> None:
@@ -132,10 +135,11 @@ def _packages(recipe: Recipe, nodes: Iterable[Node[Any]]) -> str:
     """That the extras are installed which these nodes need: an engine to serve weights, torch to train."""
     asked = [name for node in nodes if node.kind == "trees" for name in node.settings.writers]
     asked += [name for node in nodes if node.kind == "evaluations" for name in node.settings.models]
-    served = [model for name in asked if (model := recipe.models[recipe.root_model(name)]).weights is not None]
-    engines = {engine_of(model) for model in served}
+    served = {name: model for name in asked if (model := recipe.models[recipe.root_model(name)]).weights is not None}
+    engines = {engine_of(model): name for name, model in served.items()}
     if "vllm" in engines and vllm_program() is None:
-        raise UsageError("vllm is not installed; pip install 'cotree[vllm]', or take `engine: llama.cpp`")
+        fault = f"`{engines['vllm']}` is served by vLLM, which is not installed"
+        raise UsageError(f"{fault}; pip install 'cotree[vllm]', or take `engine: llama.cpp`")
     needed = ["xllamacpp"] if "llama.cpp" in engines else []
     trainings = [node.settings.training for node in nodes if node.kind == "students"]
     needed += ["torch", "accelerate"] if trainings else []
@@ -201,13 +205,13 @@ def _disk(recipe: Recipe, runs_dir: Path) -> str:
     folder = run_folder(recipe, runs_dir).path.absolute()
     while not folder.exists():
         folder = folder.parent
-    needed = _LEAST_BYTES
+    needed, peak = _LEAST_BYTES, 0
     for node in recipe.of_kind("students"):
-        try:
-            weights = parameter_count(locate(str(recipe.models[recipe.root_model(node.name)].weights)))
-        except CotreeError:  # they are not here, which the check of the student finds
-            continue
-        needed += _BYTES_PER_WEIGHT * weights
+        with suppress(CotreeError):  # its weights are not here and not known, which the check of the student finds
+            _, parameters = student_shapes(recipe, node)
+            needed += _BYTES_KEPT * parameters
+            peak = max(peak, disk_bytes(parameters, node.settings.training, None) - _BYTES_KEPT * parameters)
+    needed += peak
     free = shutil.disk_usage(folder).free
     found = f"{free / 1e9:.1f} GB free, a run takes up to about {needed / 1e9:.1f} GB"
     if free < needed:

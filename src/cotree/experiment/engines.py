@@ -14,6 +14,8 @@ from cotree.models.settings import Engine
 from cotree.models.weights import engine_of
 from cotree.report.summary import read_recipe
 
+_SAID = 6  # names in a line
+
 
 def with_engines(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe with the run's own engine for every model that names none and has weights of the same name there.
@@ -51,4 +53,8 @@ def engine_lines(engines: Mapping[str, Engine]) -> list[str]:
     served: dict[str, list[str]] = {}
     for name, engine in engines.items():
         served.setdefault("vLLM" if engine == "vllm" else engine, []).append(name)
-    return [f"weights served by {engine}: {', '.join(names)}" for engine, names in served.items()]
+    lines = []
+    for by, names in served.items():
+        others = f" and {len(names) - _SAID} others" if len(names) > _SAID else ""
+        lines.append(f"weights served by {by}: {', '.join(names[:_SAID])}{others}")
+    return lines

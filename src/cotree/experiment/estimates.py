@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
@@ -143,14 +144,14 @@ class Estimates:
     def _cost_of_training(self, node: Node[Student]) -> Cost:
         """The memory and disk that a student's shapes take, and the tokens and time of its rows; the most tokens that
         they can have, before rows and weights are here."""
-        from cotree.train.memory import empty_model, shapes_of, training_memory
+        config, parameters = student_shapes(self.recipe, node)
+        from cotree.train.memory import training_memory
         from cotree.train.plan import plan as plan_training
         from cotree.train.processes import process_count
 
         weights, training = str(self.recipe.models[self.recipe.root_model(node.name)].weights), node.settings.training
-        config, processes = shapes_of(weights), process_count(training)
+        processes, steps, seconds = process_count(training), None, None
         memory = training_memory(config, training, processes=processes, tokens=training.pack_tokens).peak
-        parameters, steps, seconds = empty_model(config).num_parameters(), None, None
         tokens = self._tokens_of_rows(self.recipe.nodes[f"datasets/{node.settings.data}"])
         tokens = tokens and round(tokens * training.epochs)
         rows = self.run.node(f"datasets/{node.settings.data}").path / "train.parquet"
@@ -182,6 +183,20 @@ class Estimates:
             for each in trees
         )
         return round(most) or None
+
+
+def student_shapes(recipe: Recipe, node: Node[Student]) -> tuple[Any, int]:
+    """The transformers config of the weights that a student starts from, and how many they are.
+
+    Raises:
+        UsageError: they are not here and their shapes are not known, or torch is not installed.
+    """
+    if find_spec("torch") is None:
+        raise UsageError("torch is not installed; pip install 'cotree[train]'")
+    from cotree.train.memory import empty_model, shapes_of
+
+    config = shapes_of(str(recipe.models[recipe.root_model(node.name)].weights))
+    return config, empty_model(config).num_parameters()
 
 
 def disk_bytes(parameters: int, settings: Optimizer, steps: int | None) -> int:

@@ -117,7 +117,8 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
 def _memory(gigabytes: float, processes: int) -> str:
     """The memory of each process, and whether a large card has less."""
     each = f" in each of {processes} processes" if processes > 1 else ""
-    fits = f" (more than a card of {_CARD} GB has)" if gigabytes > _CARD else ""
+    fix = "lora" if processes > 1 else "gpus=8 and shard, or lora"
+    fits = f" (more than a card of {_CARD} GB has: {fix})" if gigabytes > _CARD else ""
     return f"{gigabytes:.1f} GB of memory{each}{fits}"
 
 

@@ -92,7 +92,7 @@ class Model(Section):
         if self.weights is None and self.engine is not None:
             raise ValueError("`engine` serves `weights`; a server has one already")
         if self.engine_args and self.engine != "vllm":
-            raise ValueError("`engine_args` are of vLLM; write `engine: vllm` beside them")
+            raise ValueError("`engine_args` are of vLLM; add `engine: vllm` (--engine vllm)")
         for name, value in self.engine_args.items():
             if name in _OURS or not re.fullmatch("[a-z][a-z0-9_]*", name) or value is None:
                 fault = "is given by cotree" if name in _OURS else "is no argument with a value"

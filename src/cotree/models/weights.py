@@ -7,6 +7,7 @@ journalled completions are made of it.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -85,7 +86,13 @@ def locate(name: str) -> Path:
     if (on_hub := HUB_WEIGHTS.fullmatch(name)) and not path.exists():
         repo, revision, file = on_hub["repo"], on_hub["revision"], on_hub["file"]
         return _hub_file(repo, file, revision) if file else _whole_folder(_hub_folder(repo, revision), name)
-    raise UsageError(f"no weights `{name}` are here; give {_FORMS}")
+    raise UsageError(f"no weights `{name}` are here; {_did_you_mean(name)}give {_FORMS}")
+
+
+def _did_you_mean(name: str) -> str:
+    """The packaged model whose name is nearly this one, as a part of an error."""
+    near = difflib.get_close_matches(name, PACKAGED, n=1)
+    return f"did you mean `{near[0]}`? Else " if near else ""
 
 
 def _whole_folder(path: Path, name: str) -> Path:
@@ -152,7 +159,7 @@ def parse_model(
     if chat or api_key_env:
         raise UsageError("--chat and --api-key-env are for servers; weights in this process continue text exactly")
     if not word or (word not in PACKAGED and not HUB_WEIGHTS.fullmatch(word) and not Path(word).exists()):
-        raise UsageError(f"nothing at `{word}`; give a server's URL, {_FORMS}")
+        raise UsageError(f"nothing at `{word}`; {_did_you_mean(word)}give a server's URL, {_FORMS}")
     return parse_section(Model, {"weights": word, **shared}, "")
 
 
@@ -447,4 +454,6 @@ def _hub_errors(what: str) -> Iterator[None]:
         if is_offline_mode():
             raise UsageError(f"{what} is not downloaded yet, and the hub is not asked now (offline)") from None
         reason = next(filter(None, str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"cannot get {what} from the hub: {reason}; give a path of what is here") from None
+        if "ConnectError" in reason or "ConnectTimeout" in reason:
+            reason = "it is not reached; check the network and the name"
+        raise UsageError(f"cannot get {what} from the hub: {reason}; or give a path of what is here") from None

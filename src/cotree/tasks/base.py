@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -182,7 +183,10 @@ class Task(ABC):
         """The first `limit` of a split's questions; UsageError where there are fewer."""
         if limit is not None and limit > len(questions):
             n, there = len(questions), f"in split `{split}`" if split else "in all"
-            raise UsageError(f"{self.name} has {n} question{'s' * (n != 1)} {there}, not {limit}; lower the number")
+            fix = "lower the number"
+            if not self.generated and (folder := os.environ.get("COTREE_DATA")):
+                fix += f", or unset COTREE_DATA ({folder}) for the whole set of the hub"
+            raise UsageError(f"{self.name} has {n} question{'s' * (n != 1)} {there}, not {limit}; {fix}")
         return questions[:limit]
 
 

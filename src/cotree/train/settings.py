@@ -7,11 +7,17 @@ trainer, which has a line in `run.TRAINERS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cotree.base.settings import NOT_CONTENT, Section
+
+
+def _all_or_number(given: Any) -> Any:
+    if given == "all" or (type(given) is int and given >= 1):
+        return given
+    raise ValueError("must be `all` or a whole number from 1")
 
 
 class LoRA(Section):
@@ -64,7 +70,7 @@ class Optimizer(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: Annotated[bool, NOT_CONTENT] = False
     compile: Annotated[bool, NOT_CONTENT] = False
-    gpus: Annotated[Literal["all"] | Annotated[int, Field(ge=1)], NOT_CONTENT] = "all"
+    gpus: Annotated[Literal["all"] | int, BeforeValidator(_all_or_number), NOT_CONTENT] = "all"
     shard: Annotated[bool, NOT_CONTENT] = False
     lora: LoRA | None = None
     save_dtype: Literal["fp32", "bf16"] = "fp32"
