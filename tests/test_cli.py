@@ -190,9 +190,9 @@ def test_a_starter_is_planned_at_once(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["mine.yaml"]
     *lines, time = shell("plan", "mine.yaml", cwd=tmp_path).stdout.strip().split("\n")
     assert time == "how long it takes is known once a part of it has run here"
-    planned = [line.split()[0] for line in lines if not line.startswith("weights served by ")]
-    assert planned == [node["name"] for node in nodes]
-    assert all(line.split()[1].strip(";") == "new" for line in lines)
+    planned = [line.split()[:2] for line in lines if not line.startswith("weights served by ")]
+    assert [name for name, _ in planned] == [node["name"] for node in nodes]
+    assert {state.strip(";") for _, state in planned} == {"new"}
 
 
 def test_a_disk_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
