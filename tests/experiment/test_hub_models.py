@@ -118,14 +118,22 @@ for name in sys.argv[1:]:
 
 def test_faults_of_a_model_of_the_hub_are_one_line(hub: FakeHub, tmp_path: Path) -> None:
     kept = f"owner/other@{COMMITS[0]}"
-    none, revision, bare, found = located("owner/none", "owner/tiny@v9", "owner/other", kept, hub=hub, home=tmp_path)
-    assert none.startswith("cannot get owner/none from the hub: ")
-    assert revision.startswith("cannot get owner/tiny from the hub: ")
+    asked = ("owner/none", "owner/tiny@v9", "owner/other", "owner/gated", kept)
+    none, revision, bare, gated, found = located(*asked, hub=hub, home=tmp_path)
+    assert gated == (
+        "owner/gated is not here, and cannot be got from the hub: access is refused; accept its licence on its page "
+        "there, then run `hf auth login`, or give a path"
+    )
+    assert none == (
+        "owner/none is not here, and cannot be got from the hub: there is no such model; correct the name, "
+        "or give a path"
+    )
+    assert revision.startswith("owner/tiny is not here, and cannot be got from the hub: ")
     assert bare.startswith("owner/other has no config.json with model.safetensors or model.safetensors.index.json;")
     assert located(kept, hub=hub, home=tmp_path, HF_HUB_OFFLINE="1") == [found]
     next(Path(found).glob("model-00002-*")).unlink()
     (lacking,) = located(kept, hub=hub, home=tmp_path, HF_HUB_OFFLINE="1")
-    assert lacking == "owner/other is not downloaded yet, and the hub is not asked now (offline)"
+    assert lacking == "owner/other is not here, and the hub is not asked now (offline)"
 
 
 def located(*names: str, hub: FakeHub, home: Path, **environment: str) -> list[str]:

@@ -59,7 +59,7 @@ def test_before_anything_all_is_new(student: Path, tmp_path: Path) -> None:
     assert trees.seconds is None, "no speed was measured yet"
     assert joint.reads == ["students/sft", "datasets/pairs"]
     assert joint.disk_mb is not None and joint.memory_mb and joint.seconds is None, "its rows are not there"
-    assert joint.tokens and "; at most " in next(line for line in plan_lines([*found.values()]) if "joint" in line)
+    assert joint.tokens and "; about " in next(line for line in plan_lines([*found.values()]) if "joint" in line)
     assert test.cells is not None and [(cell.model, cell.state) for cell in test.cells] == [
         ("sft", "new"), ("joint", "new"), ("masked", "new"),
     ]  # fmt: skip
@@ -269,6 +269,13 @@ def test_the_disk_of_a_training_is_that_of_the_checkpoints_it_keeps(tmp_path: Pa
 def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> None:
     """Neither their weights nor rows are here; a folder with a config alone is as good."""
     tiny_model().config.save_pretrained(tmp_path / "tiny")
+    for name, layers in {"bare": 0, "bent": "x"}.items():
+        config = json.loads((tmp_path / "tiny" / "config.json").read_text()) | {"num_hidden_layers": layers}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for name in ("tiny", "bare", "bent"):
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "rows.jsonl").touch()
     lora = {"lora": {}, "gradient_checkpointing": True}
     written: dict[str, Any] = {
         "name": "paper",
@@ -276,9 +283,9 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
             "llama": {"weights": "meta-llama/Llama-3.1-8B-Instruct"},
             "qwen": {"weights": "Qwen/Qwen2.5-1.5B-Instruct@abc"},
             "none": {"weights": "nobody/none"},
-            "small": {"weights": str(tmp_path / "tiny")},
+            **{name: {"weights": str(tmp_path / name)} for name in ("tiny", "bare", "bent")},
         },
-        "datasets": {"chains": {"file": "rows.jsonl", "rows": "sft", "tokenizer": "small"}},
+        "datasets": {"chains": {"file": str(tmp_path / "rows.jsonl"), "rows": "sft", "tokenizer": "tiny"}},
         "students": {
             name: {"method": "sft", "data": "chains", "precision": "fp32", **student}
             for name, student in dict[str, dict[str, Any]](
@@ -288,7 +295,10 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
                     "eight": {"from": "llama", "gpus": 8, "shard": True, "batch_size": 8},
                     "little": {"from": "qwen"},
                     "unknown": {"from": "none"},
-                    "tiny": {"from": "small"},
+                    "tiny_student": {"from": "tiny"},
+                    "bare_student": {"from": "bare"},
+                    "bent_student": {"from": "bent"},
+                    "crowd": {"from": "tiny", "gpus": 9, "batch_size": 8},
                 }
             ).items()
         },
@@ -303,7 +313,14 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
     assert "); 36.2 GB of memory, 40.2 GB of disk" in lines["lora"]
     assert "); 37.0 GB of memory in each of 8 processes, " in lines["eight"]
     assert "); 32.2 GB of memory, " in lines["little"]
-    assert lines["tiny"].endswith("; 0.0 GB of memory") and found["tiny"].memory_mb
+    assert lines["tiny_student"].endswith("; 0.0 GB of memory") and found["tiny_student"].memory_mb
+    faults = {
+        "bare_student": "a model without layers",
+        "bent_student": "num_hidden_layers",
+        "crowd": "gpus is 9, and a",
+    }
+    for name, fault in faults.items():
+        assert fault in lines[name], "nothing is left out in silence"
 
 
 def test_the_papers_recipe_is_planned_without_its_questions_rows_or_weights(

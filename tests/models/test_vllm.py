@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.asking import until
 from tests.support.tiny_student import tiny_tokenizer
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models import vllm
+from cotree.models import supervise, vllm
 from cotree.models.client import Request
 from cotree.models.endpoints import Endpoint, open_endpoints
 from cotree.models.settings import Model
@@ -76,8 +77,12 @@ async def asked(model: Model, ask: Callable[[Endpoint], Any], **options: Any) ->
         return await ask(endpoints["m"])
 
 
-def test_weights_are_served_asked_and_gone(weights: Path, order: Order, tmp_path: Path) -> None:
+def test_weights_are_served_asked_and_gone(
+    weights: Path, order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faults = order(slow=0.3)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     arguments = {
         "tensor_parallel_size": 2,
         "gpu_memory_utilization": 0.5,
@@ -108,7 +113,7 @@ def test_weights_are_served_asked_and_gone(weights: Path, order: Order, tmp_path
         "override_generation_config": {"top_k": 5}, "middleware": ["a.b", "c.d"],
     }  # fmt: skip
     assert start["key"] > 30 and not any("key" in word for word in start["words"])
-    assert start["gpus"] is None
+    assert start["gpus"] is None and not start["torchrun"]
     assert not any(map(runs, start["pids"])), "when the block ends all is gone, not a little later"
     assert (tmp_path / "logs" / "vllm-m-0.log").read_text().count("api_utils") == 1
     (sent,) = Path(faults["requests"]).read_text().splitlines()
@@ -324,6 +329,17 @@ def test_what_heeds_nothing_and_left_its_group_is_gone_too(tmp_path: Path, monke
     assert not any(map(runs, pids)), "gone before the supervisor is"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent is gone")
+def test_the_server_ends_when_the_process_that_watches_it_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()}\\n'); time.sleep(600)"
+    watched = [sys.executable, "-I", supervise.__file__, str(os.getpid()), sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(watched) as supervisor:
+        asyncio.run(until(lambda: path.exists() and path.read_text().endswith("\n")))
+        supervisor.kill()
+    asyncio.run(until(lambda: not runs(int(path.read_text()))))
+
+
 def test_the_engine_is_what_is_written_or_what_the_machine_has(
     weights: Path, order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +378,8 @@ def test_what_changes_numbers_is_another_model(weights: Path) -> None:
         ({"weights": "a", "engine": "vllm", "engine_args": {"port": 1}}, "`engine_args.port` is given by cotree"),
         ({"weights": "a", "engine": "vllm", "engine_args": {"--dtype": "x"}}, "is no argument with a value"),
         ({"weights": "a", "engine": "vllm", "engine_args": {"dtype": None}}, "is no argument with a value"),
+        ({"weights": "a", "engine": "vllm", "engine_args": {"max_model_len": "8k"}}, "must be a whole number from 1"),
+        ({"weights": "a", "engine": "vllm", "engine_args": {"x": {"y": date(2026, 1, 1)}}}, "must be text, a number"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], fault: str) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 class FakeHub:
     """Repositories by name, `OWNER/NAME` -> revision -> folder; a revision is a commit, and `main` the last one.
 
-    asked: the paths of all requests that were made.
+    asked: the paths of all requests that were made. `owner/gated` is there, and refuses who has no licence.
     """
 
     def __init__(self, repos: Mapping[str, Mapping[str, Path]]) -> None:
@@ -26,6 +26,8 @@ class FakeHub:
         parts = [unquote(part) for part in path.strip("/").split("/")]
         is_api = parts[:2] == ["api", "models"]
         repo = "/".join(parts[2:4] if is_api else parts[:2])
+        if repo == "owner/gated":
+            return 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted"}, b""
         if repo not in self.repos:
             return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": f"no repository {repo}"}, b""
         revisions, rest = self.repos[repo], parts[4:] if is_api else parts[2:]

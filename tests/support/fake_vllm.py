@@ -87,6 +87,7 @@ def main() -> None:
     if "starts" in faults:
         line: dict[str, Any] = {"args": vars(given), "pids": [os.getpid(), worker.pid], "words": sys.argv[1:]}
         line |= {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "key": len(os.environ.get("VLLM_API_KEY", ""))}
+        line["torchrun"] = sorted(os.environ.keys() & {"MASTER_PORT", "LOCAL_WORLD_SIZE"})
         with open(faults["starts"], "a") as file:
             file.write(json.dumps(line) + "\n")
     print(f"INFO 11-29 20:29:25 [api_utils.py:286] model {given.model}", flush=True)

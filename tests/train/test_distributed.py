@@ -176,7 +176,8 @@ def test_a_sharded_student_goes_on_after_a_process_was_killed(student: Path, sft
         "__0_0.distcp", "__1_0.distcp",
     ], "a part of each process"  # fmt: skip
     with pytest.raises(
-        UsageError, match=r"checkpoint-\d was written in shards, and shard is false; set it back, or del"
+        UsageError,
+        match=r"checkpoint-\d was written in shards and now the model is whole .*; set `gpus` and `shard` back, or del",
     ):
         train_rows("sft", student, sft_rows, two, overrides=settings)
     shown = Recorder()
@@ -264,7 +265,16 @@ def test_what_cannot_be_started_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UsageError, match=r"^DeepSpeed cannot train here, .*; set shard=true \(FSDP2\)$"):
         training_arguments(tmp_path, DPO(), 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert process_count(DPO(batch_size=3)) == 1, "nothing was started: there is no rank"
+    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    assert process_count(DPO(gpus=2)) == 4
+    with pytest.raises(UsageError, match=r"^4 processes were started, and a step has 3 rows; set batch_size to 4 at "):
+        process_count(DPO(batch_size=3))
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(UsageError, match=r"MASTER_ADDR is not set; export MASTER_ADDR=\$\(scontrol "), first_process():
         pass

@@ -36,7 +36,7 @@ from cotree.search.reward import combine_step_scores, load_reward_function, step
 from cotree.search.settings import Reward, Trees
 from cotree.search.thoughts import examples_shown
 from cotree.tasks import Question
-from cotree.train.processes import process_count
+from cotree.train.processes import launched, process_count
 from cotree.train.settings import Optimizer
 
 # A request that fails twice fails here: a check should not wait as long as a search would.
@@ -123,7 +123,7 @@ def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterato
             yield name, "contamination", partial(_contamination, fingerprints, node)
         if node.kind == "students":
             yield name, "student", partial(_chat_template, recipe, node.name)
-            if settings.training.gpus != "all":  # which fits anywhere
+            if settings.training.gpus != "all" or launched() > 1:  # else they fit anywhere
                 yield name, "gpus", partial(_processes, settings.training)
         if node.kind == "evaluations":
             for model in {recipe.root_model(model) for model in settings.models}:

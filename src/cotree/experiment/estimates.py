@@ -90,13 +90,14 @@ class Estimates:
         return Cost(written, seconds=_tenths_up(written / speed) if speed else None, gpu_hours=hours)
 
     def _parameters(self, name: str) -> float | None:
-        """How many weights a model has that are used for a token: by its name (72B, of 30B-A3B 3B), else its files."""
+        """How many weights of a model a token uses: by its files, else by its name (72B, of 30B-A3B 3B)."""
         model = self.recipe.models[self.recipe.root_model(name)]
         called = model.weights or model.model
+        if model.weights is not None:
+            with suppress(UsageError):
+                return parameter_count(locate(called))
         if found := re.findall(r"(?<![a-z0-9.])A?(\d+(?:\.\d+)?)B(?![a-z])", called, re.IGNORECASE):
             return min(map(float, found)) * 1e9
-        with suppress(UsageError):
-            return parameter_count(locate(called)) if model.weights is not None else None
         return None
 
     def _count(self, node: Node[Any]) -> int:
@@ -142,8 +143,8 @@ class Estimates:
         return round(questions * min(tree, settings.stop.tokens or tree))
 
     def _cost_of_training(self, node: Node[Student]) -> Cost:
-        """The memory and disk that a student's shapes take, and the tokens and time of its rows; the most tokens that
-        they can have, before rows and weights are here."""
+        """The memory and disk that a student's shapes take, and the tokens and time of its rows; before these are here,
+        the tokens if every tree gives all the rows that it may."""
         config, parameters = student_shapes(self.recipe, node)
         from cotree.train.memory import training_memory
         from cotree.train.plan import plan as plan_training
@@ -171,10 +172,10 @@ class Estimates:
         )
 
     def _tokens_of_rows(self, node: Node[Dataset]) -> int | None:
-        """The tokens of a dataset's rows before they are there, if every tree gives all that it may; None where rows
-        come from a file and no other dataset says how many."""
+        """About the tokens of a dataset's rows before they are there, if every tree gives all that it may; None for the
+        rows of a file, unless another dataset says how many tokens."""
         settings = node.settings
-        if settings.size_of is not None:
+        if settings.size_of is not None and (settings.trees or settings.size_in == "tokens"):
             return self._tokens_of_rows(self.recipe.nodes[f"datasets/{settings.size_of}"])
         trees = [self.recipe.nodes[f"trees/{name}"] for name in settings.trees]
         sides = 2 if settings.rows in ("dpo", "step_pairs") else 1

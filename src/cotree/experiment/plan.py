@@ -84,9 +84,8 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
     width = max(len(plan.name) for plan in plans)
     lines, said = [], dict[str, str]()
     for each in plans:
-        most = each.name.startswith("students/") and each.seconds is None
         costs = [
-            f"{'at most' if most else 'about'} {number(each.tokens)} tokens" if each.tokens else "",
+            f"about {number(each.tokens)} tokens" if each.tokens else "",
             duration(each.seconds) if each.seconds else "",
             _gpu_hours(each.gpu_hours),
             _memory(each.memory_mb / 1000, each.processes or 1) if each.memory_mb else "",
@@ -145,8 +144,10 @@ def _plan_of(node: Node[Any], states: Sequence[State], estimates: Estimates) -> 
     if planned.state == "done":
         return planned
     left = [each for each in states if each.state != "done"]
-    with suppress(CotreeError):  # weights or questions are not here, as `why` says
+    try:
         planned = replace(planned, **asdict(estimates.cost(node, left)))
+    except CotreeError as error:
+        planned = replace(planned, why=planned.why or [f"its cost is not known: {error}"])
     with suppress(CotreeError):
         if node.kind in ("trees", "evaluations"):
             names = node.settings.writers if node.kind == "trees" else [str(each.model) for each in left]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Final, Literal
 
@@ -22,7 +23,20 @@ SPEED_ARGS: Final = (
     *("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"),
     *("compilation_config", "load_format", "download_dir"),
 )
+_NUMBERS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "max_model_len",
+)  # cotree counts with
 _OURS = ("model", "host", "port", "api_key", "served_model_name")  # arguments of `vllm serve` that cotree gives
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
 
 
 class Price(Section):
@@ -97,6 +111,11 @@ class Model(Section):
             if name in _OURS or not re.fullmatch("[a-z][a-z0-9_]*", name) or value is None:
                 fault = "is given by cotree" if name in _OURS else "is no argument with a value"
                 raise ValueError(f"`engine_args.{name}` {fault}; write those of `vllm serve`, e.g. max_model_len: 8192")
+            if (name in _NUMBERS and (type(value) is not int or value < 1)) or not _is_json(value):
+                form = (
+                    "a whole number from 1" if name in _NUMBERS else "text, a number, true, false, a list or a section"
+                )
+                raise ValueError(f"`engine_args.{name}` must be {form}")
         if self.urls and self.mode == "completions" and self.tokenizer is None:
             raise ValueError("a `url` model needs `tokenizer` (hub id or folder): prompts are rendered on this side")
         return self

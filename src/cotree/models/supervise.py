@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+_DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
 # Seconds that a server has for ending by itself, and that its processes have for being gone after SIGKILL.
 _GRACE, _GONE = 5.0, 30.0
 
@@ -27,7 +27,7 @@ def supervise(parent: int, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     if sys.platform == "linux":  # processes whose parent has ended become children of this one
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_end_with_parent)
     while (code := server.poll()) is None and not stopped and os.getppid() == parent:
         time.sleep(0.1)
     for number, seconds in (signal.SIGTERM, _GRACE), (signal.SIGKILL, _GONE):
@@ -40,6 +40,12 @@ def supervise(parent: int, command: list[str]) -> int:
                 _signal(server.pid, number)
             time.sleep(0.05)
     return 0 if code is None else code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> None:
+    """Have this process told to stop if the one that watches it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 
 def _signal(group: int, number: int) -> None:

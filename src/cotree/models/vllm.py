@@ -29,6 +29,8 @@ from cotree.base.progress import one_line
 from cotree.models import supervise
 
 _PORTS = 3  # so many are tried before a server is given up because its port is taken
+# What torchrun says to its processes, one of which this may be; vLLM would take it for its own.
+_OF_TORCHRUN = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 _TAKEN = re.compile("address already in use", re.I)
 # What vLLM writes before a line of its log, and a line that says what went wrong.
 _LOG_PREFIX = re.compile(r"^(\(.*?\) )?((INFO|WARNING|ERROR) [\d: -]+\[[^\]]*\] *)?")
@@ -200,7 +202,8 @@ def _start(command: Sequence[str], devices: tuple[str, ...], *, name: str, log: 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     key = secrets.token_urlsafe(32)
-    environment = {**os.environ, "VLLM_API_KEY": key}  # not among the arguments, which every user of the machine sees
+    environment = {name: value for name, value in os.environ.items() if not _OF_TORCHRUN.fullmatch(name)}
+    environment["VLLM_API_KEY"] = key  # not among the arguments, which every user of the machine sees
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     watched = [sys.executable, "-I", supervise.__file__, str(os.getpid()), *command]

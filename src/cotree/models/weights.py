@@ -450,10 +450,16 @@ def _hub_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - the hub client raises a dozen unrelated types
         from huggingface_hub import is_offline_mode
+        from huggingface_hub.errors import RepositoryNotFoundError
 
         if is_offline_mode():
-            raise UsageError(f"{what} is not downloaded yet, and the hub is not asked now (offline)") from None
+            raise UsageError(f"{what} is not here, and the hub is not asked now (offline)") from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
         reason = next(filter(None, str(error).splitlines()), type(error).__name__)
-        if "ConnectError" in reason or "ConnectTimeout" in reason:
-            reason = "it is not reached; check the network and the name"
-        raise UsageError(f"cannot get {what} from the hub: {reason}; or give a path of what is here") from None
+        if isinstance(error, RepositoryNotFoundError) and status == 404:
+            reason = "there is no such model; correct the name"
+        elif status in (401, 403):
+            reason = "access is refused; accept its licence on its page there, then run `hf auth login`"
+        elif "ConnectError" in reason or "ConnectTimeout" in reason:
+            reason = "it is not reached; check the network"
+        raise UsageError(f"{what} is not here, and cannot be got from the hub: {reason}, or give a path") from None

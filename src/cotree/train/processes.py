@@ -45,7 +45,7 @@ def first_process() -> Iterator[bool]:
         UsageError: srun started it on several machines, and nothing says which of them is the first.
         CotreeError: another process ended before it was done.
     """
-    if _launched() == 1:
+    if launched() == 1:
         yield True
     elif os.environ["RANK"] == "0":
         _waiting()
@@ -81,7 +81,7 @@ def train_together(
     places = {"rows": rows, "student": student, "out": out, "references": references}
     training: Training = {name: place and str(place) for name, place in places.items()}
     training |= {"method": method, "settings": settings.model_dump(mode="json"), "seed": seed}
-    if _launched() > 1:
+    if launched() > 1:
         with _explain_lost_process():
             _from_first(training)
             return _train(training, on_step, output)
@@ -90,13 +90,18 @@ def train_together(
 
 
 def process_count(settings: Optimizer) -> int:
-    """How many processes these settings start on this machine.
+    """How many processes train with these settings: those that a launcher started, else those that are started here.
 
     Raises:
         UsageError: there are fewer GPUs, or fewer rows in a step.
     """
     import torch
 
+    if (processes := launched()) > 1:
+        if settings.batch_size < processes:
+            fix = f"set batch_size to {processes} at least, or start fewer"
+            raise UsageError(f"{processes} processes were started, and a step has {settings.batch_size} rows; {fix}")
+        return processes
     here = torch.cuda.device_count()
     if settings.gpus == "all":
         return max(1, min(here, settings.batch_size))  # each trains on a row of a step at least
@@ -204,7 +209,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _launched() -> int:
+def launched() -> int:
     """How many processes torchrun, accelerate or srun started; 1 without them. Of srun's, torch learns here."""
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" not in os.environ and tasks > 1:
@@ -215,7 +220,10 @@ def _launched() -> int:
         os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
         os.environ |= {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
         os.environ["WORLD_SIZE"] = str(tasks)
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    named = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")]
+    if not all(named) or not all(word.isdecimal() for word in named[:2]):
+        return 1  # a variable that is left of something else starts no processes
+    return int(named[0])
 
 
 @cache

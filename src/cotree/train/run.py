@@ -134,9 +134,12 @@ def train(
         with arguments.main_process_first(local=False):  # damaged checkpoints are named and deleted once
             checkpoint = last_checkpoint(out / "trainer", (output or Output()).print)
         if checkpoint and (checkpoint / "optimizer.pt").exists() == is_sharded(settings):
-            made, now = ("in one piece", "true") if is_sharded(settings) else ("in shards", "false")
+            made, now = (
+                ("whole", "in shards") if is_sharded(settings) else ("in shards", "whole (a single process always)")
+            )
             raise UsageError(
-                f"{checkpoint} was written {made}, and shard is {now}; set it back, or delete {out}/trainer"
+                f"{checkpoint} was written {made} and now the model is {now}; set `gpus` and `shard` back, or delete "
+                f"{out}/trainer"
             )
         with quiet():
             with explain_out_of_memory("outside the packs, where the optimizer keeps two numbers a weight: set lora"):

@@ -181,8 +181,8 @@ def student_config(source: Path) -> Any:
     base = adapter_base(source)
     try:
         config = AutoConfig.from_pretrained(base or str(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fault = f"cannot load the student {source}: {str(error).splitlines()[0][:200]}"
+    except Exception as error:  # transformers checks a config with errors of many types
+        fault = f"cannot load the student {source}: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"{fault}; its base is {base}: {_BASE_FIX}" if base else fault) from error
     family_of(config)
     return config
@@ -197,6 +197,8 @@ def family_of(config: Any) -> Family:
             row with an attention of its own, exactly, and none of these has a place in it.
     """
     family = supported_family(config, "cannot train")
+    if config.num_hidden_layers < 1:
+        raise UsageError("cannot train a model without layers: correct num_hidden_layers in its config.json")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _ROPE:
         raise UsageError(f"cannot train with rotary positions of type {rope!r}: supported are {', '.join(_ROPE)}")

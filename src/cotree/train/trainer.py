@@ -84,7 +84,7 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
 
 def is_sharded(settings: Optimizer) -> bool:
     """Whether the model is divided among several processes, as the settings or `accelerate launch` say."""
-    return (settings.shard or _SHARDS_BY_LAUNCHER) and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return (settings.shard or _SHARDS_BY_LAUNCHER) and "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def resolve_precision(settings: Settings) -> Settings:
