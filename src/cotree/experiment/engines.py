@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import RunFolder
@@ -23,7 +24,9 @@ def with_engines(recipe: Recipe, folder: RunFolder) -> Recipe:
     In a run's own recipe an engine is written where vLLM is one to choose; none means llama.cpp, so that a run of a
     laptop goes on with it where there is a GPU.
     """
-    kept = read_recipe(folder).get("models") or {} if (folder.path / "recipe.yaml").is_file() else {}
+    kept: Mapping[str, Any] = {}
+    with suppress(UsageError):  # a damaged one is written again
+        kept = read_recipe(folder).get("models") or {} if (folder.path / "recipe.yaml").is_file() else {}
     written = copy.deepcopy(dict(recipe.written))
     for name, model in recipe.models.items():
         if model.weights is None or model.engine is not None:

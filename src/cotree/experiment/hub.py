@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,23 @@ def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
     Raises:
         UsageError: the hub is not reached, or has nothing of that name.
     """
+    kept = cache(partial(_revisions, folder))  # read only where a name without a revision needs it
+
+    def pin(section: str, word: str) -> str:
+        found = HUB_WEIGHTS.fullmatch(word)
+        if found is None or found["revision"] or (section == "models" and Path(word).exists()):
+            return word
+        known, key = kept(), (section, found["repo"])
+        if ask and key not in known:
+            known[key] = _newest_commit(*key)
+        return f"{found['repo']}@{known[key]}{word.removeprefix(found['repo'])}" if key in known else word
+
+    written = _with_hub_names(recipe.written, pin)
+    return recipe if written == recipe.written else build_recipe(written, recipe.home)
+
+
+def _revisions(folder: RunFolder) -> dict[tuple[str, str], str]:
+    """The revisions that the run's own recipe names: (section, repository) -> revision."""
     known: dict[tuple[str, str], str] = {}
 
     def remember(section: str, word: str) -> str:
@@ -35,26 +53,16 @@ def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
             known[section, found["repo"]] = found["revision"]
         return word
 
-    def pin(section: str, word: str) -> str:
-        found = HUB_WEIGHTS.fullmatch(word)
-        if found is None or found["revision"] or (section == "models" and Path(word).exists()):
-            return word
-        key = section, found["repo"]
-        if ask and key not in known:
-            known[key] = _newest_commit(*key)
-        return f"{found['repo']}@{known[key]}{word.removeprefix(found['repo'])}" if key in known else word
-
     if (folder.path / "recipe.yaml").is_file():
         _with_hub_names(read_recipe(folder), remember)
-    written = _with_hub_names(recipe.written, pin)
-    return recipe if written == recipe.written else build_recipe(written, recipe.home)
+    return known
 
 
 def _with_hub_names(written: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
     """A written recipe in which `change(section, name)` stands for every name that may be one of the hub."""
     changed = copy.deepcopy(dict(written))
     for section, key in _NAMED_IN.items():
-        entries = (changed.get(section) or {}).values()
+        entries = [entry for entry in (changed.get(section) or {}).values() if isinstance(entry, dict)]
         for place in [*entries, *(entry.get("sweep") or {} for entry in entries)]:
             if isinstance(value := place.get(key), str):
                 place[key] = change(section, value)
