@@ -144,6 +144,8 @@ def _start(
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "told.jsonl").write_text("")
+    if output is not None:
+        output.print(f"  {count} processes train; what each prints is in {folder}")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # they meet there, as those of torchrun do
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
