@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.fake_server import FakeServerThread
+from tests.support.fake_server import ASSISTANT, FakeServerThread
 
 # A written recipe, and the folder of its finished runs.
 Done = tuple[dict[str, Any], Path]
@@ -25,6 +25,21 @@ def server() -> Iterator[FakeServerThread]:
 
     with FakeServerThread(chat_only=True, reply=knowing_reply) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer whose tokens are the fake server's: words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -20,21 +20,6 @@ from cotree.experiment.check import Finding, check
 from cotree.experiment.recipe import build_recipe, recipe_yaml
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tokenizer whose tokens are the fake server's: words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    template += "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
-    folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, unk_token="<unk>").save_pretrained(folder)
-    return str(folder)
-
-
 def written(*models: dict[str, Any], **trees: Any) -> dict[str, Any]:
     """A recipe of models `m0`, `m1`, ..., of which `m0` thinks and is asked, and a student whose weights are not there.
 

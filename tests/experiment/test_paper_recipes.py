@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.experiment.test_check import tokenizer  # noqa: F401 - a fixture
 from tests.support.benchmark_data import benchmark_rows
 from tests.support.experiment import KeptOutput
 from tests.support.fake_server import FakeServerThread, tell
@@ -65,7 +64,7 @@ def test_the_arms_of_every_table_are_there() -> None:
 
 
 @pytest.mark.real
-def test_check_passes_against_fakes(tokenizer: str, tmp_path: Path) -> None:  # noqa: F811
+def test_check_passes_against_fakes(tokenizer: str, tmp_path: Path) -> None:
     """Only the servers, their tokenizer, the student and the numbers of questions and tokens are not the recipe's; the
     other recipes are this one with other weights."""
     for name in ("gsm8k_train_500.jsonl", "math500.jsonl", "blocksworld.jsonl.gz", "multi_if_en.jsonl.gz"):

@@ -129,8 +129,7 @@ def local_model(model: Model, asking: AskSettings) -> tuple[Path, PreTrainedToke
     source = tokenizer_source(model)
     assert model.weights, "only weights are served here"
     assert source, "weights carry a tokenizer"
-    as_it_is = asking.gguf is None or engine_of(model) == "vllm"
-    file = locate(model.weights) if as_it_is else gguf_file(model, asking.gguf or "Q8_0")
+    file = locate(model.weights) if asking.gguf is None or engine_of(model) == "vllm" else gguf_file(model, asking.gguf)
     return file, load_tokenizer(source, chats=False)
 
 
@@ -190,8 +189,8 @@ def evaluate_model(
     """Evaluate a model; calling it again resumes.
 
     Args:
-        model: the URL of an OpenAI-compatible server, a packaged name, a `.gguf`, `REPO_ID:FILE.gguf`, or a
-            transformers folder, which is written as GGUF first where llama.cpp serves it.
+        model: the URL of an OpenAI-compatible server, or weights as a recipe names them; a transformers folder is
+            written as GGUF first where llama.cpp serves it.
         tasks: names as in `cotree tasks`, or own tasks.
         data: where the tasks' rows are, as in `cotree.task`.
         split: train, dev or test.
