@@ -94,6 +94,21 @@ def test_a_folder_is_served_as_transformers_computes_it(
     check_served(model, vocabulary, serve(out), PROMPT * 3, 1e-4)
 
 
+def test_a_folder_in_parts_beside_another_format_is_the_same_model(tmp_path: Path) -> None:
+    model = tiny_model()
+    for name, size in {"whole": "1GB", "parts": "100KB"}.items():
+        model.save_pretrained(tmp_path / name / "student", max_shard_size=size)
+        tiny_tokenizer().save_pretrained(tmp_path / name / "student")
+        (tmp_path / name / "student" / "consolidated.safetensors").write_bytes(b"no part of it")
+        export_gguf(tmp_path / name / "student", tmp_path / f"{name}.gguf", "F32")
+    assert len([*(tmp_path / "parts" / "student").glob("model-*.safetensors")]) > 1
+    tensors = [
+        {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("whole", "parts")
+    ]
+    assert tensors[0] == tensors[1]
+
+
 @pytest.mark.parametrize("pre", SPLITS)
 def test_a_vocabulary_is_known_by_how_it_splits_text(pre: str, tmp_path: Path, serve: Callable[[Path], Post]) -> None:
     """The engine cuts texts with the written vocabulary as the folder's tokenizer does."""

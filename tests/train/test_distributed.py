@@ -267,7 +267,8 @@ def test_what_cannot_be_started_is_refused(tmp_path: Path, monkeypatch: pytest.M
         training_arguments(tmp_path, DPO(), 1, 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert process_count(DPO(batch_size=3)) == 1, "nothing was started: there is no rank"
-    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+    for name, value in {"RANK": "0", "MASTER_PORT": "9", "MASTER_ADDR": "127.0.0.1"}.items():
+        assert process_count(DPO(batch_size=3)) == 1, f"{name} is not set"
         monkeypatch.setenv(name, value)
     assert process_count(DPO(gpus=2)) == 4
     with pytest.raises(UsageError, match=r"^4 processes were started, and a step has 3 rows; set batch_size to 4 at "):
