@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from tests.support.full_disk import full_disk
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, check_against_record, find_run
+from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, check_against_record, find_run, usable_cores
 
 
 class Killed(BaseException):
@@ -264,3 +266,12 @@ def test_only_runs_of_today_are_found(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").touch()
     with pytest.raises(UsageError, match=r"a run of an older cotree.*docs/migration\.md"):
         find_run(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_a_process_bound_to_one_core_counts_one() -> None:
+    bind = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    count = "from cotree.base.run_folder import usable_cores; print(usable_cores())"
+    counted = subprocess.run([sys.executable, "-c", f"{bind}; {count}"], capture_output=True, text=True, check=True)
+    assert counted.stdout == "1\n"
+    assert usable_cores() >= 1

@@ -354,10 +354,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than the machine has under Slurm, a container or `taskset`."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _machine() -> dict[str, Any]:
     """The class of this machine, for tables: nothing that names it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
-    return {"cpu": _cpu(), "cores": os.cpu_count() or 1, "memory_gb": round(memory, 1)}
+    return {"cpu": _cpu(), "cores": usable_cores(), "memory_gb": round(memory, 1)}
 
 
 def _cpu() -> str:

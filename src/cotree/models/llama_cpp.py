@@ -6,7 +6,6 @@ Nothing else in cotree needs to know whether a model runs here or elsewhere.
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cotree.base.errors import UsageError
+from cotree.base.run_folder import usable_cores
 from cotree.models.weights import check_weights
 
 
@@ -41,7 +41,7 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     params.n_parallel, params.n_ctx, params.kv_unified = slots, slots * context, shared
     # The default prompt cache takes 8 GiB.
     params.cache_ram_mib = 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = usable_cores()
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     params.verbosity = -1

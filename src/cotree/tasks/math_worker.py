@@ -33,6 +33,7 @@ from typing import Any
 
 import cotree
 from cotree.base.errors import CotreeError
+from cotree.base.run_folder import usable_cores
 from cotree.tasks.math_text import parse_number
 
 CPU_SECONDS = 3.0
@@ -72,7 +73,7 @@ class _Server:
             raise CotreeError(f"the math verifier does not start; see what `{shlex.join(command)}` says")
         # The sockets that nobody waits on; None in the place of a worker that is still to be forked.
         self._idle: queue.LifoQueue[socket.socket | None] = queue.LifoQueue()
-        for _ in range(os.cpu_count() or 1):
+        for _ in range(usable_cores()):
             self._idle.put(None)
 
     def ask_worker(self, gold: str, answer: str) -> bool | None:
