@@ -34,7 +34,8 @@ from cotree.search.store import TreeStore
 from cotree.search.summary import MethodResult, compare_methods
 from cotree.search.trees import TreeGrower, trees_of
 from cotree.tasks import Split, task
-from cotree.tasks.base import Asked
+from cotree.tasks.base import Asked, hash_digit
+from cotree.tasks.benchmark import Benchmark
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "out" / "worth.json"
@@ -90,8 +91,20 @@ class Bench:
             return compare_methods({way: trees_of(store, questions, config)})[0]
 
 
-def drawn(counts: Mapping[str, int], split: Split) -> list[Asked]:
-    return [(task(name), question) for name, count in counts.items() for question in task(name).questions(split, count)]
+def drawn(counts: Mapping[str, int], split: Split, family: str | None) -> list[Asked]:
+    """The first questions of each task, of one family alone where it is given.
+
+    A task that has a test set only is asked there, and a tenth of it, by the hash of the ids, is for tuning.
+    """
+    asked: list[Asked] = []
+    for name, count in counts.items():
+        of = task(name)
+        if isinstance(of, Benchmark) and of.training is None:
+            found = [one for one in of.questions() if (hash_digit(one.id) == 0) == (split == "dev")]
+        else:
+            found = of.questions(split, None if family else count)
+        asked += [(of, one) for one in found if family in (None, one.family)][:count]
+    return asked
 
 
 def line(result: MethodResult, seconds: float) -> str:
@@ -124,14 +137,16 @@ async def measure(
     temperatures: list[float],
     tokens: list[int | None],
     seed: int,
+    family: str | None,
 ) -> dict[str, Any]:
     """Tune every way on dev questions at the first number of tokens, then report it on train questions at each."""
     search = ways["mcts"]
     result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "seed": seed, "tuned": {}, "dev": {}}
-    result |= {"questions": dict(search.questions), "temperatures": temperatures, "model": list(model)}
+    result |= {"questions": dict(search.questions), "family": family, "model": list(model)}
+    result |= {"temperatures": temperatures}
     async with open_endpoints(dict(model), widest=search.widest) as endpoints:
         bench = Bench(endpoints, folder, seed)
-        asked = drawn(dict.fromkeys(search.questions, dev), "dev")
+        asked = drawn(dict.fromkeys(search.questions, dev), "dev", family)
         print(f"{len(asked)} dev questions\n{HEAD}", flush=True)
         best: dict[str, Trees] = {}
         for way, settings in ways.items():
@@ -146,7 +161,7 @@ async def measure(
             chosen = max(temperatures, key=lambda t: found[t].pairs_per_1000_tokens[0])
             result["tuned"][way], best[way] = chosen, grid[chosen]
             result["dev"][way] = {str(t): asdict(of) for t, of in found.items()}
-        asked, result["reported"] = drawn(search.questions, "train"), []
+        asked, result["reported"] = drawn(search.questions, "train", family), []
         print(f"\n{len(asked)} train questions, each way at the temperature of most pairs", flush=True)
         for most in sorted(tokens, key=lambda n: -(n or 0)):
             print(f"{HEAD}  {'' if most is None else f'at {most} tokens a question'}", flush=True)
@@ -163,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="whose `trees.train` is searched with; recipes/laptop.yaml")
     parser.add_argument("--task", help="instead of the recipe's; then recipes/gsm8k.yaml is the default recipe")
+    parser.add_argument("--family", help='only such questions, e.g. "3 blocks" of blocksworld')
     parser.add_argument("--model", help="a packaged name, a .gguf or a folder, instead of the recipe's thinker")
     parser.add_argument("--questions", type=int, help="a task, reported; as many as the recipe has")
     parser.add_argument("--dev", type=int, default=24, help="a task, for tuning")
@@ -191,7 +207,8 @@ def main() -> None:
     ways = {way: of for way, of in ways_of(search).items() if way in ("mcts", *options.ways)}
     folder = options.folder / "-".join([recipe_file.stem, *names])
     folder.mkdir(parents=True, exist_ok=True)
-    more = {"dev": options.dev, "temperatures": options.temperatures, "tokens": options.tokens, "seed": options.seed}
+    more = {"dev": options.dev, "temperatures": options.temperatures, "tokens": options.tokens}
+    more |= {"seed": options.seed, "family": options.family}
     result = asyncio.run(measure(models, ways, folder, **more))
     result["seconds"] = round(time.monotonic() - started)
     OUT.parent.mkdir(parents=True, exist_ok=True)
