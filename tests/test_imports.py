@@ -15,7 +15,7 @@ import cotree
 
 SOURCE = Path(cotree.__file__).parent
 # A package imports only from those before it.
-ORDER = ["base", "tasks", "models", "search", "data", "train", "decode", "eval", "report", "experiment", "cli"]
+ORDER = ["base", "tasks", "models", "search", "data", "train", "decode", "eval", "report", "view", "experiment", "cli"]
 HEAVY = ["torch", "transformers", "datasets", "aiohttp", "matplotlib", "numpy", "pyarrow", "sympy", "pydantic", "yaml",
          "rich.progress", "sqlite3", "asyncio"]  # fmt: skip
 

@@ -125,6 +125,21 @@ def show(
     Output().print(show_run(find_run(run), trees, question, best))
 
 
+@app.command(epilog="Example: cotree view runs/laptop --annotator anna")
+def view(
+    run: RunArgument,
+    annotator: Annotated[str | None, typer.Option(help="Your name, for annotations; else the page asks.")] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Take no annotations.")] = False,
+    host: Annotated[str, typer.Option(help="Beyond loopback the address has a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Show a run in the browser: its trees, their chains, annotations, datasets, students and tables."""
+    from cotree.experiment.run import view_run
+
+    view_run(run, host=host, port=port, browser=browser, read_only=read_only, annotator=annotator)
+
+
 @app.command(epilog="Example: cotree preview recipes/laptop.yaml pairs --rows 2")
 def preview(
     recipe: RecipeArgument,

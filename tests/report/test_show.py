@@ -87,7 +87,7 @@ def test_every_thought_is_in_exactly_one_block_in_the_trees_order(seed: int) -> 
             assert branch.thoughts[0].node.parent_id == block.thoughts[-1].node.node_id
             collect(branch)
 
-    for block in TreeView("t", tree, []).blocks():
+    for block in TreeView("t", tree, [], {}).blocks():
         collect(block)
     assert sorted(drawn) == [node.node_id for node in tree.nodes if node.parent_id is not None]
 

@@ -7,11 +7,9 @@ loopback server through a name of its own (Host and Origin are checked), and bey
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from functools import partial
@@ -20,10 +18,10 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
-from yarl import URL
 
 from cotree.base.errors import CotreeError, RefusedError, UsageError, first_cotree_error
 from cotree.base.progress import Output
+from cotree.base.serving import LOOPBACK, TOKEN, is_foreign, is_same_secret, listen
 from cotree.decode.answer import read_settings
 from cotree.decode.protocol import Body, ChatBody, Refusal, TextBody, read_body, reply_json, settings_for_request
 from cotree.decode.strategies import Decoded, OpenTask, choose_value, search_answer
@@ -32,8 +30,6 @@ from cotree.models.wire import Prompt
 from cotree.search.journal import SearchModels
 from cotree.search.settings import Role, Writer
 
-TOKEN = "COTREE_TOKEN"  # noqa: S105 - the variable's name
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _BODY_BYTES = 1 << 20
 # Seconds. A comment now and then keeps proxies from closing a stream in which nothing is sent yet.
 _HEARTBEAT = 10.0
@@ -74,7 +70,7 @@ class Server:
         self.task, self.strategy = OpenTask(boxed=boxed), strategy
         self.value = choose_value(self.task, strategy, value, self.settings)
         self.host, self.token = host, os.environ.get(TOKEN)
-        if host not in _LOOPBACK and not self.token:
+        if host not in LOOPBACK and not self.token:
             raise UsageError(f"{host} can be reached by others: set {TOKEN} to a secret that clients send as API key")
         self.searches = 0
         self._slots, self._max_searches, self._started = asyncio.Semaphore(at_once), at_once + queue, int(time.time())
@@ -106,23 +102,13 @@ class Server:
         return web.json_response(refusal.body, status=refusal.status, headers=headers)
 
     def _check_sender(self, request: web.Request) -> None:
-        """Refuse names of the server that a page made up (DNS rebinding), pages of other hosts, and a wrong token."""
-        origin = request.headers.get("Origin")
-        try:
-            # A proxy before this server may speak TLS where this server does not, so a page's scheme is taken.
-            page = None if origin is None else URL(origin).origin()
-            own = URL(f"{page.scheme if page else 'http'}://{request.host}").origin()
-            foreign = page is not None and (page.host, page.port) != (own.host, own.port)
-            foreign |= self.host in _LOOPBACK and own.host not in _LOOPBACK
-        except ValueError:
-            foreign = True
-        if foreign:
+        """Refuse names of the server that a page made up, pages of other hosts, and a wrong token."""
+        if is_foreign(self.host, request.host, request.headers.get("Origin")):
             raise Refusal(403, f"this server answers to {self.host} by no other name, and to no other server's pages")
         if not self.token or request.path == "/health":
             return
         scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), self.token.encode())
-        if scheme.casefold() != "bearer" or not same:
+        if scheme.casefold() != "bearer" or not is_same_secret(sent, self.token):
             raise Refusal(401, f"send the server's {TOKEN} as the API key", code="invalid_api_key")
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -237,12 +223,7 @@ def serve(
         UsageError: the models or settings are wrong, or `host` is not loopback and there is no token.
     """
     server, output = Server(models, host=host, **options), output or Output()
-    shown, family = (f"[{host}]", socket.AF_INET6) if ":" in host else (host, socket.AF_INET)
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
-    address = f"http://{shown}:{listening.getsockname()[1]}/v1"
+    listening, address = listen(host, port)
 
     async def open_models(_: web.Application) -> AsyncIterator[None]:
         used = server.settings.asked_models(*server.names)
@@ -250,7 +231,7 @@ def serve(
             yield
 
     def show(_: str) -> None:
-        output.print(f"serving {', '.join(server.names)} at {address} (Ctrl-C ends it)")
+        output.print(f"serving {', '.join(server.names)} at {address}/v1 (Ctrl-C ends it)")
 
     logging.getLogger("aiohttp.server").addFilter(_is_ours)
     app = server.app()

@@ -26,12 +26,12 @@ from cotree.experiment.check import preflight
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import pinned
-from cotree.experiment.recipe import Node, Recipe, load_recipe, recipe_yaml
+from cotree.experiment.recipe import Recipe, load_recipe, recipe_yaml
 from cotree.experiment.state import State, equal_content, records_of, run_folder, states_of
 from cotree.experiment.work import Worker
 from cotree.models.endpoints import check_servers
 from cotree.report.html import write_report
-from cotree.report.summary import summarize_run, write_summary
+from cotree.report.summary import NodeReads, summarize_run, write_summary
 from cotree.report.table import summary_lines
 from cotree.search.store import TreeStore
 from cotree.train.processes import first_process
@@ -130,20 +130,34 @@ def report_again(path: Path, out: Path | None = None) -> Path:
 def _write_results(folder: RunFolder, recipe: Recipe, output: Output, out: Path | None = None) -> Path:
     """Write and show the summary of a run, and write its report."""
 
-    def reads(node: Node[Any]) -> tuple[str, ...]:
-        """What a node reads; of an evaluation its models and students as they are written, then the rest."""
-        if node.kind != "evaluations":
-            return node.reads
-        asked = [f"{'models' if name in recipe.models else 'students'}/{name}" for name in node.settings.models]
-        return tuple(dict.fromkeys([*asked, *node.reads]))
-
-    summary = summarize_run(folder, [(node.id, reads(node)) for node in recipe.nodes.values()])
+    summary = summarize_run(folder, nodes_of(recipe))
     if out is None or os.access(folder.path, os.W_OK):  # a run may be there to be read only
         write_summary(folder, summary)
     page = write_report(folder, summary, out)  # before anything is printed, which a closed pipe ends
     for line in summary_lines(summary):
         output.print(line)
     return page
+
+
+def nodes_of(recipe: Recipe) -> list[NodeReads]:
+    """The nodes of a recipe with what they read; of an evaluation its models and students as written, then the rest."""
+    found: list[NodeReads] = []
+    for node in recipe.nodes.values():
+        models = node.settings.models if node.kind == "evaluations" else ()
+        asked = [f"{'models' if name in recipe.models else 'students'}/{name}" for name in models]
+        found.append((node.id, tuple(dict.fromkeys([*asked, *node.reads]))))
+    return found
+
+
+def view_run(path: Path, **options: Any) -> None:
+    """Show a run in the browser until Ctrl-C; options: those of `view.server.view`.
+
+    Raises:
+        UsageError: the folder is no run, its recipe does not load, or nothing can listen there.
+    """
+    from cotree.view.server import view
+
+    view(find_run(path), nodes_of(load_recipe(path)), **options)
 
 
 def _bring_up_to_date(worker: Worker, state: State) -> None:

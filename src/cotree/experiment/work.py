@@ -105,6 +105,7 @@ class Worker:
 
     def _grow(self, node: Node[Trees], work: Work) -> None:
         from cotree.models.endpoints import open_endpoints
+        from cotree.search.index import TreeIndex
         from cotree.search.journal import Journal, Progress
         from cotree.search.summary import compare_methods, summarize
         from cotree.search.trees import TreeGrower, trees_left
@@ -114,7 +115,7 @@ class Worker:
         if settings.tokens_of is not None:
             budgets = {tree.question_name: tree.completion_tokens for tree in self.trees(settings.tokens_of)}
 
-        async def grow(store: TreeStore, journal: Journal) -> Progress:
+        async def grow(store: TreeStore, journal: Journal, index: TreeIndex) -> Progress:
             models = {name: self.model(name) for name in settings.writers}
             async with open_endpoints(models, widest=settings.widest, logs=work.path) as endpoints:
                 with self.output.progress(node.name) as update:
@@ -126,6 +127,7 @@ class Worker:
                         config=config,
                         seed=node.seed,
                         budgets=budgets,
+                        on_tree=lambda tree: index.add([tree]),
                         on_progress=partial(_show_search, update),
                     )
                     return await grower.grow(asked)
@@ -135,7 +137,10 @@ class Worker:
             lost = "journal.db is gone; requests that it had answers to are paid again where trees need them"
             for line in filter(None, (store.rescued, journal.rescued, lost if gone else "")):
                 self.output.print(f"{node.id}: {line}")
-            found = asyncio.run(grow(store, journal)) if trees_left(store, asked, config) else Progress()
+            found = Progress()
+            if trees_left(store, asked, config):
+                with TreeIndex(store) as index:
+                    found = asyncio.run(grow(store, journal, index))
             troubles = {"repeats": found.repeats, "misreported": found.misreported}
             work.result["counts"] = summarize(store, journal, asked, config) | troubles
         if settings.tokens_of is not None:

@@ -63,11 +63,12 @@ class Block:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A row that a dataset took from a tree: its columns, and the settings by which it was chosen."""
+    """A row that a dataset took from a tree: its columns, the settings by which it was chosen, and its number."""
 
     dataset: str
     settings: Mapping[str, Any]
     columns: Mapping[str, Any]
+    number: int
 
     @property
     def length(self) -> str:
@@ -83,11 +84,12 @@ class DatasetRow:
 
 @dataclass(frozen=True)
 class TreeView:
-    """A stored tree with the rows that datasets took from it. trees: the name of its node."""
+    """A stored tree with the rows that datasets took from it. trees, settings: of its node, the name and settings."""
 
     trees: str
     tree: StoredTree
     rows: Sequence[DatasetRow]
+    settings: Mapping[str, Any]
 
     @cached_property
     def verdicts(self) -> Counter[str]:
@@ -153,7 +155,7 @@ def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = Non
     Args:
         trees: names of nodes.
     """
-    rows = _dataset_rows(run)
+    rows = dataset_rows(run)
     for name in trees:
         node = run.node(f"trees/{name}")
         record, path = node.record(), node.path / "trees.db"
@@ -162,12 +164,13 @@ def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = Non
         with TreeStore(path, reading=True) as store:
             for tree in store.trees(record.base):
                 if question is None or tree.question_id == question:
-                    yield TreeView(name, tree, rows[tree.tree_id])
+                    yield TreeView(name, tree, rows[tree.tree_id], record.parts)
 
 
-def _dataset_rows(run: RunFolder) -> defaultdict[str, list[DatasetRow]]:
-    """The rows of all datasets of a run that come from trees, by the tree's id."""
+def dataset_rows(run: RunFolder, tree_id: str | None = None) -> defaultdict[str, list[DatasetRow]]:
+    """The rows of all datasets of a run that come from trees (or from one of them), by the tree's id."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     found: defaultdict[str, list[DatasetRow]] = defaultdict(list)
@@ -175,11 +178,14 @@ def _dataset_rows(run: RunFolder) -> defaultdict[str, list[DatasetRow]]:
         path = run.node(node).path / "train.parquet"
         try:
             columns = set(pq.read_schema(path).names) - _TEXTS
-            rows = pq.read_table(path, columns=sorted(columns)).to_pylist() if "tree_id" in columns else []
+            rows = pq.read_table(path, columns=sorted(columns)) if "tree_id" in columns else pa.table({})
         except (pa.ArrowException, OSError):
             continue  # no dataset, one that is being written, or damaged: the tree can be shown without it
-        for row in rows:
-            found[row["tree_id"]].append(DatasetRow(node.partition("/")[2], record.parts, row))
+        numbers = range(len(rows))
+        if tree_id is not None and rows.num_rows:
+            numbers = pc.indices_nonzero(pc.equal(rows["tree_id"], tree_id)).to_pylist()
+        for number, row in zip(numbers, rows.take(list(numbers)).to_pylist(), strict=True):
+            found[row["tree_id"]].append(DatasetRow(node.partition("/")[2], record.parts, row, number))
     return found
 
 

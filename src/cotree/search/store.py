@@ -150,6 +150,18 @@ class TreeStore(Database):
             query = "SELECT tree_id, rollouts FROM trees WHERE config = coalesce(?, config)"
             return dict(self._db.execute(query, (config,)))
 
+    def checksums(self, tree_id: str | None = None) -> Iterator[tuple[str, int | None]]:
+        """The ids of all trees (or one), each with the checksum of its content; None in a store of an older cotree."""
+        column = "NULL" if self._version() < self.schema_version else "checksum"
+        with self._guard():
+            where = "" if tree_id is None else "WHERE tree_id = :tree_id"
+            yield from self._db.execute(f"SELECT tree_id, {column} FROM trees {where}", {"tree_id": tree_id})  # noqa: S608
+
+    def changes(self) -> int:
+        """A number that is another one after another process has changed the store."""
+        with self._guard():
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
     def put(self, tree: StoredTree) -> None:
         """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
         row = [getattr(tree, column.name) for column in _TREE_COLUMNS]

@@ -89,7 +89,7 @@ class TreeGrower:
     seed: of all that is drawn.
     budgets: for `settings.tokens_of`: by name of a question (`StoredTree.question_name`) the generated tokens that its
         other tree has cost, which it is sampled at.
-    on_progress: called after every finished tree.
+    on_tree, on_progress: called after every tree, once it is stored.
     """
 
     store: TreeStore
@@ -99,6 +99,7 @@ class TreeGrower:
     config: str
     seed: int
     budgets: Mapping[str, int] | None = None
+    on_tree: Callable[[StoredTree], None] = lambda tree: None
     on_progress: Callable[[Progress], None] = lambda progress: None
 
     def __post_init__(self) -> None:
@@ -197,27 +198,27 @@ class TreeGrower:
         # First the journal: a kill between the two leaves no stored tree whose completions count as unused.
         self.journal.add_uses(tree_id, growth.used)
         question, spent, search = growth.question, growth.spent, growth.search
-        self.store.put(
-            StoredTree(
-                tree_id=tree_id,
-                task=question.task,
-                question_id=question.id,
-                turn=question.turn,
-                config=self.config,
-                family=question.family,
-                messages=list(question.messages),
-                gold=question.gold,
-                pattern="sampling" if self.settings.method == "sampling" else growth.pattern,
-                rollouts=search.rollouts,
-                stopped=growth.stopped or ("exhausted" if search.exhausted else "rollouts"),
-                calls=spent.requests,
-                prompt_tokens=spent.prompt_tokens,
-                cached_tokens=spent.cached_tokens,
-                completion_tokens=spent.completion_tokens,
-                nodes=[*search.nodes],
-                verdict_version=VERDICT_VERSION,
-            )
+        tree = StoredTree(
+            tree_id=tree_id,
+            task=question.task,
+            question_id=question.id,
+            turn=question.turn,
+            config=self.config,
+            family=question.family,
+            messages=list(question.messages),
+            gold=question.gold,
+            pattern="sampling" if self.settings.method == "sampling" else growth.pattern,
+            rollouts=search.rollouts,
+            stopped=growth.stopped or ("exhausted" if search.exhausted else "rollouts"),
+            calls=spent.requests,
+            prompt_tokens=spent.prompt_tokens,
+            cached_tokens=spent.cached_tokens,
+            completion_tokens=spent.completion_tokens,
+            nodes=[*search.nodes],
+            verdict_version=VERDICT_VERSION,
         )
+        self.store.put(tree)
+        self.on_tree(tree)
         self.progress.trees += 1
         self.progress.thoughts += len(search.nodes) - 1
         self.progress.verdicts.update(str(leaf.verdict) for leaf in search.leaves)

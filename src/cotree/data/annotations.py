@@ -1,0 +1,246 @@
+"""`annotations.db` of a run: what people think of chains, each under their own name.
+
+Invariant: a save is a new row and never replaces one, so nothing that anybody wrote is lost; of one annotator's rows
+about a chain the last counts. A chain is known by its tree, its leaf and a hash of its words, so an annotation is of no
+use for other words that a tree has been given since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cotree.base.errors import UsageError
+from cotree.base.progress import one_line
+from cotree.base.rows import Row
+from cotree.search.database import Database, checksum
+from cotree.search.store import StoredNode, StoredTree, TreeStore
+from cotree.search.thoughts import chain_text
+
+FILE = "annotations.db"
+AnnotationVerdict = Literal["accept", "reject", "fix"]
+Key = tuple[str, int]  # a tree's id and a leaf's
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """What one annotator says of a chain.
+
+    node: the trees node that showed it. config, chain: of the tree (`StoredTree.config`), and the hash of the chain's
+    words. verdict: None where the annotator took it back. text: the corrected words of a `fix`. time: of the save, in
+    seconds since 1970. version: counts the saves of a run, from 1.
+    """
+
+    version: int = 0
+    node: str
+    config: str
+    tree: str
+    leaf: int
+    chain: str
+    annotator: str
+    verdict: AnnotationVerdict | None
+    note: str = ""
+    text: str = ""
+    time: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        """Raises UsageError: something is missing, or of the wrong form."""
+        if not self.annotator.strip() or self.annotator != one_line(self.annotator)[:_LONGEST_NAME]:
+            raise UsageError(f"give the annotator's name, in one line of at most {_LONGEST_NAME} characters")
+        if self.verdict not in (*get_args(AnnotationVerdict), None):
+            raise UsageError(f"an annotation is {', '.join(get_args(AnnotationVerdict))}, not `{self.verdict}`")
+        if (self.verdict == "fix") != bool(self.text.strip()):
+            raise UsageError("a corrected text goes with `fix`, and with nothing else")
+
+    @property
+    def shown(self) -> Row:
+        """What a page shows of it."""
+        names = ("version", "leaf", "annotator", "verdict", "note", "text", "time")
+        return {name: getattr(self, name) for name in names}
+
+
+class ConflictError(UsageError):
+    """Another browser of the same annotator saved in between. found: what it saved; None: it took it back."""
+
+    def __init__(self, found: Annotation | None) -> None:
+        super().__init__("you have annotated this chain elsewhere in between; look at it and save again")
+        self.found = found
+
+
+@dataclass(frozen=True)
+class ChainAnnotation:
+    """What all annotators of a chain say together: whether any accepts it, whether any rejects it, the newest corrected
+    text ("": none), and the hash of the words that they saw."""
+
+    accepted: bool
+    rejected: bool
+    fixed: str
+    chain: str
+
+
+class Annotations(Database):
+    """The annotations of one run."""
+
+    kind = "store of annotations"
+    items = "annotations"
+    main_table = "annotations"
+    tables_of_items = ("annotations",)
+    key = "version"
+    schema_version = 1
+    upgrade = ()
+    schema = (
+        """CREATE TABLE annotations (version INTEGER NOT NULL UNIQUE, node TEXT NOT NULL, config TEXT NOT NULL,
+            tree TEXT NOT NULL, leaf INTEGER NOT NULL, chain TEXT NOT NULL, annotator TEXT NOT NULL, verdict TEXT,
+            note TEXT NOT NULL, text TEXT NOT NULL, time REAL NOT NULL, checksum INTEGER)""",
+        "CREATE INDEX annotations_by_chain ON annotations (tree, leaf, annotator)",
+    )
+
+    def damaged_items(self) -> dict[int, str]:
+        """The versions of annotations that are not as they were saved."""
+        rows = self._db.execute("SELECT checksum, * FROM annotations")
+        return {row[0]: "" for kept, *row, _ in rows if kept is not None and kept != checksum(*row)}
+
+    def _seal(self, keys: Iterable[Any] | None = None) -> None:
+        rows = self._db.execute("SELECT * FROM annotations WHERE checksum IS NULL").fetchall()
+        query = "UPDATE annotations SET checksum = ? WHERE version = ?"
+        self._db.executemany(query, [(checksum(*row[:-1]), row[0]) for row in rows])
+
+    def save(self, new: Annotation, seen: int | None) -> int:
+        """Add an annotation; returns its version.
+
+        Args:
+            seen: the version of the annotator's last one of this chain, None where there was none.
+
+        Raises:
+            ConflictError: it is another one by now; nothing is saved.
+        """
+        with self._transaction():
+            about = (new.tree, new.leaf, new.annotator)
+            last = self._last("tree = ? AND leaf = ? AND annotator = ?", about)
+            if (last[0].version if last else None) != seen:
+                raise ConflictError(last[0] if last else None)
+            (version,) = self._db.execute("SELECT coalesce(max(version), 0) + 1 FROM annotations").fetchone()
+            row = (version, *astuple(new)[1:])
+            self._db.execute("INSERT INTO annotations VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", (*row, checksum(*row)))
+        return int(version)
+
+    def all(self, *, node: str | None = None, tree: str | None = None) -> list[Annotation]:
+        """The last annotation of each chain by each annotator, in the order of their saves; of a node or a tree."""
+        with self._guard():
+            return self._last("node = coalesce(?, node) AND tree = coalesce(?, tree)", (node, tree))
+
+    def _last(self, where: str, values: Sequence[Any]) -> list[Annotation]:
+        query = f"""SELECT * FROM annotations WHERE version IN (SELECT max(version) FROM annotations WHERE {where}
+            GROUP BY tree, leaf, annotator) AND verdict IS NOT NULL ORDER BY version"""  # noqa: S608
+        names = [each.name for each in fields(Annotation)]
+        return [Annotation(**dict(zip(names, row, strict=False))) for row in self._db.execute(query, values)]
+
+    def counts(self, node: str) -> dict[str, int]:
+        """How many chains of each tree of a node are annotated; trees without any are left out."""
+        chains = {(each.tree, each.leaf) for each in self.all(node=node)}
+        return dict(Counter(tree for tree, _ in chains))
+
+    def saves(self) -> int:
+        """How often anything was saved."""
+        with self._guard():
+            return int(self._db.execute("SELECT count(*) FROM annotations").fetchone()[0])
+
+
+def read_annotations(run: Path) -> Annotations | None:
+    """The annotations of a run folder for reading; None where there are none yet. Use as a context manager."""
+    return Annotations(run / FILE, reading=True) if (run / FILE).is_file() else None
+
+
+def chain_annotations(run: Path, configs: Collection[str]) -> dict[Key, ChainAnnotation]:
+    """What all annotators say of the chains of trees of these configs, by tree and leaf."""
+    if (opened := read_annotations(run)) is None:
+        return {}
+    by_chain: defaultdict[Key, list[Annotation]] = defaultdict(list)
+    with opened:
+        for each in opened.all():
+            if each.config in configs:
+                by_chain[each.tree, each.leaf].append(each)
+    return {key: _together(found) for key, found in by_chain.items()}
+
+
+def _together(found: Sequence[Annotation]) -> ChainAnnotation:
+    newest = found[-1].chain  # what was said of other words before is void
+    found = [each for each in found if each.chain == newest]
+    said = {each.verdict for each in found}
+    fixes = [each.text for each in found if each.verdict == "fix"]
+    return ChainAnnotation("accept" in said, "reject" in said, "".join(fixes[-1:]), newest)
+
+
+def chain_hash(chain: Iterable[StoredNode]) -> str:
+    """The hash of a chain's words."""
+    return hashlib.sha256(chain_text(chain).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def annotate(tree: StoredTree, leaf: int, node: str, **said: Any) -> Annotation:
+    """An annotation of the chain of a tree that ends in a leaf.
+
+    Raises:
+        UsageError: no judged chain ends there, or what is said is of the wrong form.
+    """
+    if not 0 < leaf < len(tree.nodes) or tree.nodes[leaf].verdict is None:
+        raise UsageError(f"no chain of tree {tree.tree_id} ends in thought {leaf}")
+    chain = chain_hash(tree.chain(leaf))
+    return Annotation(node=node, config=tree.config, tree=tree.tree_id, leaf=leaf, chain=chain, **said)
+
+
+def agreement(annotations: Iterable[Annotation]) -> dict[str, Any]:
+    """How often two annotators of one chain say the same.
+
+    Returns:
+        pairs: of two annotations of one chain. equal: those that say the same. kappa: Cohen's, of several pairs of
+        annotators with expected agreement as the mean over them, weighed by their chains; None without a pair, and
+        where chance alone would always agree.
+    """
+    said: defaultdict[str, dict[Key, str]] = defaultdict(dict)
+    for each in annotations:
+        said[each.annotator][each.tree, each.leaf] = str(each.verdict)
+    pairs = equal = 0
+    expected = 0.0
+    for first, second in combinations(said.values(), 2):
+        both = first.keys() & second.keys()
+        pairs, equal = pairs + len(both), equal + sum(first[key] == second[key] for key in both)
+        shares = [Counter(answers[key] for key in both) for answers in (first, second)]
+        expected += sum(shares[0][verdict] * shares[1][verdict] for verdict in shares[0]) / max(len(both), 1)
+    kappa = (equal - expected) / (pairs - expected) if pairs > expected else None
+    return {"pairs": pairs, "equal": equal, "kappa": kappa}
+
+
+def annotation_rows(run: Path, stores: Mapping[str, Path]) -> list[Row]:
+    """All annotations of a run as rows, each with its question and the words of its chain.
+
+    Args:
+        stores: the stores of trees, by their nodes' names.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if (opened := read_annotations(run)) is None:
+        raise UsageError(f"{run} has no annotations; make some with `cotree view {run}`")
+    rows = []
+    with opened:
+        found = opened.all()
+    for node in dict.fromkeys(each.node for each in found):
+        with TreeStore(stores[node], reading=True) as store:
+            there = store.finished()
+            for each in (each for each in found if each.node == node):
+                row = {name: getattr(each, name) for name in ("node", "tree", "leaf", "annotator", "verdict", "note")}
+                row |= {"text": each.text or None, "time": each.time}
+                tree = store.tree(each.tree) if each.tree in there else None
+                chain = tree.chain(each.leaf) if tree and each.leaf < len(tree.nodes) else []
+                if tree and chain_hash(chain) == each.chain:
+                    row |= {"task": tree.task, "question_id": tree.question_id, "prompt": tree.messages}
+                    row |= {"completion": chain_text(chain), "judged": chain[-1].verdict, "gold": tree.gold}
+                rows.append(row)
+    return rows

@@ -1,0 +1,296 @@
+"""`cotree view`: a local server of one page and what it reads, as JSON.
+
+Invariant: a page in a browser cannot reach it through a name of its own, and beyond loopback a token is needed. Its own
+page runs its own script and nothing else (content security policy), and asks no other host. A run is read in one thread
+of its own, so that a large tree holds up nobody's connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import webbrowser
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from cotree.base.errors import CotreeError, UsageError
+from cotree.base.progress import Output
+from cotree.base.run_folder import RunFolder
+from cotree.base.serving import LOOPBACK, TOKEN, is_foreign, is_same_secret, listen
+from cotree.data.annotations import FILE, Annotations, ConflictError, agreement, annotate, read_annotations
+from cotree.report.summary import NodeReads
+from cotree.search.index import TreeQuery
+from cotree.view.results import Changed, about_run, curves, replies, tables
+from cotree.view.trees import TreesOfRun
+
+_STATIC = Path(__file__).parent / "static"
+_COOKIE = "cotree_token"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_MOST_ROWS = 1_000
+_TOTALS = {"questions": "trees", "thoughts": "thoughts"}
+
+
+class _Asked(BaseModel):
+    """What a request gives, checked; nothing else is taken."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Page(_Asked):
+    """A page of the list of trees."""
+
+    offset: int = 0
+    limit: int = 100
+    q: str = ""
+    desc: bool = False
+    sort: str = "question"
+    task: str | None = None
+    verdicts: str | None = None
+    min_depth: int = 0
+    reflected: str | None = None
+    forced: bool = False
+    looped: bool = False
+    annotated: bool | None = None
+
+    def query(self) -> TreeQuery:
+        given = self.model_dump(exclude={"offset", "limit", "q", "desc"})
+        return _QUERY.validate_python({**given, "words": self.q, "descending": self.desc})
+
+
+class _Chain(_Asked):
+    """A chain, its annotator, and the version of the last annotation that this browser has seen."""
+
+    node: str
+    tree: str
+    leaf: int
+    annotator: str
+    seen: int | None = None
+
+
+class _Saved(_Chain):
+    """An annotation to be saved."""
+
+    verdict: str
+    note: str = ""
+    text: str = ""
+
+
+class _Replies(_Asked):
+    """A page of replies."""
+
+    evaluation: str
+    model: str
+    beside: str | None = None
+    show: Changed = "all"
+    offset: int = 0
+    limit: int = 50
+
+
+_QUERY = TypeAdapter(TreeQuery)
+
+
+class Viewer:
+    """The handlers of HTTP requests about one run.
+
+    nodes: of its experiment, in order with what they read (`report.summary.summarize_run`).
+    annotator: whose annotations this browser makes; None: the page asks. read_only: none are taken. token: what whoever
+    asks must know, None on loopback.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        nodes: Sequence[NodeReads],
+        *,
+        host: str = "127.0.0.1",
+        read_only: bool = False,
+        annotator: str | None = None,
+    ) -> None:
+        self.nodes = nodes
+        self.run, self.host, self.read_only, self.annotator = run, host, read_only, annotator
+        self.token = os.environ.get(TOKEN) or (None if host in LOOPBACK else secrets.token_urlsafe(16))
+        self.trees = TreesOfRun(run)
+        self._thread = ThreadPoolExecutor(1, "cotree-view")
+
+    def app(self) -> web.Application:
+        """The web application."""
+        app = web.Application(middlewares=[self._answer_in_json])
+        routes: dict[str, Callable[[web.Request], Any]] = {
+            "/api/run": self._about,
+            "/api/trees/{node:[^/]+}": self._list,
+            "/api/trees/{node:[^/]+}/{tree:[^/]+}": self._tree,
+            "/api/annotations": self._annotations,
+            "/api/students": lambda _: curves(self.run),
+            "/api/tables": lambda _: tables(self.run, self.nodes),
+            "/api/replies": self._replies,
+            "/api/version": lambda request: {"changes": self.trees.changes(request.query.get("node", ""))},
+        }
+        for path, read in routes.items():
+            app.router.add_get(path, partial(self._read, read))
+        app.router.add_post("/api/annotations", partial(self._change, _Saved))
+        app.router.add_delete("/api/annotations", partial(self._change, _Chain))
+        app.router.add_get("/", self._page)
+        app.router.add_static("/static", _STATIC)
+        app.on_response_prepare.append(self._add_headers)
+        app.cleanup_ctx.append(self._closing)
+        return app
+
+    async def _closing(self, _: web.Application) -> AsyncIterator[None]:
+        yield
+        await self._in_thread(self.trees.__exit__)
+        self._thread.shutdown()
+
+    async def _in_thread(self, function: Callable[..., Any], *values: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *values)
+
+    async def _add_headers(self, _: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(_HEADERS)
+
+    @web.middleware
+    async def _answer_in_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check who asks, and turn every refusal and failure into one line of JSON."""
+        try:
+            if refused := self._refusal(request):
+                return refused
+            return await handler(request)
+        except ConflictError as error:
+            found = None if error.found is None else error.found.shown
+            return web.json_response({"error": str(error), "annotation": found}, status=409)
+        except (UsageError, ValidationError, UnicodeError) as error:
+            return _error(400, _first_fault(error))
+        except CotreeError as error:
+            return _error(500, str(error))
+        except web.HTTPException as error:
+            return error if error.status < 400 else _error(error.status, error.reason)
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        """Refuse names of the server that a page made up, pages of other hosts, and who has no token."""
+        if is_foreign(self.host, request.host, request.headers.get("Origin")):
+            return _error(403, f"this server answers to {self.host} by no other name, and to no other server's pages")
+        if self.token is None or is_same_secret(request.cookies.get(_COOKIE, ""), self.token):
+            return None
+        if not is_same_secret(request.query.get("token", ""), self.token):
+            return _error(403, "open the address with its token, as `cotree view` printed it")
+        known = web.Response(status=303, headers={"Location": request.path})
+        known.set_cookie(_COOKIE, self.token, httponly=True, samesite="Strict")
+        return known
+
+    async def _page(self, _: web.Request) -> web.FileResponse:
+        return web.FileResponse(_STATIC / "index.html", headers={"Cache-Control": "no-cache"})
+
+    async def _read(self, read: Callable[[web.Request], Any], request: web.Request) -> web.Response:
+        text = await self._in_thread(_as_json, read, request)
+        return web.Response(body=text, content_type="application/json", headers={"Cache-Control": "no-store"})
+
+    def _about(self, _: web.Request) -> dict[str, Any]:
+        totals = {name: self.trees.totals(name).values() for name in self.trees.names()}
+        trees = [
+            {"node": name} | {key: sum(each[of] for each in found) for key, of in _TOTALS.items()}
+            for name, found in totals.items()
+        ]
+        return {
+            **about_run(self.run, self.nodes),
+            "trees": trees,
+            "read_only": self.read_only,
+            "annotator": self.annotator,
+        }
+
+    def _list(self, request: web.Request) -> dict[str, Any]:
+        page = _Page.model_validate(dict(request.query))
+        limit = min(max(page.limit, 0), _MOST_ROWS)
+        return self.trees.page(request.match_info["node"], page.query(), max(page.offset, 0), limit)
+
+    def _tree(self, request: web.Request) -> dict[str, Any]:
+        return self.trees.tree(request.match_info["node"], request.match_info["tree"])
+
+    def _replies(self, request: web.Request) -> dict[str, Any]:
+        asked = _Replies.model_validate(dict(request.query))
+        page = {"offset": max(asked.offset, 0), "limit": min(max(asked.limit, 0), _MOST_ROWS)}
+        return replies(self.run, asked.evaluation, asked.model, beside=asked.beside, show=asked.show, **page)
+
+    def _annotations(self, request: web.Request) -> dict[str, Any]:
+        annotations = read_annotations(self.run.path)
+        if annotations is None:
+            return {"rows": [], "agreement": agreement(())}
+        with annotations:
+            found = annotations.all(node=request.query.get("node"))
+        rows = [{"node": each.node, "tree": each.tree, **each.shown} for each in found]
+        return {"rows": rows, "agreement": agreement(found)}
+
+    async def _change(self, kind: type[_Chain], request: web.Request) -> web.Response:
+        """Save an annotation, or take one back."""
+        if self.read_only:
+            return _error(403, "this is read only: `cotree view` without --read-only takes annotations")
+        if request.content_type != "application/json":
+            return _error(400, "send JSON, as content type application/json")
+        asked = kind.model_validate_json(await request.read())
+        return web.json_response({"version": await self._in_thread(self._save, asked)})
+
+    def _save(self, asked: _Chain) -> int:
+        said = asked.model_dump(include={"annotator", "verdict", "note", "text"})
+        tree = self.trees.open(asked.node).store.tree(asked.tree)
+        new = annotate(tree, asked.leaf, asked.node, **{"verdict": None, **said})
+        with Annotations(self.run.path / FILE) as annotations:
+            return annotations.save(new, asked.seen)
+
+
+def _as_json(read: Callable[[web.Request], Any], request: web.Request) -> bytes:
+    # Half of a surrogate pair, which a model may write, stays an escape.
+    return json.dumps(read(request), ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def _error(status: int, words: str) -> web.Response:
+    return web.json_response({"error": " ".join(words.split())}, status=status)
+
+
+def _first_fault(error: Exception) -> str:
+    """One line about a wrong request."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def view(
+    run: RunFolder,
+    nodes: Sequence[NodeReads],
+    *,
+    host: str,
+    port: int,
+    browser: bool = True,
+    output: Output | None = None,
+    **options: Any,
+) -> None:
+    """Show a run until Ctrl-C; prints the address when it listens.
+
+    Args:
+        port: 0 for a free one. browser: whether to open the page in one. nodes, options: those of `Viewer`.
+
+    Raises:
+        UsageError: it cannot listen there, or the run's trees cannot be read.
+    """
+    viewer, output = Viewer(run, nodes, host=host, **options), output or Output()
+    listening, address = listen(host, port)
+    page = f"{address}/" + (f"?token={viewer.token}" if viewer.token else "")
+
+    def show(_: str) -> None:
+        output.print(f"{run.path} at {page} (Ctrl-C ends it)")
+        if browser:
+            webbrowser.open(page)
+
+    web.run_app(viewer.app(), sock=listening, access_log=None, shutdown_timeout=1.0, print=show)
+    output.print("closed")

@@ -1,0 +1,120 @@
+"""The trees of a run for the page: lists by the index of each store, and one tree with all that is known of it."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cotree.base.errors import UsageError
+from cotree.base.run_folder import NodeRecord, RunFolder
+from cotree.base.settings import nearest
+from cotree.data.annotations import read_annotations
+from cotree.report.tree_json import tree_json
+from cotree.report.tree_view import TreeView, dataset_rows
+from cotree.search.index import TreeIndex, TreeQuery
+from cotree.search.store import TreeStore
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A node's open store and index, and the file that they are of."""
+
+    store: TreeStore
+    index: TreeIndex
+    file: tuple[int, int]
+
+
+class TreesOfRun:
+    """All trees of a run, also of one that is growing; use as a context manager, in one thread.
+
+    A store is opened when its trees are first asked for, and again after another file has taken its place.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self._opened: dict[str, _Opened] = {}
+        self._changes: dict[str, int] = {}
+        self._kept: defaultdict[str, ExitStack] = defaultdict(ExitStack)
+
+    def __enter__(self) -> TreesOfRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kept in self._kept.values():
+            kept.close()
+
+    def names(self) -> list[str]:
+        """The trees nodes that have a store."""
+        nodes = (name.partition("/")[2] for name in self.run.nodes() if name.startswith("trees/"))
+        return [name for name in nodes if self._path(name).is_file()]
+
+    def open(self, name: str) -> _Opened:
+        """The open store of a node, its index filled with all trees that it has by now.
+
+        Raises:
+            UsageError: the run has no such trees.
+        """
+        path = self._path(name)
+        if not path.is_file():
+            raise UsageError(f"{self.run.path} has no trees `{name}`; {nearest(name, self.names())}")
+        status = os.stat(path)
+        opened, file = self._opened.get(name), (status.st_dev, status.st_ino)
+        if opened is None or opened.file != file:
+            self._kept[name].close()
+            store = self._kept[name].enter_context(TreeStore(path, reading=True))
+            opened = _Opened(store, self._kept[name].enter_context(TreeIndex(store)), file)
+            self._opened[name] = opened
+            self._changes.pop(name, None)
+        if (changes := opened.store.changes()) != self._changes.get(name):
+            opened.index.fill()
+            self._changes[name] = changes
+        return opened
+
+    def _path(self, name: str) -> Path:
+        return self.run.node(f"trees/{name}").path / "trees.db"
+
+    def record(self, name: str) -> NodeRecord:
+        """What is known of a node."""
+        record = self.run.node(f"trees/{name}").record()
+        if record is None:
+            raise UsageError(f"{self.run.path} has no trees `{name}`, or its node.json is damaged")
+        return record
+
+    def totals(self, name: str) -> dict[str, dict[str, int]]:
+        """The number of trees and thoughts of a node by task."""
+        return self.open(name).index.totals(self.record(name).base)
+
+    def changes(self, name: str) -> int:
+        """A number that is another one after a tree or an annotation came."""
+        annotations = read_annotations(self.run.path)
+        if annotations is None:
+            return self.open(name).index.changes()
+        with annotations:
+            return self.open(name).index.changes() + annotations.saves()
+
+    def page(self, name: str, query: TreeQuery, offset: int, limit: int) -> dict[str, Any]:
+        """A page of the list of a node's trees."""
+        index, base, annotated = self.open(name).index, self.record(name).base, dict[str, int]()
+        if (annotations := read_annotations(self.run.path)) is not None:
+            with annotations:
+                annotated = annotations.counts(name)
+        total, rows = index.list(base, query, annotated, offset=offset, limit=limit)
+        for row in rows:
+            row["annotated"] = annotated.get(row["tree"], 0)
+        tasks = {task: counts["trees"] for task, counts in index.totals(base).items()}
+        return {"total": total, "tasks": tasks, "rows": rows}
+
+    def tree(self, name: str, tree_id: str) -> dict[str, Any]:
+        """One tree with its thoughts, the rows that datasets made of its chains, and its annotations."""
+        opened, record = self.open(name), self.record(name)
+        tree = opened.store.tree(tree_id)
+        view = TreeView(name, tree, dataset_rows(self.run, tree_id)[tree_id], record.parts)
+        annotations = []
+        if (stored := read_annotations(self.run.path)) is not None:
+            with stored:
+                annotations = [each.shown for each in stored.all(tree=tree_id)]
+        return {**tree_json(view, {*opened.index.looping(tree_id)}), "annotations": annotations}
