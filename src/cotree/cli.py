@@ -7,12 +7,14 @@ code 1; a traceback is always a bug of cotree.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -32,26 +34,80 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, 
 RunsDir = Annotated[Path, typer.Option(help="Where run folders are kept.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where it is written.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines: JSON on stdout.")]
-Served = Annotated[str, typer.Option(help="The model's name at a server.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")]
-KeyVariable = Annotated[str | None, typer.Option(help="The variable that holds a server's key.")]
-Engine = Annotated[
-    Literal["llama.cpp", "vllm"] | None, typer.Option(help="Serves weights; vllm where it and a GPU are here.")
-]
-EngineArgs = Annotated[
-    list[str] | None, typer.Option("--engine-arg", metavar="key=value", help="An argument of vllm serve; repeatable.")
-]
-Boxed = Annotated[bool, typer.Option("--boxed", help="Answers are short, in a box, and can vote; else free text.")]
-Strategy = Literal["mcts", "vote", "best_of_n", "beam"]
-StrategyName = Annotated[Strategy, typer.Option(help="How answers are searched for.")]
-ValueName = Annotated[
-    Literal["vote", "likelihood", "verifier"] | None, typer.Option(help="What answers go by; verifier: reward=...")
-]
-Budget = Annotated[int | None, typer.Option(min=1, help="About how many tokens to generate.")]
-Rollouts = Annotated[int | None, typer.Option(min=1, help="At most so many chains.")]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Format = Annotated[str, typer.Option("--format", help="terminal, markdown, latex or html.")]
+Strategy = Literal["mcts", "vote", "best_of_n", "beam"]
+Budget = Annotated[int | None, typer.Option(min=1, help="About how many tokens to generate.")]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+
+def takes(*groups: Callable[..., None]) -> Callable[[Verb], Verb]:
+    """Give a verb the options that some functions declare as their parameters; it gets them as its `**options`."""
+
+    def add(verb: Verb) -> Verb:
+        found = [inspect.signature(each, eval_str=True).parameters.values() for each in (verb, *groups)]
+        named = [parameter for each in found for parameter in each if parameter.kind != parameter.VAR_KEYWORD]
+        verb.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+        return verb
+
+    return add
+
+
+def _model_options(
+    served: Annotated[str, typer.Option(help="The model's name at a server.")] = "default",
+    tokenizer: Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="The variable that holds a server's key.")] = None,
+    engine: Annotated[
+        Literal["llama.cpp", "vllm"] | None, typer.Option(help="Serves weights; vllm where it and a GPU are here.")
+    ] = None,
+    engine_args: Annotated[
+        list[str] | None,
+        typer.Option("--engine-arg", metavar="key=value", help="An argument of vllm serve; repeatable."),
+    ] = None,
+) -> None:
+    """How a model is reached (`models.weights.parse_model`)."""
+
+
+def _search_options(
+    boxed: Annotated[
+        bool, typer.Option("--boxed", help="Answers are short, in a box, and can vote; else free text.")
+    ] = False,
+    strategy: Annotated[Strategy, typer.Option(help="How answers are searched for.")] = "mcts",
+    value: Annotated[
+        Literal["vote", "likelihood", "verifier"] | None,
+        typer.Option(help="What answers go by; verifier: reward=..."),
+    ] = None,
+    budget_tokens: Budget = None,
+    rollouts: Annotated[int | None, typer.Option(min=1, help="At most so many chains.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """How an answer is searched for (`decode.answer.decode`)."""
+
+
+def _evaluation_options(
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Completions a question.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    seed: Seed = 0,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Put the task's worked examples before the question.")
+    ] = False,
+    data: Annotated[str | None, typer.Option(help="Where the rows are: file, folder or hub id.")] = None,
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which questions.")] = "test",
+    family: Annotated[str | None, typer.Option(help='Only these questions: "3 blocks", English, ...')] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of a task.")] = None,
+    name: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the results; runs/evals/NAME by default.")] = None,
+    gguf: Annotated[str | None, typer.Option(help="F32, F16 or Q8_0 instead of a file as it is.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The server renders the prompts.")] = False,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
+    strategy: Annotated[Strategy | None, typer.Option(help="Decode by search.")] = None,
+    value: Annotated[Literal["vote", "likelihood"] | None, typer.Option(help="What answers go by.")] = None,
+    budget_tokens: Budget = None,
+) -> None:
+    """How questions are asked (`eval.evaluate.evaluate_model`)."""
 
 
 @app.callback(invoke_without_command=True)
@@ -154,67 +210,17 @@ def preview(
 
 
 @app.command(name="eval", epilog="Example: cotree eval --model smollm2-135m-instruct --task gsm8k --limit 100")
+@takes(_evaluation_options, _model_options)
 def eval_(
     model: Annotated[str, typer.Option(help="A URL, .gguf, transformers folder, packaged name or hub id.")],
     task: Annotated[list[str], typer.Option(help="A task to evaluate on; may be repeated.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 1024,
-    samples: Annotated[int, typer.Option(min=1, help="Completions a question.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
-    seed: Seed = 0,
-    examples: Annotated[
-        bool, typer.Option("--examples", help="Put the task's worked examples before the question.")
-    ] = False,
-    data: Annotated[str | None, typer.Option(help="Where the rows are: file, folder or hub id.")] = None,
-    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which questions.")] = "test",
-    family: Annotated[str | None, typer.Option(help='Only these questions: "3 blocks", English, ...')] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of a task.")] = None,
-    name: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder of the results; runs/evals/NAME by default.")] = None,
-    gguf: Annotated[str | None, typer.Option(help="F32, F16 or Q8_0 instead of a file as it is.")] = None,
-    served: Served = "default",
-    tokenizer: Tokenizer = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The server renders the prompts.")] = False,
-    api_key_env: KeyVariable = None,
-    engine: Engine = None,
-    engine_args: EngineArgs = None,
-    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
-    strategy: Annotated[Strategy | None, typer.Option(help="Decode by search.")] = None,
-    value: Annotated[Literal["vote", "likelihood"] | None, typer.Option(help="What answers go by.")] = None,
-    budget_tokens: Budget = None,
     format_: Format = "terminal",
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Evaluate any one model, no recipe needed. The same command resumes."""
     output = Output(quiet=quiet)
-    evaluated = cotree.evaluate(
-        model,
-        task,
-        max_tokens=max_tokens,
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        examples=examples,
-        data=data,
-        split=split,
-        family=family,
-        limit=limit,
-        name=name,
-        out=out,
-        gguf=gguf,
-        served=served,
-        tokenizer=tokenizer,
-        chat=chat,
-        api_key_env=api_key_env,
-        engine=engine,
-        engine_args=engine_args or (),
-        max_in_flight=max_in_flight,
-        strategy=strategy,
-        value=value,
-        budget_tokens=budget_tokens,
-        output=output,
-    )
+    evaluated = cotree.evaluate(model, task, output=output, **options)
     output.print(cotree.table([str(evaluated.folder)]).render(format_))
 
 
@@ -342,6 +348,7 @@ def report(
 
 
 @app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 temperature=1.0')
+@takes(_search_options, _model_options)
 def decode(
     question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its words; or --task and --id.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=v", help="Settings of the search.")] = None,
@@ -350,87 +357,34 @@ def decode(
     ] = "smollm2-135m-instruct",
     task: Annotated[str | None, typer.Option(help="The task of the question.")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="The question's id in its task.")] = None,
-    boxed: Boxed = False,
-    strategy: StrategyName = "mcts",
-    value: ValueName = None,
-    budget_tokens: Budget = None,
-    rollouts: Rollouts = None,
-    seed: Seed = 0,
-    served: Served = "default",
-    tokenizer: Tokenizer = None,
-    api_key_env: KeyVariable = None,
-    engine: Engine = None,
-    engine_args: EngineArgs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and errors.")] = False,
+    **options: Any,
 ) -> None:
     """Answer one question by search that knows no gold answer."""
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
-    found = cotree.decode(
-        None if given else question,
-        model,
-        task=task,
-        question_id=id_,
-        boxed=boxed,
-        strategy=strategy,
-        value=value,
-        budget_tokens=budget_tokens,
-        rollouts=rollouts,
-        seed=seed,
-        overrides=[*given, *(overrides or [])],
-        served=served,
-        tokenizer=tokenizer,
-        api_key_env=api_key_env,
-        engine=engine,
-        engine_args=engine_args or (),
-        output=Output(quiet=quiet),
-    )
+    options |= {"task": task, "question_id": id_, "overrides": [*given, *(overrides or [])]}
+    found = cotree.decode(None if given else question, model, output=Output(quiet=quiet), **options)
     if quiet:
         Output().print(str(found.answer))
 
 
 @app.command(epilog="Example: cotree serve http://gpu1:8000 --served Qwen/Qwen3-8B --budget-tokens 4000")
+@takes(_search_options, _model_options)
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Server URLs, .gguf files, packaged names.")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Settings of the search.")] = None,
-    boxed: Boxed = False,
-    strategy: StrategyName = "mcts",
-    value: ValueName = None,
-    budget_tokens: Budget = None,
-    rollouts: Rollouts = None,
-    seed: Seed = 0,
     at_once: Annotated[int, typer.Option(min=1, help="Searches at once; others wait.")] = 8,
     host: Annotated[str, typer.Option(help="Beyond loopback COTREE_TOKEN must be set.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
-    served: Served = "default",
-    tokenizer: Tokenizer = None,
-    api_key_env: KeyVariable = None,
-    engine: Engine = None,
-    engine_args: EngineArgs = None,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
     from cotree.decode.server import serve as serve_models
 
-    serve_models(
-        models,
-        overrides=set_ or [],
-        served=served,
-        tokenizer=tokenizer,
-        api_key_env=api_key_env,
-        engine=engine,
-        engine_args=engine_args or (),
-        budget_tokens=budget_tokens,
-        rollouts=rollouts,
-        seed=seed,
-        strategy=strategy,
-        value=value,
-        boxed=boxed,
-        at_once=at_once,
-        host=host,
-        port=port,
-        output=Output(quiet=quiet),
-    )
+    options |= {"overrides": set_ or [], "at_once": at_once, "host": host, "port": port}
+    serve_models(models, output=Output(quiet=quiet), **options)
 
 
 @app.command(epilog="Example: cotree init mine.yaml")

@@ -56,7 +56,7 @@ def read_settings(
     tokenizer: str | None = None,
     api_key_env: str | None = None,
     engine: str | None = None,
-    engine_args: Sequence[str] = (),
+    engine_args: Sequence[str] | None = None,
     budget_tokens: int | None = None,
     rollouts: int | None = None,
 ) -> Decoding:

@@ -132,7 +132,7 @@ def parse_model(
     api_key_env: str | None = None,
     max_in_flight: int = 16,
     engine: str | None = None,
-    engine_args: Sequence[str] = (),
+    engine_args: Sequence[str] | None = None,
 ) -> Model:
     """The model, as a recipe would have it, that one word on the command line or in Python names: a server's URL, or
     weights as `locate` knows them.
@@ -148,7 +148,7 @@ def parse_model(
         UsageError: the word names nothing, or an option does not go with it.
     """
     shared: dict[str, Any] = {"tokenizer": tokenizer, "max_in_flight": max_in_flight, "engine": engine}
-    for argument in engine_args:
+    for argument in engine_args or ():
         apply_override(shared.setdefault("engine_args", {}), argument, "max_model_len=8192")
     if is_url(word):
         shared |= {"mode": "chat" if chat or tokenizer is None else "completions", "api_key_env": api_key_env}
