@@ -14,7 +14,8 @@ import pytest
 from tests.support.full_disk import full_disk
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, check_against_record, find_run, usable_cores
+from cotree.base.machine import usable_cores
+from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, check_against_record, find_run
 
 
 class Killed(BaseException):
@@ -271,7 +272,7 @@ def test_only_runs_of_today_are_found(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
 def test_a_process_bound_to_one_core_counts_one() -> None:
     bind = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
-    count = "from cotree.base.run_folder import usable_cores; print(usable_cores())"
+    count = "from cotree.base.machine import usable_cores; print(usable_cores())"
     counted = subprocess.run([sys.executable, "-c", f"{bind}; {count}"], capture_output=True, text=True, check=True)
     assert counted.stdout == "1\n"
     assert usable_cores() >= 1

@@ -15,17 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote, unquote
@@ -34,13 +29,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from cotree.base.atomic import content_sha256, remove, write_json
 from cotree.base.errors import UsageError
+from cotree.base.machine import machine_class, versions
 
 Kind = Literal["trees", "datasets", "students", "evaluations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _BEAT_SECONDS = 5.0
 # Of these a node's record has the sha256; weights and stores have checks of their own.
 _HASHED = (".parquet", ".json", ".jsonl", ".md")
-_PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,22 @@ class NodeFolder:
     def record(self) -> NodeRecord | None:
         """What is there now; None where nothing is, or its node.json is damaged."""
         return _read_record(self.path)
+
+    def check_owned(self, *contents: str, other: str) -> None:
+        """Refuse a place that is no node's: what is there would move to `older/` with the node's content.
+
+        Args:
+            contents: files that show that it is a node's, beside its record and its older contents.
+            other: how the user takes another folder, for errors.
+
+        Raises:
+            UsageError: it is a file, or holds other files.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file; {other}")
+        known = any((self.path / name).exists() for name in ("node.json", "older", *contents))
+        if not known and any(self.path.glob("[!.]*")):
+            raise UsageError(f"{self.path} holds other files; {other}")
 
     def without_record(self) -> str:
         """Why there is content without a record: "node.json is damaged", or "is gone"; "" where there is a record, or
@@ -148,7 +159,7 @@ class NodeFolder:
                         remove(top)
         else:
             record = replace(record, created=datetime.now(UTC).strftime("%Y-%m-%d"))
-        record = replace(record, versions=_versions(), machine=_machine())
+        record = replace(record, versions=versions(), machine=machine_class())
         self.write(record)
         return record
 
@@ -352,42 +363,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
         fix = "the command that wrote it makes it again; if it does not, move the file away first"
         raise UsageError(f"{path} is damaged ({error}); {fix}") from None
     return content
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: fewer than the machine has under Slurm, a container or `taskset`."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _machine() -> dict[str, Any]:
-    """The class of this machine, for tables: nothing that names it."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
-    return {"cpu": _cpu(), "cores": usable_cores(), "memory_gb": round(memory, 1)}
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE):
-            return found[1].strip()
-    return platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    if commit := _git():
-        found["git"] = commit
-    return found
-
-
-def _git() -> str:
-    """The commit of cotree's own checkout, "" where it is none."""
-    here = Path(__file__).resolve().parent
-    if not (here.parents[2] / "pyproject.toml").is_file():
-        return ""  # installed: the repository around it, if any, is the user's
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
-    return ""

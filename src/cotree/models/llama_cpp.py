@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cotree.base.errors import UsageError
-from cotree.base.run_folder import usable_cores
+from cotree.base.machine import usable_cores
 from cotree.models.weights import check_weights
 
 

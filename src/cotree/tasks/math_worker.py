@@ -33,7 +33,7 @@ from typing import Any
 
 import cotree
 from cotree.base.errors import CotreeError
-from cotree.base.run_folder import usable_cores
+from cotree.base.machine import usable_cores
 from cotree.tasks.math_text import parse_number
 
 CPU_SECONDS = 3.0
