@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cotree.eval.journal import EvalSample
-from cotree.eval.metrics import instruction_scores
+from cotree.eval.metrics import instruction_scores, scores_by_group
 from cotree.tasks import task
+from cotree.tasks.instructions import InstructionResults
 
 WORDS = "we all went to the market in the morning and bought some bread for the children"
 LOWER, NO_COMMA = "change_case:english_lowercase", "punctuation:no_comma"
@@ -52,6 +53,29 @@ def test_scores_by_group_and_turn(tmp_path: Path) -> None:
     for turn in (0, 1):
         verdicts = [s.verdict for s in samples if s.turn == turn and s.id.endswith("en")]
         assert verdicts.count("correct") / 2 == scores["IF(En)", turn + 1].prompt_strict, "a verdict is prompt-strict"
+
+
+def test_scores_are_shares_by_group_and_turn() -> None:
+    def one(group: str, turn: int, strictly: str, loosely: str) -> InstructionResults:
+        def followed(marks: str) -> tuple[bool, ...]:
+            return tuple(mark == "+" for mark in marks)
+
+        return InstructionResults(group, turn, True, ("x",) * len(strictly), followed(strictly), followed(loosely))
+
+    english = [one("IF(En)", 1, "+", "+"), one("IF(En)", 1, "+--", "+++"), one("IF(En)", 2, "--", "+-")]
+    scores = scores_by_group("multi_if", [*english, one("IF(Zh)", 1, "+", "+")])
+    assert [(s.group, s.turn, s.prompts) for s in scores] == [
+        ("IF(Zh)", 1, 1),
+        ("IF(En)", 1, 2),
+        ("IF(En)", 2, 1),
+        ("IF(En)", None, 3),
+    ]
+    first, second, mean = scores[1:]
+    assert (first.prompt_strict, first.instruction_strict) == (0.5, 0.5)
+    assert (first.prompt_loose, first.instruction_loose) == (1.0, 1.0)
+    assert first.average == 0.75
+    assert second.average == pytest.approx((0 + 0 + 0 + 0.5) / 4)
+    assert mean.average == pytest.approx((first.average + second.average) / 2)
 
 
 def test_tasks_without_instructions_have_no_scores() -> None:

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.support.benchmark_data import benchmark_rows
 from cotree.base.errors import UsageError
 from cotree.tasks import Question, task
 from cotree.tasks.ifeval import instruction_spec
-from cotree.tasks.instructions import InstructionResults, follows_strictly, if_scores, instruction_results
+from cotree.tasks.instructions import InstructionResults, follows_strictly, instruction_results
 
 NO_COMMA, QUOTED, TITLE = "punctuation:no_comma", "startend:quotation", "detectable_format:title"
 
@@ -132,29 +133,6 @@ def test_each_turn_has_its_own_instructions_and_sees_the_replies(tmp_path: Path)
     assert task("multi_if").judge(second, "stone").kind == "wrong"
 
 
-def test_scores_are_shares_by_group_and_turn() -> None:
-    def one(group: str, turn: int, strictly: str, loosely: str) -> InstructionResults:
-        def followed(marks: str) -> tuple[bool, ...]:
-            return tuple(mark == "+" for mark in marks)
-
-        return InstructionResults(group, turn, ("x",) * len(strictly), followed(strictly), followed(loosely))
-
-    english = [one("IF(En)", 1, "+", "+"), one("IF(En)", 1, "+--", "+++"), one("IF(En)", 2, "--", "+-")]
-    scores = if_scores([*english, one("IF(Zh)", 1, "+", "+")])
-    assert [(s.group, s.turn, s.prompts) for s in scores] == [
-        ("IF(Zh)", 1, 1),
-        ("IF(En)", 1, 2),
-        ("IF(En)", 2, 1),
-        ("IF(En)", None, 3),
-    ]
-    first, second, mean = scores[1:]
-    assert (first.prompt_strict, first.instruction_strict) == (0.5, 0.5)
-    assert (first.prompt_loose, first.instruction_loose) == (1.0, 1.0)
-    assert first.average == 0.75
-    assert second.average == pytest.approx((0 + 0 + 0 + 0.5) / 4)
-    assert mean.average == pytest.approx((first.average + second.average) / 2)
-
-
 @pytest.mark.parametrize("name", ["ifeval", "multi_if", "m_ifeval"])
 def test_worked_examples_follow_what_they_ask(name: str) -> None:
     bullets, quoted = task(name).worked_examples(Question("x", name, (), ""))
@@ -206,8 +184,7 @@ def test_all_english_and_chinese_conversations_are_judged_offline() -> None:
             seen.append(instruction_results(question, texts[i % len(texts)]))
             question = question.follow_up("ok")
     assert len(seen) == sum(1 + len(q.later) for q in english + chinese)
-    rows = {(score.group, score.turn) for score in if_scores(seen)}
-    assert rows == {(group, turn) for group in ("IF(En)", "IF(Zh)") for turn in (1, 2, 3, None)}
+    assert {(each.group, each.turn) for each in seen} == set(product(("IF(En)", "IF(Zh)"), (1, 2, 3)))
     assert {name for s in seen for name in s.instructions} >= {NO_COMMA, QUOTED, TITLE}
 
 

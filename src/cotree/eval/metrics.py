@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,10 +32,12 @@ from cotree.eval.settings import SAMPLING
 from cotree.tasks.base import Asked, Question, Task, group_answers
 from cotree.tasks.blocksworld import Blocksworld
 from cotree.tasks.diagnosis import diagnose
-from cotree.tasks.instructions import if_scores, instruction_results
+from cotree.tasks.instructions import GROUPS, InstructionResults, instruction_results
 
 # The paper's Test@1, Test@8, Test@32.
 _TEST_AT = (1, 8, 32)
+# Those of prompts and of instructions that were followed, and the mean of these four, as Multi-IF reports it.
+_SHARES = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose", "average")
 
 
 def score_samples(model: str, questions: Sequence[Asked], samples: Sequence[EvalSample], folder: Path) -> ModelScores:
@@ -189,12 +192,35 @@ def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]
     asked = {(turn.task, turn.id, turn.turn): turn for _, first in questions for turn in turns_of(first)}
     rows: list[InstructionScores] = []
     for name in dict.fromkeys(sample.task for sample in samples):
-        found = [
-            (instruction_results(asked[name, s.id, s.turn], s.response, s.finish_reason), s.verdict == "no_answer")
-            for s in samples
-            if s.task == name and "instructions" in asked[name, s.id, s.turn].spec
-        ]
-        for score in if_scores(result for result, _ in found):
-            none = [none for r, none in found if r.group == score.group and score.turn in (None, r.turn)]
-            rows.append(InstructionScores(**asdict(score), task=name, no_answer=fmean(none)))
+        of_task = [(asked[name, s.id, s.turn], s) for s in samples if s.task == name]
+        followed = [instruction_results(q, s.response, s.finish_reason) for q, s in of_task if "instructions" in q.spec]
+        rows += scores_by_group(name, followed)
     return rows
+
+
+def scores_by_group(task: str, results: Sequence[InstructionResults]) -> list[InstructionScores]:
+    """A row for each group and turn, and after a group of several turns their mean; groups in the paper's order."""
+    rows: list[InstructionScores] = []
+    for group in GROUPS:
+        of_group = [result for result in results if result.group == group]
+        numbers = sorted({result.turn for result in of_group})
+        turns = [_turn_scores(task, [each for each in of_group if each.turn == turn]) for turn in numbers]
+        rows += turns
+        if len(turns) > 1:
+            means = {share: fmean(getattr(row, share) for row in turns) for share in _SHARES}
+            rows.append(_turn_scores(task, of_group).model_copy(update={"turn": None, **means}))
+    return rows
+
+
+def _turn_scores(task: str, results: Sequence[InstructionResults]) -> InstructionScores:
+    """The shares of prompts and of instructions that one group's replies to one turn follow, strictly and loosely."""
+    strict, loose = [result.strict for result in results], [result.loose for result in results]
+    shares = [share for rows in (strict, loose) for share in (fmean(map(all, rows)), fmean(chain(*rows)))]
+    return InstructionScores(
+        task=task,
+        group=results[0].group,
+        turn=results[0].turn,
+        prompts=len(results),
+        no_answer=fmean(not result.answered for result in results),
+        **dict(zip(_SHARES, [*shares, fmean(shares)], strict=True)),
+    )
