@@ -46,7 +46,8 @@ def takes(*groups: Callable[..., None]) -> Callable[[Verb], Verb]:
     """Give a verb the options that some functions declare as their parameters; it gets them as its `**options`."""
 
     def add(verb: Verb) -> Verb:
-        found = [inspect.signature(each, eval_str=True).parameters.values() for each in (verb, *groups)]
+        declared: list[Callable[..., None]] = [verb, *groups]
+        found = [inspect.signature(each, eval_str=True).parameters.values() for each in declared]
         named = [parameter for each in found for parameter in each if parameter.kind != parameter.VAR_KEYWORD]
         verb.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
         return verb
