@@ -257,7 +257,7 @@ def test_a_changed_question_is_asked_again_and_a_changed_answer_is_judged_again(
         assert evaluated("What is 1 + 1?", "2") == (0, 1.0), "the words are the old ones again"
         (sample,) = read_samples(out / JOURNAL)
         assert (sample.response, sample.gold) == ("It is \\boxed{2}.", "2")
-        with pytest.raises(UsageError, match="is a file; --out names"):
+        with pytest.raises(UsageError, match="is a file; choose another --out"):
             evaluate_model(server.url, ["gsm8k"], out=rows, **how)
         (out / "node.json").unlink()
         assert evaluated("What is 1 + 1?", "2") == (0, 1.0), "its journal says what it is"

@@ -150,7 +150,7 @@ def test_a_gguf_is_converted_once_and_pairs_train_from_it(rows: Path, tmp_path: 
     result = train_rows("dpo", file, pairs, Path("dpo"), overrides=["lora.rank=4", "alpha=0.5"])
     assert result.first["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert (made / "model.safetensors").stat().st_mtime_ns == stamp
-    assert sorted(path.name for path in Path("dpo").iterdir()) == ["log.jsonl", "model", "node.json", "result.json"]
+    assert sorted(path.name for path in Path("dpo").glob("[!.]*")) == ["log.jsonl", "model", "node.json", "result.json"]
     assert {path.name for path in Path.cwd().iterdir()} == {"sft", "dpo"}
     AutoModelForCausalLM.from_pretrained("dpo/model")
 
@@ -176,7 +176,7 @@ def test_two_processes_cannot_train_in_one_folder(
     train_rows("sft", student, rows, Path("trained"), overrides=SETTINGS, output=first)
     assert codes == [2]
     assert capsys.readouterr().err == (
-        "cotree: another cotree trains in trained; wait for it, or choose another folder\n"
+        "cotree: another cotree works in trained; wait for it, or choose another --out\n"
     )
     assert first.steps == [1, 2, 3, 4, 5, 6]
     train_rows("sft", student, rows, Path("trained"), overrides=SETTINGS, output=first)
@@ -220,7 +220,7 @@ def test_students_and_folders_that_are_none_are_refused(student: Path, rows: Pat
         train_rows("sft", "nowhere.gguf", rows, Path("out"))
     Path("full").mkdir()
     (Path("full") / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="full holds other files; choose another folder"):
+    with pytest.raises(UsageError, match="full holds other files; choose another --out"):
         train_rows("sft", student, rows, Path("full"))
     assert [path.name for path in Path("full").iterdir()] == ["thesis.tex"]
     with pytest.raises(UsageError, match=r"no file at .*gone"):

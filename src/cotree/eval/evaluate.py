@@ -235,7 +235,8 @@ def evaluate_model(
         folder_name = re.sub(r"[^\w.-]+", "_", name)
     folder = out or Path("runs") / "evals" / require_name(str(folder_name), "--name")
     check_strategy(asking, questions, None)
-    node, output = _folder(folder), output or Output()
+    node, output = NodeFolder(folder), output or Output()
+    node.check_owned(JOURNAL, other=_OTHER)
     with locked(folder, other=_OTHER) if folder.is_dir() else nullcontext():  # nothing is made before all is checked
         if source.weights is None:
             for line in asyncio.run(check_servers({name: source})):
@@ -254,21 +255,6 @@ def evaluate_model(
             work.add_files(*FILES)
     output.print(f"results: {folder}")
     return scores
-
-
-def _folder(folder: Path) -> NodeFolder:
-    """The folder of the results.
-
-    Raises:
-        UsageError: it is a file, or holds something else, which would move to `older/` with the results.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; --out names the folder of the results")
-    node = NodeFolder(folder)
-    known = any((folder / name).exists() for name in ("node.json", JOURNAL, "older"))
-    if not known and any(folder.glob("[!.]*")):
-        raise UsageError(f"{folder} holds other files; choose another --out or --name")
-    return node
 
 
 def _record(model: Model, questions: Sequence[Asked], asking: AskSettings) -> NodeRecord:

@@ -48,7 +48,7 @@ def run(
 ) -> RunFolder:
     """Bring the nodes of a recipe up to date; calling it again resumes.
 
-    Of the processes of torchrun or srun the first does so, and the others train with it.
+    Of the processes of torchrun the first does so, and the others train with it.
 
     Args:
         runs_dir: where the run's folder is made (a recipe that was read from a run folder stays in that).

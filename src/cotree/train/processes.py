@@ -1,8 +1,8 @@
-"""Training in several processes: those that are started here, one a GPU, or those of torchrun or Slurm's srun.
+"""Training in several processes: those that are started here, one a GPU, or those of torchrun or accelerate.
 
 Invariant: one process does all other work (of a recipe: search, datasets, evaluation). Processes that are started here
-train one student and end, and none outlives the one that started it, however that ended. Those of torchrun and srun
-wait for the first one's next training until it is at its end.
+train one student and end, and none outlives the one that started it, however that ended. Those of a launcher wait for
+the first one's next training until it is at its end.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ _RESUMES = "the same command goes on from the last checkpoint"
 
 @contextmanager
 def first_process() -> Iterator[bool]:
-    """Whether this is the process that does the work: always without torchrun and srun, with them the one of rank 0.
+    """Whether this is the process that does the work: always without a launcher (torchrun), with one that of rank 0.
 
     The others get False once the first one is at the end of its block; until then they train with it.
 
     Raises:
-        UsageError: srun started it on several machines, and nothing says which of them is the first.
         CotreeError: another process ended before it was done.
     """
     if launched() == 1:
@@ -70,7 +69,7 @@ def train_together(
     references: Path | None = None,
     output: Output | None = None,
 ) -> TrainResult:
-    """`run.train` in as many processes as `gpus` says, or in all of torchrun's or srun's; the result is the same.
+    """`run.train` in as many processes as `gpus` says, or in all of a launcher's; the result is the same.
 
     What the processes that are started here print is in `out`/processes, a file each.
 
@@ -212,16 +211,7 @@ def _end_with(parent: int) -> None:
 
 
 def launched() -> int:
-    """How many processes torchrun, accelerate or srun started; 1 without them. Of srun's, torch learns here."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "WORLD_SIZE" not in os.environ and tasks > 1:
-        if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:
-            fix = "export MASTER_ADDR=$(scontrol show hostnames | head -n 1) before srun"
-            raise UsageError(f"srun started cotree on several machines, and MASTER_ADDR is not set; {fix}")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
-        os.environ |= {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
-        os.environ["WORLD_SIZE"] = str(tasks)
+    """How many processes torchrun or accelerate started; 1 without them."""
     named = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")]
     if not all(named) or not all(word.isdecimal() for word in named[:2]):
         return 1  # a variable that is left of something else starts no processes

@@ -53,8 +53,8 @@ class Optimizer(Section):
     included) are left out and counted; None takes all that the dataset has.
 
     `gpus` is how many processes of this machine train, a GPU each: `all` that are there (one process without CUDA, and
-    at most one for each row of a step), or a number, which without CUDA starts as many on the CPU. Under torchrun or
-    srun all of theirs train. `shard` divides weights, gradients and the optimizer's moments among the processes
+    at most one for each row of a step), or a number, which without CUDA starts as many on the CPU. Under torchrun
+    all of its own train. `shard` divides weights, gradients and the optimizer's moments among the processes
     (FSDP2); else each has all of them (DDP), as a single process has in any case.
     """
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cotree.base.atomic import explain_write_errors
 from cotree.base.errors import UsageError
+from cotree.base.lock import locked
 from cotree.base.numbers import duration
 from cotree.base.progress import Output
 from cotree.base.run_folder import NodeFolder, NodeRecord
@@ -29,6 +26,8 @@ from cotree.train.settings import METHODS, TRAINING_VERSION
 from cotree.train.student import student_config, student_folder, student_sha256
 from cotree.train.trainer import resolve_precision
 
+_OTHER = "choose another --out"
+
 
 def train_rows(
     method: str,
@@ -41,7 +40,7 @@ def train_rows(
 ) -> TrainResult:
     """Train a student on a file of rows; the same call goes on after an interruption, and returns the result when done.
 
-    Of the processes of torchrun or srun the first does so, and the others train with it.
+    Of the processes of torchrun the first does so, and the others train with it.
 
     Args:
         method: `sft` or `dpo`.
@@ -75,8 +74,8 @@ def _train_rows(
     if type(seed) is not int:
         raise UsageError(f"`seed` must be a whole number, not {seed!r}")
     settings = parse_section(METHODS[method], raw, "")
-    if out.is_dir() and not (out / "older").is_dir() and not (out / "node.json").is_file() and any(out.iterdir()):
-        raise UsageError(f"{out} holds other files; choose another folder, or one that `cotree train` made")
+    node = NodeFolder(out)
+    node.check_owned(other=_OTHER)
     folder = student_folder(student)
     tokenizer = load_tokenizer(folder)
     check_fits(encode_file(data, tokenizer, settings).rows, student_config(folder))
@@ -90,8 +89,7 @@ def _train_rows(
         "template": template_hash(tokenizer),
     }
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    node = NodeFolder(out)
-    with _locked(out):
+    with locked(out, other=_OTHER):
         record = NodeRecord(fingerprint, fingerprint, parts)
         if line := node.taken_for(record, "a training of this student on these rows with these settings"):
             output.print(line)
@@ -116,29 +114,3 @@ def _train_rows(
             work.files += ["result.json", *(f"model/{file.name}" for file in (out / "model").glob("*.safetensors"))]
     output.print(f"{out / 'model'}: {method}, {result.steps} steps on {result.rows} rows, {duration(result.seconds)}")
     return result
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a training's folder.
-
-    The folder itself is locked: a file in it would move to `older/` with the rest.
-
-    Raises:
-        UsageError: another process trains there.
-        CotreeError: the folder cannot be made.
-    """
-    with explain_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UsageError(f"another cotree trains in {folder}; wait for it, or choose another folder") from None
-    except OSError:
-        pass  # NFS locks no folders
-    try:
-        yield
-    finally:
-        os.close(descriptor)
