@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help tour demo two-models real test check slow bench-search bench-tasks bench-store bench-train bench-gpu clean
+.PHONY: help tour demo two-models real test check slow web bench-search bench-tasks bench-store bench-train bench-gpu clean
 
 # Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -31,6 +31,7 @@ help:
 	@echo "make test    the tests, without the slow ones"
 	@echo "make check   ruff and mypy --strict"
 	@echo "make slow    the slow tests"
+	@echo "make web     build the viewer's page from web/ (needs Node.js 20 or later; what is built is committed)"
 	@echo "make bench-search    search speed beside the bare client, raw requests and treequest: benchmarks/out/search.json"
 	@echo "make bench-tasks     verdicts a second of every task, on the files in COTREE_DATA: benchmarks/out/tasks.json"
 	@echo "make bench-store    build datasets from 100,000 generated trees: rows/s and peak memory: benchmarks/out/store.json"
@@ -66,6 +67,9 @@ check: $(DEV)
 # pytest exits with 5 when no test matches.
 slow: $(DEV)
 	@$(PY) -m pytest -m slow $(ARGS) || { code=$$?; [ $$code = 5 ] && echo "make slow: no slow tests match" || exit $$code; }
+
+web:
+	@cd web && npm ci --no-audit --no-fund --loglevel=error && npm run --silent build
 
 bench-search: $(BENCH)
 	@$(PY) -m benchmarks.search $(ARGS)
