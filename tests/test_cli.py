@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 LAPTOP = str(ROOT / "recipes" / "laptop.yaml")
 VERBS = [
     "run", "plan", "check", "show", "view", "preview", "eval", "compare", "table", "train", "diagnose", "import",
-    "export", "check-data", "clean", "report", "decode", "serve", "init", "tasks", "patterns", "models",
+    "export", "check-data", "merge", "clean", "report", "decode", "serve", "init", "tasks", "patterns", "models",
 ]  # fmt: skip
 FAR = "models.far={url: 'http://127.0.0.1:9', tokenizer: smollm2-135m-instruct}"
 FAR_WITH_KEY = "models.far={url: 'http://127.0.0.1:9', mode: chat, api_key_env: NO_KEY}"

@@ -48,10 +48,11 @@ if TYPE_CHECKING:
     from cotree.decode.answer import decode
     from cotree.eval.compare import compare_evaluations as compare
     from cotree.eval.evaluate import evaluate_model as evaluate
+    from cotree.experiment.merge import merge
     from cotree.experiment.opened import open_run
     from cotree.experiment.plan import plan
     from cotree.experiment.recipe import build_recipe, load_recipe
-    from cotree.experiment.run import run
+    from cotree.experiment.run import run, search_shard
     from cotree.report.table import table_of as table
     from cotree.tasks import Question, Task, Verdict, WorkedExample, task
     from cotree.tasks.diagnosis import diagnose
@@ -72,9 +73,11 @@ __all__ = [
     "diagnose",
     "evaluate",
     "load_recipe",
+    "merge",
     "open_run",
     "plan",
     "run",
+    "search_shard",
     "table",
     "task",
     "train",
@@ -91,9 +94,11 @@ _LAZY = {
     "diagnose": "cotree.tasks.diagnosis:diagnose",
     "evaluate": "cotree.eval.evaluate:evaluate_model",
     "load_recipe": "cotree.experiment.recipe:load_recipe",
+    "merge": "cotree.experiment.merge:merge",
     "open_run": "cotree.experiment.opened:open_run",
     "plan": "cotree.experiment.plan:plan",
     "run": "cotree.experiment.run:run",
+    "search_shard": "cotree.experiment.run:search_shard",
     "table": "cotree.report.table:table_of",
     "task": "cotree.tasks:task",
     "train": "cotree.train.verb:train_rows",

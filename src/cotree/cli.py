@@ -136,12 +136,24 @@ def run(
     regrow: Annotated[
         bool, typer.Option("--regrow", help="Grow finished trees again if their settings changed.")
     ] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Only this part of the questions: 0/8 is the first of eight.")
+    ] = None,
     runs_dir: RunsDir = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
     """Make every node of a recipe that is not up to date, in order. The same command resumes."""
-    loaded = cotree.load_recipe(recipe, overrides or ())
-    cotree.run(loaded, runs_dir, only=only or (), source=source, regrow=regrow, output=Output(quiet=quiet))
+    from cotree.base.shards import Shard
+
+    cotree.run(
+        cotree.load_recipe(recipe, overrides or ()),
+        runs_dir,
+        only=only or (),
+        source=source,
+        regrow=regrow,
+        shard=None if shard is None else Shard.parse(shard),
+        output=Output(quiet=quiet),
+    )
 
 
 @app.command(epilog="Example: cotree plan recipes/laptop.yaml students.dpo.beta=0.3")
@@ -316,6 +328,17 @@ def check_data(
     for file in files:
         kind, rows = check_file(file)
         Output().print(f"{file}: {rows} faultless {kind} rows")
+
+
+@app.command(epilog="Example: cotree merge runs/mine/shards/*/trees/train -o merged.db")
+def merge(
+    stores: Annotated[
+        list[Path], typer.Argument(metavar="STORE...", help="Stores of trees, their folders, or journals.")
+    ],
+    out: Out,
+) -> None:
+    """Copy the trees of several stores into one, or the requests of several journals; again copies nothing twice."""
+    Output().print(cotree.merge(stores, out))
 
 
 @app.command(epilog="Example: cotree clean runs/laptop --dry-run")

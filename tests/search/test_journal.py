@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.search import unused
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.client import Choice, Completion
-from cotree.search.journal import Journal, UnusedCompletions
+from cotree.search.journal import Journal
 
 
 def said(text: str = "text", tokens: int = 1) -> Completion:
@@ -74,25 +75,25 @@ def test_unused_is_what_no_current_tree_is_made_of(tmp_path: Path) -> None:
         for i in range(1, 5):
             journal.add(bytes([i]), "t/q/0", said(tokens=10 * i))
         journal.add(b"other", "t/r/0", said(tokens=7))
-        assert journal.unused(["t/q/0"]) == UnusedCompletions(4, 100)
+        assert unused(journal, ["t/q/0"]) == (4, 100)
         journal.add_uses("old", [bytes([1]), bytes([2])])
         journal.set_current(here, {"t/q/0": "old"})
-        assert journal.unused(["t/q/0"]) == UnusedCompletions(2, 70)
+        assert unused(journal, ["t/q/0"]) == (2, 70)
         journal.add_uses("new", [bytes([2]), bytes([3])])
-        assert journal.unused(["t/q/0"]) == UnusedCompletions(2, 70), "a tree counts when it is the current one"
+        assert unused(journal, ["t/q/0"]) == (2, 70), "a tree counts when it is the current one"
         journal.set_current(here, {"t/q/0": "new"})
-        assert journal.unused(["t/q/0"]) == UnusedCompletions(2, 50), "what only the old tree used is now unused"
+        assert unused(journal, ["t/q/0"]) == (2, 50), "what only the old tree used is now unused"
         journal.add_uses("elsewhere", [bytes([4])])
         journal.set_current(there, {"t/q/0": "elsewhere"})
-        assert journal.unused(["t/q/0"]) == UnusedCompletions(1, 10), "another node's tree uses it too"
+        assert unused(journal, ["t/q/0"]) == (1, 10), "another node's tree uses it too"
         journal.set_current(here, {"t/q/0": "old"})
-        assert journal.unused(["t/q/0"]) == UnusedCompletions(1, 30), "the old settings are back"
-        assert journal.unused(["t/q/0", "t/r/0", "t/s/0"]) == UnusedCompletions(2, 37)
+        assert unused(journal, ["t/q/0"]) == (1, 30), "the old settings are back"
+        assert unused(journal, ["t/q/0", "t/r/0", "t/s/0"]) == (2, 37)
     (tmp_path / "moved").mkdir()
     (tmp_path / "j.db").rename(tmp_path / "moved" / "j.db")
     with Journal(tmp_path / "moved" / "j.db") as journal:
         journal.set_current(tmp_path / "moved" / "trees" / "a" / "trees.db", {"t/q/0": "new"})
-        assert journal.unused(["t/q/0"]) == UnusedCompletions(1, 10), "a run folder may be moved or renamed"
+        assert unused(journal, ["t/q/0"]) == (1, 10), "a run folder may be moved or renamed"
 
 
 def test_extra_rollouts_stay_what_they_were_first(tmp_path: Path) -> None:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 from tests.support.fake_server import FakeServerThread
-from tests.support.search import config_of, content, grow, letters, reply, run, settings, stored
+from tests.support.search import config_of, content, grow, letters, reply, run, settings, stored, unused
 
 from cotree.base.rows import read_rows
 from cotree.data.export import export_trees
 from cotree.search.growth import writers_of
-from cotree.search.journal import Journal, UnusedCompletions
+from cotree.search.journal import Journal
 from cotree.search.settings import Thought, Writer
 from cotree.search.store import TreeStore
-from cotree.search.trees import tree_key, trees_left
+from cotree.search.trees import tree_key, turns_left
 from cotree.tasks import Question, Verdict
 from cotree.tasks.base import VERDICT_VERSION
 
@@ -62,8 +62,8 @@ def test_more_questions_grow_the_new_ones_only(tmp_path: Path) -> None:
         few, calls = stored(tmp_path / "t.db"), server.calls
         with TreeStore(tmp_path / "t.db") as store:
             config = config_of(SETTINGS)
-            assert trees_left(store, letters(5), config) == 0
-            assert trees_left(store, letters(8), config) == 3
+            assert turns_left(store, letters(5), config) == []
+            assert len(turns_left(store, letters(8), config)) == 3
         trees, progress = asyncio.run(grow(server.url, tmp_path / "t.db", SETTINGS, letters(8)))
         assert progress.recalled == 0
         assert set(few) < set(stored(tmp_path / "t.db"))
@@ -123,7 +123,7 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
     assert stored(tmp_path / "whole.db") == stored(tmp_path / "killed.db")
     names = [f"letters/{question.id}/0" for _, question in letters(8)]
     with Journal(tmp_path / "killed.journal") as journal:
-        assert journal.unused(names) == UnusedCompletions(0, 0)
+        assert unused(journal, names) == (0, 0)
 
 
 def test_kill_and_resume_give_the_undisturbed_store(tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def run(path: Path, trees: Trees, **more: Any) -> tuple[list[StoredTree], Progre
         return asyncio.run(grow(server.url, path, trees, **more))
 
 
+def unused(journal: Journal, questions: Sequence[str]) -> tuple[int, int]:
+    """How many completions of the questions are in no current tree, and their tokens."""
+    found = journal.unused(questions)
+    return len(found), sum(found.values())
+
+
 def content(trees: Iterable[StoredTree]) -> list[tuple[Any, ...]]:
     """What trees hold, without their ids, their configs and the seconds."""
     return [

@@ -49,7 +49,8 @@ class NodeRecord:
     done: the content is complete. seconds: of work, over all interruptions.
     result: the numbers that the node left for tables (counts, tokens, ...), as its package defines them.
     resolved: what `auto` settings became, so that an unfinished node goes on with them.
-    files: what must be there for the content to be whole, relative to the folder, each with its sha256 ("": not kept).
+    files: what must be there for the content to be whole, relative to the folder, each with its sha256 ("": not kept);
+        stores of other parts of the run that have some of the trees are among them ("../../shards/...").
     origin: the run that it was taken from (`--from`), "" if it was made here.
     outdated: the run's recipe has other settings now, so the numbers of this content are in no table.
     """
@@ -154,9 +155,9 @@ class NodeFolder:
             if same and self.complete(record.fingerprint):
                 record = replace(record, done=True, result=now.result, files=now.files)
             elif same and now.done:  # a folder without some of its files is taken for a whole one
-                for top in {self.path / name.partition("/")[0] for name in now.files}:
-                    if top.is_dir():
-                        remove(top)
+                for top in {name.partition("/")[0] for name in now.files} - {".."}:
+                    if (self.path / top).is_dir():
+                        remove(self.path / top)
         else:
             record = replace(record, created=datetime.now(UTC).strftime("%Y-%m-%d"))
         record = replace(record, versions=versions(), machine=machine_class())
@@ -221,6 +222,7 @@ class Work:
         self.result: dict[str, Any] = {}
         self.files: list[str] = []
         self.resolved = dict(record.resolved)
+        self.seconds_of_shards = 0.0
         self.record, self._folder = record, folder
         self._started = self._saved = time.monotonic()
 
@@ -231,12 +233,16 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """Of work on this node, earlier attempts included."""
-        return round(self.record.seconds + time.monotonic() - self._started, 1)
+        """Of work on this node, earlier attempts and that of shards included."""
+        counted = float(self.record.resolved.get("seconds_of_shards", 0))  # in the record's seconds already
+        new = max(0.0, self.seconds_of_shards - counted)
+        return round(self.record.seconds + new + time.monotonic() - self._started, 1)
 
     def save(self) -> None:
         """Write the record with the seconds and resolved values so far."""
         self._saved = time.monotonic()
+        if self.seconds_of_shards:
+            self.resolved["seconds_of_shards"] = self.seconds_of_shards
         self._folder.write(replace(self.record, seconds=self.seconds, resolved=self.resolved))
 
     def save_periodically(self) -> None:
@@ -278,6 +284,11 @@ class RunFolder:
         """The records in the files of a pattern, by their folders."""
         found = {path.parent: _read_record(path.parent) for path in sorted(self.path.glob(pattern))}
         return {folder: record for folder, record in found.items() if record is not None}
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The parts of two fingerprints (`NodeRecord.parts`) that differ, sorted."""
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != json.loads(json.dumps(now.get(key))))
 
 
 def folder_name(name: str) -> str:

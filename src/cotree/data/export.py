@@ -12,6 +12,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import unquote
 
 import yaml
 
@@ -19,9 +20,11 @@ from cotree.base.atomic import write_json, write_text
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import Row, read_rows, write_jsonl
-from cotree.base.run_folder import check_against_record
+from cotree.base.run_folder import RunFolder, check_against_record
+from cotree.base.shards import files_in_parts, shards_of
 from cotree.data.kinds import check_file, write_parquet
-from cotree.search.store import StoredTree, TreeStore
+from cotree.search.store import StoredTree
+from cotree.search.stores import TreeStores
 
 # What a trainer does with the replies before the last one, and how to stop it. (TRL's scores completions only.)
 _EARLIER_REPLIES = {
@@ -115,14 +118,23 @@ def _trainer_row(row: Row) -> Row:
 
 
 def export_trees(source: Path, out: Path) -> int:
-    """All trees of a store (of a run, a node, or by its path) as Parquet, a row each with its nodes nested; returns how
-    many."""
-    store, *others = _files(source, "trees", "trees.db")
-    if others:
-        raise UsageError(f"{source} has several stores of trees; name one of {', '.join(map(str, [store, *others]))}")
-    if not store.is_file():
-        raise UsageError(f"no store at {store}")
-    with TreeStore(store, reading=True) as trees:
+    """All trees of a store (of a run with its shards, a node, or by its path) as Parquet, a row each with its nodes
+    nested; returns how many."""
+    if source.is_dir() and source.resolve().parent.name == "trees":  # of a node
+        run, pattern = RunFolder(source.resolve().parents[1]), f"trees/{source.resolve().name}/trees.db"
+    else:
+        run, pattern = RunFolder(source), "trees/*/trees.db"
+    names = {path.parent.name for part in (run, *shards_of(run)) for path in part.path.glob(pattern)}
+    if len(names) > 1:
+        nodes = ", ".join(str(source / "trees" / name) for name in sorted(names))
+        raise UsageError(f"{source} has several stores of trees; name one of {nodes}")
+    if names:
+        stores = files_in_parts(run, f"trees/{unquote(names.pop())}", "trees.db")
+    else:
+        stores = _files(source, "trees", "trees.db")
+    if not stores[0].is_file():
+        raise UsageError(f"no store at {stores[0]}")
+    with TreeStores(stores) as trees:
         return write_parquet(out, get_type_hints(StoredTree), map(asdict, trees.trees()), {})
 
 

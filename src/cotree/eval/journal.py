@@ -13,8 +13,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,6 +115,16 @@ def read_lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], int]:
         except (ValueError, RecursionError):
             damaged += 1
     return found, damaged
+
+
+def take_samples(sources: Iterable[Path], journal: Path, questions: Collection[tuple[str, str]]) -> None:
+    """Append to a journal what others have of these questions (task, id): replies to prompts that it has none to."""
+    there = {(sample.key, sample.prompt_hash) for sample in read_all_lines(journal)[0]}
+    for path in sources:
+        for sample in read_all_lines(path)[0]:
+            if (sample.task, sample.id) in questions and (sample.key, sample.prompt_hash) not in there:
+                append_line(journal, asdict(sample))
+                there.add((sample.key, sample.prompt_hash))
 
 
 def _checked(line: bytes) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from cotree.base.atomic import remove
 from cotree.base.lock import locked
 from cotree.base.run_folder import KINDS, RunFolder
+from cotree.base.shards import shards_of
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import offline
 from cotree.experiment.recipe import load_recipe
@@ -35,12 +36,14 @@ def unneeded(run: RunFolder) -> list[Removed]:
     with offline():
         states = states_of(run, Fingerprints(recipe), recipe.nodes)
     wanted = {run.node(s.node.id, s.model).path.relative_to(run.path): s.fingerprint for s in states}
-    older = run.path / "older"
-    found = [run.path / place for place in _places(run.path) if place not in wanted]
-    found += [older / place for place in _places(older) if place not in wanted]
-    for place, fingerprint in wanted.items():
-        if fingerprint is not None and not (older / place / "moving.json").exists():
-            found += [kept for kept in (older / place).glob("*") if kept.name != fingerprint.base]
+    found: list[Path] = []
+    for part in (run, *shards_of(run)):
+        older = part.path / "older"
+        found += [part.path / place for place in _places(part.path) if place not in wanted]
+        found += [older / place for place in _places(older) if place not in wanted]
+        for place, fingerprint in wanted.items():
+            if fingerprint is not None and not (older / place / "moving.json").exists():
+                found += [kept for kept in (older / place).glob("*") if kept.name != fingerprint.base]
     found += [path for path in run.path.rglob(".*.draft") if not {*path.parents} & {*found}]
     found += run.path.glob(".taken")
     return [Removed(path.relative_to(run.path), _bytes(path)) for path in sorted(found)]

@@ -20,6 +20,7 @@ from typing import Any
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import Kind
 from cotree.base.settings import hashed_settings
+from cotree.base.shards import Shard
 from cotree.data.settings import Dataset
 from cotree.eval.asking import load_questions
 from cotree.eval.settings import Evaluation
@@ -52,8 +53,10 @@ class Fingerprint:
 class Fingerprints:
     """The fingerprints of a recipe's nodes, computed once each; reads questions and files, asks no server."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, shard: Shard | None = None) -> None:
+        """shard: of trees and evaluations only the questions of this shard; what they read is that of all questions."""
+        self.recipe, self.shard = recipe, shard
+        self.whole = self if shard is None else Fingerprints(recipe)
         self._found: dict[tuple[str, str | None], Fingerprint] = {}
         self._questions: dict[str, list[Asked]] = {}
 
@@ -66,6 +69,8 @@ class Fingerprints:
         key = (node_id, model)
         if key not in self._found:
             node = self.recipe.nodes[node_id]
+            if self.shard is not None and node.kind in ("datasets", "students"):
+                return self.whole.of(node_id)
             if model is not None:
                 self._found[key] = self._cell(node, model)
             else:
@@ -167,7 +172,8 @@ class Fingerprints:
             counts = dict(sorted(counts.items()))
         key = json.dumps([node.settings.split, counts])
         if key not in self._questions:
-            self._questions[key] = load_questions(counts.items(), node.settings.split)
+            shard, asked = self.shard, load_questions(counts.items(), node.settings.split)
+            self._questions[key] = [each for each in asked if shard is None or shard.takes(each[0].name, each[1].id)]
         return self._questions[key]
 
     @cached_property
@@ -186,11 +192,6 @@ class Fingerprints:
                 repeated = contaminated([question for _, question in asked], self.held_out, generated=generated)
                 found |= {(task.name, id_) for id_ in repeated}
         return found
-
-
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The parts of two fingerprints that differ, sorted."""
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != json.loads(json.dumps(now.get(key))))
 
 
 def _flatten(settings: Mapping[str, Any], at: str = "", leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,13 @@ from cotree.base.errors import UsageError
 from cotree.base.rows import Row, read_rows
 from cotree.base.run_folder import NodeRecord, RunFolder, find_run
 from cotree.base.settings import nearest
+from cotree.base.shards import files_in_parts
 from cotree.experiment.recipe import Recipe
 from cotree.experiment.state import run_folder
 from cotree.experiment.work import tokenizer_of
 from cotree.report.summary import summarize_run
-from cotree.search.store import StoredTree, TreeStore
+from cotree.search.store import StoredTree
+from cotree.search.stores import TreeStores
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -48,7 +50,9 @@ class Run:
         Raises:
             UsageError: the run has no such trees.
         """
-        return _trees_in(self._content(f"trees/{name}", "trees.db"), self.nodes[f"trees/{name}"].base)
+        node = f"trees/{name}"
+        stores = files_in_parts(self._folder, node, "trees.db") or [self._content(node, "trees.db")]
+        return _trees_in(stores, self._record(node).base)
 
     def dataset(self, name: str) -> Iterator[Row]:
         """The rows of a dataset, one at a time.
@@ -71,12 +75,16 @@ class Run:
         return [row.model_dump() for row in summarize_run(self._folder).eval]
 
     def _content(self, node: str, name: str) -> Path:
-        if node not in (nodes := self.nodes):
-            raise UsageError(f"{self.path} has no {node}; {nearest(node, nodes)}")
+        self._record(node)
         path = self._folder.node(node).path / name
         if not path.exists():
             raise UsageError(f"{path} is not there (yet); `cotree run {self.path} --only {node}` makes it")
         return path
+
+    def _record(self, node: str) -> NodeRecord:
+        if node not in (nodes := self.nodes):
+            raise UsageError(f"{self.path} has no {node}; {nearest(node, nodes)}")
+        return nodes[node]
 
 
 def open_run(path: str | Path) -> Run:
@@ -106,6 +114,6 @@ def preview_dataset(recipe: Recipe, runs_dir: Path, name: str, rows: int) -> Tex
     return preview(path, tokenizer_of(recipe, settings.tokenizer), settings.max_tokens, rows)
 
 
-def _trees_in(path: Path, config: str) -> Iterator[StoredTree]:
-    with TreeStore(path, reading=True) as store:
+def _trees_in(stores: Sequence[Path], config: str) -> Iterator[StoredTree]:
+    with TreeStores(stores) as store:
         yield from store.trees(config)

@@ -21,7 +21,8 @@ from cotree.base.atomic import atomic_draft, explain_write_errors, remove, write
 from cotree.base.errors import UsageError, first_cotree_error
 from cotree.base.lock import locked
 from cotree.base.progress import Output
-from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
+from cotree.base.run_folder import Kind, NodeFolder, NodeRecord, RunFolder, find_run
+from cotree.base.shards import Shard, ShardFolder, parts_beside, shards_of
 from cotree.experiment.check import preflight
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
 from cotree.experiment.fingerprints import Fingerprints
@@ -33,8 +34,12 @@ from cotree.models.endpoints import check_servers
 from cotree.report.html import write_report
 from cotree.report.summary import NodeReads, summarize_run, write_summary
 from cotree.report.table import summary_lines
+from cotree.search.merge import merge_journals, merge_stores
 from cotree.search.store import TreeStore
+from cotree.search.stores import TreeStores
 from cotree.train.processes import first_process
+
+_DEALT: tuple[Kind, ...] = ("trees", "evaluations")  # what is kept by question, so that shards can share it
 
 
 def run(
@@ -44,6 +49,7 @@ def run(
     only: str | Sequence[str] = (),
     source: str | Path | None = None,
     regrow: bool = False,
+    shard: Shard | None = None,
     output: Output | None = None,
 ) -> RunFolder:
     """Bring the nodes of a recipe up to date; calling it again resumes.
@@ -55,6 +61,7 @@ def run(
         only: ids of nodes ("students/dpo"), entries, or kinds ("trees"); what they read is included.
         source: another run, whose content of equal fingerprints is taken over.
         regrow: allow that finished trees are grown again because their settings changed.
+        shard: grow trees and ask evaluations of this part of the questions only, in a folder of its own.
         output: where progress is shown.
 
     Raises:
@@ -66,9 +73,42 @@ def run(
     source = None if source is None else Path(source)
     folder = run_folder(recipe, runs_dir)
     with first_process() as first:
-        if first:
+        if first and shard is not None:
+            if source is not None:
+                raise UsageError("--from takes content over into a whole run; run it once without --shard")
+            _run_shard(recipe, ShardFolder(folder, shard), only, regrow=regrow, output=output or Output())
+        elif first:
             _run(recipe, folder, only, source=source, regrow=regrow, output=output or Output())
     return folder
+
+
+def search_shard(
+    recipe: Recipe | str | Path,
+    node: str | Sequence[str],
+    rank: int,
+    world_size: int,
+    *,
+    runs_dir: str | Path = "runs",
+    regrow: bool = False,
+    output: Output | None = None,
+) -> Path:
+    """Grow the trees, or ask the evaluations, of one part of the questions; returns the part's folder.
+
+    Each of `world_size` calls, in any order, at once or not, on any machine that sees the run folder, has the questions
+    that a hash deals to its `rank` (from 0). Together they are what one run makes. Calling it again resumes.
+
+    Args:
+        recipe: or the path of one, or of a run folder.
+        node: ids of nodes: "trees/train", "evaluations/test".
+
+    Raises:
+        UsageError: found before any work.
+        CotreeError: work failed after it had started; the same call resumes it.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    shard = Shard(world_size, rank)
+    folder = run(loaded, runs_dir, only=node, regrow=regrow, shard=shard, output=output)
+    return ShardFolder(folder, shard).path
 
 
 def _run(
@@ -79,13 +119,85 @@ def _run(
     wanted = recipe.with_needed(only) if only else list(recipe.nodes)
     if folder.nodes():
         with locked(folder.path):
-            _mend_stores(folder, output)
+            for part in (*shards_of(folder), folder):
+                _mend_stores(part, output)
     states = states_of(folder, fingerprints, wanted)
+    taken = equal_content(folder, source, states)
+    _look_ahead(fingerprints, states, [s for s in states if s.name not in taken], regrow=regrow, output=output)
+    reading = ExitStack()  # while content is taken from another run, nothing works there
+    if taken and source is not None and source.resolve() != folder.path.resolve():
+        reading.enter_context(locked(source, fcntl.LOCK_SH))
+    with reading, locked(folder.path):
+        write_text(folder.path / "recipe.yaml", recipe_yaml(recipe))
+        output.log = folder.path / "log.jsonl"
+        _mark_outdated(folder, states_of(folder, fingerprints, recipe.nodes))
+        if taken:
+            _take_over(taken, folder, source, states=states, output=output)
+        reading.close()
+        worker = Worker(recipe, folder, fingerprints, output)
+        for state in states:
+            _bring_up_to_date(worker, state)
+        output.print(f"report: {_write_results(folder, recipe, output)}")
+
+
+def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], *, regrow: bool, output: Output) -> None:
+    """Bring the trees and evaluations of a shard up to date; what they read must be there."""
+    run, shard = folder.whole, folder.shard
+    recipe = with_engines(pinned(recipe, run), run)
+    fingerprints = Fingerprints(recipe, shard)
+    wanted = recipe.with_needed(only) if only else []
+    nodes = [recipe.nodes[name] for name in wanted]
+    if not any(node.kind in _DEALT for node in nodes):
+        raise UsageError("a shard grows trees or asks evaluations; name them with --only, e.g. --only trees/train")
+    for node in nodes:
+        if node.kind == "trees" and node.settings.adaptive:
+            raise UsageError(f"{node.id}: `adaptive` shares rollouts over all questions; leave it out to use shards")
+    with explain_write_errors(run.path, "set --runs-dir"):
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / ".lock").touch()
+    # No other process works in the whole run meanwhile, but other shards do.
+    with locked(run.path, fcntl.LOCK_SH), locked(folder.path, other="leave this shard to it"):
+        _mend_stores(folder, output)
+        states = states_of(folder, fingerprints, wanted)
+        for state in states:
+            if state.node.kind not in _DEALT and state.state != "done":
+                raise UsageError(
+                    f"{state.name} is made of all questions and is not done; make it before the shards that need it: "
+                    f"`cotree run {run.path} --only {state.node.id}`"
+                )
+        before = {state.name: state for state in states_of(run, fingerprints.whole, wanted)}
+        paid = [replace(state, regrow=max(state.regrow, before[state.name].regrow)) for state in states]
+        _look_ahead(fingerprints, paid, paid, regrow=regrow, output=output)
+        text = recipe_yaml(recipe)
+        if not (kept := run.path / "recipe.yaml").is_file() or kept.read_text(encoding="utf-8") != text:
+            write_text(kept, text)
+        output.log = folder.path / "log.jsonl"
+        worker = Worker(recipe, folder, fingerprints, output)
+        for state in states:
+            whole = run.node(state.node.id, state.model)
+            if whole.record() is None and not whole.without_record():  # so that all can see that it has begun
+                of = before[state.name].fingerprint
+                assert of is not None
+                whole.write(NodeRecord(of.of, of.base, parts=of.parts, reads=state.node.reads))
+            _bring_up_to_date(worker, state)
+        output.print(f"shard {shard} is done: {folder.path}")
+
+
+def _look_ahead(
+    fingerprints: Fingerprints, states: Sequence[State], ahead: Sequence[State], *, regrow: bool, output: Output
+) -> None:
+    """Find what would fail before anything is begun, and say what will be done.
+
+    Args:
+        ahead: the states of all that is to be made, done ones among them.
+
+    Raises:
+        UsageError: something is missing, or finished trees would be grown again.
+    """
     for state in states:
         if state.fingerprint is None:
             raise UsageError(f"{state.name}: {state.why[0].removeprefix('unresolved: ')}")
-    taken = equal_content(folder, source, states)
-    ahead = [state for state in states if state.state != "done" and state.name not in taken]
+    recipe, ahead = fingerprints.recipe, [state for state in ahead if state.state != "done"]
     for state in ahead:  # trees are paid work
         if state.regrow:
             what = (
@@ -102,20 +214,6 @@ def _run(
         output.print(line)
     for line in asyncio.run(check_servers({name: recipe.models[name] for name in asked if name in recipe.models})):
         output.print(line)
-    reading = ExitStack()  # while content is taken from another run, nothing works there
-    if taken and source is not None and source.resolve() != folder.path.resolve():
-        reading.enter_context(locked(source, fcntl.LOCK_SH))
-    with reading, locked(folder.path):
-        write_text(folder.path / "recipe.yaml", recipe_yaml(recipe))
-        output.log = folder.path / "log.jsonl"
-        _mark_outdated(folder, states_of(folder, fingerprints, recipe.nodes))
-        if taken:
-            _take_over(taken, folder, source, states=states, output=output)
-        reading.close()
-        worker = Worker(recipe, folder, fingerprints, output)
-        for state in states:
-            _bring_up_to_date(worker, state)
-        output.print(f"report: {_write_results(folder, recipe, output)}")
 
 
 def report_again(path: Path, out: Path | None = None) -> Path:
@@ -188,8 +286,9 @@ def _mend_stores(folder: RunFolder, output: Output) -> None:
         path = folder.node(name).path / "trees.db"
         if not record.done or not path.is_file() or not path.stat().st_size:
             continue  # not counted yet, of another kind, or lost wholly, which is found otherwise
-        with TreeStore(path) as store:
-            counted = record.result["counts"]["trees"] - len(store.finished(record.base))
+        others = (part.node(name).path / "trees.db" for part in parts_beside(folder))
+        with TreeStore(path) as store, TreeStores(filter(Path.is_file, others), store) as stores:
+            counted = record.result["counts"]["trees"] - len(stores.finished(record.base))
             if store.rescued:
                 output.print(f"{name}: {store.rescued}")
         if lost := max(counted, store.lost):
@@ -228,6 +327,9 @@ def _take_over(
         with explain_write_errors(folder.path, "set --runs-dir"):
             remove(draft)
             _copy(content.path, draft)
+            if shards := [content.path / name for name in record.files if name.startswith("..")]:
+                merge_stores(shards, draft / "trees.db")
+                record = replace(record, files={"trees.db": ""})
             folder.begin(replace(record, done=False))
             # What shows that the content is whole comes last.
             for entry in sorted(draft.iterdir(), key=lambda entry: entry.name in record.files):
@@ -242,6 +344,8 @@ def _take_over(
         for name in ("journal.db-wal", "journal.db"):
             if (source / name).is_file():
                 _copy(source / name, run.path / name)
+        journals = [part.path / "journal.db" for part in shards_of(RunFolder(source))]
+        merge_journals(filter(Path.is_file, journals), run.path / "journal.db")
 
 
 def _copy(source: Path, target: Path) -> None:

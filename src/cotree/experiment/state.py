@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cotree.base.errors import UsageError
-from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
-from cotree.experiment.fingerprints import Fingerprint, Fingerprints, changed_keys
+from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, changed_keys, find_run
+from cotree.base.shards import parts_beside
+from cotree.experiment.fingerprints import Fingerprint, Fingerprints
 from cotree.experiment.recipe import Node, Recipe
 from cotree.search.store import count_trees
 
@@ -136,5 +137,14 @@ def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: s
     changed = [key for key in keys if key not in _READ]
     if read := [key for key in keys if key in _READ]:
         changed.append(f"what it reads ({', '.join(read)})")
-    regrow = count_trees(folder.path / "trees.db") if node.kind == "trees" else 0
+    regrow = _trees_to_regrow(run, fingerprints, node, record.base) if node.kind == "trees" else 0
     return State(node, model, "changed", tuple(changed), wanted, regrow)
+
+
+def _trees_to_regrow(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], base: str) -> int:
+    """How many trees of earlier settings there are, in a run and its shards; 0 where all of today's are there too."""
+    stores = [part.node(node.id).path / "trees.db" for part in (run, *parts_beside(run))]
+    wanted = sum(1 + len(question.later) for _, question in fingerprints.questions(node))
+    if sum(count_trees(path, fingerprints.of(node.id).base) for path in stores[1:]) >= wanted:
+        return 0
+    return sum(count_trees(path, base) for path in stores)

@@ -7,6 +7,7 @@ to be whole).
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ import yaml
 from cotree.base.numbers import duration
 from cotree.base.progress import Output, Update
 from cotree.base.rows import read_rows
-from cotree.base.run_folder import Kind, RunFolder, Work
+from cotree.base.run_folder import Kind, NodeRecord, RunFolder, Work
+from cotree.base.shards import ShardFolder, parts_beside
 from cotree.data.settings import Dataset
 from cotree.eval.settings import Evaluation
 from cotree.experiment.fingerprints import Fingerprints
@@ -32,6 +34,7 @@ from cotree.models.tokenizer import load_tokenizer
 from cotree.models.weights import check_weights, engine_of, is_whole, locate, tokenizer_source
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
+from cotree.search.stores import TreeStores
 from cotree.search.thoughts import PATTERNS
 from cotree.tasks import Verdict
 
@@ -107,15 +110,16 @@ class Worker:
         from cotree.models.endpoints import open_endpoints
         from cotree.search.index import TreeIndex
         from cotree.search.journal import Journal, Progress
+        from cotree.search.merge import take_completions
         from cotree.search.summary import compare_methods, summarize
-        from cotree.search.trees import TreeGrower, trees_left
+        from cotree.search.trees import TreeGrower, turns_left
 
         settings, asked = node.settings, self.fingerprints.questions(node)
         config, budgets = self.fingerprints.of(node.id).base, None
         if settings.tokens_of is not None:
             budgets = {tree.question_name: tree.completion_tokens for tree in self.trees(settings.tokens_of)}
 
-        async def grow(store: TreeStore, journal: Journal, index: TreeIndex) -> Progress:
+        async def grow(store: TreeStores, journal: Journal, index: TreeIndex) -> Progress:
             models = {name: self.model(name) for name in settings.writers}
             async with open_endpoints(models, widest=settings.widest, logs=work.path) as endpoints:
                 with self.output.progress(node.name) as update:
@@ -132,17 +136,29 @@ class Worker:
                     )
                     return await grower.grow(asked)
 
-        with TreeStore(work.path / "trees.db") as store, Journal(self.run.path / "journal.db") as journal:
-            gone = journal.is_new and store.finished()
+        beside = parts_beside(self.run)
+        journals = [*filter(Path.is_file, (part.path / "journal.db" for part in beside))]
+        with (
+            TreeStore(work.path / "trees.db") as own,
+            Journal(self.run.path / "journal.db") as journal,
+            TreeStores(self._stores(node.id)[1:], own) as store,
+        ):
+            gone = journal.is_new and own.finished()
             lost = "journal.db is gone; requests that it had answers to are paid again where trees need them"
-            for line in filter(None, (store.rescued, journal.rescued, lost if gone else "")):
+            for line in filter(None, (own.rescued, journal.rescued, lost if gone else "")):
                 self.output.print(f"{node.id}: {line}")
             found = Progress()
-            if trees_left(store, asked, config):
-                with TreeIndex(store) as index:
+            if left := turns_left(store, asked, config):
+                take_completions(journals, journal, left)
+                with TreeIndex(own) as index:
                     found = asyncio.run(grow(store, journal, index))
-            troubles = {"repeats": found.repeats, "misreported": found.misreported}
-            work.result["counts"] = summarize(store, journal, asked, config) | troubles
+            counts = summarize(store, journal, asked, config, beside=journals)
+            troubles = Counter(repeats=found.repeats, misreported=found.misreported)
+            for record in _records_of_shards(beside, node.id):
+                troubles.update({key: record.result.get("counts", {}).get(key, 0) for key in troubles})
+                work.seconds_of_shards += record.seconds
+            work.result["counts"] = counts | troubles
+            work.files += [os.path.relpath(path, work.path) for path in store.paths_with(config)]
         if settings.tokens_of is not None:
             shared = {tree.question_name for tree in self.trees(node.name)}
             methods = {
@@ -153,12 +169,17 @@ class Worker:
         work.add_files("trees.db")
 
     def trees(self, name: str) -> Iterator[StoredTree]:
-        """The trees of a trees node, of its questions only, one at a time."""
+        """The trees of a trees node, of its questions only, one at a time; those in shards included."""
         from cotree.search.trees import trees_of
 
         node = self.recipe.nodes[f"trees/{name}"]
-        with TreeStore(self.run.node(node.id).path / "trees.db", reading=True) as store:
+        with TreeStores(self._stores(node.id)) as store:
             yield from trees_of(store, self.fingerprints.questions(node), self.fingerprints.of(node.id).base)
+
+    def _stores(self, node: str) -> list[Path]:
+        """Where trees of a node may be: its own store, and those of other parts of the run that are there."""
+        own, *others = (part.node(node).path / "trees.db" for part in (self.run, *parts_beside(self.run)))
+        return [own, *filter(Path.is_file, others)]
 
     def _build(self, node: Node[Dataset], work: Work) -> None:
         from cotree.data.build import build_dataset
@@ -273,7 +294,7 @@ class Worker:
 
     def _evaluate(self, node: Node[Evaluation], model: str, work: Work) -> None:
         from cotree.eval.evaluate import FILES, evaluate
-        from cotree.eval.journal import JOURNAL, read_samples
+        from cotree.eval.journal import JOURNAL, read_samples, take_samples
 
         settings, budgets = node.settings, None
         if settings.tokens_of is not None:
@@ -281,9 +302,19 @@ class Worker:
             for sample in read_samples(self.run.node(f"evaluations/{settings.tokens_of}", model).path / JOURNAL):
                 budgets[sample.task, sample.id] += sample.tokens
         asked, questions = self.model(model, settings.gguf), self.fingerprints.questions(node)
+        beside = parts_beside(self.run)
+        journals = [part.node(node.id, model).path / JOURNAL for part in beside]
+        take_samples(journals, work.path / JOURNAL, {(question.task, question.id) for _, question in questions})
+        work.seconds_of_shards = sum(record.seconds for record in _records_of_shards(beside, node.id, model))
         evaluated = evaluate(asked, questions, settings, work.path, name=model, budgets=budgets, output=self.output)
         work.result |= evaluated.model_dump() | {"asking": settings.model_dump(mode="json", exclude={"models"})}
         work.add_files(*FILES)
+
+
+def _records_of_shards(parts: Sequence[RunFolder], node: str, model: str | None = None) -> list[NodeRecord]:
+    """What is known of a node in those of these parts of a run that are shards."""
+    records = (part.node(node, model).record() for part in parts if isinstance(part, ShardFolder))
+    return [record for record in records if record is not None and not record.outdated]
 
 
 def _all_settings(student: Student) -> dict[str, Any]:

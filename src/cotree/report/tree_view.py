@@ -12,8 +12,10 @@ from typing import Any
 
 from cotree.base.progress import one_line
 from cotree.base.run_folder import RunFolder
+from cotree.base.shards import files_in_parts
 from cotree.report.templates import sentence
-from cotree.search.store import StoredNode, StoredTree, TreeStore
+from cotree.search.store import StoredNode, StoredTree
+from cotree.search.stores import TreeStores
 
 # The columns of datasets that hold texts; the others say which chain a row is, and why it was taken.
 _TEXTS = {"prompt", "completion", "completions", "chosen", "rejected", "prefix", "chosen_step", "rejected_step"}
@@ -158,10 +160,10 @@ def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = Non
     rows = dataset_rows(run)
     for name in trees:
         node = run.node(f"trees/{name}")
-        record, path = node.record(), node.path / "trees.db"
-        if record is None or not path.is_file():
+        record, stores = node.record(), files_in_parts(run, f"trees/{name}", "trees.db")
+        if record is None:
             continue
-        with TreeStore(path, reading=True) as store:
+        with TreeStores(stores) as store:
             for tree in store.trees(record.base):
                 if question is None or tree.question_id == question:
                     yield TreeView(name, tree, rows[tree.tree_id], record.parts)

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -126,18 +126,19 @@ class Database(ABC):
                         self._db.execute(statement)
                     self._db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
                     self._db.execute("INSERT INTO meta VALUES ('schema_version', ?)", (str(self.schema_version),))
-        found = self._version()
+        found = self.version()
         if found not in (self.schema_version - 1, self.schema_version):
             fix = "choose another name= (what is there is kept), or use the cotree that wrote it"
             raise UsageError(f"{self.path} has schema version {found}, this cotree writes {self.schema_version}; {fix}")
         if found != self.schema_version and not self.reading:
             with self._transaction():
-                for statement in self.upgrade if self._version() == found else ():  # nobody else has done it meanwhile
+                for statement in self.upgrade if self.version() == found else ():  # nobody else has done it meanwhile
                     self._db.execute(statement)
                 self._db.execute("UPDATE meta SET value = ?", (str(self.schema_version),))
                 self._seal()
 
-    def _version(self) -> int:
+    def version(self) -> int:
+        """The version of its schema, as the file says it."""
         for (value,) in self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'"):
             return int(value)
         raise sqlite3.DatabaseError("its version is lost")
@@ -221,6 +222,23 @@ class Database(ABC):
                 raise UsageError(self._not_ours(error)) from None
             fix = next((fix for part, fix in _FIXES.items() if part in code), "close other users of it")
             raise CotreeError(f"{self.path}: {error}; {fix}, then re-run the same command to resume") from None
+
+    def execute(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """The rows of a query, read one at a time."""
+        with self._guard():
+            yield from self._db.execute(query, values)
+
+    def rows_of(self, table: str, keys: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """The rows that these items have in a table."""
+        places = ", ".join("?" * len(keys))
+        return list(self.execute(f"SELECT * FROM {table} WHERE {self.key} IN ({places})", keys))  # noqa: S608
+
+    def insert(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
+        """Insert rows into tables, all or none of them; a row whose key is there already stays as it is."""
+        with self._transaction():
+            for table, new in rows.items():
+                if new:
+                    self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(new[0]))})", new)  # noqa: S608
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

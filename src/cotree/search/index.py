@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 
 from cotree.base.errors import CotreeError
 from cotree.search.store import StoredNode, StoredTree, TreeStore
+from cotree.search.stores import TreeStores
 from cotree.search.thoughts import chain_text
 from cotree.tasks.diagnosis import LONG_TEXT, diagnose
 
@@ -103,13 +104,18 @@ class TreeQuery:
 
 
 class TreeIndex:
-    """The index of one store; use as a context manager. Any number of processes may have it open."""
+    """The index of one store, or of several; use as a context manager. Any number of processes may have it open."""
 
-    def __init__(self, store: TreeStore) -> None:
+    def __init__(self, store: TreeStore | TreeStores, path: Path | None = None) -> None:
         """Open the index of an open store; where nothing can be written beside it, one that is kept in a temporary
-        folder while it is open."""
+        folder while it is open.
+
+        Args:
+            path: the store that the index is beside; to be given where there are several.
+        """
         self._store, self._kept = store, ExitStack()
-        self.path = store.path.with_name(f"{store.path.stem}_index.db")
+        beside = path or store.path
+        self.path = beside.with_name(f"{beside.stem}_index.db")
         if not os.access(self.path.parent, os.W_OK) or (self.path.exists() and not os.access(self.path, os.W_OK)):
             self.path = Path(self._kept.enter_context(TemporaryDirectory(prefix="cotree-"))) / self.path.name
         with self._guard():

@@ -8,26 +8,17 @@ the run: trees of all settings share it, and it outlives them.
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cotree.models.client import Completion, Request
 from cotree.models.endpoints import Endpoint
 from cotree.search.database import Database, checksum
-
-
-@dataclass(frozen=True)
-class UnusedCompletions:
-    """What was paid for some questions and is in no current tree: of earlier settings, or cut short.
-
-    tokens: generated ones.
-    """
-
-    completions: int
-    tokens: int
 
 
 class Journal(Database):
@@ -51,16 +42,21 @@ class Journal(Database):
         "CREATE TABLE shares (name TEXT PRIMARY KEY, rollouts INTEGER NOT NULL) WITHOUT ROWID",
     )
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, *, reading: bool = False) -> None:
+        super().__init__(path, reading=reading)
         # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a completion say which do.
         with self._guard():
-            self._keys = {key for (key,) in self._db.execute("SELECT key FROM completions")}
+            self.keys = {key for (key,) in self._db.execute("SELECT key FROM completions")}
 
     def damaged_items(self) -> dict[bytes, str]:
         """The keys of completions that are not as they were added, each with the question that asked first."""
-        rows = self._db.execute("SELECT checksum, key, question, tokens, completion FROM completions")
-        return {row[0]: row[1] for kept, *row in rows if kept is not None and kept != checksum(*row)}
+        return _damaged(self._db.execute("SELECT key, question, tokens, completion, checksum FROM completions"))
+
+    def check_items(self, keys: Sequence[bytes]) -> None:
+        """Raise UsageError where one of these completions is not as it was added."""
+        with self._guard():
+            if damaged := _damaged(self.rows_of("completions", keys)):
+                raise sqlite3.DatabaseError(f"a completion of {next(iter(damaged.values()))} is not as it was stored")
 
     def _seal(self, keys: Iterable[bytes] | None = None) -> None:
         """Write the checksums of all completions that have none yet."""
@@ -69,9 +65,19 @@ class Journal(Database):
             "UPDATE completions SET checksum = checksum(key, question, tokens, completion) WHERE checksum IS NULL"
         )
 
+    def insert(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
+        """Insert rows into tables, all or none of them; a row whose key is there already stays as it is."""
+        super().insert(rows)
+        self.keys.update(row[0] for row in rows.get("completions", ()))
+
+    @property
+    def questions(self) -> set[str]:
+        """The names of the questions that it has completions of."""
+        return {name for (name,) in self.execute("SELECT DISTINCT question FROM completions")}
+
     def recall(self, key: bytes) -> Completion | None:
         """The completion of a request, None where it was never answered."""
-        if key not in self._keys:
+        if key not in self.keys:
             return None
         with self._guard():
             row = self._db.execute("SELECT completion FROM completions WHERE key = ?", (key,)).fetchone()
@@ -87,7 +93,7 @@ class Journal(Database):
         row = (key, question, completion.completion_tokens, completion.to_json())
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
-        self._keys.add(key)
+        self.keys.add(key)
 
     def add_uses(self, tree_id: str, keys: Iterable[bytes]) -> None:
         """Note which completions a finished tree is made of."""
@@ -105,15 +111,15 @@ class Journal(Database):
             rows = [(place, question, tree_id) for question, tree_id in trees.items()]
             self._db.executemany("INSERT OR REPLACE INTO current VALUES (?, ?, ?)", rows)
 
-    def unused(self, questions: Collection[str]) -> UnusedCompletions:
-        """The completions of these questions (`question_name`) that no current tree of any store uses."""
+    def unused(self, questions: Collection[str]) -> dict[bytes, int]:
+        """The completions of these questions (`question_name`) that no current tree of any store uses: the tokens of
+        each by its key."""
         query = """
-SELECT count(*), coalesce(sum(tokens), 0) FROM completions WHERE question = ? AND NOT EXISTS (
+SELECT key, tokens FROM completions WHERE question = ? AND NOT EXISTS (
   SELECT 1 FROM uses JOIN current USING (tree_id) WHERE uses.key = completions.key
 )"""
         with self._guard():
-            counted = [self._db.execute(query, (question,)).fetchone() for question in questions]
-        return UnusedCompletions(sum(count for count, _ in counted), sum(tokens for _, tokens in counted))
+            return dict(row for question in questions for row in self._db.execute(query, (question,)))
 
     def extra_rollouts(self, name: str, computed: int) -> int:
         """How many extra rollouts each tree gets that shares under this name: what was `computed` the first time.
@@ -124,6 +130,10 @@ SELECT count(*), coalesce(sum(tokens), 0) FROM completions WHERE question = ? AN
             self._db.execute("INSERT OR IGNORE INTO shares VALUES (?, ?)", (name, computed))
             (kept,) = self._db.execute("SELECT rollouts FROM shares WHERE name = ?", (name,)).fetchone()
         return int(kept)
+
+
+def _damaged(rows: Iterable[tuple[Any, ...]]) -> dict[bytes, str]:
+    return {row[0]: row[1] for *row, kept in rows if kept is not None and kept != checksum(*row)}
 
 
 @dataclass

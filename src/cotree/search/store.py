@@ -152,7 +152,7 @@ class TreeStore(Database):
 
     def checksums(self, tree_id: str | None = None) -> Iterator[tuple[str, int | None]]:
         """The ids of all trees (or one), each with the checksum of its content; None in a store of an older cotree."""
-        column = "NULL" if self._version() < self.schema_version else "checksum"
+        column = "NULL" if self.version() < self.schema_version else "checksum"
         with self._guard():
             where = "" if tree_id is None else "WHERE tree_id = :tree_id"
             yield from self._db.execute(f"SELECT tree_id, {column} FROM trees {where}", {"tree_id": tree_id})  # noqa: S608
@@ -206,6 +206,11 @@ class TreeStore(Database):
             self._db.execute("ROLLBACK")
         return damaged
 
+    def check_items(self, keys: Sequence[str]) -> None:
+        """Raise UsageError where one of these trees is not as it was stored."""
+        for tree_id in keys:
+            self.tree(tree_id)
+
     def _rows(self, tree_id: str) -> tuple[tuple[Any, ...] | None, list[tuple[Any, ...]]]:
         row = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,)).fetchone()
         return row, self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
@@ -228,8 +233,8 @@ def _is_whole(row: tuple[Any, ...], nodes: list[tuple[Any, ...]]) -> bool:
     return kept in ((), (None,)) or kept == (checksum(row[:-1], nodes),)
 
 
-def count_trees(path: Path) -> int:
-    """How many trees the store at `path` has, 0 where there is none; changes nothing there.
+def count_trees(path: Path, config: str | None = None) -> int:
+    """How many trees (of one config) the store at `path` has, 0 where there is none; changes nothing there.
 
     Raises:
         UsageError: it is another file, or damaged.
@@ -240,7 +245,8 @@ def count_trees(path: Path) -> int:
     mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as db:
-            return int(db.execute("SELECT count(*) FROM trees").fetchone()[0])
+            query = "SELECT count(*) FROM trees WHERE config = coalesce(?, config)"
+            return int(db.execute(query, (config,)).fetchone()[0])
     except sqlite3.Error as error:
         fix = "move it away, or let `cotree run` on its run mend it, if it is damaged"
         raise UsageError(f"{path} is not a tree store ({error}); {fix}") from None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cotree.base.statistics import ratio_interval, wilson_interval
 from cotree.search.journal import Journal
-from cotree.search.store import StoredNode, StoredTree, TreeStore
+from cotree.search.store import StoredNode, StoredTree
+from cotree.search.stores import Stores
 from cotree.search.thoughts import chain_text, names_of_turns
 from cotree.search.trees import trees_of
 from cotree.tasks.base import Asked
@@ -20,8 +22,13 @@ from cotree.tasks.base import Asked
 _ALL = ""  # beside the tasks' names
 
 
-def summarize(store: TreeStore, journal: Journal, questions: Sequence[Asked], config: str) -> dict[str, Any]:
+def summarize(
+    store: Stores, journal: Journal, questions: Sequence[Asked], config: str, *, beside: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Count the trees of these questions, reading one at a time.
+
+    Args:
+        beside: journals of other parts of the run, which have paid for some of the trees.
 
     Returns:
         What all trees hold, as plain data:
@@ -32,7 +39,8 @@ def summarize(store: TreeStore, journal: Journal, questions: Sequence[Asked], co
         and those `repaired`, which a correct answer follows; stopped: {why trees ended: how many}.
         by_task: {task: the same}. by_model: {model: the thoughts, tokens, reflections and repaired that it wrote}.
         tokens: those of prompts that no cache had (`prompt`), `cached` ones, and generated ones (`completion`).
-        unused: the completions and generated tokens that were paid for and are in no tree (`journal.unused`).
+        unused: the completions and generated tokens that were paid for and are in no current tree of these questions:
+            of earlier settings, or cut short.
     """
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     stopped: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -55,8 +63,24 @@ def summarize(store: TreeStore, journal: Journal, questions: Sequence[Asked], co
         "by_task": parts,
         "by_model": {model: dict(models[model]) for model in sorted(models)},
         "tokens": dict(tokens),
-        "unused": asdict(journal.unused([name for _, question in questions for name in names_of_turns(question)])),
+        "unused": _unused(journal, beside, [name for _, question in questions for name in names_of_turns(question)]),
     }
+
+
+def _unused(journal: Journal, beside: Sequence[Path], names: Sequence[str]) -> dict[str, int]:
+    """What no journal that has it knows a current tree for."""
+    by_path: dict[Path, dict[bytes, int]] = {}
+    found = journal.unused(names)
+    for path in beside:
+        with Journal(path, reading=True) as other:
+            by_path[path] = other.unused(sorted(other.questions.intersection(names)))
+            found |= {key: tokens for key, tokens in by_path[path].items() if key not in journal.keys}
+    for path in beside if found else ():
+        with Journal(path, reading=True) as other:
+            used = [key for key in found if key in other.keys and key not in by_path[path]]
+        for key in used:
+            del found[key]
+    return {"completions": len(found), "tokens": sum(found.values())}
 
 
 def _with_shares(counts: Counter[str], stopped: Counter[str]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from cotree.search.journal import Journal, Progress, SearchModels
 from cotree.search.reward import chain_rank_key
 from cotree.search.sampling import sample_chains
 from cotree.search.settings import Trees
-from cotree.search.store import StoredTree, TreeStore
+from cotree.search.store import StoredTree
+from cotree.search.stores import Stores
 from cotree.search.thoughts import chain_text, names_of_turns, question_name
 from cotree.tasks import Question, Task
 from cotree.tasks.base import VERDICT_VERSION, Asked
@@ -37,7 +38,7 @@ class Turn(NamedTuple):
     finished: bool
 
 
-def turns_of(store: TreeStore, questions: Sequence[Asked], config: str) -> Iterator[Turn]:
+def turns_of(store: Stores, questions: Sequence[Asked], config: str) -> Iterator[Turn]:
     """Each question, then its later turns, as far as the replies before them are known."""
     finished = store.finished(config)
     for task, first in questions:
@@ -49,14 +50,15 @@ def turns_of(store: TreeStore, questions: Sequence[Asked], config: str) -> Itera
             question = question.follow_up(_best_reply(task, store.tree(tree_id))) if replied else None
 
 
-def trees_of(store: TreeStore, questions: Sequence[Asked], config: str) -> Iterator[StoredTree]:
+def trees_of(store: Stores, questions: Sequence[Asked], config: str) -> Iterator[StoredTree]:
     """The stored trees of questions, those of later turns included, in order and read one at a time."""
     return (store.tree(turn.tree_id) for turn in turns_of(store, questions, config) if turn.finished)
 
 
-def trees_left(store: TreeStore, questions: Sequence[Asked], config: str) -> int:
-    """How many trees of these questions, later turns included, are still to be grown."""
-    return sum(1 + len(turn.question.later) for turn in turns_of(store, questions, config) if not turn.finished)
+def turns_left(store: Stores, questions: Sequence[Asked], config: str) -> list[str]:
+    """The names (`question_name`) of the turns of these questions whose trees are still to be grown."""
+    left = (turn.question for turn in turns_of(store, questions, config) if not turn.finished)
+    return [name for question in left for name in names_of_turns(question)]
 
 
 def tree_key(task: Task, question: Question) -> str:
@@ -92,7 +94,7 @@ class TreeGrower:
     on_tree, on_progress: called after every tree, once it is stored.
     """
 
-    store: TreeStore
+    store: Stores
     journal: Journal
     settings: Trees
     endpoints: Mapping[str, Endpoint]

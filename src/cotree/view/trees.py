@@ -12,20 +12,21 @@ from typing import Any
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import NodeRecord, RunFolder
 from cotree.base.settings import nearest
+from cotree.base.shards import files_in_parts
 from cotree.data.annotations import read_annotations
 from cotree.report.tree_json import tree_json
 from cotree.report.tree_view import TreeView, dataset_rows
 from cotree.search.index import TreeIndex, TreeQuery
-from cotree.search.store import TreeStore
+from cotree.search.stores import TreeStores
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A node's open store and index, and the file that they are of."""
+    """A node's open stores, one index of all of them, and the files that they are of."""
 
-    store: TreeStore
+    store: TreeStores
     index: TreeIndex
-    file: tuple[int, int]
+    files: list[tuple[int, int]]
 
 
 class TreesOfRun:
@@ -50,7 +51,7 @@ class TreesOfRun:
     def names(self) -> list[str]:
         """The trees nodes that have a store."""
         nodes = (name.partition("/")[2] for name in self.run.nodes() if name.startswith("trees/"))
-        return [name for name in nodes if self._path(name).is_file()]
+        return [name for name in nodes if self._paths(name)]
 
     def open(self, name: str) -> _Opened:
         """The open store of a node, its index filled with all trees that it has by now.
@@ -58,15 +59,15 @@ class TreesOfRun:
         Raises:
             UsageError: the run has no such trees.
         """
-        path = self._path(name)
-        if not path.is_file():
+        paths = self._paths(name)
+        if not paths:
             raise UsageError(f"{self.run.path} has no trees `{name}`; {nearest(name, self.names())}")
-        status = os.stat(path)
-        opened, file = self._opened.get(name), (status.st_dev, status.st_ino)
-        if opened is None or opened.file != file:
+        opened, files = self._opened.get(name), [(status.st_dev, status.st_ino) for status in map(os.stat, paths)]
+        if opened is None or opened.files != files:
             self._kept[name].close()
-            store = self._kept[name].enter_context(TreeStore(path, reading=True))
-            opened = _Opened(store, self._kept[name].enter_context(TreeIndex(store)), file)
+            store = self._kept[name].enter_context(TreeStores(paths))
+            place = self.run.node(f"trees/{name}").path / "trees.db"
+            opened = _Opened(store, self._kept[name].enter_context(TreeIndex(store, place)), files)
             self._opened[name] = opened
             self._changes.pop(name, None)
         if (changes := opened.store.changes()) != self._changes.get(name):
@@ -74,8 +75,8 @@ class TreesOfRun:
             self._changes[name] = changes
         return opened
 
-    def _path(self, name: str) -> Path:
-        return self.run.node(f"trees/{name}").path / "trees.db"
+    def _paths(self, name: str) -> list[Path]:
+        return files_in_parts(self.run, f"trees/{name}", "trees.db")
 
     def record(self, name: str) -> NodeRecord:
         """What is known of a node."""

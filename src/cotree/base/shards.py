@@ -1,0 +1,89 @@
+"""The shards of a run: its questions dealt to N parts, each with a folder and a store of its own.
+
+    runs/NAME/shards/K-of-N/{journal.db, trees/NODE/{node.json, trees.db}, evaluations/NODE/MODEL/{node.json, ...}}
+
+K is the rank of a shard, from 0 to N-1. A hash of its name says in which shard a question is, whatever else is asked.
+What is made of all questions (datasets, students) is in the run's own folder, never in a shard's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cotree.base.errors import UsageError
+from cotree.base.run_folder import NodeFolder, RunFolder
+
+_SHARED_KINDS = ("datasets", "students")
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """One of `world_size` parts of a run's questions. rank: from 0."""
+
+    world_size: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        """Raises UsageError where there is no such part."""
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            last = f"0/{self.world_size} to {self.world_size - 1}/{self.world_size}" if self.world_size > 0 else "0/1"
+            raise UsageError(f"there is no shard {self}; give one of {last}")
+
+    def __str__(self) -> str:
+        return f"{self.rank}/{self.world_size}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read "3/8".
+
+        Raises:
+            UsageError: it is no shard.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if found is None:
+            raise UsageError(f"`{text}` is no shard; write K/N, e.g. --shard 0/8 for the first of eight")
+        return cls(int(found[2]), int(found[1]))
+
+    def takes(self, task: str, question_id: str) -> bool:
+        """Whether a question is in this shard."""
+        digest = hashlib.sha256(f"{task}/{question_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") % self.world_size == self.rank
+
+
+class ShardFolder(RunFolder):
+    """`runs/NAME/shards/K-of-N/`: trees and evaluations of the shard's questions; all else is the run's."""
+
+    def __init__(self, run: RunFolder, shard: Shard) -> None:
+        super().__init__(run.path / "shards" / f"{shard.rank}-of-{shard.world_size}")
+        self.whole, self.shard = run, shard
+
+    def node(self, node: str, model: str | None = None) -> NodeFolder:
+        """The folder of a node, or of one model's cell of an evaluation."""
+        if node.partition("/")[0] in _SHARED_KINDS:
+            return self.whole.node(node, model)
+        return super().node(node, model)
+
+
+def shards_of(run: RunFolder) -> list[ShardFolder]:
+    """The shards that have a folder in a run, those of each N together and in the order of their ranks."""
+    names = [re.fullmatch(r"(\d+)-of-(\d+)", path.name) for path in (run.path / "shards").glob("*-of-*")]
+    found = [Shard(int(name[2]), int(name[1])) for name in names if name and int(name[1]) < int(name[2])]
+    return [ShardFolder(run, shard) for shard in sorted(found)]
+
+
+def parts_beside(folder: RunFolder) -> list[RunFolder]:
+    """The other parts of a run that may have content of the same questions: of the run itself all shards; of a shard
+    the run, and the shards of any other N."""
+    if not isinstance(folder, ShardFolder):
+        return [*shards_of(folder)]
+    same = folder.shard.world_size
+    return [folder.whole, *(part for part in shards_of(folder.whole) if part.shard.world_size != same)]
+
+
+def files_in_parts(run: RunFolder, node: str, name: str) -> list[Path]:
+    """The files of this name that a node has in a run and in its shards, the run's own first; those that are there."""
+    paths = [part.node(node).path / name for part in (run, *shards_of(run))]
+    return [path for path in paths if path.is_file()]

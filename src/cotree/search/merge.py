@@ -1,0 +1,84 @@
+"""Copy trees or journals of several files into one: whole items as they are stored, each once.
+
+Invariant: an item is copied in one transaction with all its rows, so a merge that was killed goes on where it stopped;
+what the target has already stays as it is, and nothing is written to a source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from cotree.base.errors import UsageError
+from cotree.search.journal import Journal
+from cotree.search.store import TreeStore
+
+_BATCH = 500  # items in a transaction
+
+
+def merge_stores(sources: Iterable[Path], target: Path) -> int:
+    """Copy all trees of some stores into another, which is made if it is not there; returns how many are new there.
+
+    Raises:
+        UsageError: a source is missing, damaged, of another version or no store.
+    """
+    new = 0
+    with TreeStore(target) as into:
+        for path in sources:
+            with TreeStore(path, reading=True) as source:
+                there = into.finished()
+                new += copy_items(source, into, [tree_id for tree_id in source.finished() if tree_id not in there])
+    return new
+
+
+def merge_journals(sources: Iterable[Path], target: Path) -> int:
+    """Copy all completions of some journals into another, and which trees use them; returns how many are new there.
+
+    Raises:
+        UsageError: a source is missing, damaged, of another version or no journal.
+    """
+    new = 0
+    with Journal(target) as into:
+        for path in sources:
+            with Journal(path, reading=True) as source:
+                new += copy_items(source, into, [key for key in source.keys if key not in into.keys])
+                for table in ("uses", "current", "shares"):
+                    rows = source.execute(f"SELECT * FROM {table}")  # noqa: S608
+                    while batch := list(islice(rows, _BATCH)):
+                        into.insert({table: batch})
+    return new
+
+
+def take_completions(sources: Iterable[Path], journal: Journal, questions: Collection[str]) -> int:
+    """Copy into a journal what other journals have of these questions (`question_name`); returns how many are new."""
+    new = 0
+    for path in sources:
+        with Journal(path, reading=True) as source:
+            rows = (
+                source.execute("SELECT key FROM completions WHERE question = ?", (name,))
+                for name in sorted(source.questions.intersection(questions))
+            )
+            keys = [key for (key,) in chain.from_iterable(rows) if key not in journal.keys]
+            new += copy_items(source, journal, keys)
+    return new
+
+
+def copy_items(source: TreeStore | Journal, target: TreeStore | Journal, keys: Iterable[Any]) -> int:
+    """Copy the items of these keys with all their rows; returns how many there were.
+
+    Raises:
+        UsageError: the source is of another version than the target, or one of the items is damaged.
+    """
+    if source.version() != target.version():
+        raise UsageError(
+            f"{source.path} has schema version {source.version()}, not {target.version()}; `cotree run` on its run "
+            "brings it up to date"
+        )
+    left, copied = iter(keys), 0
+    while batch := list(islice(left, _BATCH)):
+        source.check_items(batch)
+        target.insert({table: source.rows_of(table, batch) for table in source.tables_of_items})
+        copied += len(batch)
+    return copied
