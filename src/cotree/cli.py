@@ -308,8 +308,8 @@ def import_(
 @app.command(epilog="Example: cotree export runs/laptop --to llamafactory -o LLaMA-Factory/data")
 def export(
     source: Annotated[Path, typer.Argument(metavar="PATH", help="A run, a dataset's folder or file, or trees.")],
-    to: Annotated[str, typer.Option(help="jsonl, llamafactory, axolotl, trees or hub.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder; Parquet file for trees; OWNER/NAME for hub.")],
+    to: Annotated[str, typer.Option(help="jsonl, llamafactory, axolotl, trees, annotations or hub.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder; file for trees, annotations; OWNER/NAME for hub.")],
 ) -> None:
     """Write datasets for other trainers, trees as Parquet, or push a dataset to the hub (private)."""
     from cotree.data.export import export_to

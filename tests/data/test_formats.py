@@ -156,7 +156,7 @@ def test_json_lines_are_the_rows(folder: Path, tmp_path: Path) -> None:
     for kind in ("sft", "dpo", "step_pairs", "stepwise"):
         assert list(read_rows(tmp_path / f"{kind}.jsonl")) == list(read_rows(folder / kind / "train.parquet"))
         assert check_file(tmp_path / f"{kind}.jsonl")[1] == len(list(read_rows(tmp_path / f"{kind}.jsonl")))
-    with pytest.raises(UsageError, match="known: jsonl, llamafactory, axolotl, trees, hub"):
+    with pytest.raises(UsageError, match="known: jsonl, llamafactory, axolotl, trees, annotations, hub"):
         export_to(folder, "csv", str(tmp_path))
     with pytest.raises(UsageError, match="no datasets in"):
         export_to(tmp_path, "jsonl", str(tmp_path))

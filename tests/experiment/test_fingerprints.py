@@ -159,7 +159,8 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
         "verified": False, "per_tree": 2, "rejected": None, "unanswered": None, "forced": False,
         "solve_rate": [0.1, 0.9], "questions_of": "corpus",
         "size_of": "corpus", "size_in": None, "min_gap": None, "min_visits": None,
-        "label_above": None, "text": "think", "leave_out": ["sub_task"], "reflections": "cut", "max_tokens": 99,
+        "label_above": None, "annotations": "drop_rejected", "text": "think",
+        "leave_out": ["sub_task"], "reflections": "cut", "max_tokens": 99,
         "gates": {"loops": False}, "tokenizer": "near", "license": "mit",
     }),
     Gates: ("datasets.chains.gates", {

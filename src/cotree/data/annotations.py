@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -19,8 +19,11 @@ from typing import Any, Literal, get_args
 from cotree.base.errors import UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import Row
+from cotree.base.run_folder import RunFolder
+from cotree.base.shards import files_in_parts
 from cotree.search.database import Database, checksum
-from cotree.search.store import StoredNode, StoredTree, TreeStore
+from cotree.search.store import StoredNode, StoredTree
+from cotree.search.stores import TreeStores
 from cotree.search.thoughts import chain_text
 
 FILE = "annotations.db"
@@ -217,29 +220,27 @@ def agreement(annotations: Iterable[Annotation]) -> dict[str, Any]:
     return {"pairs": pairs, "equal": equal, "kappa": kappa}
 
 
-def annotation_rows(run: Path, stores: Mapping[str, Path]) -> list[Row]:
-    """All annotations of a run as rows, each with its question and the words of its chain.
-
-    Args:
-        stores: the stores of trees, by their nodes' names.
+def annotation_rows(run: RunFolder) -> list[Row]:
+    """All annotations of a run as rows, each with its question and the words of its chain, unless the tree has other
+    words by now.
 
     Raises:
         UsageError: there are none.
     """
-    if (opened := read_annotations(run)) is None:
-        raise UsageError(f"{run} has no annotations; make some with `cotree view {run}`")
+    if (opened := read_annotations(run.path)) is None:
+        raise UsageError(f"{run.path} has no annotations; make some with `cotree view {run.path}`")
     rows = []
     with opened:
         found = opened.all()
     for node in dict.fromkeys(each.node for each in found):
-        with TreeStore(stores[node], reading=True) as store:
-            there = store.finished()
+        with TreeStores(files_in_parts(run, f"trees/{node}", "trees.db")) as stores:
+            there = stores.finished()
             for each in (each for each in found if each.node == node):
+                tree = stores.tree(each.tree) if each.tree in there else None
+                chain = tree.chain(each.leaf) if tree is not None and each.leaf < len(tree.nodes) else []
                 row = {name: getattr(each, name) for name in ("node", "tree", "leaf", "annotator", "verdict", "note")}
                 row |= {"text": each.text or None, "time": each.time}
-                tree = store.tree(each.tree) if each.tree in there else None
-                chain = tree.chain(each.leaf) if tree and each.leaf < len(tree.nodes) else []
-                if tree and chain_hash(chain) == each.chain:
+                if tree is not None and chain_hash(chain) == each.chain:
                     row |= {"task": tree.task, "question_id": tree.question_id, "prompt": tree.messages}
                     row |= {"completion": chain_text(chain), "judged": chain[-1].verdict, "gold": tree.gold}
                 rows.append(row)

@@ -17,7 +17,7 @@ import yaml
 from cotree.base.atomic import write_text
 from cotree.base.progress import one_line, terminal_safe
 from cotree.base.rows import Row, read_rows
-from cotree.data.gates import REASONS, Rules, shortened
+from cotree.data.gates import REASONS, Rules, annotated_chains, shortened
 from cotree.data.kinds import read_columns
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def write_card(folder: Path, name: str, rules: Rules, about: Mapping[str, Any]) 
     sides = {"sft": ("completion",), "stepwise": ("completions",)}.get(settings.rows, ("chosen", "rejected"))
     own_recipe = {name: settings.model_dump(mode="json", exclude_defaults=True, exclude={"file"})}
     shown: dict[str, Any] = {"name": name, "about": about, "rules": rules, "reasons": REASONS, "figures": figures}
-    shown["shortened"] = shortened
+    shown |= {"shortened": shortened, "annotated_chains": annotated_chains}
     shown["samples"] = list(islice(product(first_of_task.values(), sides), _SAMPLES))
     card, text = folder / "README.md", _rendered("card.md.jinja", own_recipe=yaml.safe_dump(own_recipe), **shown)
     if card.is_file() and card.read_bytes() not in (b"", text.encode()):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from cotree.data.annotations import chain_hash
 from cotree.data.gates import Rules
 from cotree.data.settings import TextForm
 from cotree.models.encode import RowError, encode_each, unfinished_turn
@@ -74,6 +75,8 @@ def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Ru
     """The chain to a judged leaf, its tokens not yet counted, or the reason why it is left out."""
     settings, reward, whole = rules.settings, leaf.reward or 0.0, tree.chain(leaf.node_id)
     is_cut_off = leaf.is_cut
+    if settings.annotations is not None and (found := _annotated(tree, leaf, whole, rules)) is not None:
+        return found
     if verdict == "undecided":
         return verdict
     if verdict == "no_answer" and not (is_cut_off and settings.unanswered):
@@ -95,6 +98,44 @@ def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Ru
             return verdict
     value, nodes = fmean(map(mean_value, thoughts)), tuple(node.node_id for node in thoughts)
     return Chain(tree.tree_id, leaf.node_id, text, verdict, reward=reward, value=value, nodes=nodes)
+
+
+def _annotated(tree: StoredTree, leaf: StoredNode, whole: Sequence[StoredNode], rules: Rules) -> Chain | str | None:
+    """What annotators made of a chain: its corrected version, or the reason why it is left out; None: it stays."""
+    settings, counts = rules.settings, rules.counts
+    found = (rules.annotations or {}).get((tree.tree_id, leaf.node_id))
+    if found is not None and found.chain != chain_hash(whole):
+        found = None  # the tree was grown again with other words
+    if settings.rows in ("sft", "stepwise") or leaf.verdict == "correct":
+        if found is not None and found.rejected:
+            counts.use_annotation("rejected")
+            return "rejected"
+        if settings.annotations == "require_accept":
+            if found is None or not found.accepted:
+                return "not_accepted"
+            counts.use_annotation("accepted")
+    if settings.annotations != "use_fixed" or found is None or found.rejected or not found.fixed:
+        return None
+    counts.use_annotation("fixed")
+    assert rules.judge is not None
+    judged = rules.judge(tree, found.fixed)
+    if judged.kind != "correct":
+        return "fix_not_correct"
+    text, value = found.fixed.strip(), fmean(map(mean_value, whole))
+    if settings.text == "think":
+        thinking, answer = _answer_apart(text, leaf.prefix)
+        text = f"<think>\n{thinking}\n</think>\n\n{answer}"
+    nodes = tuple(node.node_id for node in whole)
+    return Chain(tree.tree_id, leaf.node_id, text, "correct", reward=judged.reward, value=value, nodes=nodes)
+
+
+def _answer_apart(text: str, prefix: str) -> tuple[str, str]:
+    """A corrected text in two: what comes before its answer, and the answer, which begins with the prefix that the
+    chain's own has, or else is the last line."""
+    thinking, begins, answer = text.rpartition(prefix or "\n")
+    if not begins:
+        thinking, begins, answer = text.rpartition("\n")
+    return thinking.strip(), f"{begins}{answer}".strip()
 
 
 def mean_value(node: StoredNode) -> float:

@@ -20,8 +20,9 @@ from cotree.base.atomic import write_json, write_text
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import Row, read_rows, write_jsonl
-from cotree.base.run_folder import RunFolder, check_against_record
+from cotree.base.run_folder import RunFolder, check_against_record, find_run
 from cotree.base.shards import files_in_parts, shards_of
+from cotree.data.annotations import annotation_rows
 from cotree.data.kinds import check_file, write_parquet
 from cotree.search.store import StoredTree
 from cotree.search.stores import TreeStores
@@ -39,7 +40,7 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
 
     llamafactory: JSON lines and `dataset_info.json`, to be named in its `dataset_dir` and `dataset`. axolotl: JSON
     lines and a `NAME.yml` with the `datasets:` part of its config. trees: of a `trees.db`, its folder, or a run with
-    one. hub: of one dataset; `out` is OWNER/NAME.
+    one. annotations: of a run, JSON lines. hub: of one dataset; `out` is OWNER/NAME.
 
     Raises:
         UsageError: nothing to export, or a row is faulty.
@@ -47,11 +48,13 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
     """
     if to == "trees":
         return [f"{out}: {export_trees(source, Path(out))} trees"]
+    if to == "annotations":
+        return [f"{out}: {write_jsonl(Path(out), annotation_rows(find_run(source)))} annotations"]
     if to == "hub":
         return [push(source, out)]
     trainers = yaml.safe_load((files("cotree.data") / "trainers.yaml").read_text("utf-8"))
     if to not in ("jsonl", *trainers):
-        raise UsageError(f"unknown form `{to}`; known: jsonl, {', '.join(trainers)}, trees, hub")
+        raise UsageError(f"unknown form `{to}`; known: jsonl, {', '.join(trainers)}, trees, annotations, hub")
     if source.suffix == ".db":
         raise UsageError(f"{source} holds trees; export it with --to trees, or a dataset that was made of it")
     information, written, left_out, notes = dict[str, Any](), list[Path](), list[str](), list[str]()

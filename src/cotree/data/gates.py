@@ -17,6 +17,7 @@ import yaml
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row, read_rows
+from cotree.data.annotations import ChainAnnotation, Key
 from cotree.data.settings import Dataset
 from cotree.models.encode import special_words
 from cotree.search.store import StoredTree
@@ -60,6 +61,9 @@ class DatasetCounts:
         chains_left_out, rows_left_out: how many, by reason (`REASONS`).
         completion_tokens: of all rows together; of pairs both sides.
         mean_tokens: of a row's `completion`, or of its `chosen`, `rejected` and the `prefix` that these two share.
+        annotated: with `annotations`, how many annotated chains were `accepted`, `rejected`, `fixed` (their corrected
+            text was looked at), or `not_used`: of chains that are not looked at, of other words than the chain has
+            now, or of a verdict that does not count here; None without.
         faults: what is wrong with the first malformed rows of a file. template_faults: with the first rows that the
             student's chat template refuses or changes.
         columns_left_out: of a file, those that our rows do not have, and how many rows have them.
@@ -79,6 +83,13 @@ class DatasetCounts:
     faults: list[str] = field(default_factory=list)
     template_faults: list[str] = field(default_factory=list)
     columns_left_out: dict[str, int] = field(default_factory=dict)
+    annotated: dict[str, int] | None = None
+
+    def use_annotation(self, what: str) -> None:
+        """Count an annotated chain as `accepted`, `rejected` or `fixed`."""
+        assert self.annotated is not None
+        self.annotated[what] += 1
+        self.annotated["not_used"] -= 1
 
     def leave_out(self, reason: str, *, chains: int = 0, rows: int = 0) -> None:
         """Count chains that become no row, or candidate rows that are not written."""
@@ -103,6 +114,8 @@ class DatasetCounts:
         lines = [f"{self.rows} {self.kind} rows ({tasks}){verified}", f"left out: {left_out or 'nothing'}"]
         lines += [f"the first malformed row: {fault}" for fault in self.faults[:1]]
         lines += [f"the first row that the chat template refuses or changes: {it}" for it in self.template_faults[:1]]
+        if self.annotated is not None:
+            lines.append(annotated_chains(self.annotated))
         if self.shortened_prompts:
             lines.append(shortened(self.shortened_prompts))
         if self.columns_left_out:
@@ -132,7 +145,9 @@ class Rules:
 
     Attributes:
         tokenizer: the student's. seed: what all draws fall by. patterns: by which the trees were grown.
-        judge: needed for `reflections: cut`, whose chains are judged again: their answer may no longer follow.
+        judge: needed for `reflections: cut`, whose chains are judged again (their answer may no longer follow), and for
+            corrected texts.
+        annotations: of the chains of the trees; needed if the settings honour them.
         row_judge: leaves out a file's texts that it finds wrong or without an answer; writes the reward of the others.
         contaminated: (task, question id) of the trees' questions that repeat an evaluation question.
         held_out: evaluation questions that no row of a file may repeat.
@@ -152,17 +167,19 @@ class Rules:
     held_out: Sequence[Question] = ()
     size_of: Path | None = None
     questions_of: Path | None = None
+    annotations: Mapping[Key, ChainAnnotation] | None = None
 
     def __post_init__(self) -> None:
-        needed = {"judge": self.settings.reflections == "cut", "size_of": self.settings.size_of}
-        needed |= {"questions_of": self.settings.questions_of}
+        needed = {"judge": self.settings.judges_again, "annotations": self.settings.annotations}
+        needed |= {name: getattr(self.settings, name) for name in ("size_of", "questions_of")}
         if missing := [name for name, needs in needed.items() if needs and getattr(self, name) is None]:
             raise UsageError(f"the settings of the dataset need {'= and '.join(missing)}=: pass it to Rules")
 
     @cached_property
     def counts(self) -> DatasetCounts:
         """What became of the chains and rows so far."""
-        return DatasetCounts(self.settings.rows)
+        used = {"accepted": 0, "rejected": 0, "fixed": 0, "not_used": len(self.annotations or ())}
+        return DatasetCounts(self.settings.rows, annotated=used if self.settings.annotations else None)
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -204,6 +221,12 @@ class Rules:
         if gates.loops and answered and len(text) > LONG_TEXT and diagnose(text, answered=True).loop:
             return "loop"
         return "language" if gates.language and foreign_share(text, prompt) > _MAX_FOREIGN else None
+
+
+def annotated_chains(counts: Mapping[str, int]) -> str:
+    """One line about the annotated chains of a dataset."""
+    parts = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
+    return f"annotated chains: {parts or 'none'}"
 
 
 def shortened(rows: int) -> str:

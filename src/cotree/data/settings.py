@@ -76,6 +76,10 @@ class Dataset(Section):
         as whole rows come; drawn by seed, a row of each tree before a second one of any.
     min_gap, min_visits: step pairs part at siblings whose v/n differ by this much, each judged this often.
     label_above: a step of a process-reward row is right if its v/n is above this (0: one answer below it was right).
+    annotations: of the run's annotators (`cotree view`), for the chains that are learned from: of pairs the correct
+        ones. `drop_rejected` leaves out what any of them rejects; `require_accept` takes only what one accepts and none
+        rejects; `use_fixed` is `drop_rejected`, and takes the newest corrected text in the place of a chain's own, if
+        the task judges that text correct.
     text: thoughts a line each (`plain`), between the tags of their types (`tags`), or inside `<think>` (`think`).
     leave_out: thought types whose text the student does not see.
     reflections: `keep` the wrong thinking before a reflection, or `cut` it; a chain that was cut is verified again.
@@ -102,6 +106,7 @@ class Dataset(Section):
     min_gap: Annotated[float, OnlyFor(("step_pairs",))] = Field(0.5, gt=0, le=1)
     min_visits: Annotated[int, OnlyFor(("step_pairs",))] = Field(2, ge=1)
     label_above: Annotated[float, OnlyFor(("stepwise",))] = Field(0.0, ge=0, lt=1)
+    annotations: Annotated[Literal["require_accept", "drop_rejected", "use_fixed"] | None, _ANY_KIND] = None
     text: Annotated[TextForm, _ANY_KIND] = "plain"
     leave_out: Annotated[tuple[str, ...], _ANY_KIND] = ()
     reflections: Annotated[Literal["keep", "cut"], _ANY_KIND] = "keep"
@@ -128,11 +133,21 @@ class Dataset(Section):
             raise ValueError("`unanswered` is for rejected: wrong; longer correct chains have all been answered")
         if "answer" in self.leave_out:
             raise ValueError("`leave_out`: the answer cannot be left out; it is what was judged")
+        if self.annotations == "use_fixed":  # a corrected text has no thoughts
+            needs = {"rows: sft or dpo": self.rows in ("sft", "dpo"), "text: plain or think": self.text != "tags"}
+            needs |= {"no `leave_out`": not self.leave_out, "reflections: keep": self.reflections == "keep"}
+            if lacking := [need for need, met in needs.items() if not met]:
+                raise ValueError(f"`annotations: use_fixed` needs {lacking[0]}; a corrected text has no thoughts")
         if self.size_in == "tokens" and (self.size_of is None or self.rows == "stepwise"):
             raise ValueError("`size_in: tokens` needs `size_of`, and completions: for stepwise rows use size_in: rows")
         if self.solve_rate is not None and self.solve_rate[0] > self.solve_rate[1]:
             raise ValueError("`solve_rate` is [low, high], both in [0, 1]")
         return self
+
+    @property
+    def judges_again(self) -> bool:
+        """Whether it changes texts of chains, which are then judged again."""
+        return self.reflections == "cut" or self.annotations == "use_fixed"
 
     @property
     def lengths(self) -> dict[Length, int]:

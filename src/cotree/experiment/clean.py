@@ -34,7 +34,7 @@ def unneeded(run: RunFolder) -> list[Removed]:
     """
     recipe = load_recipe(run.path)
     with offline():
-        states = states_of(run, Fingerprints(recipe), recipe.nodes)
+        states = states_of(run, Fingerprints(recipe, run=run.path), recipe.nodes)
     wanted = {run.node(s.node.id, s.model).path.relative_to(run.path): s.fingerprint for s in states}
     found: list[Path] = []
     for part in (run, *shards_of(run)):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ from cotree.base.errors import UsageError
 from cotree.base.run_folder import Kind
 from cotree.base.settings import hashed_settings
 from cotree.base.shards import Shard
+from cotree.data.annotations import ChainAnnotation, Key, chain_annotations
 from cotree.data.settings import Dataset
 from cotree.eval.asking import load_questions
 from cotree.eval.settings import Evaluation
@@ -53,12 +54,14 @@ class Fingerprint:
 class Fingerprints:
     """The fingerprints of a recipe's nodes, computed once each; reads questions and files, asks no server."""
 
-    def __init__(self, recipe: Recipe, shard: Shard | None = None) -> None:
-        """shard: of trees and evaluations only the questions of this shard; what they read is that of all questions."""
-        self.recipe, self.shard = recipe, shard
-        self.whole = self if shard is None else Fingerprints(recipe)
+    def __init__(self, recipe: Recipe, shard: Shard | None = None, *, run: Path | None = None) -> None:
+        """shard: of trees and evaluations only the questions of this shard; what they read is that of all questions.
+        run: the folder that has the annotations of its trees, if there are any."""
+        self.recipe, self.shard, self._run = recipe, shard, run
+        self.whole = self if shard is None else Fingerprints(recipe, run=run)
         self._found: dict[tuple[str, str | None], Fingerprint] = {}
         self._questions: dict[str, list[Asked]] = {}
+        self._annotations: dict[tuple[str, ...], dict[Key, ChainAnnotation]] = {}
 
     def of(self, node_id: str, model: str | None = None) -> Fingerprint:
         """The fingerprint of a node; of an evaluation, that of one model's cell.
@@ -124,7 +127,10 @@ class Fingerprints:
         parts |= {"version": CONTENT_VERSION["datasets"], "seed": node.seed, "tokenizer": tokenizer}
         if settings.trees:
             parts["trees"] = [self.of(f"trees/{name}").of for name in settings.trees]
-            if settings.reflections == "cut":  # what was cut is judged again
+            if settings.annotations is not None:
+                made = self.annotations(node).items()
+                parts["annotations.made"] = _hash(sorted([*key, *astuple(said)] for key, said in made))
+            if settings.judges_again:  # what was changed is judged again
                 parts["verdicts"] = VERDICT_VERSION
         elif settings.file is not None:
             parts["file"] = _file_hash(settings.file)
@@ -141,6 +147,13 @@ class Fingerprints:
             held_out = [json.dumps([question.task, question.id, question.messages]) for question in self.held_out]
             parts["contaminated"] = _hash(sorted(held_out))
         return Fingerprint(_hash(parts), _hash(parts), parts)
+
+    def annotations(self, node: Node[Dataset]) -> dict[Key, ChainAnnotation]:
+        """What annotators say of the chains of a dataset's trees, as it stood when it was first asked for."""
+        configs = tuple(self.of(f"trees/{name}").base for name in node.settings.trees)
+        if configs not in self._annotations:
+            self._annotations[configs] = {} if self._run is None else chain_annotations(self._run, configs)
+        return self._annotations[configs]
 
     def _student(self, node: Node[Student]) -> Fingerprint:
         settings = node.settings

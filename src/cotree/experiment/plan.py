@@ -14,6 +14,8 @@ from typing import Any
 
 from cotree.base.errors import CotreeError
 from cotree.base.numbers import duration, number
+from cotree.data.gates import annotated_chains
+from cotree.data.settings import Dataset
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
 from cotree.experiment.estimates import TRAINING_SHARE, WRITING_SHARE, Cost, Estimates
 from cotree.experiment.fingerprints import Fingerprints
@@ -65,7 +67,7 @@ def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
     recipe = pinned(recipe, folder, ask=False)
     with offline():
         recipe = with_engines(recipe, folder)
-        fingerprints = Fingerprints(recipe)
+        fingerprints = Fingerprints(recipe, run=folder.path)
         states = states_of(folder, fingerprints, recipe.nodes)
         equal = equal_content(folder, None, states)
         for index, state in enumerate(states):
@@ -141,6 +143,9 @@ def _plan_of(node: Node[Any], states: Sequence[State], estimates: Estimates) -> 
             f"{each.regrow} finished trees would be grown again: needs --regrow" for each in states if each.regrow
         ]
         planned = replace(planned, why=[*why, *regrow])
+    if node.kind == "datasets" and node.settings.annotations is not None:
+        with suppress(CotreeError):  # its trees' inputs are not here
+            planned = replace(planned, why=[*planned.why, _annotations(node, planned.state, estimates)])
     if planned.state == "done":
         return planned
     left = [each for each in states if each.state != "done"]
@@ -153,3 +158,11 @@ def _plan_of(node: Node[Any], states: Sequence[State], estimates: Estimates) -> 
             names = node.settings.writers if node.kind == "trees" else [str(each.model) for each in left]
             planned = replace(planned, engines=engines_of(estimates.recipe, names))
     return planned
+
+
+def _annotations(node: Node[Dataset], state: str, estimates: Estimates) -> str:
+    """How many annotated chains a dataset has used, or is about to look at."""
+    record = estimates.records.get(node.id)
+    if state == "done" and record is not None:
+        return annotated_chains(record.result["counts"]["annotated"])
+    return f"annotated chains: {len(estimates.fingerprints.annotations(node))} by now"

@@ -23,6 +23,7 @@ from cotree.base.lock import locked
 from cotree.base.progress import Output
 from cotree.base.run_folder import Kind, NodeFolder, NodeRecord, RunFolder, find_run
 from cotree.base.shards import Shard, ShardFolder, parts_beside, shards_of
+from cotree.data.annotations import FILE
 from cotree.experiment.check import preflight
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
 from cotree.experiment.fingerprints import Fingerprints
@@ -115,7 +116,8 @@ def _run(
     recipe: Recipe, folder: RunFolder, only: Sequence[str], *, source: Path | None, regrow: bool, output: Output
 ) -> None:
     recipe = with_engines(pinned(recipe, folder), folder)
-    fingerprints = Fingerprints(recipe)
+    with_annotations = [place for place in (folder.path, source) if place is not None and (place / FILE).is_file()]
+    fingerprints = Fingerprints(recipe, run=next(iter(with_annotations), None))
     wanted = recipe.with_needed(only) if only else list(recipe.nodes)
     if folder.nodes():
         with locked(folder.path):
@@ -144,7 +146,7 @@ def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], *, regr
     """Bring the trees and evaluations of a shard up to date; what they read must be there."""
     run, shard = folder.whole, folder.shard
     recipe = with_engines(pinned(recipe, run), run)
-    fingerprints = Fingerprints(recipe, shard)
+    fingerprints = Fingerprints(recipe, shard, run=run.path)
     wanted = recipe.with_needed(only) if only else []
     nodes = [recipe.nodes[name] for name in wanted]
     if not any(node.kind in _DEALT for node in nodes):
@@ -340,12 +342,14 @@ def _take_over(
         folder.write(replace(record, outdated=False, origin=origin))
         output.print(f"{state.name}: taken from {content.path}")
     remove(draft)
-    if source is not None and not (run.path / "journal.db").exists():
-        for name in ("journal.db-wal", "journal.db"):
-            if (source / name).is_file():
-                _copy(source / name, run.path / name)
-        journals = [part.path / "journal.db" for part in shards_of(RunFolder(source))]
-        merge_journals(filter(Path.is_file, journals), run.path / "journal.db")
+    for name in ("journal.db", FILE):
+        if source is not None and not (run.path / name).exists():
+            for file in (f"{name}-wal", name):
+                if (source / file).is_file():
+                    _copy(source / file, run.path / file)
+            if name == "journal.db":
+                journals = [part.path / name for part in shards_of(RunFolder(source))]
+                merge_journals(filter(Path.is_file, journals), run.path / name)
 
 
 def _copy(source: Path, target: Path) -> None:
