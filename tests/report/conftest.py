@@ -133,6 +133,8 @@ def invented_search() -> dict[str, Any]:
     return {
         **{key: sum(part[key] for part in by_task.values()) for key in counts},
         "questions_with_correct": 0.685, "questions_with_both": 0.575, "by_task": by_task,
+        "by_pattern": {"plain": {"trees": 300, "answers": 2000, "correct": 700},
+                       "reclarify": {"trees": 100, "answers": 470, "correct": 173}},
         "by_model": {"small": {"thoughts": 5413, "tokens": 61240, "reflections": 720, "repaired": 98}},
         "stopped": {"rollouts": 300, "exhausted": 100},
         "tokens": {"prompt": 120345, "cached": 884120, "completion": 61240},

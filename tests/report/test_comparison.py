@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tests.report.conftest import edit, make_run
+import yaml
+from tests.report.conftest import RECIPE, edit, make_run
 from tests.report.test_html import HOSTILE, Page
 
 from cotree.base.errors import UsageError
@@ -49,12 +51,31 @@ def test_the_difference_is_that_of_compare_and_rows_of_one_run_have_none(
     _, expected = compare_evaluations(before, after)
     low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in (expected.low, expected.high))
     row = next(cells for cells in page.rows if cells[:2] == ["letters", "dpo (test)"])
-    assert row[2:] == ["39.0 (32.5–45.9)", "39.0 (32.5–45.9)", "+40.0", f"{low} to {high}", "0.625", "5"]
-    assert page.rows[0] == ["task", "model", "first, %", "second, %", "difference", "95% interval", "p", "n"]
+    assert row[2:] == ["39.0 (32.5–45.9)", "39.0 (32.5–45.9)", "+40.0", f"{low} to {high}", "0.625", "3", "1", "5"]
+    head = ["task", "model", "first, %", "second, %", "difference", "95% interval", "p", "gained", "lost", "n"]
+    assert page.rows[0] == head
+    assert "  gained 3: q1, q2, q3" in page.text and "  lost 1: q4" in page.text
     alone = next(cells for cells in page.rows if cells[:2] == ["letters", "control (test)"])
-    assert alone[2] == "–" and alone[3] != "–" and alone[4:] == [""] * 4
+    assert alone[2] == "–" and alone[3] != "–" and alone[4:] == [""] * 6
     assert sum(cells[1].startswith("seeded@seed=") for cells in page.rows) == 6, "each seed is compared with itself"
     assert len([tag for tag, attributes in page.tags if tag == "svg" and ("class", "graph") in attributes]) == 2
+
+
+def test_the_settings_that_differ_are_named(runs: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
+    paths = [run.path for run in runs]
+    page = Page(write_comparison(paths, tmp_path / "same.html").read_text())
+    assert "Nothing: the recipes are the same." in page.text
+    changed = json.loads(json.dumps(RECIPE)) | {"seed": 8}
+    changed["students"]["dpo"]["beta"] = 0.3
+    del changed["students"]["plain_dpo"]["alpha"]
+    (runs[1].path / "recipe.yaml").write_text(yaml.safe_dump(changed))
+    page = Page(write_comparison(paths, tmp_path / "out.html").read_text())
+    assert page.rows[:4] == [
+        ["setting", "first", "second"],
+        ["seed", "7", "8"],
+        ["students.plain_dpo.alpha", "0", "–"],
+        ["students.dpo.beta", "–", "0.3"],
+    ]
 
 
 def test_what_was_asked_otherwise_says_why_it_is_not_compared(

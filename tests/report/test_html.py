@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -13,7 +15,7 @@ from tests.report.conftest import RECIPE, edit, make_run, record_of
 
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import NodeFolder, RunFolder
-from cotree.report.html import PAPER, write_report
+from cotree.report.html import PAPER, built, write_report
 from cotree.report.summary import summarize_run
 from cotree.report.table import summary_lines
 
@@ -30,11 +32,12 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
         self.text: list[str] = []
         self.rows: list[list[str]] = []
-        self.in_cell = False
+        self.in_cell = self.in_script = False
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, tuple(attrs)))
+        self.in_script = tag == "script"
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -42,10 +45,13 @@ class Page(HTMLParser):
             self.in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
+        self.in_script = False
         if tag in ("td", "th"):
             self.in_cell = False
 
     def handle_data(self, data: str) -> None:
+        if self.in_script:
+            return
         self.text.append(data)
         if self.in_cell:
             self.rows[-1][-1] += data.strip()
@@ -57,20 +63,28 @@ class Page(HTMLParser):
 def test_the_page_is_one_file_that_loads_nothing(run: RunFolder) -> None:
     html = write_report(run).read_text()
     page = Page(html)
-    assert {tag for tag, _ in page.tags}.isdisjoint(
-        {"script", "link", "img", "iframe", "object", "base", "form", "image"}
-    )
+    assert {tag for tag, _ in page.tags}.isdisjoint({"link", "img", "iframe", "object", "base", "form", "image"})
     attributes = [(name, value or "") for _, attrs in page.tags for name, value in attrs]
     assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "srcset", "action", "data")]
     links = {value for name, value in attributes if name.endswith("href") and not value.startswith("#")}
     assert links == {PAPER}
-    assert set(re.findall(r"https?://[^\"<\s]*", html)) == {PAPER}
-    assert not re.search(r"@import|url\((?!#)|javascript:", html)
-    assert "default-src 'none'" in html
+    shown = html[: html.index('<script type="application/json"')]
+    assert set(re.findall(r"https?://[^\"<\s]*", shown)) == {PAPER}
+    assert not re.search(r"@import|url\((?!#)|javascript:", shown)
+    assert len(html.encode()) < 2_000_000
+
+
+def test_the_one_script_is_that_which_the_policy_names(run: RunFolder) -> None:
+    html = write_report(run).read_text()
+    data, script = re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)
+    assert script == built("report.js") and "</script" not in script.lower()
+    named = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{named}'" in html
+    assert [tree["question"] for tree in json.loads(data)] == re.findall(r"<h3>(.*)</h3>\n<div class=\"tree-view", html)
 
 
 def test_drawings_refer_only_to_ids_that_are_there_once(run: RunFolder) -> None:
-    html = write_report(run).read_text()
+    html = write_report(run).read_text().partition('<script type="application/json"')[0]
     ids = re.findall(r'\bid="([^"]*)"', html)
     assert len(ids) == len(set(ids)) > 0
     assert set(re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', html))
@@ -118,7 +132,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     html = write_report(hostile_run(tmp_path / "hostile", HOSTILE)).read_text()
     hostile = Page(html)
     assert hostile.shape() == harmless.shape()
-    assert "<script" not in html
+    assert html.count("<script") == 2
     assert "".join(hostile.text).count(HOSTILE) == "".join(harmless.text).count("harmless") > 20
 
 
@@ -182,6 +196,12 @@ def test_the_other_tables_show_the_summarys_numbers(run: RunFolder) -> None:
     assert ["trees/train", "4 min 11 s", "120,345", "884,120", "61,240", "–", "243.7"] in rows
     assert ["students/sft", "2 min 52 s", "–", "–", "–", "34,730", "202.2"] in rows
     assert ["plain_dpo", "dpo", "sft", "pairs_long", "35", "274", "34,730", "0.400"] in rows
+
+
+def test_a_search_says_what_it_cost_and_how_its_patterns_did(run: RunFolder) -> None:
+    text = "".join(Page(write_report(run).read_text()).text)
+    assert "Cost: 61,240 generated tokens, 153 a question, 70 a correct chain; 120,345 tokens of prompts" in text
+    assert "Pattern reclarify: 100 trees, 173 of 470 answers correct: 36.8% (32.6–41.3)." in text
 
 
 def test_an_interval_is_drawn_where_its_numbers_are(run: RunFolder) -> None:

@@ -1,45 +1,52 @@
-"""On a telephone nothing of the page is cut: what is wider than the screen scrolls inside its own box."""
+"""On a telephone nothing of the page is cut, and no table runs into another; its trees can be walked."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
 from tests.report.conftest import make_run
+from tests.support.browser import browser, needs_browser
 
 from cotree.report.html import write_report
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-# Measured from a page around it, because the report's own policy forbids scripts.
-MEASURE = """<iframe id="f" src="PAGE" style="width:WIDTHpx;height:900px;border:0"></iframe><pre id="out"></pre><script>
-document.getElementById("f").onload = () => {
-  const page = document.getElementById("f").contentDocument;
-  const width = page.documentElement.clientWidth;
-  const outside = [...page.body.querySelectorAll("*")].filter(
+pytestmark = needs_browser
+
+# What stands outside of the screen, unless its own box scrolls; the boxes that scroll; the least gap of two tables.
+MEASURE = """(() => {
+  const width = document.documentElement.clientWidth;
+  const outside = [...document.body.querySelectorAll("*")].filter(
     (e) => !e.closest(".wide") && e.getBoundingClientRect().right > width + 0.5);
-  const scrolling = [...page.querySelectorAll(".wide")].filter((e) => e.scrollWidth > e.clientWidth).length;
-  document.getElementById("out").textContent =
-    `wider ${page.documentElement.scrollWidth - width} outside ${outside.length} scrolling ${scrolling}`;
-};
-</script>"""
+  const tables = [...document.querySelectorAll("table")].map((e) => e.getBoundingClientRect());
+  const gaps = tables.slice(1).map((box, i) => Math.max(box.top - tables[i].bottom, box.left - tables[i].right));
+  return [document.documentElement.scrollWidth - width, outside.map((e) => e.outerHTML.slice(0, 80)),
+    [...document.querySelectorAll(".wide")].filter((e) => e.scrollWidth > e.clientWidth).length, Math.min(...gaps)];
+})()"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_the_page_is_no_wider_than_its_screen(tmp_path: Path) -> None:
-    long = " unbroken" + "x" * 300
-    report = write_report(make_run(tmp_path / "run", hostile=long))
+async def test_the_page_is_no_wider_than_its_screen(tmp_path: Path) -> None:
+    report = write_report(make_run(tmp_path / "run", hostile=" unbroken" + "x" * 300))
     scrolling = {}
-    for width in (390, 1280):
-        around = tmp_path / f"around{width}.html"
-        around.write_text(MEASURE.replace("PAGE", report.as_uri()).replace("WIDTH", str(width)))
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-                 f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]  # fmt: skip
-        found = subprocess.run([str(BROWSER), *flags, around.as_uri()], capture_output=True, text=True, timeout=120)
-        measured = re.search(r"wider (\d+) outside (\d+) scrolling (\d+)", found.stdout)
-        assert measured is not None, found.stdout[-500:] + found.stderr[-500:]
-        assert (int(measured[1]), int(measured[2])) == (0, 0)
-        scrolling[width] = int(measured[3])
+    async with browser() as page:
+        for width in (390, 1280):
+            await page.look(width=width)
+            await page.open(report.as_uri())
+            wider, outside, scrolling[width], gap = await page.run(MEASURE)
+            assert (wider, outside) == (0, [])
+            assert gap >= 16, "one table runs into another"
     assert scrolling[390] > 3 > scrolling[1280]
+
+
+async def test_the_trees_of_a_report_are_walked_by_keys_and_ask_for_nothing(tmp_path: Path) -> None:
+    report = write_report(make_run(tmp_path / "run", hostile="<img src=x onerror=alert(1)></script><script>alert(1)"))
+    async with browser() as page:
+        await page.open(report.as_uri())
+        assert await page.run('document.querySelectorAll("canvas.tree").length') == 3
+        shown = '[...document.querySelector(".side").querySelectorAll(".thought header b")].map((e) => e.textContent)'
+        assert (await page.run(shown))[-1] == "answer ✓ correct"
+        await page.run('document.querySelector("canvas.tree").focus()')
+        await page.press("ArrowLeft")
+        assert await page.run(shown) == ["sub task", "thinking"]
+        await page.press("ArrowRight")
+        await page.click(".uses button")
+        assert await page.run('document.querySelectorAll(".columns .thought").length') > 2
+        assert page.requests == [report.as_uri()] and page.problems == []

@@ -46,6 +46,8 @@ def test_a_summary_counts_the_trees_of_the_questions_and_nothing_else(tmp_path: 
         m: reflections.count(m) for m in ("one", "two")
     }
     assert sum(own["thoughts"] for own in summary["by_model"].values()) == len(thoughts)
+    assert sum(own["answers"] for own in summary["by_pattern"].values()) == summary["answers"] > 0
+    assert sum(own["correct"] for own in summary["by_pattern"].values()) == summary["correct"]
     assert sum(own["repaired"] for own in summary["by_model"].values()) == summary["repaired"]
     assert (summary["unused"]["completions"], summary["unused"]["tokens"]) == (0, 0)
     assert summary["by_task"]["letters"] == {key: summary[key] for key in summary["by_task"]["letters"]}

@@ -419,6 +419,9 @@ export class TreeCanvas {
   }
 
   private wheel(event: WheelEvent): void {
+    // A page that scrolls goes on to do so over a canvas that nobody has turned to.
+    const scrolls = document.scrollingElement!.scrollHeight > innerHeight;
+    if (scrolls && !event.ctrlKey && document.activeElement !== this.element) return;
     event.preventDefault();
     const scale = event.deltaMode === 1 ? 20 : 1;
     if (event.shiftKey) this.pan(event.deltaY * scale, 0);

@@ -1,15 +1,22 @@
 """The pages: one self-contained report.html for a run, and one page for two runs compared.
 
-Invariant: a page loads nothing, runs nothing and says nothing that is not in the run folders. Model text is untrusted:
-the templates escape everything but our own drawings, and a content security policy forbids scripts and requests.
+Invariant: a page loads nothing, and says nothing that is not in the run folders. Model text is untrusted: the templates
+escape everything but our own drawings, and a content security policy forbids requests and every script but the one that
+draws the trees (`web/src/report.ts`), which it knows by its hash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from cotree.base.atomic import write_text
 from cotree.base.errors import UsageError
@@ -21,11 +28,14 @@ from cotree.report.grid import Grid, Row, write_grids
 from cotree.report.plots import training_figures
 from cotree.report.summary import EvalRow, Summary, read_log, summarize_run
 from cotree.report.table import make_table, unique_names
-from cotree.report.templates import rendered, sentence
+from cotree.report.templates import rendered, sentence, setting
+from cotree.report.tree_json import tree_json
 from cotree.report.tree_view import trees_to_show
+from cotree.search.index import looping_leaves
 
 PAPER = "https://arxiv.org/abs/2503.01461"
 _TREES_SHOWN = 3
+_BUILT = Path(__file__).parents[1] / "view" / "static"  # what `make web` writes
 
 
 def write_report(run: RunFolder, summary: Summary | None = None, out: Path | None = None) -> Path:
@@ -44,6 +54,8 @@ def write_report(run: RunFolder, summary: Summary | None = None, out: Path | Non
     logs = {name: read_log(run.node(f"students/{name}").path / "log.jsonl") for name in summary.names("students")}
     students = {node.partition("/")[2]: record for node, record in run.nodes().items() if node.startswith("students/")}
     methods = {name: str(record.parts.get("method", "")) for name, record in students.items()}
+    trees = trees_to_show(run, summary.names("trees"), _TREES_SHOWN)
+    script = built("report.js")
     with _one_line_for_another_version(run.path):
         page = rendered(
             "report.html.jinja",
@@ -54,13 +66,18 @@ def write_report(run: RunFolder, summary: Summary | None = None, out: Path | Non
             table=make_table([(summary.name, summary)]),
             figures=training_figures(logs, methods),
             warnings=[(name, line) for name, log in logs.items() for line in log if line.get("warning")],
-            trees=trees_to_show(run, summary.names("trees"), _TREES_SHOWN),
+            trees=trees,
+            trees_json=_in_a_script([tree_json(view, looping_leaves(view.tree)) for view in trees]),
+            tree_css=built("report.css"),
+            script=script,
+            script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         )
     return _write_page(out or run.path / "report.html", page)
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
-    """Write one page that compares two runs and return its path: the rows of both with their differences, the graphs.
+    """Write one page that compares two runs and return its path: what changed in the recipe, the rows of both with
+    their differences and the questions that were gained and lost, and the graphs.
 
     Args:
         paths: two run folders.
@@ -75,19 +92,46 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     called = unique_names(paths)
     names = [called[path] for path in paths]
     summaries = [summarize_run(run) for run in runs]
-    grid, notes = _comparison(runs, names, summaries)
+    grid, notes, questions = _comparison(runs, names, summaries)
+    changes = _changed_settings(runs, names)
     graphs = []
     for run, name, summary in zip(runs, names, summaries, strict=True):
         with _one_line_for_another_version(run.path):
             graphs.append((name, _graph(summary)))
     table = write_grids([grid], notes, "html")
-    return _write_page(out, rendered("comparison.html.jinja", names=names, table=table, graphs=graphs))
+    page = rendered(
+        "comparison.html.jinja",
+        names=names,
+        changes=write_grids([changes], [], "html") if changes.sections[""] else "",
+        table=table,
+        questions=questions,
+        graphs=graphs,
+        tree_css=built("report.css"),
+    )
+    return _write_page(out, page)
+
+
+def _changed_settings(runs: Sequence[RunFolder], names: Sequence[str]) -> Grid:
+    """The settings of two recipes that differ, by their keys in dots; "–" where a recipe has none."""
+    written = [_flat(yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))) for run in runs]
+    keys = [key for key in dict.fromkeys([*written[0], *written[1]]) if key != "name"]
+    rows: list[Row] = [(key, *(each.get(key, "–") for each in written)) for key in keys]
+    return Grid(("setting", *names), {"": [row for row in rows if row[1] != row[2]]})
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    """A value of a recipe by the keys in it, in dots: {"students.dpo.beta": "0.1"}."""
+    if isinstance(value, Mapping) and value:
+        parts = (_flat(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items())
+        return {name: text for part in parts for name, text in part.items()}
+    return {key: setting(value)}
 
 
 def _comparison(
     runs: Sequence[RunFolder], names: Sequence[str], summaries: Sequence[Summary]
-) -> tuple[Grid, list[str]]:
-    """The rows of two runs by task, each with the accuracies of both and the paired difference; and why some have none.
+) -> tuple[Grid, list[str], list[tuple[str, list[str]]]]:
+    """The rows of two runs by task, each with the accuracies of both and the paired difference; why some have none; and
+    of each row its difference in words, with the questions that were gained and lost.
 
     A row is one model (of a seeded student each seed) in the evaluation of one name.
     """
@@ -97,6 +141,7 @@ def _comparison(
             rows.setdefault(row.task, {}).setdefault((row.evaluation, row.model), {})[place] = row
     sections: dict[str, list[Row]] = {}
     notes: list[str] = []
+    questions: list[tuple[str, list[str]]] = []
     read = cache(samples_by_row)
     for task, models in rows.items():
         for (evaluation, model), found in models.items():
@@ -107,12 +152,16 @@ def _comparison(
                     both = [read(run.node(f"evaluations/{evaluation}", model).path).get(task, {}) for run in runs]
                     compared = compare_row(task, both[0], both[1], names)
                     between = f"{signed(100 * compared.low)} to {signed(100 * compared.high)}"
-                    cells += [signed(100 * compared.difference), between, f"{compared.p_value:.3g}", number(compared.n)]
+                    gained = sum(after > before for before, after in compared.changed.values())
+                    counts = map(number, (gained, len(compared.changed) - gained, compared.n))
+                    cells += [signed(100 * compared.difference), between, f"{compared.p_value:.3g}", *counts]
+                    if compared.changed:
+                        questions.append((f"{label} on {task}: gained and lost", compared.lines()))
                 except UsageError as error:
                     notes.append(f"{label} on {task} is not compared: {error}")
             sections.setdefault(task, []).append((label, *cells))
-    head = ("model", *(f"{name}, %" for name in names), "difference", "95% interval", "p", "n")
-    return Grid(head, sections, named="task"), notes
+    head = ("model", *(f"{name}, %" for name in names), "difference", "95% interval", "p", "gained", "lost", "n")
+    return Grid(head, sections, named="task"), notes, questions
 
 
 def _accuracy(row: EvalRow | None) -> str:
@@ -135,6 +184,17 @@ def _one_line_for_another_version(path: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
         fix = "run its recipe again with this one"
         raise UsageError(f"{path}: its files are not those of this version of cotree ({error!r}); {fix}") from None
+
+
+@cache
+def built(name: str) -> str:
+    """A file that `make web` has built for pages."""
+    return (_BUILT / name).read_text(encoding="utf-8")
+
+
+def _in_a_script(value: Any) -> str:
+    """JSON that no text in it can end as the content of a <script>."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _write_page(path: Path, page: str) -> Path:

@@ -37,7 +37,8 @@ def summarize(
         before an answer, not among these; questions_with_correct,
         questions_with_both: the share of trees with a correct chain, and with a correct and a wrong one; reflections,
         and those `repaired`, which a correct answer follows; stopped: {why trees ended: how many}.
-        by_task: {task: the same}. by_model: {model: the thoughts, tokens, reflections and repaired that it wrote}.
+        by_task: {task: the same}. by_pattern: {pattern: its trees, answers and correct answers}.
+        by_model: {model: the thoughts, tokens, reflections and repaired that it wrote}.
         tokens: those of prompts that no cache had (`prompt`), `cached` ones, and generated ones (`completion`).
         unused: the completions and generated tokens that were paid for and are in no current tree of these questions:
             of earlier settings, or cut short.
@@ -45,11 +46,13 @@ def summarize(
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     stopped: defaultdict[str, Counter[str]] = defaultdict(Counter)
     models: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    patterns: defaultdict[str, Counter[str]] = defaultdict(Counter)
     tokens = Counter(prompt=0, cached=0, completion=0)
     for tree in trees_of(store, questions, config):
-        repaired = _repaired_reflections(tree)
+        repaired, own = _repaired_reflections(tree), _counts_of_tree(tree)
+        patterns[tree.pattern].update({name: own[name] for name in ("trees", "answers", "correct")})
         for part in (_ALL, tree.task):
-            counts[part].update(_counts_of_tree(tree), repaired=len(repaired))
+            counts[part].update(own, repaired=len(repaired))
             stopped[part][tree.stopped] += 1
         cached = tree.cached_tokens
         tokens.update(prompt=tree.prompt_tokens - cached, cached=cached, completion=tree.completion_tokens)
@@ -61,6 +64,7 @@ def summarize(
     return {
         **parts.pop(_ALL),
         "by_task": parts,
+        "by_pattern": {pattern: dict(patterns[pattern]) for pattern in sorted(patterns)},
         "by_model": {model: dict(models[model]) for model in sorted(models)},
         "tokens": dict(tokens),
         "unused": _unused(journal, beside, [name for _, question in questions for name in names_of_turns(question)]),
