@@ -14,6 +14,8 @@ import torch
 from tests.support.tiny_student import dpo_row, sft_row, tiny_model
 from transformers import PreTrainedTokenizerFast
 
+from cotree.train import trainer
+
 THREADS = torch.get_num_threads()
 
 
@@ -31,6 +33,14 @@ def tiny_runs_are_fast() -> Iterator[None]:
 def threads(request: pytest.FixtureRequest) -> None:
     """Tiny models gain nothing from threads, and lose much to them on a busy machine."""
     torch.set_num_threads(THREADS if "real" in request.keywords else 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact() -> Iterator[None]:
+    """`precision: auto` is fp32 on every CPU: what is compared here is compared to the last digits."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "cpu_has_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

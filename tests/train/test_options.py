@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.weights import check_weights
+from cotree.train import trainer
 from cotree.train.callback import StepLog
 from cotree.train.model import load_model
 from cotree.train.plan import plan
@@ -27,7 +28,7 @@ from cotree.train.run import train
 from cotree.train.settings import DPO, SFT, LoRA, Probe
 from cotree.train.sft import ChainTrainer
 from cotree.train.student import convert_gguf
-from cotree.train.trainer import explain_out_of_memory, training_arguments
+from cotree.train.trainer import cpu_has_bf16, explain_out_of_memory, resolve_precision, training_arguments
 
 CHAINS = SFT(batch_size=4, epochs=1.0, learning_rate=1e-2, save_steps=2)
 PAIRS = DPO(batch_size=5, epochs=2.0, learning_rate=1e-2)
@@ -103,6 +104,23 @@ def test_an_adapter_is_trained_on_with_all_its_weights(
         assert logs[0].metrics["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
     before = weights(tmp_path / "adapter")
     assert all(not torch.equal(values, before[name]) for name, values in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [({}, False), ({"avx512_bf16": False}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)],
+)
+def test_auto_precision_is_bf16_where_the_cpu_multiplies_it(
+    capabilities: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert cpu_has_bf16() == fast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.6
+    assert not cpu_has_bf16()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: fast)
+    assert resolve_precision(SFT()).precision == ("bf16" if fast else "fp32")
+    assert resolve_precision(SFT(precision="fp32")).precision == "fp32"
 
 
 def test_a_bf16_step_is_near_to_fp32(student: Path, sft_rows: Path, tmp_path: Path) -> None:

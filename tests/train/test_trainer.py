@@ -37,8 +37,8 @@ from cotree.train.sft import ChainTrainer
 from cotree.train.student import convert_gguf
 from cotree.train.trainer import training_arguments
 
-CHAINS = SFT(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
-PAIRS = DPO(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2)
+CHAINS = SFT(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2, precision="fp32")
+PAIRS = DPO(batch_size=4, pack_tokens=150, epochs=2.0, learning_rate=1e-3, save_steps=2, precision="fp32")
 VARIANTS = [
     PAIRS,
     PAIRS.model_copy(update={"sft_norm": "pair"}),

@@ -47,10 +47,10 @@ class Optimizer(Section):
 
     A step is computed in packs of at most `pack_tokens` tokens, shared ones counted once: it changes memory and time,
     never the gradient. The learning rate rises over `warmup_ratio` of the steps, from 0 as in transformers, then falls
-    linearly to 0. `precision: auto` is bf16 autocast on CUDA and fp32 on CPU. `compile` is torch.compile on all
-    but the attention. `save_dtype: bf16` rounds the trained weights when they are stored: half of the disk, half of
-    what a server loads. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows over `max_tokens` (prompt
-    included) are left out and counted; None takes all that the dataset has.
+    linearly to 0. `precision: auto` is bf16 autocast on CUDA and on CPUs with AMX or AVX512_BF16, else fp32. `compile`
+    is torch.compile on all but the attention. `save_dtype: bf16` rounds the trained weights when they are stored: half
+    of the disk, half of what a server loads. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows over
+    `max_tokens` (prompt included) are left out and counted; None takes all that the dataset has.
 
     `gpus` is how many processes of this machine train, a GPU each: `all` that are there (one process without CUDA, and
     at most one for each row of a step), or a number, which without CUDA starts as many on the CPU. Under torchrun
