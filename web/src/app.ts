@@ -29,6 +29,9 @@ function leaveTree(): void {
   panel = form = undefined;
 }
 
+/** The trees that are shown first. */
+const firstNode = (): string | undefined => (run.trees.find((one) => one.questions) ?? run.trees[0])?.node;
+
 const go = (parts: string[], query: Query): void => { location.hash = link(parts, query); };
 const annotator = (): string => run.annotator ?? localStorage.getItem("annotator") ?? "";
 
@@ -42,12 +45,12 @@ function setTheme(theme: string): void {
 function header(parts: string[]): HTMLElement {
   const tab = (name: string, to: string[], there: boolean) => h("a", { href: link(to), "aria-current": there ? "page" : null }, name);
   const nodes: [string, string][] = run.trees.map(({ node, questions }) => [node, `${node} (${questions})`]);
-  const node = parts[0] === "trees" ? parts[1] : nodes[0]?.[0];
+  const node = parts[0] === "trees" ? parts[1] : firstNode();
   const name = h("input", { class: "annotator", placeholder: "your name", "aria-label": "your name, for annotations", value: annotator(),
     onchange: () => { localStorage.setItem("annotator", name.value.trim()); void show(); } });
   return h("header", { class: "top" }, h("h1", {}, visible(run.name)),
     h("nav", {}, node ? tab("trees", ["trees", node], parts[0] === "trees") : null,
-      nodes.length > 1 && parts[0] === "trees" ? select("of", nodes, node, (value) => go(["trees", value], {})) : null,
+      nodes.length > 1 && parts[0] === "trees" ? select("of", nodes, node ?? "", (value) => go(["trees", value], {})) : null,
       tab("experiment", ["experiment"], parts[0] === "experiment"),
       run.students.length ? tab("students", ["students"], parts[0] === "students") : null,
       run.evaluations.length ? tab("replies", ["replies"], parts[0] === "replies") : null),
@@ -111,7 +114,8 @@ async function page(parts: string[], query: Query): Promise<HTMLElement> {
 async function show(): Promise<void> {
   const turn = ++shown;
   const { parts, query } = address();
-  if (!parts.length && run.trees.length) return location.replace(link(["trees", run.trees[0].node]));
+  const first = firstNode();
+  if (!parts.length && first !== undefined) return location.replace(link(["trees", first]));
   let content: HTMLElement;
   leaveTree();
   try {
@@ -156,7 +160,7 @@ function key(event: KeyboardEvent): void {
   else if (event.key === "]") click(".steps a:last-child");
   else if (event.key === "p") click(".play");
   else if (event.key === "b") click(".uses button, .back");
-  else if (event.key === "Escape") click(".back, .crumbs a");
+  else if (event.key === "Escape") click(document.querySelector(".back") ? ".back" : ".crumbs a");
   else if (!form?.key(event.key)) return panel?.canvas.key(event);
   event.preventDefault();
 }

@@ -56,12 +56,11 @@ export class TreeCanvas {
 
   /** Read the colours of the page's theme again. */
   restyle(): void {
-    const probe = h("span");
+    const names = [...this.tree.colors, "--page", "--card", "--ink", "--muted", "--rule", "--accent"];
+    const probes = names.map((name) => h("span", { "--t": `var(${name})` }));
+    const probe = h("span", { class: "probe" }, probes);
     this.element.parentElement!.append(probe);
-    for (const name of [...this.tree.colors, "--page", "--card", "--ink", "--muted", "--rule", "--accent", "--correct", "--wrong"]) {
-      probe.style.color = `var(${name})`;
-      this.colors[name] = getComputedStyle(probe).color;
-    }
+    names.forEach((name, place) => { this.colors[name] = getComputedStyle(probes[place]).color; });
     probe.remove();
     this.redraw();
   }

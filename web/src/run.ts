@@ -122,7 +122,12 @@ export async function repliesPage(run: Run, query: Query, go: (query: Query) => 
   const show = query.show ?? "gained";
   const offset = Number(query.offset ?? 0);
   const limit = 20;
-  const found = await get<Replies>("replies", { evaluation: evaluation.name, model, beside, show, offset: String(offset), limit: String(limit) });
+  let refused = "";
+  const asked = { evaluation: evaluation.name, model, beside, show, offset: String(offset), limit: String(limit) };
+  const found = await get<Replies>("replies", asked).catch((error: Error): Replies => {
+    refused = error.message;
+    return { total: 0, gained: 0, lost: 0, rows: [] };
+  });
   const change = (changed: Query) => go({ evaluation: evaluation.name, model, beside, show, ...changed });
   const named = (names: string[]): [string, string][] => names.map((name) => [name, name]);
   const reply = (name: string, text: string, verdict: keyof typeof MARKS) => h("section", { "--t": `var(--${verdict.replace("_", "-")})` },
@@ -133,7 +138,7 @@ export async function repliesPage(run: Run, query: Query, go: (query: Query) => 
       select("model", named(models), model, (value) => change({ model: value, beside: "" })),
       select("beside", named(others), beside, (value) => change({ beside: value })),
       select("show", [["gained", `gained (${found.gained})`], ["lost", `lost (${found.lost})`], ["same", "same verdict"], ["all", "all"]], show, (value) => change({ show: value }))),
-    h("p", { class: "about" }, `${counted(found.total, "question")}; ${model} gained ${found.gained} and lost ${found.lost} against ${beside}`),
+    refused ? h("p", { class: "message", role: "alert" }, visible(refused)) : h("p", { class: "about" }, `${counted(found.total, "question")}; ${model} gained ${found.gained} and lost ${found.lost} against ${beside}`),
     found.rows.map((row) => h("article", {}, h("div", { class: "question" }, h("b", {}, visible(row.question)), prose(row.text),
       row.gold ? h("p", { class: "gold" }, "gold ", h("b", {}, visible(row.gold))) : null),
       h("div", { class: "columns" }, reply(model, row.reply, row.verdict), reply(beside, row.beside_reply, row.beside_verdict)))),

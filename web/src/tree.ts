@@ -43,7 +43,7 @@ export class Tree {
   readonly writers: string[];
   readonly uses = new Map<number, (Use & { dataset: string })[]>();
   private readonly column: Record<string, number> = {};
-  private readonly places = new Map<string, number>();
+  private readonly places = new Map<number, number>();
 
   constructor(readonly json: TreeJson) {
     json.columns.forEach((name, place) => { this.column[name] = place; });
@@ -59,8 +59,8 @@ export class Tree {
     const known = new Map<string, number>();
     const writers = new Set<string>();
     json.thoughts.forEach((row, i) => {
-      this.places.set(String(row[id]), i);
-      const above = row[parent] === null ? -1 : this.places.get(String(row[parent])) ?? -1;
+      this.places.set(Number(row[id]), i);
+      const above = row[parent] === null ? -1 : this.places.get(Number(row[parent])) ?? -1;
       if (above >= 0) {
         this.parent[i] = above;
         if (this.first[above] < 0) this.first[above] = i;
@@ -84,8 +84,8 @@ export class Tree {
   }
 
   /** The index of a thought by its id. */
-  place(id: string | null): number | undefined {
-    return id === null ? undefined : this.places.get(String(id));
+  place(id: string | number | null): number | undefined {
+    return id === null ? undefined : this.places.get(Number(id));
   }
 
   /** The children of a thought, in the order in which they were written. */
@@ -121,9 +121,10 @@ export class Tree {
 
   /** The judged leaf that stands for the tree: one that a dataset took, else a correct, wrong or other one. */
   best(): number {
-    const leaves = this.json.thoughts.map((_, i) => i).filter((i) => this.field(i, "verdict"));
-    const taken = leaves.find((i) => this.uses.get(i)?.some((use) => use.as !== "rejected"));
-    const first = (verdict: Verdict) => leaves.find((i) => this.field(i, "verdict") === verdict);
-    return taken ?? first("correct") ?? first("wrong") ?? leaves[0] ?? 0;
+    const taken = [...this.uses].filter(([, uses]) => uses.some((use) => use.as !== "rejected")).map(([leaf]) => leaf);
+    if (taken.length) return Math.min(...taken);
+    const place = this.column.verdict;
+    const first = (verdict: Verdict) => this.json.thoughts.findIndex((row) => row[place] === verdict);
+    return VERDICTS.map(first).find((leaf) => leaf > 0) ?? 0;
   }
 }
