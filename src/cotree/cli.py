@@ -294,15 +294,16 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Conversations, messages, or prompts with responses.")],
     student: Annotated[str, typer.Option(help="Whose tokens count: a packaged name, a .gguf, a folder or a hub id.")],
     out: Out,
+    as_: Annotated[Literal["rows", "trees"], typer.Option("--as", help="trees: rollouts; -o is a run.")] = "rows",
     task: Annotated[str | None, typer.Option(help="The task that verifies where a gold answer is known.")] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="A task whose questions must not be in it.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Rows over this many tokens are left out and counted.")] = 16_384,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a row; 16384. Longer ones are left out, counted.")] = None,
 ) -> None:
-    """Turn long chains or pairs of others into rows; gated, and judged where a gold answer is known."""
-    from cotree.data.build import import_file
+    """Turn texts of others into gated rows, judged where a gold answer is known; or their rollouts into trees."""
+    from cotree.experiment.imported import import_as
 
-    counts = import_file(file, student, out, task=task, held_out=held_out or [], max_tokens=max_tokens)
-    Output().print(f"{out}: " + "\n".join(counts.lines()))
+    for line in import_as(as_, file, student, out, task=task, held_out=held_out or [], max_tokens=max_tokens):
+        Output().print(line)
 
 
 @app.command(epilog="Example: cotree export runs/laptop --to llamafactory -o LLaMA-Factory/data")

@@ -144,6 +144,7 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
         "max_depth": 7, "max_reflections": 1, "stop": {},
         "adaptive": True, "reward": None, "trees_in_flight": 1, "questions": {"arithmetic": 2, "letters": 3},
         "split": "dev", "roles": {"thinker": "near"}, "method": "sampling", "tokens_of": None,
+        "file": None, "tokenizer": None, "task": None, "correct_at": None,  # test_imported.py
     }),
     Writer: ("trees.train.roles.reflector.0", {"model": "far", "temperature": 0.1, "top_p": 0.2}),
     Thought: ("trees.train.thoughts.double_check", {

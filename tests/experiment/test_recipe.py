@@ -113,7 +113,10 @@ def test_paths_are_relative_to_the_recipes_folder(tmp_path: Path, monkeypatch: p
         ("trees.train=3", "trees.train: must be a section of keys, like {}$"),
         ("trees.train.rollouts=2.5", "`trees.train.rollouts`: must be a whole number$"),
         ("datasets.sft.verified=maybe", "`datasets.sft.verified`: must be true or false$"),
-        ("trees.train.questions={}", "`trees.train.questions`: must have at least 1 item$"),
+        (
+            "trees.train.questions={}",
+            "`trees.train`: `questions` is missing; give {task: how many}, or a `file` of rollouts$",
+        ),
         ("evaluations.test.gguf=Q4", "`evaluations.test.gguf`: must be 'F32', 'F16' or 'Q8_0'$"),
         ("students.sft.learning_rate=.inf", "finite number"),
         ("trees.train.rollouts", "is no setting"),

@@ -156,15 +156,15 @@ def _prompt_and_completion(raw: Row) -> tuple[Row, set[str]]:
         ValueError: it is of no known form.
     """
     if column := _conversation(raw):
-        messages, used = _with_system(raw, _messages(raw[column]))
+        messages, used = _with_system(raw, messages_of(raw[column]))
         return {"prompt": messages[:-1], "completion": messages[-1:]}, {column, *used}
     responses = [answer for name, answer in _REASONINGS.items() if answer and raw.get(name)]
     response = next((column for column in (*responses, *_RESPONSES) if _is_text_or_turns(raw.get(column))), None)
-    prompt, used = _prompt(raw)
+    prompt, used = prompt_of(raw)
     if not prompt or response is None:
         has = ", ".join(raw)
         raise ValueError(f"no `conversations`, no `messages`, and no prompt with a response; it has {has}")
-    completion = _messages(raw[response])
+    completion = messages_of(raw[response])
     reasonings = [name for name, answer in _REASONINGS.items() if raw.get(name) and answer in (None, response)]
     for name in reasonings[:1]:
         thoughts = raw[name] if isinstance(raw[name], list) else [raw[name]]
@@ -182,10 +182,10 @@ def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
     """
     if not all(raw.get(side) and isinstance(raw[side], str | list | dict) for side in sides_of(raw)):
         raise ValueError(f"no `chosen` and `rejected`, each a text or messages; it has {', '.join(raw)}")
-    chosen, rejected = (_messages(_dialogue(raw[side])) for side in sides_of(raw))
-    prompt, used = _prompt(raw)
+    chosen, rejected = (messages_of(_dialogue(raw[side])) for side in sides_of(raw))
+    prompt, used = prompt_of(raw)
     if column := _conversation(raw):
-        turns = _messages(raw[column])
+        turns = messages_of(raw[column])
         if turns not in (chosen, rejected):  # UltraFeedback's is the chosen one
             prompt, used = _with_system(raw, turns)
         used.add(column)
@@ -218,13 +218,13 @@ def _conversation(raw: Row) -> str | None:
     return next((column for column in ("conversations", "messages") if raw.get(column)), None)
 
 
-def _prompt(raw: Row) -> tuple[Messages, set[str]]:
+def prompt_of(raw: Row) -> tuple[Messages, set[str]]:
     """The prompt of a row without a conversation, and the columns it is read from: one column; of Alpaca's rows the
     instruction with its input on a line of its own, after the turns of `history`."""
     column = next((column for column in _PROMPTS if _is_text_or_turns(raw.get(column))), None)
     if column is None:
         return [], set()
-    messages, used = _messages(raw[column], "user"), {column}
+    messages, used = messages_of(raw[column], "user"), {column}
     if column == "instruction" and isinstance(raw[column], str):
         given, history = raw.get("input"), raw.get("history")
         if given and isinstance(given, str):
@@ -245,7 +245,7 @@ def _earlier(history: Any) -> Messages:
     """
     turns = history if isinstance(history, list) else [history]
     if all(isinstance(turn, dict) for turn in turns):
-        return _messages(turns)
+        return messages_of(turns)
     if not all(isinstance(turn, list) and [*map(type, turn)] == [str, str] for turn in turns):
         raise ValueError("`history` is no list of [question, answer], each a text")
     said = (zip(("user", "assistant"), turn, strict=True) for turn in turns)
@@ -269,7 +269,7 @@ def _is_text_or_turns(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and bool(value))
 
 
-def _messages(turns: Any, role: str = "assistant") -> Messages:
+def messages_of(turns: Any, role: str = "assistant") -> Messages:
     """Turns as messages; a text is one message of that role, a turn alone is one message."""
     if isinstance(turns, str):
         return [{"role": role, "content": turns}]

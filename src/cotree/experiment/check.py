@@ -114,7 +114,8 @@ def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterato
     for name, node in by_id.items():
         settings = node.settings
         if node.kind in ("trees", "evaluations"):
-            yield name, f"{settings.split} questions", partial(_questions, fingerprints, node)
+            what = "rollouts" if getattr(settings, "file", None) else f"{settings.split} questions"
+            yield name, what, partial(_questions, fingerprints, node)
             if settings.tokens_of is not None:
                 yield name, "tokens_of", partial(_tokens_of, fingerprints, node)
         if node.kind == "trees" and settings.reward is not None and settings.reward.function is not None:
@@ -240,7 +241,7 @@ async def _check_model(recipe: Recipe, name: str, record: Record) -> None:
             return
         endpoint = endpoints[name]
         for node in recipe.of_kind("trees"):
-            if node.settings.roles["thinker"][0].model == name:
+            if node.settings.file is None and node.settings.roles["thinker"][0].model == name:
                 await record(node.id, "thoughts", _thoughts(node.settings, endpoint))
         for client in endpoint.clients:
             where = f"{subject} at {client.url}" if len(endpoint.clients) > 1 else subject

@@ -25,7 +25,7 @@ Raw = dict[str, Any]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
 # Of each kind the keys that name other entries, and of which kind these are; among students models are found too.
 _REFERENCES: Mapping[Kind, Mapping[str, Kind]] = {
-    "trees": {"tokens_of": "trees"},
+    "trees": {"tokens_of": "trees", "tokenizer": "students"},
     "datasets": {"trees": "trees", "size_of": "datasets", "questions_of": "datasets", "tokenizer": "students"},
     "students": {"from": "students", "data": "datasets"},
     "evaluations": {"models": "students", "tokens_of": "evaluations"},

@@ -69,7 +69,7 @@ class Estimates:
         Raises:
             UsageError: it cannot be known, as something is not here.
         """
-        if node.kind == "datasets":
+        if node.kind == "datasets" or (node.kind == "trees" and node.settings.file is not None):
             return Cost()
         if node.kind == "students":
             return self._cost_of_training(node)

@@ -22,6 +22,7 @@ from cotree.base.run_folder import Kind
 from cotree.base.settings import hashed_settings
 from cotree.base.shards import Shard
 from cotree.data.annotations import ChainAnnotation, Key, chain_annotations
+from cotree.data.rollouts import read_rollouts
 from cotree.data.settings import Dataset
 from cotree.eval.asking import load_questions
 from cotree.eval.settings import Evaluation
@@ -89,6 +90,11 @@ class Fingerprints:
 
     def _trees(self, node: Node[Trees]) -> Fingerprint:
         settings = node.settings
+        if settings.file is not None:  # its rollouts are a part of its questions
+            parts = hashed_settings(settings)
+            del parts["file"]
+            parts |= {"tokenizer": self._tokenizer(str(settings.tokenizer)), "version": CONTENT_VERSION["trees"]}
+            return self._with_questions(node, parts)
         named = ("questions", "roles", "split", "tokens_of", "reward", "patterns")
         parts = _flatten(hashed_settings(settings), leave_out=named)
         for name, matrix in settings.patterns.items():  # the order of a row is that in which its thoughts are written
@@ -122,8 +128,7 @@ class Fingerprints:
         settings = node.settings
         named = ("trees", "file", "hub", "tokenizer", "size_of", "questions_of")
         parts = _flatten(hashed_settings(settings), leave_out=named)
-        counting = identity(self.recipe.models[self.recipe.root_model(str(settings.tokenizer))])
-        tokenizer = str(counting.get("tokenizer") or counting["weights"])
+        tokenizer = self._tokenizer(str(settings.tokenizer))
         parts |= {"version": CONTENT_VERSION["datasets"], "seed": node.seed, "tokenizer": tokenizer}
         if settings.trees:
             parts["trees"] = [self.of(f"trees/{name}").of for name in settings.trees]
@@ -166,6 +171,11 @@ class Fingerprints:
         parts["data"] = self.of(f"datasets/{settings.data}").of
         return Fingerprint(_hash(parts), _hash(parts), parts)
 
+    def _tokenizer(self, name: str) -> str:
+        """What decides the tokens of a model or a student."""
+        counting = identity(self.recipe.models[self.recipe.root_model(name)])
+        return str(counting.get("tokenizer") or counting["weights"])
+
     def _writer(self, name: str, gguf: GGUFType | None = None) -> dict[str, Any]:
         """What decides the text of a model or a student: weights and how they are served, or a served model's name."""
         root = self.recipe.models[self.recipe.root_model(name)]
@@ -180,12 +190,16 @@ class Fingerprints:
         Raises:
             UsageError: a task has fewer, its rows are not here, or two questions have one name.
         """
-        counts = node.settings.questions
-        if node.kind == "trees":
+        settings, counts = node.settings, node.settings.questions
+        if isinstance(settings, Trees):
             counts = dict(sorted(counts.items()))
-        key = json.dumps([node.settings.split, counts])
+        file = (settings.file, settings.task) if isinstance(settings, Trees) and settings.file is not None else None
+        key = json.dumps([settings.split, counts, file])
         if key not in self._questions:
-            shard, asked = self.shard, load_questions(counts.items(), node.settings.split)
+            shard = self.shard
+            asked = (
+                read_rollouts(Path(file[0]), file[1]).asked if file else load_questions(counts.items(), settings.split)
+            )
             self._questions[key] = [each for each in asked if shard is None or shard.takes(each[0].name, each[1].id)]
         return self._questions[key]
 

@@ -33,7 +33,7 @@ from cotree.train.settings import METHODS, Optimizer
 _OLD_KEYS = ("tasks", "search", "build", "train", "eval", "roles")
 _OF_TREES = ("thoughts", "patterns", "rollouts", "questions")  # settings that are easily written one level too high
 # The keys whose values may be paths, beside the names of tasks in `questions`.
-_PATHS = {"models": ("weights", "tokenizer"), "trees": ("function",), "datasets": ("file",), "evaluations": ()}
+_PATHS = {"models": ("weights", "tokenizer"), "trees": ("function", "file"), "datasets": ("file",), "evaluations": ()}
 S = TypeVar("S")
 
 

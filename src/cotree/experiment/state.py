@@ -137,7 +137,11 @@ def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: s
     changed = [key for key in keys if key not in _READ]
     if read := [key for key in keys if key in _READ]:
         changed.append(f"what it reads ({', '.join(read)})")
-    regrow = _trees_to_regrow(run, fingerprints, node, record.base) if node.kind == "trees" else 0
+    regrow = (
+        _trees_to_regrow(run, fingerprints, node, record.base)
+        if node.kind == "trees" and node.settings.file is None
+        else 0
+    )
     return State(node, model, "changed", tuple(changed), wanted, regrow)
 
 

@@ -115,6 +115,9 @@ class Worker:
         from cotree.search.trees import TreeGrower, turns_left
 
         settings, asked = node.settings, self.fingerprints.questions(node)
+        if settings.file is not None:
+            self._import(node, work)
+            return
         config, budgets = self.fingerprints.of(node.id).base, None
         if settings.tokens_of is not None:
             budgets = {tree.question_name: tree.completion_tokens for tree in self.trees(settings.tokens_of)}
@@ -166,6 +169,48 @@ class Worker:
                 for name in (settings.tokens_of, node.name)
             }
             work.result["compared"] = [asdict(row) for row in compare_methods(methods)]
+        work.add_files("trees.db")
+
+    def _import(self, node: Node[Trees], work: Work) -> None:
+        """Make the trees of a file of rollouts that are not there yet."""
+        from cotree.data.rollouts import RolloutTask, read_rollouts
+        from cotree.data.shared_tokens import tree_of_rollouts
+        from cotree.search.index import TreeIndex
+        from cotree.search.journal import Journal
+        from cotree.search.summary import summarize
+        from cotree.search.trees import turns_of
+
+        settings, config, asked = node.settings, self.fingerprints.of(node.id).base, self.fingerprints.questions(node)
+        rollouts, tokenizer = read_rollouts(Path(str(settings.file)), settings.task), None
+        for line in rollouts.lines():
+            self.output.print(f"{node.id}: {line}")
+        with (
+            TreeStore(work.path / "trees.db") as own,
+            TreeStores(self._stores(node.id)[1:], own) as store,
+            TreeIndex(own) as index,
+            Journal(self.run.path / "journal.db") as journal,
+            self.output.progress(node.name) as update,
+        ):
+            if own.rescued:
+                self.output.print(f"{node.id}: {own.rescued}")
+            for number, turn in enumerate(turns_of(store, asked, config)):
+                if not turn.finished:
+                    tokenizer = tokenizer or tokenizer_of(self.recipe, str(settings.tokenizer), chats=False)
+                    assert isinstance(turn.task, RolloutTask)
+                    tree = tree_of_rollouts(
+                        turn.task,
+                        turn.question,
+                        rollouts.of[turn.question.task, turn.question.id],
+                        tokenizer=tokenizer,
+                        config=config,
+                        correct_at=settings.correct_at,
+                    )
+                    own.put(tree)
+                    index.add([tree])
+                update(number + 1, len(asked), "trees of rollouts")
+            left_out = {"left_out": dict(rollouts.left_out), "columns_left_out": dict(rollouts.columns_left_out)}
+            work.result["counts"] = summarize(store, journal, asked, config) | left_out
+            work.files += [os.path.relpath(path, work.path) for path in store.paths_with(config)]
         work.add_files("trees.db")
 
     def trees(self, name: str) -> Iterator[StoredTree]:

@@ -218,7 +218,7 @@ class SearchWithRoles(Search):
 
     @model_validator(mode="after")
     def _roles_known(self) -> Self:
-        if "thinker" not in self.roles:
+        if "thinker" not in self.roles and getattr(self, "file", None) is None:
             raise ValueError("roles: `thinker` is missing; name the model that writes thoughts")
         named = [thought.role for thought in self.thoughts.values() if thought.role is not None]
         known = list(dict.fromkeys(["thinker", "reflector", *THOUGHT_TYPES, *self.thoughts, *named]))
@@ -236,8 +236,12 @@ class SearchWithRoles(Search):
 
 
 class Trees(SearchWithRoles):
-    """A `trees` node: one tree for each question.
+    """A `trees` node: one tree for each question, or for each question of a `file` of rollouts.
 
+    file: rollouts of others (JSON lines, lm-eval's or verifiers' samples, an inspect log), which are made into trees by
+        the tokens that they share; `tokenizer`: whose tokens, a model or student with weights. `task`: judges them,
+        instead of their rewards, of which `correct_at` is the least of a correct one. No model is asked, so nothing of
+        a search can be set.
     questions: {task: how many}, the first so many of `split`; of conversations each turn is a tree.
     method: `mcts`, or `sampling`: independent whole chains (rejection sampling, best-of-n) with the same worked
         examples, first thought and thinker, up to `rollouts` of them and the stop conditions. What shapes a tree has no
@@ -247,10 +251,29 @@ class Trees(SearchWithRoles):
         the nearest chain, instead of `rollouts` and stop conditions.
     """
 
-    questions: dict[str, Count] = Field(min_length=1)
+    questions: dict[str, Count] = Field({})
+    roles: dict[str, Role] = Field({})
+    file: str | None = None
+    tokenizer: str | None = None
+    task: str | None = None
+    correct_at: float = Field(1.0, gt=0)
     split: Split = "train"
     method: Literal["mcts", "sampling"] = "mcts"
     tokens_of: str | None = None
+
+    @model_validator(mode="after")
+    def _questions_or_file(self) -> Trees:
+        of_file = {"file", "tokenizer", "task", "correct_at"}
+        if self.file is None and not self.questions:
+            raise ValueError("`questions` is missing; give {task: how many}, or a `file` of rollouts")
+        if self.file is not None and self.tokenizer is None:
+            raise ValueError("a `file` of rollouts needs `tokenizer`: the model whose tokens they share")
+        if wrong := self.model_fields_set & of_file if self.file is None else self.model_fields_set - of_file:
+            where = (
+                "of rollouts" if self.file is None else "of a search, and the rollouts of a `file` are there already"
+            )
+            raise ValueError(f"`{min(wrong)}` is {where}; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _tokens_of_sampling(self) -> Trees:
