@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help tour demo two-models real test check slow web bench-search bench-tasks bench-store bench-train bench-gpu clean
+.PHONY: help tour demo two-models real test check slow web bench-search bench-tasks bench-store bench-view bench-train bench-gpu clean
 
 # Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-search    search speed beside the bare client, raw requests and treequest: benchmarks/out/search.json"
 	@echo "make bench-tasks     verdicts a second of every task, on the files in COTREE_DATA: benchmarks/out/tasks.json"
 	@echo "make bench-store    build datasets from 100,000 generated trees: rows/s and peak memory: benchmarks/out/store.json"
+	@echo "make bench-view     the viewer over 100,000 trees, and its page in headless Chromium: benchmarks/out/view.json"
 	@echo "make bench-train    training speed beside TRL at equal gradients: benchmarks/out/train.json"
 	@echo "make bench-gpu      gradients, flex_attention, speed and memory on one GPU, in 8 minutes: benchmarks/out/gpu.json"
 	@echo "make clean   remove .venv and caches (runs/ stays)"
@@ -79,6 +80,9 @@ bench-tasks: $(DEV)
 
 bench-store: $(DEV)
 	@$(PY) -m benchmarks.store $(ARGS)
+
+bench-view: $(DEV)
+	@$(PY) -m benchmarks.view $(ARGS)
 
 bench-train: $(DEV)
 	@$(PY) -m benchmarks.train $(ARGS)

@@ -1,7 +1,8 @@
 """A run folder as it stands on disk: which nodes have content, of which fingerprint, and where it is.
 
-    runs/NAME/recipe.yaml  journal.db  summary.json  report.html  log.jsonl
-    runs/NAME/trees/NODE/{node.json, trees.db}            runs/NAME/datasets/NODE/{node.json, train.parquet, README.md}
+    runs/NAME/recipe.yaml  journal.db  annotations.db  summary.json  report.html  log.jsonl
+    runs/NAME/trees/NODE/{node.json, trees.db, trees_index.db}
+    runs/NAME/datasets/NODE/{node.json, train.parquet, README.md}
     runs/NAME/students/NODE/{node.json, model/, log.jsonl}
     runs/NAME/evaluations/NODE/MODEL/{node.json, journal.jsonl, results_*.json, samples_*.jsonl}
     runs/NAME/older/...     content of other fingerprints, by the same paths and then the fingerprint

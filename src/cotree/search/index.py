@@ -114,6 +114,7 @@ class TreeIndex:
             path: the store that the index is beside; to be given where there are several.
         """
         self._store, self._kept = store, ExitStack()
+        self._totals: dict[str, tuple[int, dict[str, dict[str, int]]]] = {}  # by config, as of so many changes
         beside = path or store.path
         self.path = beside.with_name(f"{beside.stem}_index.db")
         if not os.access(self.path.parent, os.W_OK) or (self.path.exists() and not os.access(self.path, os.W_OK)):
@@ -190,7 +191,8 @@ class TreeIndex:
             self._db.execute("BEGIN")
             self._db.executemany("INSERT INTO stored VALUES (?, ?)", self._store.checksums())
             self._db.execute("COMMIT")
-            self._db.execute("DELETE FROM trees WHERE tree NOT IN (SELECT tree FROM stored)")
+            if self._db.execute("DELETE FROM trees WHERE tree NOT IN (SELECT tree FROM stored)").rowcount:
+                self._totals.clear()
             missing = self._db.execute("SELECT tree, checksum FROM stored EXCEPT SELECT tree, checksum FROM trees")
             ids = [tree_id for tree_id, _ in missing]
         self.add(map(self._store.tree, ids))
@@ -203,10 +205,14 @@ class TreeIndex:
 
     def totals(self, config: str) -> dict[str, dict[str, int]]:
         """The trees and thoughts of one config, {task: {"trees": n, "thoughts": n}}."""
-        query = "SELECT task, count(*), sum(thoughts) FROM trees WHERE config = ? GROUP BY task"
-        with self._guard():
-            found = self._db.execute(query, (config,)).fetchall()
-        return {task: {"trees": trees, "thoughts": thoughts} for task, trees, thoughts in found}
+        changes = self.changes()
+        if self._totals.get(config, (None, {}))[0] != changes:
+            query = "SELECT task, count(*), sum(thoughts) FROM trees WHERE config = ? GROUP BY task"
+            with self._guard():
+                rows = self._db.execute(query, (config,)).fetchall()
+            found = {task: {"trees": trees, "thoughts": thoughts} for task, trees, thoughts in rows}
+            self._totals[config] = changes, found
+        return self._totals[config][1]
 
     def looping(self, tree_id: str) -> list[int]:
         """The ids of the leaves of a tree whose chains repeat themselves."""
@@ -223,11 +229,15 @@ class TreeIndex:
         """
         values = vars(query) | {"config": config, "annotated": json.dumps([*annotated]), "offset": offset}
         values |= {"limit": limit, "annotated_is": query.annotated, "words": _match(query.words)}
-        where = " AND ".join(["config = :config", *query.conditions()])
+        conditions = [*query.conditions()]
+        where = " AND ".join(["config = :config", *conditions])
         page = f"SELECT number FROM trees WHERE {where} ORDER BY {query.order()} LIMIT :limit OFFSET :offset"  # noqa: S608
         shown = ", ".join(_SHOWN_COLUMNS)
         with self._guard():
-            (total,) = self._db.execute(f"SELECT count(*) FROM trees WHERE {where}", values).fetchone()  # noqa: S608
+            if conditions:
+                (total,) = self._db.execute(f"SELECT count(*) FROM trees WHERE {where}", values).fetchone()  # noqa: S608
+            else:
+                total = sum(counts["trees"] for counts in self.totals(config).values())
             rows = [
                 self._db.execute(f"SELECT {shown} FROM trees WHERE number = ?", found).fetchone()  # noqa: S608
                 for found in self._db.execute(page, values).fetchall()

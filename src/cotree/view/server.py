@@ -26,7 +26,7 @@ from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import Output
 from cotree.base.run_folder import RunFolder
 from cotree.base.serving import LOOPBACK, TOKEN, is_foreign, is_same_secret, listen
-from cotree.data.annotations import FILE, Annotations, ConflictError, agreement, annotate, read_annotations
+from cotree.data.annotations import FILE, Annotations, ConflictError, agreement, annotate
 from cotree.report.summary import NodeReads
 from cotree.search.index import TreeQuery
 from cotree.view.results import Changed, about_run, curves, replies, tables
@@ -223,11 +223,8 @@ class Viewer:
         return replies(self.run, asked.evaluation, asked.model, beside=asked.beside, show=asked.show, **page)
 
     def _annotations(self, request: web.Request) -> dict[str, Any]:
-        annotations = read_annotations(self.run.path)
-        if annotations is None:
-            return {"rows": [], "agreement": agreement(())}
-        with annotations:
-            found = annotations.all(node=request.query.get("node"))
+        annotations = self.trees.annotations()
+        found = [] if annotations is None else annotations.all(node=request.query.get("node"))
         rows = [{"node": each.node, "tree": each.tree, **each.shown} for each in found]
         return {"rows": rows, "agreement": agreement(found)}
 

@@ -13,7 +13,7 @@ from cotree.base.errors import UsageError
 from cotree.base.run_folder import NodeRecord, RunFolder
 from cotree.base.settings import nearest
 from cotree.base.shards import files_in_parts
-from cotree.data.annotations import read_annotations
+from cotree.data.annotations import FILE, Annotations, read_annotations
 from cotree.report.tree_json import tree_json
 from cotree.report.tree_view import TreeView, dataset_rows
 from cotree.search.index import TreeIndex, TreeQuery
@@ -39,6 +39,8 @@ class TreesOfRun:
         self.run = run
         self._opened: dict[str, _Opened] = {}
         self._changes: dict[str, int] = {}
+        self._annotations: Annotations | None = None
+        self._annotated_in: tuple[int, int] | None = None
         self._kept: defaultdict[str, ExitStack] = defaultdict(ExitStack)
 
     def __enter__(self) -> TreesOfRun:
@@ -62,7 +64,7 @@ class TreesOfRun:
         paths = self._paths(name)
         if not paths:
             raise UsageError(f"{self.run.path} has no trees `{name}`; {nearest(name, self.names())}")
-        opened, files = self._opened.get(name), [(status.st_dev, status.st_ino) for status in map(os.stat, paths)]
+        opened, files = self._opened.get(name), [*map(_identity, paths)]
         if opened is None or opened.files != files:
             self._kept[name].close()
             store = self._kept[name].enter_context(TreeStores(paths))
@@ -91,18 +93,24 @@ class TreesOfRun:
 
     def changes(self, name: str) -> int:
         """A number that is another one after a tree or an annotation came."""
-        annotations = read_annotations(self.run.path)
-        if annotations is None:
-            return self.open(name).index.changes()
-        with annotations:
-            return self.open(name).index.changes() + annotations.saves()
+        annotations = self.annotations()
+        return self.open(name).index.changes() + (annotations.saves() if annotations is not None else 0)
+
+    def annotations(self) -> Annotations | None:
+        """The annotations of the run, kept open; None while there are none."""
+        path = self.run.path / FILE
+        file = _identity(path) if path.is_file() else None
+        if file != self._annotated_in:
+            self._kept[FILE].close()
+            opened = read_annotations(self.run.path)
+            self._annotations = None if opened is None else self._kept[FILE].enter_context(opened)
+            self._annotated_in = file
+        return self._annotations
 
     def page(self, name: str, query: TreeQuery, offset: int, limit: int) -> dict[str, Any]:
         """A page of the list of a node's trees."""
-        index, base, annotated = self.open(name).index, self.record(name).base, dict[str, int]()
-        if (annotations := read_annotations(self.run.path)) is not None:
-            with annotations:
-                annotated = annotations.counts(name)
+        index, base, annotations = self.open(name).index, self.record(name).base, self.annotations()
+        annotated = {} if annotations is None else annotations.counts(name)
         total, rows = index.list(base, query, annotated, offset=offset, limit=limit)
         for row in rows:
             row["annotated"] = annotated.get(row["tree"], 0)
@@ -114,8 +122,12 @@ class TreesOfRun:
         opened, record = self.open(name), self.record(name)
         tree = opened.store.tree(tree_id)
         view = TreeView(name, tree, dataset_rows(self.run, tree_id)[tree_id], record.parts)
-        annotations = []
-        if (stored := read_annotations(self.run.path)) is not None:
-            with stored:
-                annotations = [each.shown for each in stored.all(tree=tree_id)]
+        stored = self.annotations()
+        annotations = [] if stored is None else [each.shown for each in stored.all(tree=tree_id)]
         return {**tree_json(view, {*opened.index.looping(tree_id)}), "annotations": annotations}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What names a file wherever it is moved."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
