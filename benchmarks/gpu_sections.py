@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.train import distance, peak_bytes, work
+from benchmarks.train import distance, work
 from benchmarks.train_shapes import Shape, shapes, wide
 from benchmarks.train_sides import BETA, Precision, Step, clear, cotree_step, gradient_of, trl_step
 from torch import Tensor
@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from cotree.base.errors import CotreeError
+from cotree.base.machine import peak_bytes
 from cotree.train.attention import Layout, dense_attention, flex_attention
 from cotree.train.forest import Forest, packs
 

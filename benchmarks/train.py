@@ -31,6 +31,7 @@ from typing import Any
 
 from benchmarks.train_shapes import Shape, demo, shapes
 
+from cotree.base.machine import peak_bytes
 from cotree.train.forest import Forest, Scored, multiplicities, packs
 
 OUT = Path(__file__).parent / "out" / "train.json"
@@ -198,12 +199,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "pack_tokens": arguments.pack_tokens,
     }
-
-
-def peak_bytes() -> int:
-    """Of this process. `ru_maxrss` would not do: it begins with what the parent had at the start."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def chosen_shapes(arguments: argparse.Namespace, student: Path) -> list[Shape]:

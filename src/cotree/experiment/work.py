@@ -295,39 +295,26 @@ class Worker:
         return judge
 
     def _train(self, node: Node[Student], work: Work) -> None:
-        from cotree.train.callback import plot_steps
         from cotree.train.processes import train_together
         from cotree.train.student import student_folder
-        from cotree.train.trainer import resolve_precision
 
         settings = node.settings
-        training = resolve_precision(settings.training.model_copy(update=dict(work.resolved)))
-        work.resolved["precision"] = training.precision
         if settings.parent in self.recipe.models:
             weights = str(self.recipe.models[settings.parent].weights)
         else:
             weights = str(self.run.node(f"students/{settings.parent}").path / "model")
-        with self.output.progress(f"{node.name} steps") as update:
-            result = train_together(
-                settings.method,
-                self.run.node(f"datasets/{settings.data}").path / "train.parquet",
-                student_folder(weights),
-                work.path,
-                settings=training,
-                seed=node.seed,
-                on_step=plot_steps(node.name, update, self.output),
-                references=self.run.path / "students" / ".references",
-                output=self.output,
-            )
-        work.result |= {
-            "train": asdict(result),
-            "tokens": {"trained": result.tokens},
-            "parent": settings.parent,
-            "method": settings.method,
-            "data": settings.data,
-            "differs": self._differs(node),
-        }
-        work.add_files("model", "model/*.safetensors")
+        train_together(
+            work,
+            node.name,
+            settings.method,
+            rows=self.run.node(f"datasets/{settings.data}").path / "train.parquet",
+            student=student_folder(weights),
+            settings=settings.training,
+            seed=node.seed,
+            output=self.output,
+            references=self.run.path / "students" / ".references",
+        )
+        work.result |= {"parent": settings.parent, "data": settings.data, "differs": self._differs(node)}
 
     def _differs(self, node: Node[Student]) -> dict[str, Any]:
         """The entry that a student is like, and the keys in which it differs: {key: [the other's, its own]}."""

@@ -52,16 +52,21 @@ def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedToken
         path = Path(source).absolute()
         tokenizer = _cached_tokenizer(path, path.stat().st_mtime_ns if path.is_file() else 0)
     else:
+        check_has_tokenizer(Path(source))
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except (OSError, ValueError) as error:
-            if Path(source).is_dir() and not any(Path(source).glob("token*")):
-                fix = "copy tokenizer.json and tokenizer_config.json of its base model into it"
-                raise UsageError(f"{source} has no tokenizer; {fix}") from error
             raise UsageError(f"cannot load the tokenizer of {source}: {str(error).splitlines()[0]}") from error
     if chats and not tokenizer.chat_template:
         raise UsageError(f"{source} has no chat template: cotree trains chat models; take an instruct variant")
     return tokenizer
+
+
+def check_has_tokenizer(folder: Path) -> None:
+    """Refuse a transformers folder without the files of a tokenizer; anything else passes."""
+    if folder.is_dir() and not any(folder.glob("token*")):
+        fix = "copy tokenizer.json and tokenizer_config.json of its base model into it"
+        raise UsageError(f"{folder} has no tokenizer; {fix}")
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], int]:

@@ -96,13 +96,15 @@ def _did_you_mean(name: str) -> str:
 
 
 def _whole_folder(path: Path, name: str) -> Path:
-    """A transformers folder, looked at for what it must hold: a config, and all files of its weights; `name` is named
-    in errors."""
+    """A transformers folder, looked at for what it must hold: a config, all files of its weights, and a tokenizer;
+    `name` is named in errors."""
     from cotree.models.gguf_files import weight_files
+    from cotree.models.tokenizer import check_has_tokenizer
 
     if (path / "config.json").is_file() and (files := weight_files(path)):
         if missing := [file.name for file in files if not file.is_file()]:
             raise UsageError(f"{name} lacks {missing[0]} ({len(missing)} of {len(files)} files); copy it again")
+        check_has_tokenizer(path)
         return path
     check_weights(path)
     fix = f"give {path / 'model'}" if (path / "model").is_dir() else "give a transformers folder"

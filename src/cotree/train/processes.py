@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotree.base.atomic import explain_write_errors
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import Output
+from cotree.base.run_folder import Work
 from cotree.train.settings import METHODS, Optimizer
 
 if TYPE_CHECKING:
@@ -58,34 +59,51 @@ def first_process() -> Iterator[bool]:
 
 
 def train_together(
+    work: Work,
+    name: str,
     method: str,
+    *,
     rows: Path,
     student: Path,
-    out: Path,
-    *,
     settings: Optimizer,
     seed: int,
-    on_step: Callable[[StepLog], None] | None = None,
+    output: Output,
     references: Path | None = None,
-    output: Output | None = None,
 ) -> TrainResult:
-    """`run.train` in as many processes as `gpus` says, or in all of a launcher's; the result is the same.
+    """`run.train` as the work on a node, in as many processes as `gpus` says, or in all of a launcher's.
 
-    What the processes that are started here print is in `out`/processes, a file each.
+    The result is the same however many they are; it goes into the node's record, with what `precision: auto` became.
+    What the processes that are started here print is in the node's folder `processes`, a file each.
+
+    Args:
+        work: of the student's node.
+        name: of the student, in plots and warnings.
+        rows, student, references: as in `run.train`.
 
     Raises:
         UsageError: as `run.train`, or `gpus` is more than there are.
         CotreeError: as `run.train`, or one of the processes ended; the same call goes on from the last checkpoint.
     """
-    places = {"rows": rows, "student": student, "out": out, "references": references}
-    training: Training = {name: place and str(place) for name, place in places.items()}
+    from cotree.train.callback import plot_steps
+    from cotree.train.trainer import resolve_precision
+
+    settings = resolve_precision(settings.model_copy(update=dict(work.resolved)))
+    work.resolved["precision"] = settings.precision
+    places = {"rows": rows, "student": student, "out": work.path, "references": references}
+    training: Training = {place: path and str(path) for place, path in places.items()}
     training |= {"method": method, "settings": settings.model_dump(mode="json"), "seed": seed}
-    if launched() > 1:
-        with _explain_lost_process():
+    with output.progress(f"{name} steps") as update, _explain_lost_process():
+        on_step = plot_steps(name, update, output)
+        if launched() > 1:
             _from_first(training)
-            return _train(training, on_step, output)
-    count = process_count(settings)
-    return (_train if count == 1 else partial(_start, count))(training, on_step, output)
+            result = _train(training, on_step, output)
+        elif (count := process_count(settings)) > 1:
+            result = _start(count, training, on_step, output)
+        else:
+            result = _train(training, on_step, output)
+    work.result |= {"train": asdict(result), "tokens": {"trained": result.tokens}, "method": method}
+    work.add_files("model", "model/*.safetensors")
+    return result
 
 
 def process_count(settings: Optimizer) -> int:

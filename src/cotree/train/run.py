@@ -11,7 +11,7 @@ import gc
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -21,6 +21,7 @@ import torch
 
 from cotree.base.atomic import atomic_draft, remove, write_json
 from cotree.base.errors import UsageError
+from cotree.base.machine import forget_peak, peak_bytes
 from cotree.base.progress import Output
 from cotree.base.run_folder import read_json
 from cotree.models.tokenizer import load_tokenizer
@@ -55,6 +56,8 @@ class TrainResult:
         tokens: tokens in the rows of all steps, prompts included.
         packed: tokens computed for them, as shared ones are computed once.
         seconds: wall time, over all interruptions.
+        peak_bytes: the most memory that the first process had since it began or went on: of its GPU, else of its own; 0
+            where that is not known.
         first, final: the metrics of the first and of the last step.
     """
 
@@ -67,6 +70,7 @@ class TrainResult:
     seconds: float
     first: dict[str, float]
     final: dict[str, float]
+    peak_bytes: int = field(default=0, compare=False)
 
 
 def train(
@@ -113,6 +117,9 @@ def train(
     encoded = encode_file(rows, tokenizer, settings)
     order = fixed_steps(encoded.rows, settings, seed)
     trainer: StepTrainer[Any] | None = None
+    forget_peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         arguments = training_arguments(out, settings, len(order), seed)
         model = load_model(student, settings.lora, seed=seed, compiled=settings.compile)
@@ -134,13 +141,9 @@ def train(
         with arguments.main_process_first(local=False):  # damaged checkpoints are named and deleted once
             checkpoint = last_checkpoint(out / "trainer", (output or Output()).print)
         if checkpoint and (checkpoint / "optimizer.pt").exists() == is_sharded(settings):
-            made, now = (
-                ("whole", "in shards") if is_sharded(settings) else ("in shards", "whole (a single process always)")
-            )
-            raise UsageError(
-                f"{checkpoint} was written {made} and now the model is {now}; set `gpus` and `shard` back, or delete "
-                f"{out}/trainer"
-            )
+            made, now = ("whole", "in shards") if is_sharded(settings) else ("in shards", "whole (as a single process)")
+            fix = f"set `gpus` and `shard` back, or delete {out}/trainer"
+            raise UsageError(f"{checkpoint} was written {made} and now the model is {now}; {fix}")
         with quiet():
             with explain_out_of_memory("outside the packs, where the optimizer keeps two numbers a weight: set lora"):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -169,6 +172,7 @@ def _result(trainer: StepTrainer[Any], rows: int, too_long: int, seconds: float)
         seconds=seconds,
         first=state.log_history[0],
         final=state.log_history[-1],
+        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes(),
     )
 
 

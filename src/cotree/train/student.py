@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from cotree.base.errors import UsageError
 from cotree.models.families import FAMILIES, Family, reordered, supported_family, to_halves, transformers_name
 from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import gguf_tokenizer
-from cotree.models.weights import cache_folder, check_weights, file_sha256, folder_sha256, is_whole, locate
+from cotree.models.weights import HUB_WEIGHTS, cache_folder, check_weights, file_sha256, folder_sha256, is_whole, locate
 
 # Others (dynamic, longrope) turn every position of a pass by its longest sequence.
 _ROPE = ("default", "linear", "llama3", "yarn")
@@ -69,7 +68,7 @@ def adapter_base(folder: Path) -> str | None:
         raise UsageError(f"{file} is no adapter's config ({error}); copy the adapter again") from None
     if not base or not isinstance(base, str):
         raise UsageError(f"the adapter {folder} names no base model ({json.dumps(base)}); {_BASE_FIX}")
-    on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) and not Path(base).exists()
+    on_hub = HUB_WEIGHTS.fullmatch(base) and not Path(base).exists()
     if not on_hub and not (Path(base) / "config.json").is_file():
         raise UsageError(f"the base of the adapter {folder} is not at {base} (no config.json there); {_BASE_FIX}")
     if not (folder / "adapter_model.safetensors").is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ from cotree.base.settings import apply_override, hashed_settings, nearest, parse
 from cotree.models.encode import template_hash
 from cotree.models.tokenizer import load_tokenizer
 from cotree.models.weights import check_weights, file_sha256
-from cotree.train.callback import StepLog, plot_steps
 from cotree.train.processes import first_process, train_together
 from cotree.train.rows import check_fits, encode_file
 from cotree.train.run import TrainResult, read_result
 from cotree.train.settings import METHODS, TRAINING_VERSION
 from cotree.train.student import student_config, student_folder, student_sha256
-from cotree.train.trainer import resolve_precision
 
 _OTHER = "choose another --out"
 
@@ -98,19 +95,13 @@ def _train_rows(
             check_weights(out / "model")
             output.print(f"{out} is done: this student on these rows with these settings")
             return TrainResult(**record.result["train"])
-        with node.working(record) as work, output.progress(f"{method} steps") as update:
-            plot = plot_steps(method, update, output)
-
-            def on_step(log: StepLog) -> None:
-                work.save_periodically()
-                plot(log)
-
-            resolved = resolve_precision(settings.model_copy(update=work.resolved))
-            work.resolved["precision"] = resolved.precision
+        with node.working(record) as work:
+            output.on_update = work.save_periodically
             result = train_together(
-                method, data, folder, out, settings=resolved, seed=seed, on_step=on_step, output=output
+                work, method, method, rows=data, student=folder, settings=settings, seed=seed, output=output
             )
-            work.result |= {"train": asdict(result), "tokens": {"trained": result.tokens}, "method": method}
-            work.files += ["result.json", *(f"model/{file.name}" for file in (out / "model").glob("*.safetensors"))]
-    output.print(f"{out / 'model'}: {method}, {result.steps} steps on {result.rows} rows, {duration(result.seconds)}")
+            work.add_files("result.json")
+    memory = f", {result.peak_bytes / 1e9:.1f} GB of memory at the peak" if result.peak_bytes else ""
+    done = f"{result.steps} steps on {result.rows} rows, {duration(result.seconds)}{memory}"
+    output.print(f"{out / 'model'}: {method}, {done}")
     return result
