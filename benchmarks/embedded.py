@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cotree.models.client import Client, Request
 from cotree.models.llama_cpp import serve
-from cotree.models.weights import gguf_at_type, locate
+from cotree.models.resolve import gguf_at_type
+from cotree.models.weights import locate
 
 TOKENS = 48
 

@@ -21,9 +21,10 @@ from benchmarks.search_stub import grow
 from cotree.experiment.recipe import load_recipe
 from cotree.models.endpoints import open_endpoints
 from cotree.models.llama_cpp import serve
+from cotree.models.resolve import gguf_at_type
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import gguf_at_type, locate
+from cotree.models.weights import locate
 from cotree.tasks import task
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "laptop.yaml"

@@ -26,8 +26,8 @@ from typing import Any
 
 from cotree.experiment.recipe import load_recipe
 from cotree.models.endpoints import Endpoint, open_endpoints
+from cotree.models.resolve import parse_model
 from cotree.models.settings import Model
-from cotree.models.weights import parse_model
 from cotree.search.journal import Journal
 from cotree.search.settings import Trees
 from cotree.search.store import TreeStore

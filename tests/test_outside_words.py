@@ -32,8 +32,8 @@ from cotree.eval.evaluate import evaluate_model
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.recipe import build_recipe, load_recipe, write_starter
 from cotree.experiment.work import Worker
+from cotree.models.resolve import parse_model
 from cotree.models.settings import Model
-from cotree.models.weights import parse_model
 from cotree.report.grid import Grid, write_grids
 
 KEY = "sk-proj-Zx81hdhbQ7"

@@ -67,7 +67,7 @@ def _model_options(
         typer.Option("--engine-arg", metavar="key=value", help="An argument of vllm serve; repeatable."),
     ] = None,
 ) -> None:
-    """How a model is reached (`models.weights.parse_model`)."""
+    """How a model is reached (`models.resolve.parse_model`)."""
 
 
 def _search_options(

@@ -28,9 +28,10 @@ from cotree.models.client import Choice, Request
 from cotree.models.encode import render_prompt
 from cotree.models.endpoints import Endpoint
 from cotree.models.llama_cpp import serve
+from cotree.models.resolve import gguf_at_type
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import gguf_at_type, locate
+from cotree.models.weights import locate
 from cotree.tasks import Question, Task, Verdict, WorkedExample, task
 from cotree.tasks.base import AnswerForm, Asked, Turn
 

@@ -21,9 +21,9 @@ from tests.support.fake_server import FakeServer, Fault, count_tokens, tell
 from cotree.base.errors import CotreeError, UsageError
 from cotree.models.client import Client, Counters, Request
 from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
+from cotree.models.resolve import identity_text
 from cotree.models.settings import Model, Price
 from cotree.models.tokenizer import token_counter
-from cotree.models.weights import identity_text
 
 KEY = "sk-very-secret-0123456789"
 

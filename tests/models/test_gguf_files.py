@@ -21,8 +21,8 @@ from cotree.base.errors import CotreeError, UsageError
 from cotree.models.families import FAMILIES, gguf_name, to_halves, to_pairs, transformers_name
 from cotree.models.gguf_export import HARD_TEXTS, export_gguf
 from cotree.models.gguf_files import GGUF, write_gguf
+from cotree.models.resolve import gguf_at_type
 from cotree.models.tokenizer import SPLITS
-from cotree.models.weights import gguf_at_type
 from cotree.train.student import convert_gguf
 
 PROMPT = "<|im_start|>user\nTom has 12 apples.\n\n3  boxes<|im_end|>\n<|im_start|>assistant\n"

@@ -14,8 +14,9 @@ from tests.support.full_disk import full_disk
 from tests.support.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
 from cotree.base.errors import UsageError
+from cotree.models.checksums import cache_folder, file_sha256
+from cotree.models.resolve import identity, identity_text
 from cotree.models.settings import Model
-from cotree.models.weights import cache_folder, file_sha256, identity, identity_text
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ import pytest
 def test_ctrl_c_while_the_engine_starts_ends_the_process(seconds: float) -> None:
     script = (
         "import time, xllamacpp; from cotree.models.llama_cpp import serve\n"
-        "from cotree.models.weights import gguf_at_type, locate\n"
+        "from cotree.models.resolve import gguf_at_type\n"
+        "from cotree.models.weights import locate\n"
         "path = gguf_at_type(locate('smollm2-135m-instruct'), 'Q8_0'); print('starting', flush=True)\n"
         "with serve(path): time.sleep(60)"
     )

@@ -25,8 +25,8 @@ from cotree.base.errors import CotreeError, UsageError
 from cotree.models import supervise, vllm
 from cotree.models.client import Request
 from cotree.models.endpoints import Endpoint, open_endpoints
+from cotree.models.resolve import engine_of, identity, parse_model
 from cotree.models.settings import Model
-from cotree.models.weights import engine_of, identity, parse_model
 
 Order = Callable[..., dict[str, Any]]
 

@@ -16,19 +16,12 @@ from tests.support.full_disk import full_disk
 from tests.support.tiny_student import tiny_model, tiny_tokenizer, write_tiny_gguf
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models import weights
+from cotree.models import checksums, weights
+from cotree.models.checksums import cache_folder
 from cotree.models.gguf_files import GGUF
+from cotree.models.resolve import gguf_at_type, gguf_file, parse_model, tokenizer_source
 from cotree.models.settings import Model
-from cotree.models.weights import (
-    cache_folder,
-    gguf_at_type,
-    gguf_file,
-    locate,
-    packaged_models,
-    parameter_count,
-    parse_model,
-    tokenizer_source,
-)
+from cotree.models.weights import locate, packaged_models, parameter_count
 
 ROOT = Path(__file__).parents[2]
 PARTS = (b"GGUF, the first part; ", b"the second; " * 999, b"the last")
@@ -318,12 +311,12 @@ def test_weights_that_are_damaged_are_refused_before_they_are_served(exported: M
     own = write_tiny_gguf(tiny_model(), tiny_tokenizer(), tmp_path / "own.gguf")
     for file in (own, *folder.iterdir()):
         os.utime(file, (1e9, 1e9))
-        weights.file_sha256(file)  # which is remembered of weights that cotree did not make
-    weights.check_weights(own)
-    weights.check_weights(folder)
+        checksums.file_sha256(file)  # which is remembered of weights that cotree did not make
+    checksums.check_weights(own)
+    checksums.check_weights(folder)
     flip(made)
     with pytest.raises(UsageError, match=r"is damaged \(student.*has other content.*\); delete it and run again"):
-        weights.check_weights(made)
+        checksums.check_weights(made)
     flip(own)
     flip(folder / "model.safetensors")
     with (
@@ -332,7 +325,7 @@ def test_weights_that_are_damaged_are_refused_before_they_are_served(exported: M
     ):
         pass
     with pytest.raises(UsageError, match=r"model.safetensors is damaged \(other content, .*; fetch it again"):
-        weights.check_weights(folder)
+        checksums.check_weights(folder)
 
 
 def test_a_config_that_is_damaged_is_one_line(exported: Model) -> None:

@@ -80,7 +80,7 @@ FIX = "set base_model_name_or_path in its adapter_config.json to the model's fol
             naming("../moved/away"),
             rf"the base of the adapter .*copy is not at ../moved/away \(no config.json there\); {FIX}",
         ),
-        (naming("moved/away"), f"cannot load the student .*copy: .*; its base is moved/away: {FIX}"),
+        (naming("moved/away"), rf"cannot load the student .*copy \(its base is moved/away: {FIX}\): "),
         (lambda folder: naming(str(folder))(folder), "copy is not at .*copy .no config.json there.; "),
         (with_an_empty_base, rf"the base of the adapter .*copy is not at .*empty \(no config.json there\); {FIX}"),
         (without_weights, "copy has no adapter_model.safetensors; copy the adapter again"),

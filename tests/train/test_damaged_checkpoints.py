@@ -15,8 +15,8 @@ from cotree.base.atomic import write_sums
 from cotree.base.errors import UsageError
 from cotree.base.progress import Output
 from cotree.models.gguf_export import export_gguf
+from cotree.models.resolve import gguf_file
 from cotree.models.settings import Model
-from cotree.models.weights import gguf_file
 from cotree.train.callback import StepLog
 from cotree.train.run import train
 from cotree.train.settings import DPO, SFT, Optimizer, Probe

@@ -18,7 +18,7 @@ from tests.train.test_checkpoint_layers import Counted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotree.base.errors import CotreeError, UsageError
-from cotree.models.weights import check_weights
+from cotree.models.checksums import check_weights
 from cotree.train import trainer
 from cotree.train.callback import StepLog
 from cotree.train.model import load_model

@@ -119,6 +119,11 @@ def content_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def data_sha256(content: Any) -> str:
+    """The sha256 of plain data as JSON with sorted keys, in hex."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def explain_write_errors(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
     """Turn a failure to write `path` in the block into a one-line UsageError or CotreeError, as in `atomic_draft`."""

@@ -14,7 +14,6 @@ is left in its folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from urllib.parse import quote, unquote
 
 from pydantic import TypeAdapter, ValidationError
 
-from cotree.base.atomic import content_sha256, remove, write_json
+from cotree.base.atomic import content_sha256, data_sha256, remove, write_json
 from cotree.base.errors import UsageError
 from cotree.base.machine import machine_class, versions
 
@@ -198,7 +197,7 @@ class NodeFolder:
     def write(self, record: NodeRecord) -> None:
         """Write `node.json`."""
         content = json.loads(json.dumps(asdict(record)))  # as it will be read: a key may be no text
-        write_json(self.path / "node.json", {**content, "sha256": _hash(content)})
+        write_json(self.path / "node.json", {**content, "sha256": data_sha256(content)})
 
     @contextmanager
     def working(self, record: NodeRecord) -> Iterator[Work]:
@@ -314,16 +313,12 @@ def find_run(path: Path) -> RunFolder:
 def _read_record(path: Path) -> NodeRecord | None:
     with suppress(UsageError, ValidationError):
         content = read_json(path / "node.json")
-        if content is None or content.pop("sha256", None) not in (None, _hash(content)):
+        if content is None or content.pop("sha256", None) not in (None, data_sha256(content)):
             return None
         if isinstance(files := content.get("files"), list):  # of a cotree that kept no hashes
             content["files"] = dict.fromkeys(files, "")
         return _RECORD.validate_python(content)
     return None
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_against_record(path: Path) -> None:

@@ -17,8 +17,8 @@ from cotree.base.progress import Output
 from cotree.base.settings import apply_override, parse_section, require_known
 from cotree.decode.strategies import Decoded, OpenTask, choose_value, search_answer
 from cotree.models.endpoints import open_endpoints
+from cotree.models.resolve import is_url, parse_model
 from cotree.models.settings import Model
-from cotree.models.weights import is_url, parse_model
 from cotree.search.journal import SearchModels
 from cotree.search.reward import load_reward_function
 from cotree.search.settings import SearchWithRoles
@@ -63,7 +63,7 @@ def read_settings(
     """The checked settings of a search by these models, which come first in `models` of the settings.
 
     Args:
-        models: URLs, packaged names, GGUF files, ... (`weights.parse_model`); the first is the thinker. A server's is
+        models: URLs, packaged names, GGUF files, ... (`resolve.parse_model`); the first is the thinker. A server's is
             called by its name there, others by these words.
         overrides: `a.b=c`, settings of the search (`temperature=0.6`, `reward.judge=NAME`), of its roles
             (`roles.reflector=NAME`) and of more models (`models.NAME.url=...`).

@@ -29,18 +29,10 @@ from cotree.eval.settings import AskSettings
 from cotree.models.client import Client
 from cotree.models.endpoints import Endpoint, check_servers, open_endpoints
 from cotree.models.llama_cpp import serve
+from cotree.models.resolve import engine_of, gguf_file, identity, parse_model, tokenizer_source
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer, token_counter
-from cotree.models.weights import (
-    PACKAGED,
-    context_length,
-    engine_of,
-    gguf_file,
-    identity,
-    locate,
-    parse_model,
-    tokenizer_source,
-)
+from cotree.models.weights import PACKAGED, context_length, locate
 from cotree.tasks.base import VERDICT_VERSION, Asked, Split
 
 if TYPE_CHECKING:
@@ -206,7 +198,7 @@ def evaluate_model(
             strategy: decode by search (`mcts`, `vote`, `best_of_n`, `beam`; docs/decoding.md) from its worked examples,
                 for about `budget_tokens` generated tokens a sample; `value` is what answers go by.
 
-            And how the model is reached (`models.weights.parse_model`):
+            And how the model is reached (`models.resolve.parse_model`):
 
             served, tokenizer, chat, api_key_env, max_in_flight (16): of a server, as `model`, `tokenizer`,
                 `mode: chat`, `api_key_env` and `max_in_flight` of a recipe's model.

@@ -21,9 +21,9 @@ from cotree.eval.journal import EvalSample, content_hash
 from cotree.eval.samplers import conversation
 from cotree.eval.scores import ModelScores
 from cotree.eval.settings import AskSettings
+from cotree.models.resolve import identity, tokenizer_source
 from cotree.models.settings import Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import identity, tokenizer_source
 from cotree.tasks.base import Asked, Question, Task
 from cotree.tasks.extract import ExtractionMode, visible_text
 

@@ -30,8 +30,8 @@ from cotree.experiment.state import run_folder
 from cotree.experiment.work import tokenizer_of
 from cotree.models.client import Client, Request
 from cotree.models.endpoints import Endpoint, open_endpoints
+from cotree.models.resolve import engine_of
 from cotree.models.vllm import vllm_program
-from cotree.models.weights import engine_of
 from cotree.search.reward import combine_step_scores, load_reward_function, step_score_messages
 from cotree.search.settings import Reward, Trees
 from cotree.search.thoughts import examples_shown

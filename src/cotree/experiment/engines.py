@@ -11,8 +11,8 @@ from typing import Any
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import RunFolder
 from cotree.experiment.recipe import Recipe, build_recipe
+from cotree.models.resolve import engine_of
 from cotree.models.settings import Engine
-from cotree.models.weights import engine_of
 from cotree.report.summary import read_recipe
 
 _SAID = 6  # names in a line

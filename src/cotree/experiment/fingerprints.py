@@ -27,8 +27,9 @@ from cotree.data.settings import Dataset
 from cotree.eval.asking import load_questions
 from cotree.eval.settings import Evaluation
 from cotree.experiment.recipe import Node, Recipe, Student
+from cotree.models.checksums import file_sha256
+from cotree.models.resolve import identity, serving
 from cotree.models.settings import GGUFType
-from cotree.models.weights import file_sha256, identity, serving
 from cotree.search.settings import Trees
 from cotree.tasks import Question
 from cotree.tasks.base import VERDICT_VERSION, Asked

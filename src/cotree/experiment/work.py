@@ -28,10 +28,12 @@ from cotree.data.settings import Dataset
 from cotree.eval.settings import Evaluation
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.recipe import Node, Recipe, Student
+from cotree.models.checksums import check_weights, is_whole
 from cotree.models.gguf_files import GGUF
+from cotree.models.resolve import engine_of, tokenizer_source
 from cotree.models.settings import GGUFType, Model
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import check_weights, engine_of, is_whole, locate, tokenizer_source
+from cotree.models.weights import locate
 from cotree.search.settings import Trees
 from cotree.search.store import StoredTree, TreeStore
 from cotree.search.stores import TreeStores

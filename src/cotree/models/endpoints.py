@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cotree.base.errors import UsageError
 from cotree.models import llama_cpp, vllm
+from cotree.models.checksums import check_weights
 from cotree.models.client import ATTEMPTS, Client
 from cotree.models.encode import render_prompt
+from cotree.models.resolve import engine_of, gguf_file, identity_text, tokenizer_source
 from cotree.models.settings import Model, Price
 from cotree.models.tokenizer import load_tokenizer, token_counter
-from cotree.models.weights import check_weights, engine_of, gguf_file, identity_text, locate, tokenizer_source
+from cotree.models.weights import locate
 from cotree.models.wire import Completion, Prompt, Request
 from cotree.tasks.extract import opened_thinking
 

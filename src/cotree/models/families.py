@@ -1,7 +1,7 @@
 """The supported model families: their names in transformers and GGUF, for models and for tensors.
 
 Invariant: a family is here only if training, GGUF -> transformers and transformers -> GGUF are all tested for it;
-everything else is refused by name. Imports neither torch nor transformers.
+everything else is refused by name. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,23 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", rotates_pairs=False),
     "smollm3": Family("SmolLM3ForCausalLM", "smollm3", rotates_pairs=True),
 }
+
+
+def read_config(source: str | Path, fault: str) -> Any:
+    """The transformers config of a folder or a hub id, of whatever family.
+
+    Args:
+        fault: begins the error: "cannot load the student X".
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # transformers checks a config with errors of many types
+        raise UsageError(f"{fault}: {' '.join(str(error).split())[:200]}") from error
 
 
 def supported_family(config: Any, cannot: str) -> Family:

@@ -18,7 +18,7 @@ import numpy as np
 
 from cotree.base.atomic import atomic_draft, sums_of, write_sums
 from cotree.base.errors import UsageError
-from cotree.models.families import MATRICES_AND_NORMS, gguf_name, reordered, supported_family, to_pairs
+from cotree.models.families import MATRICES_AND_NORMS, gguf_name, read_config, reordered, supported_family, to_pairs
 from cotree.models.gguf_files import as_float32, packed, stored_tensors, write_gguf
 from cotree.models.settings import GGUFType
 from cotree.models.tokenizer import SPLITS, load_tokenizer, tokenizer_of
@@ -54,13 +54,7 @@ def export_gguf(model: Path, out: Path, kind: GGUFType) -> Path:
         UsageError: unsupported family or tokenizer, or weights are missing.
         CotreeError: a file cannot be read or written.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-    except Exception as error:  # transformers checks a config with errors of many types
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"cannot read {model / 'config.json'} as a model's config: {reason}") from error
+    config = read_config(model, f"cannot read {model / 'config.json'} as a model's config")
     supported_family(config, "cannot export")
     stored = stored_tensors(model)
     if config.tie_word_embeddings:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cotree.base.errors import UsageError
 from cotree.base.machine import usable_cores
-from cotree.models.weights import check_weights
+from cotree.models.checksums import check_weights
 
 
 @contextmanager

@@ -8,20 +8,18 @@ before a new one is added, and a new one changes nothing yet.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from cotree.base.atomic import write_text
+from cotree.base.atomic import data_sha256, write_text
 from cotree.models.encode import EncodedPair
 from cotree.train.forest import Scored, forest_logps, packs
 from cotree.train.losses import dpo_loss, joint_loss, margin_weights
@@ -114,7 +112,7 @@ def stored_reference(
     margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
     chains = [(len(pair.prompt), *pair.sequences) for pair in pairs]
     inputs = [student_sha256(student), chains, margin, arguments.bf16]
-    path = folder / f"{_sha256(inputs)[:16]}.json"
+    path = folder / f"{data_sha256(inputs)[:16]}.json"
     with arguments.main_process_first(local=False):
         stored = _read_reference(path)
     if stored is not None:
@@ -123,7 +121,7 @@ def stored_reference(
     referenced = with_reference(model, pairs, arguments, settings)
     if arguments.process_index == 0:
         logps = [[*pair.reference] for pair in referenced]
-        write_text(path, json.dumps({"sha256": _sha256(logps), "logps": logps}))
+        write_text(path, json.dumps({"sha256": data_sha256(logps), "logps": logps}))
     return referenced
 
 
@@ -131,13 +129,9 @@ def _read_reference(path: Path) -> list[tuple[float, float]] | None:
     """The log-probabilities in a file of `stored_reference`; None where there is none or it is damaged."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["sha256"] == _sha256(stored["logps"]):
+        if stored["sha256"] == data_sha256(stored["logps"]):
             return [(chosen, rejected) for chosen, rejected in stored["logps"]]
     return None
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def with_reference(

@@ -24,8 +24,8 @@ from cotree.base.errors import UsageError
 from cotree.base.machine import forget_peak, peak_bytes
 from cotree.base.progress import Output
 from cotree.base.run_folder import read_json
+from cotree.models.checksums import check_weights
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import check_weights
 from cotree.train.callback import RunCallback, StepLog
 from cotree.train.dpo import PairTrainer, stored_reference
 from cotree.train.forest import forest_tokens

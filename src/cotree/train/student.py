@@ -15,10 +15,19 @@ import numpy as np
 
 from cotree.base.atomic import atomic_draft, remove, sums_of, write_json, write_sums
 from cotree.base.errors import UsageError
-from cotree.models.families import FAMILIES, Family, reordered, supported_family, to_halves, transformers_name
+from cotree.models.checksums import cache_folder, check_weights, file_sha256, folder_sha256, is_whole
+from cotree.models.families import (
+    FAMILIES,
+    Family,
+    read_config,
+    reordered,
+    supported_family,
+    to_halves,
+    transformers_name,
+)
 from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import gguf_tokenizer
-from cotree.models.weights import HUB_WEIGHTS, cache_folder, check_weights, file_sha256, folder_sha256, is_whole, locate
+from cotree.models.weights import HUB_WEIGHTS, locate
 
 # Others (dynamic, longrope) turn every position of a pass by its longest sequence.
 _ROPE = ("default", "linear", "llama3", "yarn")
@@ -178,11 +187,8 @@ def student_config(source: Path) -> Any:
     if source.suffix == ".gguf":
         return AutoConfig.for_model(**gguf_config(GGUF(source)))
     base = adapter_base(source)
-    try:
-        config = AutoConfig.from_pretrained(base or str(source), trust_remote_code=False)
-    except Exception as error:  # transformers checks a config with errors of many types
-        fault = f"cannot load the student {source}: {' '.join(str(error).split())[:200]}"
-        raise UsageError(f"{fault}; its base is {base}: {_BASE_FIX}" if base else fault) from error
+    of_base = f" (its base is {base}: {_BASE_FIX})" if base else ""
+    config = read_config(base or source, f"cannot load the student {source}{of_base}")
     family_of(config)
     return config
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cotree.base.atomic import data_sha256
 from cotree.base.errors import UsageError
 from cotree.base.lock import locked
 from cotree.base.numbers import duration
 from cotree.base.progress import Output
 from cotree.base.run_folder import NodeFolder, NodeRecord
 from cotree.base.settings import apply_override, hashed_settings, nearest, parse_section
+from cotree.models.checksums import check_weights, file_sha256
 from cotree.models.encode import template_hash
 from cotree.models.tokenizer import load_tokenizer
-from cotree.models.weights import check_weights, file_sha256
 from cotree.train.processes import first_process, train_together
 from cotree.train.rows import check_fits, encode_file
 from cotree.train.run import TrainResult, read_result
@@ -85,7 +84,7 @@ def _train_rows(
         "student": student_sha256(folder),
         "template": template_hash(tokenizer),
     }
-    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    fingerprint = data_sha256(parts)[:16]
     with locked(out, other=_OTHER):
         record = NodeRecord(fingerprint, fingerprint, parts)
         if line := node.taken_for(record, "a training of this student on these rows with these settings"):
