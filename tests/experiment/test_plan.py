@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -273,7 +274,10 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
         config = json.loads((tmp_path / "tiny" / "config.json").read_text()) | {"num_hidden_layers": layers}
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(tmp_path / "tiny", tmp_path / "mute")
     for name in ("tiny", "bare", "bent"):
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    for name in ("tiny", "bare", "bent", "mute"):
         (tmp_path / name / "model.safetensors").touch()
     (tmp_path / "rows.jsonl").touch()
     lora = {"lora": {}, "gradient_checkpointing": True}
@@ -283,7 +287,7 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
             "llama": {"weights": "meta-llama/Llama-3.1-8B-Instruct"},
             "qwen": {"weights": "Qwen/Qwen2.5-1.5B-Instruct@abc"},
             "none": {"weights": "nobody/none"},
-            **{name: {"weights": str(tmp_path / name)} for name in ("tiny", "bare", "bent")},
+            **{name: {"weights": str(tmp_path / name)} for name in ("tiny", "bare", "bent", "mute")},
         },
         "datasets": {"chains": {"file": str(tmp_path / "rows.jsonl"), "rows": "sft", "tokenizer": "tiny"}},
         "students": {
@@ -298,6 +302,7 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
                     "tiny_student": {"from": "tiny"},
                     "bare_student": {"from": "bare"},
                     "bent_student": {"from": "bent"},
+                    "mute_student": {"from": "mute"},
                     "crowd": {"from": "tiny", "gpus": 9, "batch_size": 8},
                 }
             ).items()
@@ -317,6 +322,7 @@ def test_students_of_the_paper_are_planned_from_their_shapes(tmp_path: Path) -> 
     faults = {
         "bare_student": "a model without layers",
         "bent_student": "num_hidden_layers",
+        "mute_student": "mute has no tokenizer; copy tokenizer.json",
         "crowd": "gpus is 9, and a",
     }
     for name, fault in faults.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_the_same_command_trains_resumes_and_is_done(student: Path, rows: Path, 
     resumed = Recorder()
     result = train_rows("sft", student, rows, Path("trained"), overrides=SETTINGS, output=resumed)
     assert resumed.steps == [3, 4, 5, 6]
-    assert resumed.lines[-1].startswith("trained/model: sft, 6 steps on 11 rows, ")
+    said = r"trained/model: sft, 6 steps on 11 rows, [\d.]+ s, \d\.\d GB of memory at the peak"
+    assert re.fullmatch(said, resumed.lines[-1]) and 10**8 < result.peak_bytes < 10**10
     assert same(weights(Path("trained")), weights(Path("whole")))
     assert (result.steps, result.tokens) == (whole.steps, whole.tokens)
     record = json.loads(Path("trained/node.json").read_text())

@@ -42,7 +42,7 @@ class TrainMemory:
 
     @property
     def peak(self) -> int:
-        """The most at once."""
+        """The most bytes at once."""
         return max(self.weights + self.gradients + self.moments + self.activations, self.reference)
 
 

@@ -22,7 +22,7 @@ from cotree.train.student import student_config
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A training run before it starts.
+    """What a training will take: rows, packs and tokens, and estimates of memory and time.
 
     Attributes:
         rows: trained on in an epoch. too_long: rows left out because they are over the token limit.

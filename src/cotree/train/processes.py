@@ -204,7 +204,7 @@ def _log(folder: Path, rank: int) -> Path:
 
 
 def _main() -> None:
-    """One of the processes that `_start` starts."""
+    """Train as one of the processes that `_start` started."""
     parent, training = int(sys.argv[1]), json.loads(sys.argv[2])
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     output = Output(quiet=True)
