@@ -153,7 +153,13 @@ def test_the_readme_is_short() -> None:
 def test_the_picture_is_a_picture_in_light_and_dark() -> None:
     picture = (ROOT / "docs" / "picture.svg").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in picture and "<title" in picture
-    assert 'src="docs/picture.svg"' in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 'src="picture.svg"' in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+
+
+def test_the_first_picture_of_the_readme_is_a_tree_in_the_browser() -> None:
+    first = re.findall(r'src="([^"]*)"', (ROOT / "README.md").read_text(encoding="utf-8"))[0]
+    pictures = [*(ROOT / "docs" / "images").glob("*.png")]
+    assert ROOT / first in pictures and all(path.stat().st_size < 200_000 for path in pictures)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=_name)

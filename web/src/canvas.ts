@@ -76,17 +76,25 @@ export class TreeCanvas {
   /** Select a thought, mark its chain, and bring it into the window. */
   select(thought: number, show = true): void {
     this.selected = thought;
-    this.onPath.fill(0);
-    for (let step = thought; step >= 0; step = this.tree.parent[step]) {
-      this.onPath[step] = 1;
-      if (step !== thought && this.collapsed.delete(step)) this.layout = layOut(this.tree, this.collapsed);
-    }
+    this.mark([thought]);
     if (show && this.width > 1) {
       const x = this.x(this.layout.depth[thought]);
       const y = this.y(this.layout.row[thought]);
       if (y < 20 || y > this.height - 20) this.top += y - this.height / 2;
       if (x < 0) this.left += x - 16;
       if (x + Math.min(this.columnWidth, this.width) > this.width) this.left += x + Math.min(this.columnWidth, this.width - 20) - this.width;
+    }
+    this.redraw();
+  }
+
+  /** Mark the chains that end in these thoughts, and open what hides them. */
+  mark(ends: number[]): void {
+    this.onPath.fill(0);
+    for (const end of ends) {
+      for (let step = end; step >= 0; step = this.tree.parent[step]) {
+        this.onPath[step] = 1;
+        if (step !== end && this.collapsed.delete(step)) this.layout = layOut(this.tree, this.collapsed);
+      }
     }
     this.redraw();
   }

@@ -28,7 +28,7 @@ function rowView(row: TreeRow, address: string): HTMLElement {
   ];
   const cell = (name: string, value: number) => h("td", { class: "n", "data-name": name }, number(value));
   return h("tr", {},
-    h("td", { class: "question" }, h("a", { href: address }, h("b", {}, visible(row.question)), h("span", { dir: "auto" }, visible(row.text))), flags),
+    h("td", { class: "question" }, h("a", { href: address }, h("b", {}, visible(row.question)), flags, h("div", { dir: "auto" }, visible(row.text)))),
     h("td", { class: "task" }, row.task),
     h("td", { class: "verdicts" }, verdictBar(row), h("span", {}, `${row.correct} of ${row.correct + row.wrong + row.no_answer}`)),
     cell("thoughts", row.thoughts), cell("depth", row.depth), cell("tokens", row.tokens));

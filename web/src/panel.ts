@@ -13,11 +13,10 @@ export interface TreePanel {
 
 /** What the colours and sizes mean, with the types that are in the tree. */
 function legend(tree: Tree): HTMLElement {
-  const types = [...new Set(tree.json.thoughts.slice(1).map((_, i) => tree.field(i + 1, "type")))].filter((type) => type !== "answer");
   const verdicts = VERDICTS.filter((verdict) => tree.colors.includes(colorName("answer", verdict)));
   const key = (color: string, text: string) => h("span", { "--t": `var(${color})` }, h("i"), text);
   return h("p", { class: "legend" },
-    types.map((type) => key(colorName(type, null), words(type))),
+    [...tree.types].map((type) => key(colorName(type, null), words(type))),
     verdicts.map((verdict) => key(colorName("answer", verdict), `${MARKS[verdict]} ${words(verdict)}`)),
     tree.uses.size ? h("span", {}, "◆ in a dataset ◇ rejected") : null,
     h("span", { class: "muted" }, "larger: more visits"),
@@ -40,6 +39,7 @@ export function treePanel(tree: Tree, start: number, changed: (thought: number) 
   const compare = (other: number) => {
     const rejected = (i: number) => tree.uses.get(i)?.some((use) => use.as === "rejected");
     const [first, second] = rejected(selected) && !rejected(other) ? [other, selected] : [selected, other];
+    canvas.mark([first, second]);
     element.classList.add("comparing");
     side.replaceChildren(sideBySide(tree, first, second, () => show(selected)));
     side.scrollTop = 0;

@@ -40,6 +40,7 @@ export class Tree {
   readonly first: Int32Array;  // child, -1 for none
   readonly next: Int32Array;  // sibling, -1 for none
   readonly last: Int32Array;  // child
+  readonly types = new Set<string>();  // but those of judged thoughts
   readonly writers: string[];
   readonly uses = new Map<number, (Use & { dataset: string })[]>();
   private readonly column: Record<string, number> = {};
@@ -69,6 +70,7 @@ export class Tree {
       }
       this.visits[i] = row[visits] as number;
       this.order[i] = row[order] as number;
+      if (i && !row[verdict]) this.types.add(row[type] as string);
       const name = i ? colorName(row[type] as string, row[verdict] as Verdict | null) : "--ink";
       if (!known.has(name)) known.set(name, this.colors.push(name) - 1);
       this.color[i] = known.get(name)!;
@@ -119,10 +121,12 @@ export class Tree {
     return found.reverse();
   }
 
-  /** The judged leaf that stands for the tree: one that a dataset took, else a correct, wrong or other one. */
+  /** The judged leaf that stands for the tree: one that a pair chose or a dataset took, else a correct or other one. */
   best(): number {
-    const taken = [...this.uses].filter(([, uses]) => uses.some((use) => use.as !== "rejected")).map(([leaf]) => leaf);
-    if (taken.length) return Math.min(...taken);
+    for (const as of ["chosen", "chain"]) {
+      const taken = [...this.uses].filter(([, uses]) => uses.some((use) => use.as === as)).map(([leaf]) => leaf);
+      if (taken.length) return Math.min(...taken);
+    }
     const place = this.column.verdict;
     const first = (verdict: Verdict) => this.json.thoughts.findIndex((row) => row[place] === verdict);
     return VERDICTS.map(first).find((leaf) => leaf > 0) ?? 0;
