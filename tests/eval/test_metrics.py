@@ -53,6 +53,17 @@ def test_no_answer_is_loop_or_cut_off_or_finished() -> None:
     assert (row.test_at, row.majority, row.samples) == ({}, None, 1), "a greedy answer is no sample"
 
 
+def test_over_reflection_and_instruction_failure_are_those_of_a_diagnosis() -> None:
+    said = [
+        sample(0, "correct", response="<think>Wait, wait"),  # thinking that is never closed
+        sample(1, "wrong", response="Wait, no. " * 9),
+        sample(2, "no_answer", response="Wait, no. " * 9),
+        sample(3, "no_answer"),
+    ]
+    (row,) = score_tasks(ASKED, said)
+    assert (row.over_reflection, row.instruction_failure, row.no_answer) == (1 / 4, 3 / 4, 2 / 4)
+
+
 def test_what_could_not_be_judged_is_in_no_number_and_counted() -> None:
     samples = [sample(0, "correct"), sample(1, "wrong"), sample(2, "undecided")]
     (row,), (without,) = score_tasks(ASKED, samples), score_tasks(ASKED, samples[:2])

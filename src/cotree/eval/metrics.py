@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from cotree.base import statistics
 from cotree.base.errors import CotreeError
@@ -32,6 +32,7 @@ from cotree.eval.settings import SAMPLING
 from cotree.tasks.base import Asked, Question, Task, group_answers
 from cotree.tasks.blocksworld import Blocksworld
 from cotree.tasks.diagnosis import diagnose
+from cotree.tasks.extract import after_thinking
 from cotree.tasks.instructions import GROUPS, InstructionResults, instruction_results
 
 # The paper's Test@1, Test@8, Test@32.
@@ -70,7 +71,8 @@ def _score_task(
     samples = [sample for found in by_question.values() for sample in found]
     first, n = samples[0], len(samples) // len(by_question)
     task, _ = asked[first.task, first.id]
-    counts = Counter(map(_verdict_or_reason, samples))
+    kinds = [_KindOfReply.of(sample) for sample in samples]
+    counts = Counter(kind.verdict_or_reason for kind in kinds)
     answered = counts["correct"] + counts["wrong"]
     answers = [sample.answer for sample in samples if sample.answer is not None]
     commonest, commonest_share = statistics.constant_baseline(answers) if answers else (None, None)
@@ -79,6 +81,9 @@ def _score_task(
     numbers: dict[str, Any] = {f"tokens_p{p}": _percentile(tokens, p) for p in (50, 90, 99)}
     numbers |= {f"seconds_p{p}": _percentile(seconds, p) for p in (50, 95)}
     numbers |= {reason: counts[reason] / len(samples) for reason in ("loop", "truncated", "finished_without_answer")}
+    numbers |= {
+        name: fmean(getattr(kind, name) for kind in kinds) for name in ("over_reflection", "instruction_failure")
+    }
     numbers |= {name: getattr(first, name) for name in ("decoding", *SAMPLING)}
     accuracy, low, high = _estimate([fmean(s.verdict == "correct" for s in found) for found in by_question.values()])
     # A text without a strict answer may have a lenient one that could not be judged.
@@ -123,13 +128,21 @@ def _leniently(sample: EvalSample) -> EvalSample:
     return replace(sample, verdict=sample.lenient_verdict or sample.verdict)
 
 
-def _verdict_or_reason(sample: EvalSample) -> str:
-    """The verdict "correct" or "wrong", or why there is no answer: a loop, cut off by max_tokens, or finished."""
-    if sample.verdict != "no_answer":
-        return sample.verdict
-    if diagnose(sample.response, finish_reason=sample.finish_reason, answered=False).loop:
-        return "loop"
-    return "truncated" if sample.finish_reason == "length" else "finished_without_answer"
+class _KindOfReply(NamedTuple):
+    """A reply's verdict "correct" or "wrong", or why it has no answer: a loop, cut off by max_tokens, or finished; and
+    whether it shows the two other kinds of formalistic thinking (`tasks.diagnosis.Diagnosis`)."""
+
+    verdict_or_reason: str
+    over_reflection: bool
+    instruction_failure: bool
+
+    @classmethod
+    def of(cls, sample: EvalSample) -> _KindOfReply:
+        if sample.verdict != "no_answer":
+            return cls(sample.verdict, False, after_thinking(sample.response) is None)
+        found = diagnose(sample.response, finish_reason=sample.finish_reason, answered=False)
+        reason = "truncated" if sample.finish_reason == "length" else "finished_without_answer"
+        return cls("loop" if found.loop else reason, found.over_reflection, found.instruction_failure)
 
 
 def _test_at(questions: Sequence[Sequence[EvalSample]]) -> dict[str, Estimate]:

@@ -40,6 +40,8 @@ class TaskScores(StrictModel):
         lenient extraction, `accuracy_answered` that of the samples with an answer.
     no_answer: `loop` (the text repeats itself) plus `truncated` (no loop, cut off by max_tokens) plus
         `finished_without_answer`.
+    over_reflection, instruction_failure: shares of samples that show the paper's two other kinds of formalistic
+        thinking, by the rules of `cotree diagnose`.
     commonest: the answer given most often, with its share of the samples with an answer: near 1, a model has learnt a
         constant.
     test_at: the paper's Test@k for each k up to `samples`, of sampled answers only; of trees for each k up to the
@@ -66,6 +68,8 @@ class TaskScores(StrictModel):
     loop: float | None = None
     truncated: float | None = None
     finished_without_answer: float | None = None
+    over_reflection: float | None = None
+    instruction_failure: float | None = None
     accuracy_answered: float | None = None
     commonest: str | None = None
     commonest_share: float | None = None
