@@ -200,6 +200,12 @@ async def test_no_other_page_reaches_it(shown: RunFolder, headers: dict[str, str
             assert reply.status in (400, 403)
 
 
+async def test_a_tree_that_no_dataset_took_is_read(shown: RunFolder) -> None:
+    async with viewed(shown) as session:
+        found = await get(session, "trees/train/t00000004")
+        assert found["chosen"] == {} and len(found["thoughts"]) == len(random_tree(4).nodes)
+
+
 async def test_every_reply_forbids_scripts_of_others(shown: RunFolder) -> None:
     async with viewed(shown) as session:
         for path in ("/", "/static/index.html", "/api/run", "/api/nothing", "/api/trees/train?sort=x"):

@@ -183,10 +183,10 @@ def dataset_rows(run: RunFolder, tree_id: str | None = None) -> defaultdict[str,
             rows = pq.read_table(path, columns=sorted(columns)) if "tree_id" in columns else pa.table({})
         except (pa.ArrowException, OSError):
             continue  # no dataset, one that is being written, or damaged: the tree can be shown without it
-        numbers = range(len(rows))
+        numbers = pa.array(range(len(rows)), pa.int64())
         if tree_id is not None and rows.num_rows:
-            numbers = pc.indices_nonzero(pc.equal(rows["tree_id"], tree_id)).to_pylist()
-        for number, row in zip(numbers, rows.take(list(numbers)).to_pylist(), strict=True):
+            numbers = pc.indices_nonzero(pc.equal(rows["tree_id"], tree_id))
+        for number, row in zip(numbers.to_pylist(), rows.take(numbers).to_pylist(), strict=True):
             found[row["tree_id"]].append(DatasetRow(node.partition("/")[2], record.parts, row, number))
     return found
 
