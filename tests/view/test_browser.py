@@ -9,6 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from benchmarks.screenshots import LARGEST, take
 from tests.report.conftest import apples_tree, make_run
 from tests.support.browser import Browser, browser, needs_browser
 from tests.support.viewer import viewer
@@ -27,6 +28,7 @@ HOSTILE = (
     + "w"
     * 5000
 )
+PICTURES = Path(__file__).parents[2] / "docs" / "images"
 CHAIN = '[...document.querySelectorAll(".side .chain .thought header b")].map((e) => e.textContent).join(" > ")'
 
 
@@ -193,3 +195,12 @@ async def test_nothing_is_wider_than_a_telephone(tmp_path: Path, place: str) -> 
         await page.until("document.documentElement.clientWidth === 390")
         assert await page.run("document.documentElement.scrollWidth") == 390
         assert await page.run("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 26)"
+
+
+async def test_the_pictures_of_the_documents_are_taken_by_a_command(run: RunFolder, tmp_path: Path) -> None:
+    written = await take(run, tmp_path)
+    assert [path.stem for path in written] == ["list", "tree", "side-by-side", "phone"]
+    for path in written:
+        picture = path.read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) < LARGEST
+    assert {path.name for path in written} == {path.name for path in PICTURES.glob("*.png")}

@@ -30,6 +30,7 @@ export class TreeCanvas {
   private left = 0;  // of the window, in pixels of the drawing
   private top = 0;
   private upTo = Infinity;  // thoughts of a later order are not drawn
+  private onPaper = false;
   private playing = 0;
   private frame = 0;
   private colors: Record<string, string> = {};
@@ -155,7 +156,7 @@ export class TreeCanvas {
   /** Columns share the window's width as long as their words have room, and widen with rows that are taller than usual. */
   private get columnWidth(): number {
     const shared = (this.width - ROOT - 20) / Math.max(1, this.layout.columns.length - 1);
-    const least = this.rowHeight < LINE ? 24 : 186;
+    const least = this.rowHeight < LINE ? 24 : this.onPaper ? 90 : 186;
     return Math.max(least, Math.min(300, shared)) + Math.max(0, 3 * (this.rowHeight - USUAL));
   }
 
@@ -170,6 +171,8 @@ export class TreeCanvas {
     this.height = clientHeight;
     this.element.width = Math.round(clientWidth * devicePixelRatio);
     this.element.height = Math.round(clientHeight * devicePixelRatio);
+    this.onPaper = matchMedia("print").matches;
+    if (this.onPaper) this.fit();
     if (first) {
       this.restyle();
       this.fit();
