@@ -139,6 +139,14 @@ def run(
     shard: Annotated[
         str | None, typer.Option(metavar="K/N", help="Only this part of the questions: 0/8 is the first of eight.")
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="WHERE", help="local:PROCESSES, slurm:FILE.yaml or ray:ADDRESS."),
+    ] = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="Into how many parts questions are dealt.")] = None,
+    scratch: Annotated[
+        str | None, typer.Option(metavar="DIR", help="On a local disk: where stores are worked on if runs are on NFS.")
+    ] = None,
     runs_dir: RunsDir = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
@@ -152,6 +160,9 @@ def run(
         source=source,
         regrow=regrow,
         shard=None if shard is None else Shard.parse(shard),
+        on=on,
+        shards=shards,
+        scratch=scratch,
         output=Output(quiet=quiet),
     )
 

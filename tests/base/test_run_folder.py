@@ -131,7 +131,7 @@ def test_work_that_fails_is_not_done_and_its_seconds_count(tmp_path: Path, monke
         with folder.working(folder.begin(record("a"))) as work:
             work.resolved["precision"] = "fp32"
             clock[0] = 7.0
-            work.save_periodically()
+            work.save_periodically(3, 8)
             assert json.loads((folder.path / "node.json").read_text())["seconds"] == 7.0, "kept on the way"
             clock[0] = 8.0
             raise Killed
@@ -140,6 +140,7 @@ def test_work_that_fails_is_not_done_and_its_seconds_count(tmp_path: Path, monke
         work_until_killed()
     left = folder.record()
     assert left is not None and not left.done and not left.result and left.seconds == 8.0
+    assert left.progress == (3, 8)
     again = folder.begin(record("a"))
     assert again.seconds == 8.0 and again.resolved == {"precision": "fp32"}
     with folder.working(again):

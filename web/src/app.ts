@@ -1,7 +1,6 @@
 /** The viewer's page: which view the address names, and the keys that work everywhere. */
 import { AnnotationForm } from "./annotate";
 import { type Agreement, type Run, type TreeJson, type TreeList, get, treePath } from "./api";
-import { whenColorsChange } from "./canvas";
 import { h, select } from "./dom";
 import { type Query, listPage } from "./list";
 import { type TreePanel, treePanel } from "./panel";
@@ -140,14 +139,11 @@ async function watch(): Promise<void> {
     if (document.hidden || parts[0] !== "trees" || parts.length !== 2) continue;
     const found = await get<{ changes: number }>("version", { node: parts[1] }).catch(() => null);
     if (!found) continue;
-    const before = known[parts[1]] ?? found.changes;
-    if (before !== found.changes && document.activeElement?.closest(".filters")) continue;
+    const before = known[parts[1]];
     known = { [parts[1]]: found.changes };
-    if (before !== found.changes) {
+    if (before !== undefined && before !== found.changes) {
       run = await get<Run>("run");
-      const top = document.querySelector("main")?.scrollTop ?? 0;
-      await show();
-      document.querySelector("main")!.scrollTop = top;
+      if (!document.activeElement?.closest(".filters")) await show();
     }
   }
 }
@@ -174,7 +170,6 @@ async function start(): Promise<void> {
   run = await get<Run>("run");
   addEventListener("hashchange", () => void show());
   addEventListener("keydown", key);
-  whenColorsChange(() => panel?.canvas.restyle());
   await show();
   await watch();
 }

@@ -74,13 +74,14 @@ class _Safe:
 class Output:
     """Prints a command's lines and the progress of its work.
 
-    log: a file that keeps every line, as a JSON object with the time. on_update: called whenever a counter moves.
+    log: a file that keeps every line, as a JSON object with the time. on_update: called whenever a counter moves, with
+    how much is done, and of how much.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.log: Path | None = None
-        self.on_update: Callable[[], None] = lambda: None
+        self.on_update: Callable[[int, int], None] = lambda done, total: None
 
     def print(self, line: RenderableType = "") -> None:
         """Print a text or a rich table; texts go to the log too, and one that cannot be written stops nothing."""
@@ -101,7 +102,7 @@ class Output:
     def progress(self, title: str) -> Iterator[Update]:
         """Show a counter while the block runs; the yielded function sets done, total and a remark of a few lines."""
         if self.quiet:
-            yield lambda done, total, remark: self.on_update()
+            yield lambda done, total, remark: self.on_update(done, total)
         elif sys.stdout.isatty():
             yield from self._bar(title)
         else:
@@ -122,7 +123,7 @@ class Output:
             def update(done: int, total: int, remark: str) -> None:
                 bar.update(shown, completed=done, total=total)
                 live.update(_Safe(Group(bar, Padding(Text(remark), (0, 0, 0, 4)))))
-                self.on_update()
+                self.on_update(done, total)
 
             yield update
 
@@ -139,7 +140,7 @@ class Output:
             nonlocal line
             words = ", ".join(" ".join(part.split()) for part in remark.splitlines())
             line = f"  {title} {done}/{total}  {words}"
-            self.on_update()
+            self.on_update(done, total)
             if time.monotonic() - printed >= _PLAIN_SECONDS:
                 show(line)
 

@@ -52,6 +52,7 @@ class NodeRecord:
     files: what must be there for the content to be whole, relative to the folder, each with its sha256 ("": not kept);
         stores of other parts of the run that have some of the trees are among them ("../../shards/...").
     origin: the run that it was taken from (`--from`), "" if it was made here.
+    progress: how much was done when this was written (trees, samples, steps), and of how much.
     outdated: the run's recipe has other settings now, so the numbers of this content are in no table.
     """
 
@@ -66,6 +67,7 @@ class NodeRecord:
     files: Mapping[str, str] = field(default_factory=dict)
     origin: str = ""
     outdated: bool = False
+    progress: tuple[int, int] = (0, 0)
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -222,7 +224,7 @@ class Work:
         self.result: dict[str, Any] = {}
         self.files: list[str] = []
         self.resolved = dict(record.resolved)
-        self.seconds_of_shards = 0.0
+        self.seconds_of_shards, self.progress = 0.0, record.progress
         self.record, self._folder = record, folder
         self._started = self._saved = time.monotonic()
 
@@ -243,10 +245,12 @@ class Work:
         self._saved = time.monotonic()
         if self.seconds_of_shards:
             self.resolved["seconds_of_shards"] = self.seconds_of_shards
-        self._folder.write(replace(self.record, seconds=self.seconds, resolved=self.resolved))
+        record = replace(self.record, seconds=self.seconds, resolved=self.resolved, progress=self.progress)
+        self._folder.write(record)
 
-    def save_periodically(self) -> None:
-        """Save every few seconds, so that a kill loses no more of them."""
+    def save_periodically(self, done: int, wanted: int) -> None:
+        """Save every few seconds, so that a kill loses no more of them and others see how far it is."""
+        self.progress = done, wanted
         if time.monotonic() - self._saved >= _BEAT_SECONDS:
             self.save()
 

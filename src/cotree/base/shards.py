@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cotree.base.errors import UsageError
-from cotree.base.run_folder import NodeFolder, RunFolder
+from cotree.base.run_folder import Kind, NodeFolder, RunFolder
 
-_SHARED_KINDS = ("datasets", "students")
+DEALT: tuple[Kind, ...] = ("trees", "evaluations")  # kinds of nodes that are kept by question
 
 
 @dataclass(frozen=True, order=True)
@@ -47,10 +47,11 @@ class Shard:
             raise UsageError(f"`{text}` is no shard; write K/N, e.g. --shard 0/8 for the first of eight")
         return cls(int(found[2]), int(found[1]))
 
-    def takes(self, task: str, question_id: str) -> bool:
-        """Whether a question is in this shard."""
-        digest = hashlib.sha256(f"{task}/{question_id}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") % self.world_size == self.rank
+
+def rank_of(task: str, question_id: str, world_size: int) -> int:
+    """The rank of the shard that a question is in."""
+    digest = hashlib.sha256(f"{task}/{question_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % world_size
 
 
 class ShardFolder(RunFolder):
@@ -62,7 +63,7 @@ class ShardFolder(RunFolder):
 
     def node(self, node: str, model: str | None = None) -> NodeFolder:
         """The folder of a node, or of one model's cell of an evaluation."""
-        if node.partition("/")[0] in _SHARED_KINDS:
+        if node.partition("/")[0] not in DEALT:
             return self.whole.node(node, model)
         return super().node(node, model)
 

@@ -20,7 +20,7 @@ from typing import Any
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import Kind
 from cotree.base.settings import hashed_settings
-from cotree.base.shards import Shard
+from cotree.base.shards import Shard, rank_of
 from cotree.data.annotations import ChainAnnotation, Key, chain_annotations
 from cotree.data.rollouts import read_rollouts
 from cotree.data.settings import Dataset
@@ -56,11 +56,18 @@ class Fingerprint:
 class Fingerprints:
     """The fingerprints of a recipe's nodes, computed once each; reads questions and files, asks no server."""
 
-    def __init__(self, recipe: Recipe, shard: Shard | None = None, *, run: Path | None = None) -> None:
-        """shard: of trees and evaluations only the questions of this shard; what they read is that of all questions.
-        run: the folder that has the annotations of its trees, if there are any."""
+    def __init__(
+        self, recipe: Recipe, shard: Shard | None = None, *, run: Path | None = None, whole: Fingerprints | None = None
+    ) -> None:
+        """Of a shard, trees and evaluations have its questions only; what is made of all questions is that of `whole`.
+
+        Args:
+            run: the folder that has the annotations of its trees, if there are any.
+            whole: the fingerprints of all questions, where they are known already.
+        """
         self.recipe, self.shard, self._run = recipe, shard, run
-        self.whole = self if shard is None else Fingerprints(recipe, run=run)
+        self.whole: Fingerprints = self if shard is None else whole or Fingerprints(recipe, run=run)
+        self._dealt: dict[tuple[str, int], list[list[Asked]]] = {}
         self._found: dict[tuple[str, str | None], Fingerprint] = {}
         self._questions: dict[str, list[Asked]] = {}
         self._annotations: dict[tuple[str, ...], dict[Key, ChainAnnotation]] = {}
@@ -194,15 +201,24 @@ class Fingerprints:
         settings, counts = node.settings, node.settings.questions
         if isinstance(settings, Trees):
             counts = dict(sorted(counts.items()))
+        if self.shard is not None:
+            return self.whole.dealt(node, self.shard.world_size)[self.shard.rank]
         file = (settings.file, settings.task) if isinstance(settings, Trees) and settings.file is not None else None
         key = json.dumps([settings.split, counts, file])
         if key not in self._questions:
-            shard = self.shard
-            asked = (
+            self._questions[key] = (
                 read_rollouts(Path(file[0]), file[1]).asked if file else load_questions(counts.items(), settings.split)
             )
-            self._questions[key] = [each for each in asked if shard is None or shard.takes(each[0].name, each[1].id)]
         return self._questions[key]
+
+    def dealt(self, node: Node[Trees] | Node[Evaluation], world_size: int) -> list[list[Asked]]:
+        """The questions of a node, those of each shard apart."""
+        if (node.id, world_size) not in self._dealt:
+            shards: list[list[Asked]] = [[] for _ in range(world_size)]
+            for task, question in self.questions(node):
+                shards[rank_of(task.name, question.id, world_size)].append((task, question))
+            self._dealt[node.id, world_size] = shards
+        return self._dealt[node.id, world_size]
 
     @cached_property
     def held_out(self) -> list[Question]:

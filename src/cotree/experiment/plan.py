@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cotree.base.errors import CotreeError
+from cotree.base.errors import CotreeError, UsageError
 from cotree.base.numbers import duration, number
+from cotree.base.shards import DEALT, shards_of
 from cotree.data.gates import annotated_chains
 from cotree.data.settings import Dataset
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
@@ -21,6 +22,7 @@ from cotree.experiment.estimates import TRAINING_SHARE, WRITING_SHARE, Cost, Est
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import offline, pinned
 from cotree.experiment.recipe import Node, Recipe
+from cotree.experiment.shard_states import ShardsSeen, ShardStates
 from cotree.experiment.state import State, equal_content, run_folder, states_of
 from cotree.models.settings import Engine
 
@@ -41,7 +43,8 @@ class Cell:
 class NodePlan(Cost):
     """A node's state (done, partial, new, changed; why), and the cost of bringing it up to date.
 
-    reads: the nodes that it needs. cells: of evaluations only. engines: what would serve the weights that it asks, by
+    reads: the nodes that it needs. cells: of evaluations only. shards: how far they are, for each N that there is of
+    them. engines: what would serve the weights that it asks, by
     the names of models and students.
     """
 
@@ -50,11 +53,13 @@ class NodePlan(Cost):
     why: list[str]
     reads: list[str]
     cells: list[Cell] | None = None
+    shards: list[ShardsSeen] | None = None
     engines: dict[str, Engine] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; `cells` and `engines` only where there are any."""
-        return {key: value for key, value in asdict(self).items() if key not in ("cells", "engines") or value}
+        """As plain data; `cells`, `shards` and `engines` only where there are any."""
+        optional = ("cells", "shards", "engines")
+        return {key: value for key, value in asdict(self).items() if key not in optional or value}
 
 
 def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
@@ -75,10 +80,17 @@ def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
                 why = f"is the same as {equal[state.name].path.relative_to(folder.path)}"
                 states[index] = replace(state, state="done", why=(why,))
         estimates = Estimates(recipe, folder, fingerprints)
-        return [
+        planned = [
             _plan_of(node, [state for state in states if state.node is node], estimates)
             for node in recipe.nodes.values()
         ]
+        sizes = sorted({part.shard.world_size for part in shards_of(folder)})
+        for index, each in enumerate(planned):
+            if sizes and each.state != "done" and recipe.nodes[each.name].kind in DEALT:
+                with suppress(UsageError):  # an input is not here, as its `why` says
+                    seen = [ShardStates(folder, fingerprints, [each.name], n).look() for n in sizes]
+                    planned[index] = replace(each, shards=seen)
+        return planned
 
 
 def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
@@ -99,6 +111,7 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
         ]
         reasons = each.why if each.state != "new" else why  # what is not here often holds many nodes up
         lines.append(f"{each.name:<{width}}  {_with_reasons(each.state, reasons)}{'; ' if cost else ''}{cost}")
+        lines += [f"{'':<{width}}    {seen}" for seen in each.shards or () if seen.done or seen.begun]
         for cell in each.cells or ():
             if (cell.state, cell.why) != (each.state, each.why) and (cell.state, each.state) != ("new", "new"):
                 lines.append(f"{'':<{width}}    {cell.model}: {_with_reasons(cell.state, cell.why)}")

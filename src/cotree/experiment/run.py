@@ -13,22 +13,25 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cotree.base.atomic import atomic_draft, explain_write_errors, remove, write_text
+from cotree.base.disk import one_machine_locks, shared_file_system
 from cotree.base.errors import UsageError, first_cotree_error
 from cotree.base.lock import locked
 from cotree.base.progress import Output
-from cotree.base.run_folder import Kind, NodeFolder, NodeRecord, RunFolder, find_run
-from cotree.base.shards import Shard, ShardFolder, parts_beside, shards_of
+from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
+from cotree.base.shards import DEALT, Shard, ShardFolder, parts_beside, shards_of
 from cotree.data.annotations import FILE
 from cotree.experiment.check import preflight
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
 from cotree.experiment.fingerprints import Fingerprints
 from cotree.experiment.hub import pinned
 from cotree.experiment.recipe import Recipe, load_recipe, recipe_yaml
+from cotree.experiment.shard_states import ShardStates
 from cotree.experiment.state import State, equal_content, records_of, run_folder, states_of
 from cotree.experiment.work import Worker
 from cotree.models.endpoints import check_servers
@@ -40,7 +43,27 @@ from cotree.search.store import TreeStore
 from cotree.search.stores import TreeStores
 from cotree.train.processes import first_process
 
-_DEALT: tuple[Kind, ...] = ("trees", "evaluations")  # what is kept by question, so that shards can share it
+
+@dataclass(frozen=True)
+class _How:
+    """How a run works: options of `run`."""
+
+    regrow: bool
+    scratch: str | None  # as it was given: a variable in it is read where a shard runs
+    output: Output
+
+    @property
+    def disk(self) -> Path | None:
+        """The folder for scratch on this machine.
+
+        Raises:
+            UsageError: a variable in its name is not set here.
+        """
+        if self.scratch is None:
+            return None
+        if "$" in (place := os.path.expandvars(self.scratch)):
+            raise UsageError(f"--scratch {self.scratch}: the variable is not set here")
+        return Path(place)
 
 
 def run(
@@ -51,6 +74,9 @@ def run(
     source: str | Path | None = None,
     regrow: bool = False,
     shard: Shard | None = None,
+    on: str | None = None,
+    shards: int | None = None,
+    scratch: str | Path | None = None,
     output: Output | None = None,
 ) -> RunFolder:
     """Bring the nodes of a recipe up to date; calling it again resumes.
@@ -63,6 +89,10 @@ def run(
         source: another run, whose content of equal fingerprints is taken over.
         regrow: allow that finished trees are grown again because their settings changed.
         shard: grow trees and ask evaluations of this part of the questions only, in a folder of its own.
+        on: where trees and evaluations of `only` are made first, in so many `shards`: `local:PROCESSES`,
+            `slurm:FILE.yaml` (where this returns once they are submitted) or `ray:ADDRESS` (docs/scale.md).
+        scratch: a folder on a local disk where stores and journals are worked on, and copied from now and then, for a
+            run on a file system of several machines.
         output: where progress is shown.
 
     Raises:
@@ -73,13 +103,16 @@ def run(
     only = [only] if isinstance(only, str) else only
     source = None if source is None else Path(source)
     folder = run_folder(recipe, runs_dir)
+    if (on is None) != (shards is None) or (on and shard):
+        raise UsageError("write --on with --shards N and without --shard: it runs all of them")
+    if source is not None and (on or shard):
+        raise UsageError("--from takes content over into a whole run; run it once without shards")
+    how = _How(regrow, None if scratch is None else str(scratch), output or Output())
     with first_process() as first:
         if first and shard is not None:
-            if source is not None:
-                raise UsageError("--from takes content over into a whole run; run it once without --shard")
-            _run_shard(recipe, ShardFolder(folder, shard), only, regrow=regrow, output=output or Output())
-        elif first:
-            _run(recipe, folder, only, source=source, regrow=regrow, output=output or Output())
+            _run_shard(recipe, ShardFolder(folder, shard), only, how)
+        elif first and (on is None or _run_fleet(recipe, folder, only, how, on=on, shards=shards or 0)):
+            _run(recipe, folder, only, how, source=source)
     return folder
 
 
@@ -91,6 +124,7 @@ def search_shard(
     *,
     runs_dir: str | Path = "runs",
     regrow: bool = False,
+    scratch: str | Path | None = None,
     output: Output | None = None,
 ) -> Path:
     """Grow the trees, or ask the evaluations, of one part of the questions; returns the part's folder.
@@ -100,7 +134,7 @@ def search_shard(
 
     Args:
         recipe: or the path of one, or of a run folder.
-        node: ids of nodes: "trees/train", "evaluations/test".
+        node: ids of nodes: "trees/train", "evaluations/test". The other arguments are those of `run`.
 
     Raises:
         UsageError: found before any work.
@@ -108,13 +142,12 @@ def search_shard(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     shard = Shard(world_size, rank)
-    folder = run(loaded, runs_dir, only=node, regrow=regrow, shard=shard, output=output)
+    folder = run(loaded, runs_dir, only=node, regrow=regrow, shard=shard, scratch=scratch, output=output)
     return ShardFolder(folder, shard).path
 
 
-def _run(
-    recipe: Recipe, folder: RunFolder, only: Sequence[str], *, source: Path | None, regrow: bool, output: Output
-) -> None:
+def _run(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, source: Path | None) -> None:
+    output = how.output
     recipe = with_engines(pinned(recipe, folder), folder)
     with_annotations = [place for place in (folder.path, source) if place is not None and (place / FILE).is_file()]
     fingerprints = Fingerprints(recipe, run=next(iter(with_annotations), None))
@@ -125,7 +158,8 @@ def _run(
                 _mend_stores(part, output)
     states = states_of(folder, fingerprints, wanted)
     taken = equal_content(folder, source, states)
-    _look_ahead(fingerprints, states, [s for s in states if s.name not in taken], regrow=regrow, output=output)
+    _check_disk(folder, states, how)
+    _look_ahead(fingerprints, states, [s for s in states if s.name not in taken], regrow=how.regrow, output=output)
     reading = ExitStack()  # while content is taken from another run, nothing works there
     if taken and source is not None and source.resolve() != folder.path.resolve():
         reading.enter_context(locked(source, fcntl.LOCK_SH))
@@ -136,45 +170,83 @@ def _run(
         if taken:
             _take_over(taken, folder, source, states=states, output=output)
         reading.close()
-        worker = Worker(recipe, folder, fingerprints, output)
+        worker = Worker(recipe, folder, fingerprints, output, scratch=how.disk)
         for state in states:
             _bring_up_to_date(worker, state)
         output.print(f"report: {_write_results(folder, recipe, output)}")
 
 
-def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], *, regrow: bool, output: Output) -> None:
-    """Bring the trees and evaluations of a shard up to date; what they read must be there."""
-    run, shard = folder.whole, folder.shard
-    recipe = with_engines(pinned(recipe, run), run)
-    fingerprints = Fingerprints(recipe, shard, run=run.path)
+def _run_fleet(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, on: str, shards: int) -> bool:
+    """Run all shards; returns whether they are done, so that the run can go on with what is made of them."""
+    from cotree.experiment.fleet import Fleet, run_shards
+
+    recipe = with_engines(pinned(recipe, folder), folder)
+    wanted = _dealt_nodes(recipe, only)
+    states = ShardStates(folder, Fingerprints(recipe, run=folder.path), wanted, Shard(shards, 0).world_size)
+    _make_folder(folder)
+    _write_recipe(folder, recipe)
+    options = ["--regrow"] if how.regrow else []
+    if how.scratch is not None:
+        options += ["--scratch", how.scratch if how.scratch.startswith("$") else os.path.abspath(how.scratch)]
+    same: dict[str, Any] = {"world_size": shards, "regrow": how.regrow, "scratch": how.scratch}
+    work = partial(search_shard, folder.path.resolve(), list(only), **same)
+    return run_shards(Fleet(folder, only, options, work, states, shards, how.output), on)
+
+
+def _dealt_nodes(recipe: Recipe, only: Sequence[str]) -> list[str]:
+    """The ids of the wanted nodes and of what they read, where their questions can be dealt to shards.
+
+    Raises:
+        UsageError: they cannot.
+    """
     wanted = recipe.with_needed(only) if only else []
     nodes = [recipe.nodes[name] for name in wanted]
-    if not any(node.kind in _DEALT for node in nodes):
+    if not any(node.kind in DEALT for node in nodes):
         raise UsageError("a shard grows trees or asks evaluations; name them with --only, e.g. --only trees/train")
     for node in nodes:
         if node.kind == "trees" and node.settings.adaptive:
             raise UsageError(f"{node.id}: `adaptive` shares rollouts over all questions; leave it out to use shards")
+    return wanted
+
+
+def _make_folder(run: RunFolder) -> None:
+    """Make a run's folder with the lock by which it is known, which many may do at once."""
     with explain_write_errors(run.path, "set --runs-dir"):
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / ".lock").touch()
+
+
+def _write_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Write a run's recipe, if it is not there as it is."""
+    text, kept = recipe_yaml(recipe), run.path / "recipe.yaml"
+    if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
+        write_text(kept, text)
+
+
+def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _How) -> None:
+    """Bring the trees and evaluations of a shard up to date; what they read must be there."""
+    output, run, shard = how.output, folder.whole, folder.shard
+    recipe = with_engines(pinned(recipe, run), run)
+    fingerprints = Fingerprints(recipe, shard, run=run.path)
+    wanted = _dealt_nodes(recipe, only)
+    _make_folder(run)
     # No other process works in the whole run meanwhile, but other shards do.
     with locked(run.path, fcntl.LOCK_SH), locked(folder.path, other="leave this shard to it"):
         _mend_stores(folder, output)
         states = states_of(folder, fingerprints, wanted)
         for state in states:
-            if state.node.kind not in _DEALT and state.state != "done":
+            if state.node.kind not in DEALT and state.state != "done":
                 raise UsageError(
                     f"{state.name} is made of all questions and is not done; make it before the shards that need it: "
                     f"`cotree run {run.path} --only {state.node.id}`"
                 )
         before = {state.name: state for state in states_of(run, fingerprints.whole, wanted)}
         paid = [replace(state, regrow=max(state.regrow, before[state.name].regrow)) for state in states]
-        _look_ahead(fingerprints, paid, paid, regrow=regrow, output=output)
-        text = recipe_yaml(recipe)
-        if not (kept := run.path / "recipe.yaml").is_file() or kept.read_text(encoding="utf-8") != text:
-            write_text(kept, text)
+        _check_disk(folder, states, how)
+        _look_ahead(fingerprints, paid, paid, regrow=how.regrow, output=output)
+        _write_recipe(run, recipe)
         output.log = folder.path / "log.jsonl"
-        worker = Worker(recipe, folder, fingerprints, output)
+        worker = Worker(recipe, folder, fingerprints, output, scratch=how.disk)
         for state in states:
             whole = run.node(state.node.id, state.model)
             if whole.record() is None and not whole.without_record():  # so that all can see that it has begun
@@ -183,6 +255,26 @@ def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], *, regr
                 whole.write(NodeRecord(of.of, of.base, parts=of.parts, reads=state.node.reads))
             _bring_up_to_date(worker, state)
         output.print(f"shard {shard} is done: {folder.path}")
+
+
+def _check_disk(folder: RunFolder, states: Sequence[State], how: _How) -> None:
+    """Refuse to grow trees where their store would not be safe, and say where locks are seen by one machine only.
+
+    Raises:
+        UsageError: the folder is on a file system of several machines, and `scratch` is not on a local disk.
+    """
+    if option := one_machine_locks(folder.path):
+        how.output.print(
+            f"{folder.path}: other machines do not see file locks there (mounted with {option}); let no two work in it"
+        )
+    if not any(state.node.kind == "trees" and state.state != "done" for state in states):
+        return
+    kind = shared_file_system(folder.path)
+    if kind and how.scratch is None:
+        fix = "add --scratch DIR with a folder on a local disk, or set --runs-dir to one"
+        raise UsageError(f"{folder.path} is on {kind}, where SQLite's WAL is not safe; {fix}")
+    if how.disk is not None and (kind := shared_file_system(how.disk)):
+        raise UsageError(f"--scratch {how.scratch} is on {kind}; name a folder on a local disk")
 
 
 def _look_ahead(
@@ -278,12 +370,17 @@ def _bring_up_to_date(worker: Worker, state: State) -> None:
     with first_cotree_error(), folder.working(record) as work:
         output.on_update = work.save_periodically
         worker.work(state.node, state.model, work)
-    output.on_update = lambda: None
+    output.on_update = lambda done, total: None
     output.print(f"  {state.name} done in {time.monotonic() - started:.0f} s")
 
 
 def _mend_stores(folder: RunFolder, output: Output) -> None:
-    """Rescue what can be read of damaged stores of trees. A node that has lost some of its trees is not done."""
+    """Rescue what can be read of damaged stores of trees. A node that has lost some of its trees is not done.
+
+    Where SQLite's WAL is not safe nothing is written.
+    """
+    if shared_file_system(folder.path):
+        return
     for name, record in folder.nodes().items():
         path = folder.node(name).path / "trees.db"
         if not record.done or not path.is_file() or not path.stat().st_size:

@@ -17,6 +17,7 @@ from cotree.search.store import count_trees
 StateName = Literal["done", "partial", "new", "changed"]
 # Parts of a fingerprint that stand for what a node reads, not for a setting of its own.
 _REPLIES = ("trees.db", "journal.jsonl")  # what is paid for
+_BEFORE_WORK = {".lock", "shards"}  # what is made in a run's folder before it is known that the run can begin
 _READ = ("trees", "data", "from", "model", "size_of", "questions_of", "tokens_of")
 
 
@@ -64,9 +65,9 @@ def run_folder(recipe: Recipe, runs_dir: str | Path) -> RunFolder:
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; choose another name= or move it away")
     there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if there - {".lock"} and not there & {"recipe.yaml", "manifest.json"}:
+    if there - _BEFORE_WORK and not there & {"recipe.yaml", "manifest.json"}:
         raise UsageError(f"{path} exists and is no run folder; choose another name= or move it away")
-    return find_run(path) if there - {".lock"} else RunFolder(path)
+    return find_run(path) if there - _BEFORE_WORK else RunFolder(path)
 
 
 def records_of(run: RunFolder) -> dict[tuple[str, str | None], NodeRecord]:

@@ -72,8 +72,11 @@ def _without_folders(value: Any) -> Any:
 class Worker:
     """Works on the nodes of a recipe in its run folder."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, fingerprints: Fingerprints, output: Output) -> None:
-        self.recipe, self.run, self.fingerprints, self.output = recipe, run, fingerprints, output
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, fingerprints: Fingerprints, output: Output, *, scratch: Path | None = None
+    ) -> None:
+        """scratch: a folder on a local disk where stores and journals are worked on (`search.scratch`)."""
+        self.recipe, self.run, self.fingerprints, self.output, self.scratch = recipe, run, fingerprints, output, scratch
 
     def work(self, node: Node[Any], model: str | None, work: Work) -> None:
         """Make the content of a node, or of one model's cell of an evaluation.
@@ -113,6 +116,7 @@ class Worker:
         from cotree.search.index import TreeIndex
         from cotree.search.journal import Journal, Progress
         from cotree.search.merge import take_completions
+        from cotree.search.scratch import Scratch
         from cotree.search.summary import compare_methods, summarize
         from cotree.search.trees import TreeGrower, turns_left
 
@@ -124,7 +128,7 @@ class Worker:
         if settings.tokens_of is not None:
             budgets = {tree.question_name: tree.completion_tokens for tree in self.trees(settings.tokens_of)}
 
-        async def grow(store: TreeStores, journal: Journal, index: TreeIndex) -> Progress:
+        async def grow(store: TreeStores, journal: Journal, on_tree: Callable[[StoredTree], None]) -> Progress:
             models = {name: self.model(name) for name in settings.writers}
             async with open_endpoints(models, widest=settings.widest, logs=work.path) as endpoints:
                 with self.output.progress(node.name) as update:
@@ -136,7 +140,7 @@ class Worker:
                         config=config,
                         seed=node.seed,
                         budgets=budgets,
-                        on_tree=lambda tree: index.add([tree]),
+                        on_tree=on_tree,
                         on_progress=partial(_show_search, update),
                     )
                     return await grower.grow(asked)
@@ -144,8 +148,9 @@ class Worker:
         beside = parts_beside(self.run)
         journals = [*filter(Path.is_file, (part.path / "journal.db" for part in beside))]
         with (
-            TreeStore(work.path / "trees.db") as own,
-            Journal(self.run.path / "journal.db") as journal,
+            Scratch(self.run.path, self.scratch) as scratch,
+            TreeStore(scratch.path(work.path / "trees.db")) as own,
+            Journal(scratch.path(self.run.path / "journal.db")) as journal,
             TreeStores(self._stores(node.id)[1:], own) as store,
         ):
             gone = journal.is_new and own.finished()
@@ -155,8 +160,13 @@ class Worker:
             found = Progress()
             if left := turns_left(store, asked, config):
                 take_completions(journals, journal, left)
+
+                def on_tree(tree: StoredTree) -> None:
+                    index.add([tree])
+                    scratch.count_tree()
+
                 with TreeIndex(own) as index:
-                    found = asyncio.run(grow(store, journal, index))
+                    found = asyncio.run(grow(store, journal, on_tree))
             counts = summarize(store, journal, asked, config, beside=journals)
             troubles = Counter(repeats=found.repeats, misreported=found.misreported)
             for record in _records_of_shards(beside, node.id):

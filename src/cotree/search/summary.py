@@ -43,7 +43,7 @@ def summarize(
         unused: the completions and generated tokens that were paid for and are in no current tree of these questions:
             of earlier settings, or cut short.
     """
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter, {_ALL: Counter(trees=0)})
     stopped: defaultdict[str, Counter[str]] = defaultdict(Counter)
     models: defaultdict[str, Counter[str]] = defaultdict(Counter)
     patterns: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -78,10 +78,10 @@ def _unused(journal: Journal, beside: Sequence[Path], names: Sequence[str]) -> d
     for path in beside:
         with Journal(path, reading=True) as other:
             by_path[path] = other.unused(sorted(other.questions.intersection(names)))
-            found |= {key: by_path[path][key] for key in journal.lacking(by_path[path])}
+            found |= {key: tokens for key, tokens in by_path[path].items() if key not in journal.keys}
     for path in beside if found else ():
         with Journal(path, reading=True) as other:
-            used = found.keys() - by_path[path].keys() - set(other.lacking(found))
+            used = [key for key in found if key in other.keys and key not in by_path[path]]
         for key in used:
             del found[key]
     return {"completions": len(found), "tokens": sum(found.values())}

@@ -1,0 +1,47 @@
+"""What kind of file system a path is on, as Linux says it: SQLite's WAL and file locks need one of this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Those of several machines, among them what FUSE mounts; SQLite's shared memory is that of one machine only.
+_SHARED = {
+    "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "smbfs", "ceph", "beegfs", "beegfs_nodev", "glusterfs", "afs",
+    "orangefs", "pvfs2", "panfs", "wekafs", "9p", "fuse.sshfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.glusterfs",
+    "fuse.beegfs", "fuse.gpfs", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone", "fuse.mfs",
+}  # fmt: skip
+_LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def shared_file_system(path: Path) -> str:
+    """The kind of the file system that a path is (or will be) on, if several machines may share it; else "".
+
+    "" as well where the system does not say.
+    """
+    kind, _ = _mount_of(path)
+    return kind if kind in _SHARED else ""
+
+
+def one_machine_locks(path: Path) -> str:
+    """The mount option by which `flock` at a path is not seen on other machines, "" where there is none."""
+    kind, options = _mount_of(path)
+    return next(iter(sorted(_LOCAL_LOCKS & options)), "") if kind in _SHARED else ""
+
+
+def _mount_of(path: Path) -> tuple[str, set[str]]:
+    """Type and options of the mount that a path is below."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "", set()
+    place, found, depth = os.path.realpath(path), ("", set[str]()), -1
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point = before.split(" ")[4].encode().decode("unicode_escape")  # a space is written \040
+        kind, _, super_options = after.split(" ", 2)
+        above = place == point or place.startswith(point.rstrip("/") + "/")
+        if above and len(point) >= depth:  # of two at one point the later one is on top
+            found, depth = (kind, {*before.split(" ")[5].split(","), *super_options.split(",")}), len(point)
+    return found
