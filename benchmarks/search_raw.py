@@ -32,13 +32,17 @@ class Replay:
 
 @contextmanager
 def recorded() -> Iterator[list[Sent]]:
-    """Every POST that this process makes through aiohttp while the block runs, in order."""
+    """Every POST that this process makes through aiohttp while the block runs, in order; to be read after the block.
+
+    What is measured meanwhile pays for an append and no more.
+    """
+    posted: list[tuple[Any, bytes]] = []
     sent: list[Sent] = []
     original = aiohttp.ClientSession.request
 
     def request(self: aiohttp.ClientSession, method: str, url: Any, **options: Any) -> Any:
         if method == "POST":
-            sent.append(Sent(str(url), options["data"]))
+            posted.append((url, options["data"]))
         return original(self, method, url, **options)
 
     aiohttp.ClientSession.request = request  # type: ignore[assignment,method-assign]
@@ -46,6 +50,7 @@ def recorded() -> Iterator[list[Sent]]:
         yield sent
     finally:
         aiohttp.ClientSession.request = original  # type: ignore[method-assign]
+        sent += [Sent(str(url), body) for url, body in posted]
 
 
 async def replay(sent: Sequence[Sent], in_flight: int) -> Replay:

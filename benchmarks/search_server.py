@@ -89,8 +89,11 @@ class Connection(asyncio.Protocol):
         elif head.startswith(b"GET"):
             self.reply(b'{"object": "list", "data": [{"id": "default"}]}')
         else:
-            self.loop.call_later(self.latency, self.reply, completion(json.loads(body)))
-            Connection.answered += 1
+            self.answer(json.loads(body))
+
+    def answer(self, body: dict[str, Any]) -> None:
+        self.loop.call_later(self.latency, self.reply, completion(body))
+        Connection.answered += 1
 
     def reply(self, content: bytes) -> None:
         if not self.transport.is_closing():

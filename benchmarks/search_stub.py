@@ -41,6 +41,8 @@ class Grown:
     thoughts: int
     calls: int
     tokens: int
+    store_bytes: int
+    journal_bytes: int
     sent: list[Sent]
 
 
@@ -49,18 +51,17 @@ Endpoints = Mapping[str, Endpoint]
 
 async def grow(endpoints: Endpoints, settings: Trees, questions: Sequence[tuple[Task, Question]], seed: int) -> Grown:
     """Grow the trees into a new store on disk with a new journal, as a run does."""
-    with (
-        TemporaryDirectory() as folder,
-        TreeStore(Path(folder) / "t.db") as store,
-        Journal(Path(folder) / "j.db") as kept,
-    ):
-        with recorded() as sent:
-            started, cpu = time.perf_counter(), time.process_time()
-            grower = TreeGrower(store, kept, settings, endpoints=endpoints, config="", seed=seed)
-            progress = await grower.grow(questions)
-            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-        rollouts = sum(store.finished().values())
-    return Grown(seconds, cpu_seconds, rollouts, progress.thoughts, progress.calls, progress.tokens, sent)
+    with TemporaryDirectory() as name:
+        at_store, at_journal = Path(name) / "t.db", Path(name) / "j.db"
+        with TreeStore(at_store) as store, Journal(at_journal) as kept:
+            with recorded() as sent:
+                started, cpu = time.perf_counter(), time.process_time()
+                grower = TreeGrower(store, kept, settings, endpoints=endpoints, config="", seed=seed)
+                progress = await grower.grow(questions)
+                seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+            rollouts = sum(store.finished().values())
+        sizes = at_store.stat().st_size, at_journal.stat().st_size
+    return Grown(seconds, cpu_seconds, rollouts, progress.thoughts, progress.calls, progress.tokens, *sizes, sent)
 
 
 def stub_settings(**settings: Any) -> Trees:

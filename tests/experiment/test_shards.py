@@ -300,7 +300,8 @@ def test_stores_and_journals_are_merged(recipe: dict[str, Any], server: FakeServ
 
     cotree.merge([shard / "journal.db" for shard in shards], tmp_path / "journal.db")
     with Journal(tmp_path / "journal.db") as ours, Journal(tmp_path / "one" / "many" / "journal.db") as theirs:
-        assert ours.keys == theirs.keys
+        query = "SELECT key FROM completions ORDER BY key"
+        assert list(ours.execute(query)) == list(theirs.execute(query)) != []
         names = sorted(theirs.questions)
         assert ours.unused(names) == theirs.unused(names) == {}
 

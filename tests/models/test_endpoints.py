@@ -71,9 +71,25 @@ async def test_each_server_has_its_own_limit() -> None:
             await asyncio.gather(*(m.complete(request(q), q) for q in QUESTIONS[:40]))
             assert (one.most_in_flight, two.most_in_flight) == (3, 3)
             assert one.calls + two.calls == sum(client.counters.requests for client in m.clients) == 40
-            # The same question goes to the same server again.
+            # While it has a place free, the same question goes to the same server again.
+            one.requests.clear()
+            for q in QUESTIONS[:40]:
+                await m.complete(request(q, seed=2), q)
             asked = {body["messages"][-1]["content"] for body in one.requests}
             assert asked == {q for q in QUESTIONS[:40] if m.servers_for(q)[0].url == one.url}
+
+
+async def test_a_full_servers_questions_go_where_a_place_is_free_and_nowhere_while_all_are_full() -> None:
+    async with (
+        FakeServer(latency=0.1) as one,
+        FakeServer(latency=0.1) as two,
+        endpoint_at(one, two, max_in_flight=4) as m,
+    ):
+        mine = shared_out(m, 12)[0]
+        await asyncio.gather(*(m.complete(asking.request(q), q) for q in mine))
+        # Four go to each at once; the other four came when both were full, and wait for their own.
+        assert asked_of(two) == Counter(mine[4:8])
+        assert asked_of(one) == Counter([*mine[:4], *mine[8:]])
 
 
 async def test_the_tokens_of_all_servers_are_counted_and_priced() -> None:
@@ -229,7 +245,8 @@ async def test_others_take_over_what_a_server_that_is_gone_would_be_asked_and_it
         before = one.calls
         await asyncio.sleep(0.15)
         await m.complete(asking.request(questions[0], seed=2), questions[0])
-        await asyncio.gather(*(m.complete(asking.request(q, seed=3), q) for q in questions[:5]))
+        for q in questions[:5]:
+            await m.complete(asking.request(q, seed=3), q)
         assert one.calls - before == 6
         assert m.lost == []
 
@@ -264,7 +281,8 @@ async def test_a_slow_server_that_answers_others_is_not_hung() -> None:
         slow.faults[0] = "hang"
         long = asyncio.create_task(m.complete(asking.request(questions[0]), questions[0]))
         await until(lambda: slow.in_flight == 1)
-        await asyncio.gather(*(m.complete(asking.request(q), q) for q in questions[1:]))
+        for q in questions[1:]:
+            await m.complete(asking.request(q), q)
         assert not long.done()
         assert (slow.calls, other.calls) == (10, 0)
         await asyncio.wait_for(long, 2)
@@ -284,7 +302,7 @@ async def test_a_server_that_only_fails_is_lost_too_but_not_one_that_fails_now_a
     async with (
         FakeServer(fault_rate=0.5, fault_kinds=[kind], latency=0.03) as shaky,
         FakeServer() as good,
-        endpoint_at(shaky, good, takeover=5.0) as m,
+        endpoint_at(shaky, good, takeover=5.0, max_in_flight=20) as m,
     ):
         mine = shared_out(m, 20)[0]
         await asyncio.gather(*(m.complete(asking.request(q), q) for q in mine))

@@ -21,9 +21,9 @@ def said(text: str = "text", tokens: int = 1) -> Completion:
 def test_the_first_completion_under_a_key_stays(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.db") as journal:
         assert journal.recall(b"k") is None
-        journal.add(b"k", "t/q/0", said())
-        journal.add(b"l", "t/q/0", said("beside it"))
-        journal.add(b"k", "t/q/0", said("another"))
+        journal.add([(b"k", "t/q/0", said())])
+        journal.add([(b"l", "t/q/0", said("beside it"))])
+        journal.add([(b"k", "t/q/0", said("another"))])
         assert journal.recall(b"k") == said()
     with Journal(tmp_path / "j.db") as journal:
         assert journal.recall(b"k") == said()
@@ -35,24 +35,24 @@ def test_a_completion_that_cannot_be_kept_is_not_there(tmp_path: Path) -> None:
     for _ in range(2):
         with Journal(tmp_path / "j.db") as journal:
             with pytest.raises(UsageError, match="binding"):
-                journal.add(b"k", object(), said())  # type: ignore[arg-type]
+                journal.add([(b"k", object(), said())])  # type: ignore[list-item]
             assert journal.recall(b"k") is None
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_nothing(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.db") as journal:
-        journal.add(b"first", "t/q/0", said())
+        journal.add([(b"first", "t/q/0", said())])
         journal._db.execute("PRAGMA max_page_count = 20")
 
         def fill() -> None:
             for i in range(1000):
-                journal.add(str(i).encode(), "t/q/0", said("x" * 1000))
+                journal.add([(str(i).encode(), "t/q/0", said("x" * 1000))])
 
         with pytest.raises(CotreeError, match="full; free some space, then re-run the same command to resume"):
             fill()
         journal._db.execute("PRAGMA max_page_count = 100000")
         assert journal.recall(b"first") == said()
-        journal.add(b"last", "t/q/0", said())
+        journal.add([(b"last", "t/q/0", said())])
         assert journal.recall(b"last") == said()
 
 
@@ -61,7 +61,7 @@ def test_what_was_added_survives_a_kill(tmp_path: Path) -> None:
         "import os, signal, sys; from pathlib import Path; from cotree.search.journal import Journal\n"
         "from cotree.models.client import Choice, Completion\n"
         "said = Completion((Choice('text', 'stop', 1),), 1, 0, 1)\n"
-        "journal = Journal(Path(sys.argv[1])); journal.add(b'k', 't/q/0', said)\n"
+        "journal = Journal(Path(sys.argv[1])); journal.add([(b'k', 't/q/0', said)])\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "j.db")], check=False).returncode == -9
@@ -73,8 +73,8 @@ def test_unused_is_what_no_current_tree_is_made_of(tmp_path: Path) -> None:
     here, there = tmp_path / "trees" / "a" / "trees.db", tmp_path / "trees" / "b" / "trees.db"
     with Journal(tmp_path / "j.db") as journal:
         for i in range(1, 5):
-            journal.add(bytes([i]), "t/q/0", said(tokens=10 * i))
-        journal.add(b"other", "t/r/0", said(tokens=7))
+            journal.add([(bytes([i]), "t/q/0", said(tokens=10 * i))])
+        journal.add([(b"other", "t/r/0", said(tokens=7))])
         assert unused(journal, ["t/q/0"]) == (4, 100)
         journal.add_uses("old", [bytes([1]), bytes([2])])
         journal.set_current(here, {"t/q/0": "old"})

@@ -51,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
             store.put(each)
             journal.set_current(store.path, {each.question_name: each.tree_id})
         for number, (key, completion) in enumerate(COMPLETIONS.items()):
-            journal.add(key, f"letters/q{number}/0", completion)
+            journal.add([(key, f"letters/q{number}/0", completion)])
             journal.add_uses("a", [key])
     return folder
 
@@ -114,7 +114,7 @@ def test_a_journal_that_was_cut_keeps_what_was_paid_for(whole: Path, tmp_path: P
         uses = journal._db.execute("SELECT count(*) FROM uses").fetchone()[0]
         assert uses > 200 and journal._db.execute("SELECT count(*) FROM current").fetchone()[0] > 0
         for key, completion in COMPLETIONS.items():
-            journal.add(key, "letters/q/0", completion)
+            journal.add([(key, "letters/q/0", completion)])
         assert kept_completions(journal) == 314
 
 
@@ -237,3 +237,37 @@ def test_a_kill_between_the_files_of_a_rescue_loses_nothing(whole: Path, tmp_pat
     (tmp_path / "run" / "journal.db").rename(tmp_path / "run" / "journal.db.rescued")
     with Journal(tmp_path / "run" / "journal.db") as journal:
         assert kept_completions(journal) == 314
+
+
+def test_a_large_file_is_checked_where_it_is_read_and_as_a_whole_once_damage_was_found(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotree.search.database.LARGE", 0)
+    store_at = damaged(whole, tmp_path / "run", "trees.db", lambda data: data.replace(b"<7.3>", b"<7.2>", 1))
+    journal_at = store_at.with_name("journal.db")
+    journal_at.write_bytes(journal_at.read_bytes().replace(b"(211) (211)", b"(211) (210)", 1))
+    fault = "is not as it was stored.; `cotree run` on its run moves it aside and keeps all that can be read"
+    for reading in (False, True):
+        with TreeStore(store_at, reading=reading) as store:
+            assert not store.rescued, "opening reads nothing of the trees"
+            assert len(store.finished()) == 24
+            with pytest.raises(UsageError, match=f"the tree of letters/q7 {fault}"):
+                list(store.trees())
+        store_at.with_name("trees.db.suspected").unlink()
+    with TreeStore(store_at) as store, pytest.raises(UsageError):
+        list(store.trees())
+    with TreeStore(store_at) as store:
+        assert "23 of at least 24 trees are kept, not those of letters/q7" in store.rescued
+        assert kept_trees(store) == 23
+    key = sha256(b"211").digest()
+    with Journal(journal_at) as journal:
+        assert not journal.rescued
+        assert journal.recall(sha256(b"210").digest()) == COMPLETIONS[sha256(b"210").digest()]
+        with pytest.raises(UsageError, match=f"a completion of letters/q211/0 {fault}"):
+            journal.recall(key)
+    with Journal(journal_at) as journal:
+        assert "313 of at least 314 completions are kept" in journal.rescued
+        assert journal.recall(key) is None
+    assert not list(store_at.parent.glob("*.suspected"))
+    with Journal(journal_at) as journal:
+        assert not journal.rescued

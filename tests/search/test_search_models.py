@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tests.support.asking import client, request
 from tests.support.fake_server import FakeServer
 
-from cotree.models.client import Client, Completion, Request
+from cotree.models.client import Choice, Client, Completion, Request
 from cotree.models.endpoints import Endpoint
 from cotree.search.journal import Journal, SearchModels
+
+
+class Counting(Journal):
+    """Counts its commits."""
+
+    commits = 0
+
+    def add(self, completions: Iterable[tuple[bytes, str, Completion]]) -> None:
+        super().add(completions)
+        self.commits += 1
 
 
 class Refusing(Journal):
     """Keeps nothing."""
 
-    def add(self, key: bytes, question: str, completion: Completion) -> None:
+    def add(self, completions: Iterable[tuple[bytes, str, Completion]]) -> None:
         raise MemoryError
 
 
@@ -49,3 +60,22 @@ async def test_a_request_is_sent_once_in_the_life_of_a_journal_and_never_without
             kept, _ = await models_of(journal, c).complete("m", request(), "t")
         assert key == same != kept, "the key holds the model's identity"
         assert server.calls == 3
+
+
+async def test_what_arrives_at_one_moment_is_committed_together_before_anybody_has_it(tmp_path: Path) -> None:
+    def arriving(models: SearchModels, count: int) -> list[asyncio.Task[None]]:
+        said = Completion((Choice("text", "stop", 1),), 1, 0, 1)
+        return [asyncio.create_task(models._keep(bytes([i]), "t", said)) for i in range(count)]
+
+    with Counting(tmp_path / "j.db") as journal:
+        models = SearchModels({}, journal)
+        tasks = arriving(models, 8)
+        await asyncio.sleep(0)
+        tasks[3].cancel()
+        assert journal.commits == 0 and not any(task.done() for task in tasks)
+        got = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(each) for each in got] == [type(None)] * 3 + [asyncio.CancelledError] + [type(None)] * 4
+        assert journal.commits == 1
+        assert all(journal.recall(bytes([i])) for i in range(8)), "what a cancelled task had paid for is kept, too"
+        await asyncio.gather(*arriving(models, 2))
+        assert journal.commits == 2

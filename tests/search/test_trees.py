@@ -19,7 +19,7 @@ from tests.support.search import config_of, content, grow, letters, reply, run, 
 from cotree.base.rows import read_rows
 from cotree.data.export import export_trees
 from cotree.search.growth import writers_of
-from cotree.search.journal import Journal
+from cotree.search.journal import Journal, SearchModels
 from cotree.search.settings import Thought, Writer
 from cotree.search.store import TreeStore
 from cotree.search.trees import tree_key, turns_left
@@ -101,6 +101,15 @@ def test_a_corrected_gold_answer_makes_a_new_tree_out_of_the_same_completions(tm
     assert trees[0].gold == changed.gold
     assert second.recalled > 0
     assert second.calls < first.calls / 2
+
+
+def test_no_more_trees_are_begun_than_may_grow_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[int] = []
+    monkeypatch.setattr(SearchModels, "note_servers", lambda _: tasks.append(len(asyncio.all_tasks())))
+    few = SETTINGS.model_copy(update={"trees_in_flight": 2, "leaves_per_round": 1})
+    run(tmp_path / "t.db", few, asked=letters(40))
+    assert len(tasks) == 40
+    assert max(tasks) < 10, "one for each place, and few others"
 
 
 def kill_and_resume(tmp_path: Path, kills: int) -> None:

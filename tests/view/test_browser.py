@@ -14,9 +14,10 @@ from tests.report.conftest import apples_tree, make_run
 from tests.support.browser import Browser, browser, needs_browser
 from tests.support.viewer import viewer
 
-from cotree.base.rows import write_jsonl
+from cotree.base.rows import read_rows, write_jsonl
 from cotree.base.run_folder import RunFolder
 from cotree.data.annotations import FILE, Annotations
+from cotree.data.export import export_to
 from cotree.search.store import TreeStore
 
 pytestmark = needs_browser
@@ -48,7 +49,7 @@ def run(tmp_path: Path) -> RunFolder:
     return make_run(tmp_path / "laptop")
 
 
-async def test_a_person_filters_selects_annotates_and_finds_it_again(run: RunFolder) -> None:
+async def test_a_person_filters_selects_annotates_and_finds_it_exported(run: RunFolder, tmp_path: Path) -> None:
     async with opened(run, "") as (page, address):
         rows = 'document.querySelectorAll("table.trees tbody tr").length'
         await page.until(f"{rows} === 7")
@@ -83,6 +84,10 @@ async def test_a_person_filters_selects_annotates_and_finds_it_again(run: RunFol
             (saved,) = kept.all()
         assert (saved.annotator, saved.leaf, saved.verdict, saved.note) == ("anna", 3, "fix", "shorter")
         assert saved.text.startswith("3 * 6 = 18.")
+        exported = tmp_path / "notes.jsonl"
+        export_to(run.path, "annotations", str(exported))
+        (row,) = read_rows(exported)
+        assert (row["annotator"], row["verdict"], row["text"]) == ("anna", "fix", saved.text)
         await page.press("u")
         await page.until('document.querySelector(".message")?.textContent === "taken back"')
         with Annotations(run.path / FILE) as kept:

@@ -1,6 +1,7 @@
 /** The viewer's page: which view the address names, and the keys that work everywhere. */
 import { AnnotationForm } from "./annotate";
 import { type Agreement, type Run, type TreeJson, type TreeList, get, treePath } from "./api";
+import { whenColorsChange } from "./canvas";
 import { h, select } from "./dom";
 import { type Query, listPage } from "./list";
 import { type TreePanel, treePanel } from "./panel";
@@ -139,11 +140,14 @@ async function watch(): Promise<void> {
     if (document.hidden || parts[0] !== "trees" || parts.length !== 2) continue;
     const found = await get<{ changes: number }>("version", { node: parts[1] }).catch(() => null);
     if (!found) continue;
-    const before = known[parts[1]];
+    const before = known[parts[1]] ?? found.changes;
+    if (before !== found.changes && document.activeElement?.closest(".filters")) continue;
     known = { [parts[1]]: found.changes };
-    if (before !== undefined && before !== found.changes) {
+    if (before !== found.changes) {
       run = await get<Run>("run");
-      if (!document.activeElement?.closest(".filters")) await show();
+      const top = document.querySelector("main")?.scrollTop ?? 0;
+      await show();
+      document.querySelector("main")!.scrollTop = top;
     }
   }
 }
@@ -170,6 +174,7 @@ async function start(): Promise<void> {
   run = await get<Run>("run");
   addEventListener("hashchange", () => void show());
   addEventListener("keydown", key);
+  whenColorsChange(() => panel?.canvas.restyle());
   await show();
   await watch();
 }

@@ -51,19 +51,21 @@ export class TreeCanvas {
     this.element.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     this.context = this.element.getContext("2d", { alpha: false })!;
     new ResizeObserver(() => this.resize()).observe(this.element);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.restyle());
-    matchMedia("print").addEventListener("change", () => { this.restyle(); this.draw(); });
   }
 
-  /** Read the colours of the page's theme again. */
+  /** Draw in the colours that the page has now. */
   restyle(): void {
+    this.readColors();
+    this.draw();
+  }
+
+  private readColors(): void {
     const names = [...this.tree.colors, "--page", "--card", "--ink", "--muted", "--rule", "--accent"];
     const probes = names.map((name) => h("span", { "--t": `var(${name})` }));
     const probe = h("span", { class: "probe" }, probes);
     this.element.parentElement!.append(probe);
     names.forEach((name, place) => { this.colors[name] = getComputedStyle(probes[place]).color; });
     probe.remove();
-    this.redraw();
   }
 
   /** Show the whole tree, or, where that leaves no room for words, all its rows as dots. */
@@ -174,7 +176,7 @@ export class TreeCanvas {
     this.onPaper = matchMedia("print").matches;
     if (this.onPaper) this.fit();
     if (first) {
-      this.restyle();
+      this.readColors();
       this.fit();
       // A tree of a few screens opens where its words can be read; a larger one as a whole.
       if (this.rowHeight < 34 && this.layout.rows * 34 < 4 * this.height) {
@@ -464,6 +466,11 @@ export class TreeCanvas {
     else return;
     event.preventDefault();
   }
+}
+
+/** Call something when the system turns dark or light, and around printing. */
+export function whenColorsChange(act: () => void): void {
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", act);
 }
 
 const FONT = 'ui-sans-serif, -apple-system, "Segoe UI", "Helvetica Neue", Arial, "Liberation Sans", sans-serif';

@@ -7,8 +7,6 @@ import { MARKS, type Tree, VERDICTS, colorName, words } from "./tree";
 export interface TreePanel {
   element: HTMLElement;
   canvas: TreeCanvas;
-  selected(): number;
-  select(thought: number): void;
 }
 
 /** What the colours and sizes mean, with the types that are in the tree. */
@@ -70,5 +68,5 @@ export function treePanel(tree: Tree, start: number, changed: (thought: number) 
   count();
   show(start);
   canvas.select(start);
-  return { element, canvas, selected: () => selected, select: (thought) => { show(thought); canvas.select(thought); } };
+  return { element, canvas };
 }

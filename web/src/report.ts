@@ -1,4 +1,5 @@
 /** The trees of report.html: each canvas from the data in the page, with nothing asked of anybody. */
+import { whenColorsChange } from "./canvas";
 import { treePanel } from "./panel";
 import { Tree, type TreeJson } from "./tree";
 
@@ -6,5 +7,7 @@ const data = JSON.parse(document.getElementById("cotree-data")!.textContent!) as
 document.body.dataset.maths = "mathml";
 for (const place of document.querySelectorAll<HTMLElement>("[data-tree]")) {
   const tree = new Tree(data[Number(place.dataset.tree)]);
-  place.replaceChildren(treePanel(tree, tree.best(), () => null).element);
+  const { element, canvas } = treePanel(tree, tree.best(), () => null);
+  place.replaceChildren(element);
+  whenColorsChange(() => canvas.restyle());
 }

@@ -68,8 +68,8 @@ class Client:
     silence: an attempt also ends when the server has answered no request at all for so many seconds.
     attempts, patience: no new attempt after this many, or this many seconds after the first failure.
     backoff: seconds; the k-th repetition waits uniform(0, min(15, backoff * 2**(k-1))), or what `Retry-After` asks.
-    takeover: a server that has only failed for so many seconds is lost: other servers of the model are asked in its
-        place, and one request at a time tries whether it is back, as often.
+    takeover: a server that cannot be reached, or has only failed for so many seconds, is lost: other servers of the
+        model are asked in its place, and one request at a time tries whether it is back, as often.
     ended: says why no request will ever be answered again, "" while some may; the server is then lost at once.
     on_problem: told in one line that requests fail and are repeated, at once and then every minute while they do; by
         default a warning of the module's logger, which Python writes to stderr.
@@ -99,7 +99,7 @@ class Client:
 
     def __post_init__(self) -> None:
         self._root = _root_url(self.name, self.url)
-        self.url = str(self._root)
+        self.url, self._urls = str(self._root), dict[str, URL]()
         self.api_key = (self.api_key or "").strip()
         if not (self.api_key.isascii() and self.api_key.isprintable()):
             fault = "its API key has characters that no HTTP header can carry; set it again"
@@ -109,7 +109,8 @@ class Client:
         self._failing_since: float | None = None
         self._heard = self._trial = 0.0  # when the last good reply came; from when on a lost server is tried again
         self._told = -math.inf  # when `on_problem` was
-        self._silences: set[asyncio.Timeout] = set()
+        self._since: dict[asyncio.Timeout, float] = {}  # of each attempt that silence would end, when it began
+        self._silence_timer: asyncio.TimerHandle | None = None
         self._slots = asyncio.Semaphore(self.max_in_flight)
         self._jitter = random.Random()  # its own, so that nobody's seeded global generator moves
         self._session: aiohttp.ClientSession
@@ -117,10 +118,13 @@ class Client:
     async def __aenter__(self) -> Self:
         # The semaphore limits requests in flight; a second limit in the connector would only hide the queue from it.
         connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=cookies)
+        connecting = aiohttp.ClientTimeout(sock_connect=_CONNECT_SECONDS)
+        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=cookies, timeout=connecting)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
         await self._session.close()
 
     def __str__(self) -> str:
@@ -137,20 +141,22 @@ class Client:
         """Generate `request.n` samples, with retries. Cancelling closes the connection and frees the slot.
 
         Args:
-            others: more servers of the model; while this one is lost, the first of them that is not is asked.
+            others: more servers of the model; while this one is lost, or has no place free and another has, the first
+                of them that is not and has is asked.
 
         Raises:
             CotreeError: the server refuses the request or would give the same reply again, or no attempt is left.
         """
         servers, tries = (self, *others), _Tries(self.attempts, self.patience)
         while True:
-            server = next((s for s in servers if not s.lost), None) or min(servers, key=lambda s: s._trial)
+            ready = [s for s in servers if not s.lost] or [min(servers, key=lambda s: s._trial)]
+            server = next((s for s in ready if not s._slots.locked()), ready[0])
             async with server._slots:
                 if server.lost and not all(s.lost for s in servers):
                     continue  # it was lost while this request waited for a slot
                 server.counters.repeats += tries.made > 0
                 seconds = server.timeout + server.seconds_per_token * request.max_tokens * request.n
-                attempt = partial(server._attempt, request, _limits(min(seconds, server.longest)))
+                attempt = partial(server._attempt, request, min(seconds, server.longest))
                 result = await server._repeated(attempt, tries, servers)
             if isinstance(result, Completion):
                 return result
@@ -198,14 +204,11 @@ class Client:
         now = time.monotonic()
         if not isinstance(result, Failure):
             self._failing_since, self._heard = None, now
-            for limit in self._silences if self.silence else ():
-                if not limit.expired():
-                    limit.reschedule(asyncio.get_running_loop().time() + (self.silence or 0.0))
         elif result.wait is not None and result.counted is None:
             self.problem, self._trial = result.reason, now + max(self.takeover, result.wait)
             if self._failing_since is None:
                 self._failing_since = max(started, self._heard)
-            if result.wait > self.takeover:  # it asks to be left alone for longer
+            if result.wait > self.takeover or result.unreached:  # it asks to be left alone for longer, or is not there
                 self._failing_since = -math.inf
 
     async def find_problem(self, mode: RequestMode = "completions") -> str:
@@ -218,9 +221,9 @@ class Client:
         Args:
             mode: how the model will be asked.
         """
-        limits, served = _limits(2 * _CONNECT_SECONDS), list[str]()
+        seconds, served = 2 * _CONNECT_SECONDS, list[str]()
         tries = _Tries(self.attempts, self.patience)
-        result: object = await self._repeated(partial(self._listed_models, limits), tries)
+        result: object = await self._repeated(partial(self._listed_models, seconds), tries)
         if isinstance(result, list):
             served = result
             if self.model in served:
@@ -229,7 +232,7 @@ class Client:
             messages = () if rendered else (("user", "Hi"),)
             request = Request("Hi" if rendered else "", messages=messages, scores=mode == "pooling")
             tries = _Tries(self.attempts, self.patience)
-            result = await self._repeated(partial(self._attempt, request, limits), tries)
+            result = await self._repeated(partial(self._attempt, request, seconds), tries)
         if not isinstance(result, Failure):
             return ""
         if result.unreached or result.wait is not None:
@@ -243,22 +246,22 @@ class Client:
             advice = "start the server or correct the recipe's `url`"
         return f"{self}: {result.reason}; {advice}, then run the same command again"
 
-    async def _listed_models(self, limits: aiohttp.ClientTimeout) -> list[str] | Failure:
+    async def _listed_models(self, seconds: float) -> list[str] | Failure:
         """The names that the server lists, none where it has no such page."""
-        reply = await self._exchange("v1/models", limits, _LISTING_BYTES)
+        reply = await self._exchange("v1/models", seconds, _LISTING_BYTES)
         if isinstance(reply, Failure):
             return replace(reply, wait=None) if reply.unreached else reply
         if reply.status in (200, 404, 405, 501):
             return model_names(reply.content)
         return self._refusal(reply, reply.status)
 
-    async def _attempt(self, request: Request, limits: aiohttp.ClientTimeout) -> Completion | Failure:
+    async def _attempt(self, request: Request, seconds: float) -> Completion | Failure:
         """Send the request once and count its tokens; raises only when cancelled."""
         self.counters.requests += 1
         started = time.perf_counter()
         body = request.body(self.model, self.omit, self.rename)
         try:
-            reply = await self._exchange(request.path, limits, most_bytes(request), body)
+            reply = await self._exchange(request.path, seconds, most_bytes(request), body)
         except asyncio.CancelledError:
             self._count_prompt(request)
             raise
@@ -273,19 +276,16 @@ class Client:
             self._count_prompt(request)
             fix = "check `url`, and that no login page or proxy answers in the server's place"
             return Failure(f"the reply is not JSON ({self._excerpt(reply) or 'it is empty'}): {fix}", None)
-        result = read_reply(reply.content, request, self.count_tokens)
+        result = read_reply(reply.content, request, self.count_tokens, time.perf_counter() - started)
         counted = result if isinstance(result, Completion) else result.counted
         if counted is None:
             self._count_prompt(request)
         else:
             self.counters.add(counted)
-        seconds = time.perf_counter() - started
-        return replace(result, seconds=seconds) if isinstance(result, Completion) else result
+        return result
 
-    async def _exchange(
-        self, path: str, limits: aiohttp.ClientTimeout, most: int, body: bytes | None = None
-    ) -> _Reply | Failure:
-        """Post a body, or get a page, of which at most `most` bytes are read.
+    async def _exchange(self, path: str, seconds: float, most: int, body: bytes | None = None) -> _Reply | Failure:
+        """Post a body, or get a page, of which at most `most` bytes are read within so many seconds.
 
         A failure is a value because the exceptions of aiohttp hold the headers and must not travel on.
         """
@@ -293,26 +293,51 @@ class Client:
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        send = partial(self._session.request, "GET" if body is None else "POST", self._root / path, data=body)
-        silence = asyncio.timeout(self.silence)
+        url = self._urls.get(path) or self._urls.setdefault(path, self._root / path)
+        send = partial(self._session.request, "GET" if body is None else "POST", url, data=body)
+        # One timer for the whole attempt: aiohttp's own costs more, and cannot be ended early.
+        limit = asyncio.timeout(seconds)
         try:
-            async with silence:
-                self._silences.add(silence)
+            async with limit:
+                self._watch_for_silence(limit)
                 # A redirected POST would become a GET, and the key would go wherever it points.
-                async with send(headers=headers, proxy=self._proxy, timeout=limits, allow_redirects=False) as reply:
+                async with send(headers=headers, proxy=self._proxy, allow_redirects=False) as reply:
                     try:
                         await reply.content.readexactly(most + 1)
                     except asyncio.IncompleteReadError as whole:
                         return _Reply(reply.status, whole.partial, reply.headers.get("Retry-After"))
                     return Failure(f"the reply is longer than the {most:,} bytes that it can need", None)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if silence.expired():
+            if not limit.expired():
+                return _connection_failure(error)
+            if self.silence is not None and limit not in self._since:
                 return Failure(f"no answer to any request for {self.silence:g} s")
-            failure = _connection_failure(error, limits)
-            hint = "; raise the model's `timeout` if it is only slow" if limits.total == self.longest else ""
-            return replace(failure, reason=failure.reason + hint) if isinstance(error, TimeoutError) else failure
+            hint = "; raise the model's `timeout` if it is only slow" if seconds == self.longest else ""
+            return Failure(f"no answer within {seconds:.0f} s{hint}")
         finally:
-            self._silences.discard(silence)
+            self._since.pop(limit, None)
+
+    def _watch_for_silence(self, attempt: asyncio.Timeout) -> None:
+        """End the attempt, too, when the server has answered nothing for `silence` seconds."""
+        if self.silence is not None:
+            self._since[attempt] = time.monotonic()
+            if self._silence_timer is None:
+                self._end_silent_attempts()
+
+    def _end_silent_attempts(self) -> None:
+        """End the attempts that have seen nothing but silence, and look again when the next of them may have.
+
+        One timer a server: moving a timer of every attempt at every reply would cost more than the reply.
+        """
+        assert self.silence is not None
+        now, self._silence_timer = time.monotonic(), None
+        for attempt in [each for each, since in self._since.items() if max(since, self._heard) + self.silence <= now]:
+            del self._since[attempt]
+            if not attempt.expired():
+                attempt.reschedule(0.0)
+        if self._since:
+            wait = max(next(iter(self._since.values())), self._heard) + self.silence - now
+            self._silence_timer = asyncio.get_running_loop().call_later(wait, self._end_silent_attempts)
 
     def _count_prompt(self, request: Request) -> None:
         """Count the prompt of an attempt that the server may have worked on, but whose tokens it will not report."""
@@ -412,11 +437,7 @@ def _root_url(name: str, url: str) -> URL:
     return URL(str(base).rstrip("/").removesuffix("/v1").rstrip("/"))
 
 
-def _limits(seconds: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT_SECONDS)
-
-
-def _connection_failure(error: Exception, limits: aiohttp.ClientTimeout) -> Failure:
+def _connection_failure(error: Exception) -> Failure:
     """Why there is no reply; another attempt is of no use where TLS is not trusted or a proxy refuses for good."""
     if isinstance(error, aiohttp.ClientSSLError):
         return Failure(f"no trusted TLS connection ({one_line(str(error))})", wait=None)
@@ -426,8 +447,6 @@ def _connection_failure(error: Exception, limits: aiohttp.ClientTimeout) -> Fail
     reason = one_line(getattr(reason, "strerror", None) or str(reason)) or type(error).__name__
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return Failure(f"cannot connect ({reason})", unreached=True)
-    if isinstance(error, TimeoutError):
-        return Failure(f"no answer within {limits.total:.0f} s")
     return Failure(f"the connection broke ({reason})")
 
 

@@ -2,7 +2,7 @@
 own, others reached over HTTP.
 
 Whoever asks for a completion sees only an `Endpoint`. A question stays with one server of a model, so that its prompts
-stay in that server's cache; while that server is lost, others stand in.
+stay in that server's cache; while that server is lost, or full while another is not, others stand in.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Endpoint:
         return ("\nQuestion:",) if self.kind == "base" else ()
 
     def servers_for(self, question: str) -> list[Client]:
-        """The server that a question stays with, then those that stand in for it in this order while it is lost.
+        """The server that a question stays with, then those that stand in for it in this order.
 
         By rendezvous hashing: another server takes over only its own share.
         """
@@ -85,7 +85,7 @@ class Endpoint:
         return sorted(self.clients, key=rank, reverse=True)
 
     async def complete(self, request: Request, question: str) -> Completion:
-        """Ask the server that the question stays with, or the one that stands in for it while it is lost.
+        """Ask the server that the question stays with, or the one that stands in for it while it is lost or full.
 
         Raises:
             CotreeError: as `Client.complete`.
@@ -96,7 +96,7 @@ class Endpoint:
     @property
     def lost(self) -> list[str]:
         """The servers in whose place others are asked now, each with the reason."""
-        return [f"{client}: {client.problem}" for client in self.clients if client.lost]
+        return [f"{client}: {client.problem}" for client in self.clients if client.lost and len(self.clients) > 1]
 
     @property
     def cost(self) -> float | None:

@@ -64,8 +64,9 @@ class Model(Section):
         which writes nothing and scores the steps of a chain.
     max_in_flight: requests a server at once; a large server is used better with more, a small one only queues them.
     timeout: the most seconds that a request may take at a server (a minute and half a second a token, where that is
-        less); then it is sent once more. Of several servers, one that has answered nothing at all for a third of it, or
-        that only fails for 30 s, is lost: the others are asked in its place, until it answers again. Of `engine: vllm`
+        less); then it is sent once more. Of several servers, one that has answered nothing at all for a third of it,
+        that only fails for 30 s or cannot be reached, is lost: the others are asked in its place, until it answers
+        again. Of `engine: vllm`
         also the most seconds until it is ready.
     omit: parameters that the server refuses and that are not sent; its own values then hold, so this is content.
     rename: other names for parameters that it knows by them (`{max_tokens: max_completion_tokens}`); the values are the

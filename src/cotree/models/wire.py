@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from cotree.base.progress import one_line
@@ -114,7 +115,7 @@ class Request:
 
     def prompt_text(self) -> str:
         """The text that the model reads, without what a server's chat template adds: for counting tokens."""
-        return "\n".join([*(content for _, content in self.messages), self.prompt])
+        return "\n".join([*(content for _, content in self.messages), self.prompt]) if self.messages else self.prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +151,15 @@ class Completion:
 
     def to_json(self) -> str:
         """One line for the journal."""
-        line = asdict(self)
-        line["choices"] = [[value for value in astuple(choice) if value is not None] for choice in self.choices]
-        del line["misreported"]
+        # Field by field, because `asdict` copies each value and costs more than the rest.
+        choices = [(choice.text, choice.finish_reason, choice.tokens, choice.logprob) for choice in self.choices]
+        line = {
+            "choices": [choice if choice[-1] is not None else choice[:-1] for choice in choices],
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "seconds": self.seconds,
+        }
         return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
@@ -212,9 +219,11 @@ class Failure:
     refused: str = ""
 
 
-def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], int]) -> Completion | Failure:
-    """Check a reply with HTTP 200 and count its tokens, with `count_tokens` where the server reports none that can be
-    true."""
+def read_reply(
+    content: bytes, request: Request, count_tokens: Callable[[str], int], seconds: float = 0.0
+) -> Completion | Failure:
+    """Check a reply with HTTP 200, which took so long, and count its tokens, with `count_tokens` where the server
+    reports none that can be true."""
     payload, asked = _json_object(content), request.prompt_text()
     usage = _mapping(payload.get("usage"))
     # A chat template adds to the prompt, and some servers count a token more for each choice.
@@ -225,12 +234,11 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
     misreported = _IMPOSSIBLE in (prompt_tokens, reported, cached_tokens)
     if prompt_tokens in (None, _IMPOSSIBLE):
         prompt_tokens = count_tokens(asked)
-    unread = Completion((), prompt_tokens, 0, 0, misreported=misreported)
     reported = max(reported or 0, 0)
-    if request.scores:
-        return _read_scores(payload, unread)
-    if not isinstance(payload.get("choices"), list):
-        return Failure("the reply is not JSON with choices", counted=unread)
+    if request.scores or not isinstance(payload.get("choices"), list):
+        unread = Completion((), prompt_tokens, 0, 0, seconds, misreported)
+        no_choices = Failure("the reply is not JSON with choices", counted=unread)
+        return _read_scores(payload, unread) if request.scores else no_choices
     # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
     each = reported if request.n == 1 else 0
     read = [_read_choice(_mapping(entry), request, count_tokens, each) for entry in payload["choices"][: request.n]]
@@ -240,7 +248,7 @@ def read_reply(content: bytes, request: Request, count_tokens: Callable[[str], i
         failure = Failure(f"{len(choices)} choices came back for n={request.n}")
     cached_tokens = min(max(cached_tokens or 0, 0), prompt_tokens)
     completion_tokens = max(reported, sum(choice.tokens for choice in choices))
-    completion = Completion(choices, prompt_tokens, cached_tokens, completion_tokens, misreported=misreported)
+    completion = Completion(choices, prompt_tokens, cached_tokens, completion_tokens, seconds, misreported)
     return completion if failure is None else replace(failure, counted=completion)
 
 
@@ -365,6 +373,7 @@ def error_message(content: bytes | str) -> str:
     return one_line(str(message or (content if isinstance(content, str) else content.decode("utf-8", "replace"))))
 
 
+@lru_cache(maxsize=1)  # of one reply the status, the form and the choices are read; nobody changes it
 def _json_object(content: bytes | str) -> dict[str, Any]:
     """The JSON object of a reply, an empty one for anything else (endless brackets included)."""
     try:

@@ -22,6 +22,8 @@ from cotree.base.atomic import explain_write_errors
 from cotree.base.errors import CotreeError, UsageError
 from cotree.search.rescue import Value, commits_are_lost, readable_rows
 
+# A larger file is not read through whenever it is opened; what it holds is checked where it is read.
+LARGE = 2**25  # bytes
 _TYPES = {"TEXT": str, "INTEGER": int, "REAL": int | float, "BLOB": bytes}
 
 
@@ -86,15 +88,24 @@ class Database(ABC):
         self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
         try:
             self._check_schema()
-            if not self.reading:
+            if not self.reading and (not self._is_large() or self._suspected.exists()):
                 (fault,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
                 if fault != "ok" or self.damaged_items():
                     raise sqlite3.DatabaseError("some of it is not as it was stored")
+                self._suspected.unlink(missing_ok=True)
         except Exception as error:
             self.__exit__()
             if isinstance(error, ValueError):  # a damaged name in what SQLite says, or a version that is no number
                 raise sqlite3.DatabaseError("its schema cannot be read") from None
             raise
+
+    def _is_large(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size > LARGE
+
+    @property
+    def _suspected(self) -> Path:
+        """The mark beside a large file in which damage was found: whoever opens it to write reads it through first."""
+        return self.path.with_name(f"{self.path.name}.suspected")
 
     def _copied(self) -> Path:
         """A copy of the file and its `-wal` in a folder that is there while this is open."""
@@ -166,6 +177,7 @@ class Database(ABC):
             with suppress(FileNotFoundError):
                 Path(f"{self.path}{end}").rename(aside + end)
         Path(draft).replace(self.path)
+        self._suspected.unlink(missing_ok=True)
         self.lost = len(lost)
         names = list(filter(None, dict.fromkeys(lost.values())))
         of = f", not those of {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
@@ -216,6 +228,9 @@ class Database(ABC):
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorname", "")
             if _is_damage(error) and code != "SQLITE_NOTADB":
+                if self._is_large():
+                    with suppress(OSError):  # of a folder that may only be read
+                        self._suspected.touch()
                 fix = "`cotree run` on its run moves it aside and keeps all that can be read"
                 raise UsageError(f"{self.path} is damaged ({error}); {fix}") from None
             if not isinstance(error, sqlite3.OperationalError):

@@ -148,8 +148,10 @@ class Growth:
         """Make up to `leaves_per_round` rollouts at once, and merge them in the order in which they were asked."""
         rollouts, before = self.search.ask(self.settings.leaves_per_round), len(self.search.leaves)
         async with asyncio.TaskGroup() as group:
-            for rollout in rollouts:
+            for rollout in rollouts[1:]:
                 group.create_task(self._write_rollout(rollout))
+            for rollout in rollouts[:1]:  # here, because a task of its own costs as much as reading a reply
+                await self._write_rollout(rollout)
         for rollout in rollouts:
             self.search.tell(rollout)
         for answer in await self.scorer.answers_to_reflect_on(self, self.search.leaves[before:]):

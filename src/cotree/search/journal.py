@@ -7,11 +7,12 @@ the run: trees of all settings share it, and it outlives them.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,6 @@ class Journal(Database):
         "CREATE TABLE shares (name TEXT PRIMARY KEY, rollouts INTEGER NOT NULL) WITHOUT ROWID",
     )
 
-    def __init__(self, path: Path, *, reading: bool = False) -> None:
-        super().__init__(path, reading=reading)
-        # A new search asks nothing twice, so most look-ups would find nothing: 32 bytes a completion say which do.
-        with self._guard():
-            self.keys = {key for (key,) in self._db.execute("SELECT key FROM completions")}
-
     def damaged_items(self) -> dict[bytes, str]:
         """The keys of completions that are not as they were added, each with the question that asked first."""
         return _damaged(self._db.execute("SELECT key, question, tokens, completion, checksum FROM completions"))
@@ -65,10 +60,11 @@ class Journal(Database):
             "UPDATE completions SET checksum = checksum(key, question, tokens, completion) WHERE checksum IS NULL"
         )
 
-    def insert(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
-        """Insert rows into tables, all or none of them; a row whose key is there already stays as it is."""
-        super().insert(rows)
-        self.keys.update(row[0] for row in rows.get("completions", ()))
+    def lacking(self, keys: Iterable[bytes]) -> Iterator[bytes]:
+        """Those of some keys that it has no completion of."""
+        for key in keys:
+            if next(self.execute("SELECT 1 FROM completions WHERE key = ?", (key,)), None) is None:
+                yield key
 
     @property
     def questions(self) -> set[str]:
@@ -77,23 +73,23 @@ class Journal(Database):
 
     def recall(self, key: bytes) -> Completion | None:
         """The completion of a request, None where it was never answered."""
-        if key not in self.keys:
-            return None
         with self._guard():
-            row = self._db.execute("SELECT completion FROM completions WHERE key = ?", (key,)).fetchone()
-        return Completion.from_json(row[0])
+            row = self._db.execute("SELECT * FROM completions WHERE key = ?", (key,)).fetchone()
+            if row is not None and _damaged([row]):
+                raise sqlite3.DatabaseError(f"a completion of {row[1]} is not as it was stored")
+        return None if row is None else Completion.from_json(row[3])
 
-    def add(self, key: bytes, question: str, completion: Completion) -> None:
-        """Keep a completion; committed when this returns. The first one under a key stays.
+    def add(self, completions: Iterable[tuple[bytes, str, Completion]]) -> None:
+        """Keep completions; all are committed when this returns, or none is. The first one under a key stays.
 
         Args:
-            key: of the request and the model's identity (`Request.key`).
-            question: whose tree asked first (`question_name`).
+            completions: each with the key of its request and the model's identity (`Request.key`), and the question
+                whose tree asked first (`question_name`).
         """
-        row = (key, question, completion.completion_tokens, completion.to_json())
+        rows = [(key, question, said.completion_tokens, said.to_json()) for key, question, said in completions]
+        sealed = [(*row, checksum(*row)) for row in rows]
         with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
-        self.keys.add(key)
+            self._db.executemany("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?)", sealed)
 
     def add_uses(self, tree_id: str, keys: Iterable[bytes]) -> None:
         """Note which completions a finished tree is made of."""
@@ -109,7 +105,12 @@ class Journal(Database):
         place = os.path.relpath(store, self.path.parent)
         with self._transaction():
             rows = [(place, question, tree_id) for question, tree_id in trees.items()]
-            self._db.executemany("INSERT OR REPLACE INTO current VALUES (?, ?, ?)", rows)
+            # Most stand there already after a resume, and writing is dearer than looking.
+            self._db.executemany(
+                """INSERT INTO current VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET tree_id = excluded.tree_id
+                WHERE tree_id != excluded.tree_id""",
+                rows,
+            )
 
     def unused(self, questions: Collection[str]) -> dict[bytes, int]:
         """The completions of these questions (`question_name`) that no current tree of any store uses: the tokens of
@@ -168,10 +169,14 @@ class Progress:
 
 
 class SearchModels:
-    """The open models of a search; with a journal, a request that was answered before is not sent again."""
+    """The open models of a search; with a journal, a request that was answered before is not sent again.
+
+    `progress` is up to date in its costs, repeats and lost servers when `note_servers` was called.
+    """
 
     def __init__(self, endpoints: Mapping[str, Endpoint], journal: Journal | None = None) -> None:
         self.endpoints, self.journal, self.progress = endpoints, journal, Progress()
+        self._arrived: list[tuple[tuple[bytes, str, Completion], asyncio.Future[None]]] = []
 
     async def complete(self, model: str, request: Request, question: str) -> tuple[bytes, Completion]:
         """The completion of a request and its key, from the journal or from the model and then into the journal.
@@ -187,12 +192,40 @@ class SearchModels:
             return key, recalled
         completion = await endpoint.complete(request, question)
         if self.journal is not None:
-            self.journal.add(key, question, completion)
+            await self._keep(key, question, completion)
         progress.calls += 1
         progress.tokens += completion.completion_tokens
-        progress.cost = sum(used.cost or 0.0 for used in self.endpoints.values())
-        counters = [client.counters for used in self.endpoints.values() for client in used.clients]
+        return key, completion
+
+    async def _keep(self, key: bytes, question: str, completion: Completion) -> None:
+        """Wait until a completion is in the journal. What arrives at the same moment is committed together, because a
+        commit costs as much as several completions."""
+        loop = asyncio.get_running_loop()
+        if not self._arrived:
+            loop.call_soon(self._commit)
+        kept = loop.create_future()
+        self._arrived.append(((key, question, completion), kept))
+        await kept
+
+    def _commit(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        error: Exception | None = None
+        try:
+            assert self.journal is not None
+            self.journal.add([completion for completion, _ in arrived])
+        except Exception as fault:  # noqa: BLE001 - whoever waits raises it
+            error = fault
+        for kept in [kept for _, kept in arrived if not kept.done()]:  # a cancelled task waits no more
+            if error is None:
+                kept.set_result(None)
+            else:
+                kept.set_exception(error)
+
+    def note_servers(self) -> None:
+        """Bring into `progress` what the requests cost, how many were repeated, and which servers are lost."""
+        progress, endpoints = self.progress, self.endpoints.values()
+        counters = [client.counters for endpoint in endpoints for client in endpoint.clients]
+        progress.cost = sum(endpoint.cost or 0.0 for endpoint in endpoints)
         progress.repeats = sum(each.repeats for each in counters)
         progress.misreported = sum(each.misreported for each in counters)
-        progress.lost = [server for used in self.endpoints.values() for server in used.lost]
-        return key, completion
+        progress.lost = [server for endpoint in endpoints for server in endpoint.lost]

@@ -43,7 +43,8 @@ def merge_journals(sources: Iterable[Path], target: Path) -> int:
     with Journal(target) as into:
         for path in sources:
             with Journal(path, reading=True) as source:
-                new += copy_items(source, into, [key for key in source.keys if key not in into.keys])
+                keys = (key for (key,) in source.execute("SELECT key FROM completions"))
+                new += copy_items(source, into, into.lacking(keys))
                 for table in ("uses", "current", "shares"):
                     rows = source.execute(f"SELECT * FROM {table}")  # noqa: S608
                     while batch := list(islice(rows, _BATCH)):
@@ -60,8 +61,8 @@ def take_completions(sources: Iterable[Path], journal: Journal, questions: Colle
                 source.execute("SELECT key FROM completions WHERE question = ?", (name,))
                 for name in sorted(source.questions.intersection(questions))
             )
-            keys = [key for (key,) in chain.from_iterable(rows) if key not in journal.keys]
-            new += copy_items(source, journal, keys)
+            keys = (key for (key,) in chain.from_iterable(rows))
+            new += copy_items(source, journal, journal.lacking(keys))
     return new
 
 

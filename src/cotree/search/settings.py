@@ -65,6 +65,10 @@ class Thought(Section):
         return self
 
 
+# Of the types that a recipe says nothing of; every request of a search looks at it.
+_SHIPPED_WAY = Thought()
+
+
 class Stop(Section):
     """When a tree has had enough before its rollouts are spent. Chains count once however often they were written.
 
@@ -167,7 +171,7 @@ class Search(Section):
 
     def thought(self, thought_type: str) -> Thought:
         """How thoughts of a type are written; by default the shipped way."""
-        return self.thoughts.get(thought_type, Thought())
+        return self.thoughts.get(thought_type, _SHIPPED_WAY)
 
     def ends_of(self, thought_type: str) -> str:
         """Where thoughts of a type end; an answer, and fixed words, are lines."""

@@ -78,10 +78,10 @@ def _unused(journal: Journal, beside: Sequence[Path], names: Sequence[str]) -> d
     for path in beside:
         with Journal(path, reading=True) as other:
             by_path[path] = other.unused(sorted(other.questions.intersection(names)))
-            found |= {key: tokens for key, tokens in by_path[path].items() if key not in journal.keys}
+            found |= {key: by_path[path][key] for key in journal.lacking(by_path[path])}
     for path in beside if found else ():
         with Journal(path, reading=True) as other:
-            used = [key for key in found if key in other.keys and key not in by_path[path]]
+            used = found.keys() - by_path[path].keys() - set(other.lacking(found))
         for key in used:
             del found[key]
     return {"completions": len(found), "tokens": sum(found.values())}

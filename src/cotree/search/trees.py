@@ -10,11 +10,12 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cotree.base.errors import UsageError
+from cotree.base.garbage import seldom_collected
 from cotree.models.endpoints import Endpoint
 from cotree.search.growth import Growth
 from cotree.search.journal import Journal, Progress, SearchModels
@@ -27,6 +28,8 @@ from cotree.search.thoughts import chain_text, names_of_turns, question_name
 from cotree.tasks import Question, Task
 from cotree.tasks.base import VERDICT_VERSION, Asked
 from cotree.tasks.extract import visible_text
+
+T = TypeVar("T")
 
 
 class Turn(NamedTuple):
@@ -44,7 +47,7 @@ def turns_of(store: Stores, questions: Sequence[Asked], config: str) -> Iterator
     for task, first in questions:
         question: Question | None = first
         while question is not None:
-            tree_id = hashlib.sha256(f"{tree_key(task, question)}/{config}".encode()).hexdigest()[:16]
+            tree_id = tree_id_of(task, question, config)
             yield Turn(task, question, tree_id, tree_id in finished)
             replied = question.later and tree_id in finished
             question = question.follow_up(_best_reply(task, store.tree(tree_id))) if replied else None
@@ -59,6 +62,11 @@ def turns_left(store: Stores, questions: Sequence[Asked], config: str) -> list[s
     """The names (`question_name`) of the turns of these questions whose trees are still to be grown."""
     left = (turn.question for turn in turns_of(store, questions, config) if not turn.finished)
     return [name for question in left for name in names_of_turns(question)]
+
+
+def tree_id_of(task: Task, question: Question, config: str) -> str:
+    """The id that a question's tree has under the settings of which `config` is the hash."""
+    return hashlib.sha256(f"{tree_key(task, question)}/{config}".encode()).hexdigest()[:16]
 
 
 def tree_key(task: Task, question: Question) -> str:
@@ -107,7 +115,6 @@ class TreeGrower:
     def __post_init__(self) -> None:
         self.models = SearchModels(self.endpoints, self.journal)
         self.progress = self.models.progress
-        self._gate = asyncio.Semaphore(self.settings.trees_in_flight)
 
     async def grow(self, questions: Sequence[Asked]) -> Progress:
         """Grow a tree for every question, and for every later turn of its conversation, that the store has none for.
@@ -124,9 +131,10 @@ class TreeGrower:
         # Family after family: its trees share their worked examples, which then stay warm in the servers' caches.
         questions = sorted(questions, key=lambda asked: (asked[0].name, asked[1].family))
         # A later turn's question holds the reply of the tree before.
-        for number in range(max((1 + len(question.later) for _, question in questions), default=0)):
-            turns = turns_of(self.store, questions, self.config)
-            await self._grow_turns({turn.tree_id: turn for turn in turns if turn.question.turn == number})
+        with seldom_collected():
+            for number in range(max((1 + len(question.later) for _, question in questions), default=0)):
+                turns = turns_of(self.store, questions, self.config)
+                await self._grow_turns({turn.tree_id: turn for turn in turns if turn.question.turn == number})
         return self.progress
 
     async def _grow_turns(self, turns: Mapping[str, Turn]) -> None:
@@ -136,15 +144,34 @@ class TreeGrower:
         left = [turn for turn in turns.values() if not turn.finished]
         self.progress.trees += len(turns) - len(left)
         self.progress.trees_before += len(turns) - len(left)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._grow_tree(turn)) for turn in left]
-        grown = {turn.tree_id: task.result() for turn, task in zip(left, tasks, strict=True)}
-        unstored = {tree_id: growth for tree_id, growth in grown.items() if growth is not None}
+        unstored: dict[str, Growth] = {}
+
+        async def grow(turn: Turn) -> None:
+            if (growth := await self._grow_tree(turn)) is not None:
+                unstored[turn.tree_id] = growth
+
+        async def grow_further(tree_id: str) -> None:
+            growth = unstored[tree_id]
+            growth.search.rollouts_left += extra
+            await growth.run()
+            self._store_tree(tree_id, growth)
+
+        await self._at_once(grow, left)
         if unstored:
             extra = self._extra_rollouts(sorted(turns), len(unstored))
-            async with asyncio.TaskGroup() as group:
-                for tree_id, growth in unstored.items():
-                    group.create_task(self._grow_further(tree_id, growth, extra))
+            await self._at_once(grow_further, [turn.tree_id for turn in left if turn.tree_id in unstored])
+
+    async def _at_once(self, grow: Callable[[T], Awaitable[None]], items: Sequence[T]) -> None:
+        """Await `grow` of each item, `trees_in_flight` at once: a task for each of very many would fill the memory."""
+        waiting = iter(items)
+
+        async def work() -> None:
+            for item in waiting:
+                await grow(item)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self.settings.trees_in_flight, len(items))):
+                group.create_task(work())
 
     async def _grow_tree(self, turn: Turn) -> Growth | None:
         """Grow and store a tree; or return it unstored where `adaptive` has more rollouts for it.
@@ -153,24 +180,17 @@ class TreeGrower:
         want of rollouts alone.
         """
         settings, seed = self.settings, f"{self.seed}/{question_name(turn.question)}"
-        async with self._gate:
-            growth = Growth(turn.task, turn.question, self.models, settings, roles=settings.roles, seed=seed)
-            if settings.method == "sampling":
-                await self._sample(growth)
-            else:
-                await growth.run()
+        growth = Growth(turn.task, turn.question, self.models, settings, roles=settings.roles, seed=seed)
+        if settings.method == "sampling":
+            await self._sample(growth)
+        else:
+            await growth.run()
         both = {"correct", "wrong"} <= {leaf.verdict for leaf in growth.search.leaves}
         wants_more = both and growth.stopped is None and not growth.search.exhausted
         if settings.adaptive and settings.method == "mcts" and wants_more:
             return growth
         self._store_tree(turn.tree_id, growth)
         return None
-
-    async def _grow_further(self, tree_id: str, growth: Growth, rollouts: int) -> None:
-        async with self._gate:
-            growth.search.rollouts_left += rollouts
-            await growth.run()
-        self._store_tree(tree_id, growth)
 
     def _extra_rollouts(self, tree_ids: Sequence[str], growing: int) -> int:
         """Extra rollouts for each tree that is still growing, of the trees of a turn.
@@ -224,4 +244,5 @@ class TreeGrower:
         self.progress.trees += 1
         self.progress.thoughts += len(search.nodes) - 1
         self.progress.verdicts.update(str(leaf.verdict) for leaf in search.leaves)
+        self.models.note_servers()
         self.on_progress(self.progress)

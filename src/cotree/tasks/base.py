@@ -112,6 +112,7 @@ class Task(ABC):
     answer_form: `boxed`: an answer on one line in a box; `number`: the same, but it has no brace of its own, so the
         first brace ends it; `text`: free text of several lines up to the end of the turn.
     comparable: two answers can mean the same, so samples can vote; essays cannot.
+    waits: a verdict may take long or wait for another process, so it is given in a thread.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Task(ABC):
     generated: bool = True
     answer_form: AnswerForm = "boxed"
     comparable: bool = True
+    waits: bool = True
 
     def __init__(self, data: str | Path | None = None) -> None:
         """data: where a benchmark's rows are (`loading.load_rows`); UsageError for a generated task, which has none."""
@@ -171,7 +173,9 @@ class Task(ABC):
         return self.verify(answer, question)
 
     async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
-        """Run `judge` in a thread: some verdicts wait for another process, which must not block the event loop."""
+        """Run `judge`, in a thread where the verdict may wait, which must not block the event loop."""
+        if not self.waits:
+            return self.judge(question, completion, finish_reason)
         return await asyncio.to_thread(self.judge, question, completion, finish_reason)
 
     def content_of(self, question: Question) -> dict[str, Any]:

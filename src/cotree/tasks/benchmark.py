@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cache
 
 from cotree.base.errors import UsageError
 from cotree.base.rows import Row
@@ -61,6 +62,7 @@ class Benchmark(Task):
         return [question for question in questions if question is not None]
 
 
+@cache  # every tree looks at them twice
 def shipped_examples(section: str, prompt: str = "{question}") -> tuple[WorkedExample, ...]:
     """The worked examples of one section of `worked_examples.yaml`, each question put into `prompt`."""
     return tuple(worked_example(fields, prompt) for fields in packaged_yaml("worked_examples.yaml")[section])

@@ -65,6 +65,7 @@ class Blocksworld(Benchmark):
     name = "blocksworld"
     prompt_version = "blocksworld/planbench-zero-shot-1"
     description = "PlanBench: plans to restack 3 to 5 blocks, run in a simulator; training problems are generated"
+    waits = False
     source = Source("blocksworld.jsonl", "tasksource/planbench", "MIT", 600, ("task_1_plan_generation",), "train")
     answer_form = "text"
     generated = True

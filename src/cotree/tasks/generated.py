@@ -58,6 +58,7 @@ class Arithmetic(Task):
     name = "arithmetic"
     prompt_version = "arithmetic/boxed-1"
     answer_form = "number"
+    waits = False
     description = "sums, differences, products, the largest of three numbers"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
@@ -107,6 +108,7 @@ class Letters(Task):
     name = "letters"
     prompt_version = "letters/boxed-1"
     answer_form = "number"
+    waits = False
     description = "count a letter in a spelled-out word, counts drawn balanced"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:

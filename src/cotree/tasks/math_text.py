@@ -105,6 +105,7 @@ _CHOICE = re.compile(r"(?:(?i:option|choice|answer):?)?\(?([A-Z])[.):]?")
 _CHOICE_AND_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])(?!.*\([A-Z]\))[^,;&].*", re.DOTALL)
 _WORDS_ONLY = re.compile(r"(?:[^\W\d_]{2,}[\d.,;:'-]*)+")
 
+_PLAIN = re.compile("[0-9]+")
 # A decimal fraction of so many places is taken for an approximation.
 _APPROXIMATE_PLACES = 3
 _NUMBER = re.compile(
@@ -148,6 +149,8 @@ class Number:
 
 def normalize_answer(text: str) -> str:
     """An answer in plain LaTeX with ASCII digits, without currency, sizing, needless spaces, a unit, or a final dot."""
+    if _PLAIN.fullmatch(text):  # most answers are such, and nothing below would change them
+        return text
     text = _FRACTION_SIGN.sub(_latex_fraction, _RAISED.sub(_latex_raised, text))
     text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     text = _FOREIGN_DIGIT.sub(lambda digit: str(int(digit[0])), text)
@@ -186,6 +189,8 @@ def parse_number(text: str) -> Number | None:
 
 def same_number(left: str, right: str) -> bool:
     """Whether two answers are the same number, or the same text once both are normalized."""
+    if left == right:
+        return True
     left, right = normalize_answer(left), normalize_answer(right)
     gold, answer = parse_number(left), parse_number(right)
     return left == right or (gold is not None and answer is not None and gold.accepts(answer))
