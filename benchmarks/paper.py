@@ -86,16 +86,24 @@ def run_tables(
     for table, name in parts:
         models: list[str] = []
         for model in arms(recipe, name):
-            written = copy.deepcopy({**recipe.written})  # the file may be changed meanwhile
-            written["evaluations"][name]["models"] = [*models, model]
+            one_more = _asking(recipe, name, [*models, model])
             try:
-                folder = run(build_recipe(written), runs_dir, only=f"evaluations/{name}", output=Output())
+                folder = run(one_more, runs_dir, only=f"evaluations/{name}", output=Output())
             except UsageError as error:
                 left_out.append(f"{name}/{model}: {error}")
                 continue
             models.append(model)
             add_to_table(out / f"{table}.json", arm_entries(folder, file.stem, name, model))
     return left_out
+
+
+def _asking(recipe: Recipe, evaluation: str, models: Sequence[str]) -> Recipe:
+    """The recipe with these models alone in an evaluation, and in those that spend what it spent (`tokens_of`)."""
+    written = copy.deepcopy({**recipe.written})  # the file itself may be changed meanwhile
+    for name, entry in written["evaluations"].items():
+        if name == evaluation or entry.get("tokens_of") == evaluation:
+            entry["models"] = list(models)
+    return build_recipe(written)
 
 
 def _evaluations_of(recipe: Recipe, table: str) -> Iterator[str]:

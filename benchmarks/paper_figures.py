@@ -69,7 +69,7 @@ def _accuracies(rows: Sequence[Row], name: str, digest: str) -> str:
             panel.set_xlabel("%")
             panel.set_yticks(range(len(models)), [model for _, model in models])
             panel.set_ylim(len(models) - 0.5, -0.5)
-        panels[0].legend(fontsize=7, frameon=False)
+        _legend(canvas, panels[0])
         return _svg(canvas, digest)
 
 
@@ -88,17 +88,23 @@ def _training(students: Sequence[Row], name: str, digest: str) -> str:
         for panel, words in zip(panels, ("tokens a reply", "no answer %"), strict=True):
             panel.set_title(words, fontsize=8)
             panel.set_xlabel("optimizer step")
+            panel.xaxis.get_major_locator().set_params(integer=True)
             panel.set_ylim(bottom=0 if words.startswith("tokens") else -3)
-        panels[0].legend(fontsize=7, frameon=False)
+        _legend(canvas, panels[0])
         return _svg(canvas, digest)
 
 
 def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side, which share the labels of the first one's vertical axis where they fit."""
+    """A figure with so many panels side by side."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(2.0 + 2.6 * count, height))
     return canvas, list(canvas.subplots(1, count, squeeze=False)[0])
+
+
+def _legend(canvas: Any, panel: Any) -> None:
+    """What the lines and marks of the first panel, and so of all, mean, below them."""
+    canvas.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7, frameon=False)
 
 
 def _svg(canvas: Any, digest: str) -> str:

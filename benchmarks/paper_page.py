@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import paper_figures
 
 from cotree.base.atomic import write_text
-from cotree.base.numbers import ABSENT, duration, interval, number, percent, signed
+from cotree.base.numbers import ABSENT, duration, interval, number, percent
 from cotree.base.statistics import minimum_detectable_difference, wilson_interval
 
 TEMPLATE = Path(__file__).with_name("paper_page.md.jinja")
@@ -131,11 +131,13 @@ class Results:
             arms = [arm for arm in self.arms(tier) if arm.task == task]
             n, shares = min(arm.n for arm in arms), [arm.mean("accuracy") or 0.0 for arm in arms]
             nearest = min(shares, key=lambda share: abs(share - 0.5))
-            words.append(f"{task} {percent(minimum_detectable_difference(n, nearest))} points (n = {n})")
+            least = minimum_detectable_difference(n, nearest)
+            words.append(f"{task} {'none' if least is None else f'{percent(least)} points'} (n = {n})")
         return ", ".join(words)
 
     def beside(self, tier: str, model: str, other: str, key: str = "accuracy") -> str:
-        """A share of an arm beside another's, task by task, and whether so many questions can show the difference."""
+        """A share of another arm and of this one, task by task, and where so many questions cannot show the difference:
+        "arithmetic 50.0 → 20.0%, letters 25.0 → 20.0% (not shown)"."""
         words = []
         for task in self.tasks(tier):
             arms = self.arm(tier, model, task), self.arm(tier, other, task)
@@ -144,11 +146,9 @@ class Results:
             if len(shares) < 2 or arms[0] is None:
                 continue
             least = minimum_detectable_difference(arms[0].n, min(shares, key=lambda share: abs(share - 0.5)))
-            difference = shares[0] - shares[1]
-            shown = "shown" if least is not None and abs(difference) >= least else "not shown"
-            change = f"{percent(shares[1])} to {percent(shares[0])}%, {signed(100 * difference)} points"
-            words.append(f"{task} {change} ({shown}: {percent(least)} or more would)")
-        return "; ".join(words) or "not measured yet"
+            shown = least is not None and abs(shares[0] - shares[1]) >= least
+            words.append(f"{task} {percent(shares[1])} → {percent(shares[0])}%{'' if shown else ' (not shown)'}")
+        return ", ".join(words) or "not measured yet"
 
     def made(self) -> str:
         """When, on what machines, at which commits and in how long the numbers were made."""

@@ -124,10 +124,10 @@ def test_the_page_has_the_numbers_of_its_files_and_claims_no_more_than_they_show
     )
     found, least = Results(step), minimum_detectable_difference(100, 0.55)
     assert least is not None and 0.1 < least < 0.35
-    assert found.beside("small", "dpo", "sft") == (
-        f"arithmetic 55.0 to 20.0%, −35.0 points (shown: {100 * least:.1f} or more would)"
-    )
-    assert "−10.0 points (not shown: " in found.beside("small", "balanced", "sft")
+    assert f"Least difference that two rows can show, one seed each: arithmetic {100 * least:.1f} points" in page
+    assert found.beside("small", "dpo", "sft") == "arithmetic 55.0 → 20.0%"
+    assert found.beside("small", "balanced", "sft") == "arithmetic 55.0 → 45.0% (not shown)"
+    assert "`sft` → `dpo`, no answer, small tier: arithmetic 0.0 → 40.0%<br>`sft` → `dpo`, accuracy" in page
     assert found.beside("small", "masked", "sft") == "not measured yet"
     assert "Not measured yet: `python -m benchmarks.paper small alpha`" in page
     for name in re.findall(r"\(results/([\w-]+\.(?:svg|json))\)", page):

@@ -66,6 +66,13 @@ def test_an_arm_that_cannot_begin_is_named_and_the_others_are_run(recipe: Path, 
         run_tables(recipe, ["tets"], runs_dir=tmp_path / "runs", out=tmp_path / "out")
 
 
+def test_an_evaluation_whose_tokens_another_one_spends_is_run_arm_by_arm_too(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["evaluations.test_vote={like: test, models: [joint], strategy: vote, temperature: 1, tokens_of: test}"]
+    assert run_tables(recipe, ["test"], overrides, runs_dir=tmp_path / "runs", out=tmp_path / "out") == []
+    rows = [(row["evaluation"], row["model"]) for row in tables(tmp_path / "out")["test"]["rows"]]
+    assert rows == [("test", "sft"), ("test", "joint"), ("test", "masked"), ("test_vote", "joint")]
+
+
 def test_arms_are_run_seed_after_seed(recipe: Path) -> None:
     seeded = load_recipe(recipe, ["students.sft.seeds=[0, 1]", "evaluations.test.models=[tiny, sft, joint]"])
     assert arms(seeded, "test") == ["tiny", "sft@seed=0", "joint@seed=0", "sft@seed=1", "joint@seed=1"]
