@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
 
@@ -45,11 +46,10 @@ def recorded() -> Iterator[list[Sent]]:
             posted.append((url, options["data"]))
         return original(self, method, url, **options)
 
-    aiohttp.ClientSession.request = request  # type: ignore[assignment,method-assign]
     try:
-        yield sent
+        with patch.object(aiohttp.ClientSession, "request", request):
+            yield sent
     finally:
-        aiohttp.ClientSession.request = original  # type: ignore[method-assign]
         sent += [Sent(str(url), body) for url, body in posted]
 
 
