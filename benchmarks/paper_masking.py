@@ -50,7 +50,7 @@ def measured(student: Path, pairs: Sequence[EncodedPair]) -> dict[str, Any]:
                 exact = plain
             elif precision == "bf16 autocast" and computed == "packed" and exact is not None:
                 between = float((plain - exact).norm() / exact.norm())
-    return {"rows": rows, "bf16_to_fp32": between}
+    return {"distances": rows, "bf16_to_fp32": between}
 
 
 def gradient(
@@ -103,7 +103,7 @@ def main() -> None:
     about |= {"model": options.student, "pairs": len(pairs), "shared": sum(tokens[0]) / sum(tokens[1])}
     result = about | measured(student, pairs)
     write_json(options.out / "masking.json", result)
-    for row in result["rows"]:
+    for row in result["distances"]:
         print(f"{row['computed']:14} {row['precision']:14} gradient {row['gradient']:.1e}  margin {row['margin']:.1e}")
 
 

@@ -116,7 +116,18 @@ def step(tmp_path: Path) -> Path:
 
 
 def test_the_page_has_the_numbers_of_its_files_and_claims_no_more_than_they_show(step: Path) -> None:
+    distance = {"computed": "packed", "precision": "fp32", "gradient": 0.0, "margin": 1e-6}
+    masking = {
+        "date": "2026-11-30",
+        "machine": {"cpu": "AMD EPYC", "cores": 1},
+        "pairs": 8,
+        "run": "pairs",
+        "model": "sft",
+    }
+    masking |= {"shared": 0.5, "distances": [distance], "bf16_to_fp32": 0.04}
+    (step.parent / "masking.json").write_text(json.dumps(masking), encoding="utf-8")
     page = write_page(step.parent).read_text(encoding="utf-8")
+    assert "| packed | fp32 | 0.0e+00 | 1.0e-06 |" in page
     assert "| `sft` | arithmetic | 55.0 ± 7.1 | 0.0 | 0.0 | 0.0 | 0.0 | 40.0 | 2 × 100 |" in page
     assert "| `dpo` | arithmetic | 20.0 (13.3–28.9) | 40.0 | 40.0 | 0.0 | 40.0 | 40.0 | 100 |" in page
     assert (
