@@ -34,10 +34,10 @@ FOLDER = ROOT / "runs" / "paper-chains"
 SKY_T1 = "sky_t1_long_cot.jsonl.gz"
 MAX_TOKENS = 1024
 _DOUBTS = (
-    "Wait, let me make sure that this is right.",
-    "Hmm, but is that really so? Let me go over it again.",
-    "Alternatively, I could look at it the other way round.",
-    "Wait, maybe I made a mistake somewhere. Let me check it once more.",
+    "Wait, is that right?",
+    "Hmm, let me check that again.",
+    "Alternatively, let me look at it once more.",
+    "Wait, maybe I made a mistake.",
 )
 _STEPS = {  # of an exercise with two numbers: what to do, the computation, its check
     "+": ("I have to add {a} and {b}.", "{a} + {b} = {gold}.", "{gold} - {b} = {a}, so it fits."),
@@ -71,10 +71,10 @@ def steps_of(question: Question) -> list[str]:
 def doubting_chain(steps: Sequence[str], gold: str, seed: str) -> str:
     r"""The steps, then two loops of doubt, each of which repeats one of the last two; ends with `\boxed{gold}`."""
     rng = random.Random(seed)
-    lines = ["Okay, let me think about this step by step.", *steps]
+    lines = [*steps]
     for place, doubt in enumerate(rng.sample(_DOUBTS, 2)):
         lines += [doubt, steps[-2 + place] if len(steps) > 1 else steps[0]]
-    return "\n".join([*lines, "So I am sure now.", f"The answer is: \\boxed{{{gold}}}"])
+    return "\n".join([*lines, f"The answer is: \\boxed{{{gold}}}"])
 
 
 def gsm8k_solutions() -> dict[str, list[str]]:
