@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from tests.support.experiment import KeptOutput, changed_recipe
 from tests.support.fake_server import FakeServer, FakeServerThread, Fault
 from tests.support.knowing import knowing_reply
 from tests.support.search import content
+from tests.support.slurm import NoSlurmError, slurm_cluster
 
 import cotree
 from cotree.base.errors import CotreeError, UsageError
@@ -165,7 +167,7 @@ GOLDEN = """#!/bin/bash
 . /shared/venv/bin/activate
 PYTHON -m cotree.cli run RUN --only trees/train --regrow -q --shard "$((1000 + SLURM_ARRAY_TASK_ID))/2048"
 code=$?
-if [ $code = 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 2 ]; then
+if [ $code != 0 ] && [ $code != 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 2 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code
@@ -287,4 +289,28 @@ def test_a_function_under_any_scheduler(recipe: dict[str, Any], server: KillingS
         for rank in (0, 1)
     ]
     assert [folder.name for folder in folders] == ["0-of-2", "1-of-2"]
+    check_equal_to_one_run(recipe, server, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # Slurm waits two minutes before it starts a task again
+def test_a_real_job_array(
+    recipe: dict[str, Any], server: KillingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm itself runs the shards; one of its processes is killed, and sent again by its script."""
+    (tmp_path / "job.yaml").write_text("sbatch: {partition: cpu, cpus-per-task: 1}\nat_once: 2\n")
+    on = f"slurm:{tmp_path / 'job.yaml'}"
+    try:
+        with slurm_cluster(tmp_path / "slurm") as environment:
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            server.kills = 1
+            assert any("submitted" in line for line in fleet(recipe, tmp_path, on, 4))
+            while subprocess.run(["squeue", "-h"], capture_output=True, check=True).stdout:
+                time.sleep(0.5)
+            lines = fleet(recipe, tmp_path, on, 4)
+    except NoSlurmError as error:
+        pytest.skip(str(error))
+    assert server.kills == 0 and any("trees/train done" in line for line in lines)
+    print(f"{server.calls} requests, {len(server.answered)} answered")
     check_equal_to_one_run(recipe, server, tmp_path)

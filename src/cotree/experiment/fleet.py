@@ -243,7 +243,7 @@ def _submit(fleet: Fleet, place: str) -> bool:
 
 
 def sbatch_file(fleet: Fleet, job: SlurmJob, ranks: Sequence[int], first: int) -> str:
-    """The script of a job array whose task n runs the shard `first` + n; a task that failed is sent again twice."""
+    """The script of a job array whose task n runs the shard `first` + n; one that ends badly is sent again twice."""
     at_once = f"%{job.at_once}" if job.at_once else ""
     options: dict[str, str | int | bool] = {
         "job-name": f"cotree-{fleet.run.path.name}",
@@ -257,7 +257,8 @@ def sbatch_file(fleet: Fleet, job: SlurmJob, ranks: Sequence[int], first: int) -
     command = shlex.join([sys.executable, *fleet.command("SHARD")])
     shard = f'"$(({first} + SLURM_ARRAY_TASK_ID))/{fleet.world_size}"'
     setup = [job.setup.rstrip()] if job.setup.strip() else []
-    again = f'if [ $code = 1 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {_ATTEMPTS - 1} ]; then'
+    ended_badly = f"[ $code != 0 ] && [ $code != {UsageError.exit_code} ]"
+    again = f'if {ended_badly} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {_ATTEMPTS - 1} ]; then'
     return "\n".join(
         [
             "#!/bin/bash",
