@@ -95,7 +95,7 @@ def test_cli_has_no_logic() -> None:
         (["run", LAPTOP, "--runs-dir", "rows.jsonl"], "--runs-dir rows.jsonl is a file; name a folder"),
         (["run", LAPTOP, "trees.train.questions.letters=99999"], "lower the number"),
         (["run", LAPTOP, "trees.train.questions.letters=-5"], "must be greater than or equal to 1"),
-        (["run", LAPTOP, "trees.train.questions={}"], "`trees.train.questions`: must have at least 1 item"),
+        (["run", LAPTOP, "trees.train.questions={}"], "`trees.train`: `questions` is missing; give {task: how many}"),
         (["run", LAPTOP, "evaluations.test.questions.letters=99999"], "lower the number"),
         (["run", LAPTOP, "evaluations.test.split=dve"], "`evaluations.test.split`: must be 'train', 'dev' or 'test'"),
         (["run", LAPTOP, *TWICE], "two dev questions of task `twice` are called `3`; give each an id of its own"),

@@ -331,6 +331,7 @@ def test_a_mistake_is_one_line(
     (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "mamba"}')
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "folder" / "tokenizer.json").write_text("{}")
     assert run(monkeypatch, "eval", *words) == 2
     told = capsys.readouterr().err
     assert message in told and told.startswith("cotree: ") and told.count("\n") == 1

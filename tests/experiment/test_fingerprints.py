@@ -305,6 +305,7 @@ def test_the_engine_of_weights_counts_where_they_write_and_its_speed_does_not(fo
     weights.mkdir()
     (weights / "config.json").write_text("{}")
     (weights / "model.safetensors").write_bytes(b"weights")
+    (weights / "tokenizer.json").write_text("{}")
     raw = written(folder)
     raw["models"]["tiny"]["weights"] = str(weights)
     recipe = build_recipe(raw)

@@ -240,7 +240,7 @@ def test_a_student_that_is_trained_anew_leaves_no_gguf_of_the_one_before(
     export_gguf(trained / "model", trained / "student-F32.gguf", "F32")
     shutil.rmtree(trained / "model")
     train_rows("sft", student, sft_rows, trained, overrides=["batch_size=11"])
-    assert sorted(path.name for path in trained.iterdir()) == ["log.jsonl", "model", "node.json", "result.json"]
+    assert sorted(path.name for path in trained.glob("[!.]*")) == ["log.jsonl", "model", "node.json", "result.json"]
 
 
 def test_a_damaged_result_beside_a_model_is_one_line(student: Path, sft_rows: Path, tmp_path: Path) -> None:
