@@ -34,7 +34,7 @@ from cotree.train.settings import DPO
 from cotree.train.trainer import training_arguments
 from cotree.train.verb import train_rows
 
-SETTINGS = DPO(batch_size=5, pack_tokens=150, epochs=1.0, learning_rate=1e-3, save_steps=1)
+SETTINGS = DPO(batch_size=5, pack_tokens=150, epochs=1.0, learning_rate=1e-3, save_steps=1, precision="fp32")
 CHILD = """
 import os
 import sys
@@ -46,7 +46,8 @@ if __name__ == "__main__":
     rows, student, out, settings = sys.argv[1:]
     settings = DPO.model_validate_json(settings)
     train("dpo", Path(rows), Path(student), Path(out), settings=settings, seed=0)
-    print(os.environ["WORLD_SIZE"], "processes, sharded" if is_sharded(settings) else "processes")
+    said = "processes, sharded" if is_sharded(settings) else "processes"
+    os.write(1, f"{os.environ['WORLD_SIZE']} {said}\\n".encode())  # whole: the other process writes to the same pipe
 """
 CLUSTER = Path(__file__).parents[2] / "recipes" / "cluster"
 LAUNCHERS = {
