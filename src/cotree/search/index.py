@@ -53,7 +53,8 @@ _MIXES = {
     "all_wrong": "correct = 0 AND wrong > 0",
     "no_answer": "correct + wrong = 0 AND no_answer > 0",
 }
-_ANNOTATED = "tree IN (SELECT value FROM json_each(:annotated))"
+# By number, as a list looks at every tree and would compare its id as text.
+_ANNOTATED = "number IN (SELECT number FROM trees WHERE tree IN (SELECT value FROM json_each(:annotated)))"
 
 
 @dataclass(frozen=True, kw_only=True)
