@@ -128,16 +128,24 @@ def test_what_is_no_single_reply_or_has_no_reward_is_counted(tmp_path: Path) -> 
         {"prompt": [ASKED], "completion": "  ", "reward": 1},
         {"prompt": [ASKED], "completions": [RIGHT], "rewards": [1, 0]},
         {"question": "?"},
+        {"prompt": [ASKED], "completions": [{"thought": RIGHT}]},
+        {"prompt": [ASKED], "completion": RIGHT, "reward": float("nan")},
+        {"prompt": [ASKED], "completion": RIGHT, "reward": 10**400},
         {"prompt": [ASKED], "completion": RIGHT, "is_truncated": True, "reward": 0},
         {"prompt": [ASKED], "completion": WRONG},
     ]
-    read = read_rollouts(write(tmp_path / "x.jsonl", *rows))
-    assert read.left_out == {"of no known form": 3, "empty": 1}
+    path = write(tmp_path / "x.jsonl", *rows)
+    with path.open("a") as file:
+        file.write('{"prompt": "?", "completion": "\\ud800"}\n{"prompt": "\\ud800", "completion": "5"}\n')
+    read = read_rollouts(path)
+    assert read.left_out == {"of no known form": 8, "empty": 1}
     made = tree(read)
     assert verdicts(made) == [("no_answer", 0.0), ("undecided", 0.0)]
     assert made.nodes[0].visits == 1 and [node.is_cut for node in made.nodes if node.verdict] == [True, False]
     with pytest.raises(UsageError, match=r"holds no rollouts .*row 0: .*an .eval log of inspect"):
         read_rollouts(write(tmp_path / "y.jsonl", rows[0]))
+    with pytest.raises(UsageError, match=r"holds no rollouts .all of them are empty"):
+        read_rollouts(write(tmp_path / "y.jsonl", rows[1]))
     zipfile.ZipFile(tmp_path / "z.eval", "w").close()
     with pytest.raises(UsageError, match="no log of inspect: it has no header"):
         read_rollouts(tmp_path / "z.eval")

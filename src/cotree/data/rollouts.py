@@ -12,7 +12,7 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -112,6 +112,11 @@ class _Question:
     rollouts: list[Rollout]
     used: set[str]
 
+    def __post_init__(self) -> None:
+        """Raises ValueError: no store takes it: a reward is infinite or NaN, a text has half of a surrogate pair."""
+        kept = [self.task, self.id, self.messages, self.gold, *map(astuple, self.rollouts)]
+        json.dumps(kept, ensure_ascii=False, allow_nan=False).encode()
+
 
 def read_rollouts(path: Path, task: str | None = None) -> Rollouts:
     """Read a file of rollouts; rows of one task and prompt are one question.
@@ -136,7 +141,7 @@ def read_rollouts(path: Path, task: str | None = None) -> Rollouts:
                 else raw
             )
             read = _lm_eval_question(raw, path.stem) if "resps" in raw else _question(raw, path.stem)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             left_out["of no known form"] += 1
             fault = fault or f"row {number}: {error}"
             continue
@@ -151,7 +156,8 @@ def read_rollouts(path: Path, task: str | None = None) -> Rollouts:
     found = {key: question for key, question in found.items() if question.rollouts}
     if not found:
         forms = "prompts with completions and rewards, samples of lm-eval or verifiers, or an .eval log of inspect"
-        raise UsageError(f"{path} holds no rollouts ({fault or 'no rows'}); it must have {forms}")
+        fault = fault or ("all of them are empty" if left_out["empty"] else "no rows")
+        raise UsageError(f"{path} holds no rollouts ({fault}); it must have {forms}")
     known = {} if judge is None else {_words(question.messages): question for question in judge.questions()}
     tasks = {name: RolloutTask(name, judge) for name, _ in found}
     asked: list[Asked] = []
@@ -196,7 +202,7 @@ def _question(raw: Row, name: str) -> _Question:
 def _rollout(reply: Any, reward: Any, *, cut: bool, model: str) -> Rollout:
     """A completion: a text, an assistant's message alone or in a list, or a record with its own reward."""
     if isinstance(reply, dict) and "role" not in reply:
-        text = next(reply[name] for name in ("text", "content", *_COMPLETION) if name in reply)
+        text = next((reply[name] for name in ("text", "content", *_COMPLETION) if name in reply), None)
         reward = next((reply[name] for name in _REWARDS if reply.get(name) is not None), reward)
         own = reply.get("is_truncated") or reply.get("finish_reason") in _LENGTH
         return _rollout(text, reward, cut=bool(own) or cut, model=str(reply.get("model") or model))
