@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,20 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, content: bytes) -> None:
         store.put(random_tree(1))
         (tmp_path / "trees_index.db").write_bytes(content)
         assert listed(store, TreeQuery()) == ["t00000001"]
+
+
+def test_an_index_is_filled_after_its_store_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> Iterator[tuple[str, int | None]]:
+        yield "t", 1
+        raise CotreeError("database is locked")
+
+    with TreeStore(tmp_path / "trees.db") as store, TreeIndex(store) as index:
+        store.put(random_tree(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "checksums", unreadable)
+            with pytest.raises(CotreeError, match="is locked"):
+                index.fill()
+        assert index.fill() == 1
 
 
 def test_an_index_of_another_version_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,10 +188,10 @@ class TreeIndex:
         added."""
         with self._guard():
             self._db.execute("CREATE TEMP TABLE IF NOT EXISTS stored (tree TEXT PRIMARY KEY, checksum) WITHOUT ROWID")
-            self._db.execute("DELETE FROM stored")
-            self._db.execute("BEGIN")
-            self._db.executemany("INSERT INTO stored VALUES (?, ?)", self._store.checksums())
-            self._db.execute("COMMIT")
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.execute("DELETE FROM stored")
+                self._db.executemany("INSERT INTO stored VALUES (?, ?)", self._store.checksums())
             if self._db.execute("DELETE FROM trees WHERE tree NOT IN (SELECT tree FROM stored)").rowcount:
                 self._totals.clear()
             missing = self._db.execute("SELECT tree, checksum FROM stored EXCEPT SELECT tree, checksum FROM trees")

@@ -32,7 +32,8 @@ class _Opened:
 class TreesOfRun:
     """All trees of a run, also of one that is growing; use as a context manager, in one thread.
 
-    A store is opened when its trees are first asked for, and again after another file has taken its place.
+    A store is opened when its trees are first asked for, and again after another file has taken its place, or its index
+    is deleted.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -65,7 +66,7 @@ class TreesOfRun:
         if not paths:
             raise UsageError(f"{self.run.path} has no trees `{name}`; {nearest(name, self.names())}")
         opened, files = self._opened.get(name), [*map(_identity, paths)]
-        if opened is None or opened.files != files:
+        if opened is None or opened.files != files or not opened.index.path.is_file():
             self._kept[name].close()
             store = self._kept[name].enter_context(TreeStores(paths))
             place = self.run.node(f"trees/{name}").path / "trees.db"
