@@ -113,6 +113,9 @@ async def test_a_run_its_trees_and_their_chains_are_read(shown: RunFolder) -> No
         ("trees/train?sort=size", 400, "sort: Input should be"),
         ("trees/train?order=1", 400, "order: Extra inputs"),
         ("trees/train?limit=many", 400, "limit: "),
+        ("trees/train?offset=-1", 400, "offset: "),
+        (f"trees/train?offset={2**63}", 400, "offset: "),
+        (f"trees/train?min_depth={2**63}", 400, "min_depth: "),
         ("trees/..%2F..%2Fdatasets", 400, "has no trees"),
         ("replies?evaluation=test&model=absent", 400, "has no model `absent`"),
         ("nothing", 404, ""),
@@ -204,6 +207,15 @@ async def test_a_tree_that_no_dataset_took_is_read(shown: RunFolder) -> None:
     async with viewed(shown) as session:
         found = await get(session, "trees/train/t00000004")
         assert found["chosen"] == {} and len(found["thoughts"]) == len(random_tree(4).nodes)
+
+
+async def test_an_index_that_is_deleted_while_it_is_open_is_made_again(run: RunFolder) -> None:
+    index = run.path / "trees" / "train" / "trees_index.db"
+    async with viewed(run) as session:
+        before = await get(session, "trees/train")
+        for path in index.parent.glob("trees_index.db*"):
+            path.unlink()
+        assert await get(session, "trees/train") == before and index.is_file()
 
 
 async def test_every_reply_forbids_scripts_of_others(shown: RunFolder) -> None:

@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import Output
@@ -41,6 +41,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _MOST_ROWS = 1_000
+_Number = Annotated[int, Field(ge=0, lt=2**63)]  # that SQLite can hold
 _TOTALS = {"questions": "trees", "thoughts": "thoughts"}
 
 
@@ -53,14 +54,14 @@ class _Asked(BaseModel):
 class _Page(_Asked):
     """A page of the list of trees."""
 
-    offset: int = 0
-    limit: int = 100
+    offset: _Number = 0
+    limit: _Number = 100
     q: str = ""
     desc: bool = False
     sort: str = "question"
     task: str | None = None
     verdicts: str | None = None
-    min_depth: int = 0
+    min_depth: _Number = 0
     reflected: str | None = None
     forced: bool = False
     looped: bool = False
@@ -96,8 +97,8 @@ class _Replies(_Asked):
     model: str
     beside: str | None = None
     show: Changed = "all"
-    offset: int = 0
-    limit: int = 50
+    offset: _Number = 0
+    limit: _Number = 50
 
 
 _QUERY = TypeAdapter(TreeQuery)
@@ -211,15 +212,15 @@ class Viewer:
 
     def _list(self, request: web.Request) -> dict[str, Any]:
         page = _Page.model_validate(dict(request.query))
-        limit = min(max(page.limit, 0), _MOST_ROWS)
-        return self.trees.page(request.match_info["node"], page.query(), max(page.offset, 0), limit)
+        limit = min(page.limit, _MOST_ROWS)
+        return self.trees.page(request.match_info["node"], page.query(), page.offset, limit)
 
     def _tree(self, request: web.Request) -> dict[str, Any]:
         return self.trees.tree(request.match_info["node"], request.match_info["tree"])
 
     def _replies(self, request: web.Request) -> dict[str, Any]:
         asked = _Replies.model_validate(dict(request.query))
-        page = {"offset": max(asked.offset, 0), "limit": min(max(asked.limit, 0), _MOST_ROWS)}
+        page = {"offset": asked.offset, "limit": min(asked.limit, _MOST_ROWS)}
         return replies(self.run, asked.evaluation, asked.model, beside=asked.beside, show=asked.show, **page)
 
     def _annotations(self, request: web.Request) -> dict[str, Any]:
@@ -259,7 +260,7 @@ def _first_fault(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def view(
