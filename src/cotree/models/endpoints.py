@@ -96,7 +96,9 @@ class Endpoint:
     @property
     def lost(self) -> list[str]:
         """The servers in whose place others are asked now, each with the reason."""
-        return [f"{client}: {client.problem}" for client in self.clients if client.lost and len(self.clients) > 1]
+        lost = [client for client in self.clients if client.lost and len(self.clients) > 1]
+        # A request that fails as its server dies only says that the connection broke: ask again why.
+        return [f"{client}: {client.ended() or client.problem}" for client in lost]
 
     @property
     def cost(self) -> float | None:
