@@ -110,7 +110,7 @@ class Annotations(Database):
         rows = self._db.execute("SELECT checksum, * FROM annotations")
         return {row[0]: "" for kept, *row, _ in rows if kept is not None and kept != checksum(*row)}
 
-    def _seal(self, keys: Iterable[Any] | None = None) -> None:
+    def _write_checksums(self, keys: Iterable[Any] | None = None) -> None:
         rows = self._db.execute("SELECT * FROM annotations WHERE checksum IS NULL").fetchall()
         query = "UPDATE annotations SET checksum = ? WHERE version = ?"
         self._db.executemany(query, [(checksum(*row[:-1]), row[0]) for row in rows])

@@ -1,7 +1,7 @@
-"""One SQLite file in WAL mode with a schema version: what the tree store and the journal have in common.
+"""Base class of the tree store and the journal: a SQLite file in WAL mode with schema version, checksums and recovery.
 
-Invariant: what was committed survives a kill -9 at any moment; a file that is not ours, or of a later version, is
-refused and stays as it is; of a damaged one all that can be read is kept, and the rest is counted.
+Invariant: commits survive a kill -9 at any moment; a foreign file or a later schema version is refused and left
+unchanged; of a damaged file all readable items are recovered and the lost ones counted.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from cotree.base.atomic import explain_write_errors
 from cotree.base.errors import CotreeError, UsageError
 from cotree.search.rescue import Value, commits_are_lost, readable_rows
 
-# A larger file is not read through whenever it is opened; what it holds is checked where it is read.
+# A larger file is not checked whole when it is opened; each item is checked when it is read.
 LARGE = 2**25  # bytes
 _TYPES = {"TEXT": str, "INTEGER": int, "REAL": int | float, "BLOB": bytes}
 
 
 class Database(ABC):
-    """An open file; use as a context manager. One process writes at a time.
+    """An open SQLite file; use as a context manager. One process writes at a time.
 
-    kind, items: what it is, and what it is made of, in words. key: the column of `main_table` that names an item; rows
-    of the other `tables_of_items` have it too. upgrade: the statements that make a file of the version before one of
-    this version.
+    kind, items: words for the file and its items in messages. key: the column that identifies an item in `main_table`
+    and the other `tables_of_items`. upgrade: SQL statements that upgrade the previous schema version.
 
-    `rescued` says what was kept of a damaged file, "" if it was whole, and `lost` counts items known to be lost;
-    `is_new`: it was made now.
+    `rescued` reports what was recovered from a damaged file, "" if it was intact; `lost` counts items known to be lost;
+    `is_new`: the file was just created.
     """
 
     kind: ClassVar[str]
@@ -48,13 +47,13 @@ class Database(ABC):
     upgrade: ClassVar[tuple[str, ...]]
 
     def __init__(self, path: Path, *, reading: bool = False) -> None:
-        """reading: nothing is made, mended or upgraded; UsageError where the file is missing or damaged."""
+        """reading: do not create, repair or upgrade; UsageError if the file is missing or damaged."""
         self.path, self.reading, self.rescued, self.lost, self.is_new = path, reading, "", 0, False
         self._copy = ExitStack()
         with self._guard():
             if not reading:
                 if (draft := Path(f"{path}.rescued")).exists() and not path.exists():
-                    draft.replace(path)  # a kill came before that
+                    draft.replace(path)  # finish a recovery that was killed
                 try:
                     self._open()
                     return
@@ -66,11 +65,11 @@ class Database(ABC):
 
     @abstractmethod
     def damaged_items(self) -> dict[Any, str]:
-        """The keys of items that are not as they were stored, each with the name of its question ("": not known)."""
+        """{key: question name, or "" if unknown} of items whose content does not match their checksum."""
 
     @abstractmethod
-    def _seal(self, keys: Iterable[Any] | None = None) -> None:
-        """Write the checksums of these items, by default of all that have none yet."""
+    def _write_checksums(self, keys: Iterable[Any] | None = None) -> None:
+        """Write the checksums of these items, by default of all without one."""
 
     def _open(self) -> None:
         mode, path = "rwc", self.path
@@ -79,11 +78,11 @@ class Database(ABC):
         if self.reading:
             if not self.path.is_file():
                 raise UsageError(f"{self.path} is missing; `cotree run` on its run makes it again")
-            # What cannot be written is opened as a file that nobody writes, unless commits are in a `-wal` beside it.
+            # Open a write-protected file as immutable, unless a `-wal` with commits is beside it.
             writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
             log, index = (os.path.exists(f"{self.path}{end}") for end in ("-wal", "-shm"))
             mode = "rw" if writable else "ro" if log else "ro&immutable=1"
-            if log and not index and not writable:  # SQLite must write an index of the `-wal` to read it
+            if log and not index and not writable:  # SQLite must write a `-shm` index to read a `-wal`
                 path, mode = self._copied(), "rw"
         self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
         try:
@@ -95,7 +94,7 @@ class Database(ABC):
                 self._suspected.unlink(missing_ok=True)
         except Exception as error:
             self.__exit__()
-            if isinstance(error, ValueError):  # a damaged name in what SQLite says, or a version that is no number
+            if isinstance(error, ValueError):  # undecodable text in SQLite's message, or a non-numeric version
                 raise sqlite3.DatabaseError("its schema cannot be read") from None
             raise
 
@@ -104,11 +103,11 @@ class Database(ABC):
 
     @property
     def _suspected(self) -> Path:
-        """The mark beside a large file in which damage was found: whoever opens it to write reads it through first."""
+        """A marker file beside a large file in which a reader found damage: the next writer checks the whole file."""
         return self.path.with_name(f"{self.path.name}.suspected")
 
     def _copied(self) -> Path:
-        """A copy of the file and its `-wal` in a folder that is there while this is open."""
+        """Copy the file and its `-wal` to a temporary folder that exists while this is open."""
         with explain_write_errors(Path(gettempdir()), "set TMPDIR to another folder"), ExitStack() as kept:
             folder = kept.enter_context(TemporaryDirectory(prefix="cotree-"))
             for end in ("", "-wal"):
@@ -117,21 +116,21 @@ class Database(ABC):
         return Path(folder) / self.path.name
 
     def _check_schema(self) -> None:
-        """Make the tables of a new file, upgrade an older one, and refuse what is of a later version or not ours."""
+        """Create the tables of a new file, upgrade an older one, refuse a later version or a foreign file."""
         tables = self._tables()
         if tables and not {"meta", self.main_table} <= tables:
             raise UsageError(self._not_ours("it is another program's database"))
         if not tables and self.reading:
             raise sqlite3.DatabaseError("it is empty")
         if not self.reading:
-            # WAL with NORMAL keeps every commit through a killed process, at 40 microseconds a commit.
+            # With WAL and NORMAL, commits survive a killed process, at 40 microseconds a commit.
             (journal_mode,) = self._db.execute("PRAGMA journal_mode=WAL").fetchone()
             if journal_mode != "wal":
                 raise CotreeError(f"{self.path}: {_NO_LOCKS}")
             self._db.execute("PRAGMA synchronous=NORMAL")
         if not tables:
             with self._transaction():
-                if not self._tables():  # nobody else has made them meanwhile
+                if not self._tables():  # another process may have created them meanwhile
                     self.is_new = True
                     for statement in self.schema:
                         self._db.execute(statement)
@@ -143,13 +142,13 @@ class Database(ABC):
             raise UsageError(f"{self.path} has schema version {found}, this cotree writes {self.schema_version}; {fix}")
         if found != self.schema_version and not self.reading:
             with self._transaction():
-                for statement in self.upgrade if self.version() == found else ():  # nobody else has done it meanwhile
+                for statement in self.upgrade if self.version() == found else ():  # unless another process did
                     self._db.execute(statement)
                 self._db.execute("UPDATE meta SET value = ?", (str(self.schema_version),))
-                self._seal()
+                self._write_checksums()
 
     def version(self) -> int:
-        """The version of its schema, as the file says it."""
+        """The schema version recorded in the file."""
         for (value,) in self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'"):
             return int(value)
         raise sqlite3.DatabaseError("its version is lost")
@@ -158,7 +157,7 @@ class Database(ABC):
         return {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
     def _rescue(self, damage: sqlite3.DatabaseError) -> None:
-        """Move the damaged file aside, and have in its place one with all items that can be read whole."""
+        """Move the damaged file aside and replace it by one with all items that are intact."""
         draft, ends = f"{self.path}.rescued", ("", "-wal", "-shm")
         for end in ends:
             Path(draft + end).unlink(missing_ok=True)
@@ -187,23 +186,23 @@ class Database(ABC):
         )
 
     def _insert_all(self, rows: Iterable[list[Value]]) -> int:
-        """Insert rows, each into the table that it fits; returns how many the table with rowids had."""
+        """Insert recovered rows into the tables whose columns they fit; returns the highest rowid seen."""
         most = 0
         tables = {table: self._db.execute(f"PRAGMA table_info({table})").fetchall() for table in self._tables()}
         del tables["meta"]
         with self._transaction():
             for row in rows:
-                if len(row) == 2 and isinstance(row[0], bytes) and isinstance(row[1], int):  # of the index of keys
+                if len(row) == 2 and isinstance(row[0], bytes) and isinstance(row[1], int):  # primary key index
                     most = max(most, row[1])
                 for table, columns in tables.items():
                     if _fits(row, columns):
                         names, places = ", ".join(column[1] for column in columns[: len(row)]), ", ?" * len(row)
                         self._db.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({places[2:]})", row)  # noqa: S608
-            self._seal()
+            self._write_checksums()
         return most
 
     def _count_without(self, lost: Iterable[Any]) -> int:
-        """Delete these items; returns how many are left."""
+        """Delete these items; returns how many remain."""
         with self._transaction():
             for table in self.tables_of_items:
                 query = f"DELETE FROM {table} WHERE {self.key} = ?"  # noqa: S608
@@ -222,14 +221,14 @@ class Database(ABC):
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Turn SQLite's errors into one line each: CotreeError where a retry can help, UsageError for a wrong file."""
+        """Convert SQLite errors to one-line errors: CotreeError if a retry can help, UsageError for a bad file."""
         try:
             yield
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorname", "")
             if _is_damage(error) and code != "SQLITE_NOTADB":
                 if self._is_large():
-                    with suppress(OSError):  # of a folder that may only be read
+                    with suppress(OSError):  # read-only folder
                         self._suspected.touch()
                 fix = "`cotree run` on its run moves it aside and keeps all that can be read"
                 raise UsageError(f"{self.path} is damaged ({error}); {fix}") from None
@@ -239,17 +238,17 @@ class Database(ABC):
             raise CotreeError(f"{self.path}: {error}; {fix}, then re-run the same command to resume") from None
 
     def execute(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
-        """The rows of a query, read one at a time."""
+        """Iterate over the rows of a query."""
         with self._guard():
             yield from self._db.execute(query, values)
 
     def rows_of(self, table: str, keys: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """The rows that these items have in a table."""
+        """The rows of these items in a table."""
         places = ", ".join("?" * len(keys))
         return list(self.execute(f"SELECT * FROM {table} WHERE {self.key} IN ({places})", keys))  # noqa: S608
 
     def insert(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
-        """Insert rows into tables, all or none of them; a row whose key is there already stays as it is."""
+        """Insert {table: rows} in one transaction; rows with an existing key are skipped."""
         with self._transaction():
             for table, new in rows.items():
                 if new:
@@ -257,7 +256,7 @@ class Database(ABC):
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Commit all that is written in the block, or nothing of it."""
+        """Commit all writes of the block, or roll them back if it raises."""
         with self._guard(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
@@ -265,24 +264,24 @@ class Database(ABC):
 
 _NO_LOCKS = "its file system has no file locks or no shared memory, which SQLite needs; use a folder on a local disk"
 
-# By a part of SQLite's name of an error.
+# {part of SQLite's error name: advice}
 _FIXES = dict.fromkeys(("FULL", "WRITE"), "free some space") | dict.fromkeys(("LOCK", "SHM", "PROTOCOL"), _NO_LOCKS)
 _FIXES |= {"IOERR": "look after the disk"} | dict.fromkeys(("CANTOPEN", "READONLY"), "make it and its folder writable")
 
 
 def checksum(*values: Any) -> int:
-    """Of values as SQLite gives them back."""
+    """CRC-32 of a row's values as SQLite returns them."""
     return zlib.crc32(repr(values).encode())
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether an error says that the file's bytes are not what was written."""
+    """Whether an error means that the file is corrupt."""
     broken_schema = getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR"
     return type(error) is sqlite3.DatabaseError or broken_schema or "Could not decode" in str(error)
 
 
 def _fits(row: list[Value], columns: list[tuple[Any, ...]]) -> bool:
-    """Whether a row can be one of a table with these columns; a row of an older version has fewer."""
+    """Whether a row's values fit these columns; a row of an older version may have fewer."""
     if len(row) > len(columns) or any(required and default is None for *_, required, default, _ in columns[len(row) :]):
         return False
     return all(

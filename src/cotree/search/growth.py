@@ -1,9 +1,9 @@
-"""One question's tree while it grows: the search's requests are asked of the models, and what comes back is scored.
+"""Grow the tree of one question: send the search's requests to models, parse completions into thoughts, score answers.
 
-How answers are scored is a part of its own: `VerifierScorer` here, one that knows no gold answer in `decode`.
+Scoring is pluggable: `VerifierScorer` here; `decode` has one that needs no gold answer.
 
-Invariant: rounds are serial, and a round's rollouts are merged in the order in which they were asked, so which text
-stands where does not depend on latency or on how many trees grow at once.
+Invariant: rounds are serial and a round's rollouts merge in the order of `ask`, so the tree does not depend on latency
+or on how many trees grow concurrently.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from cotree.tasks.extract import after_thinking, has_answer_tag
 
 
 class Scorer(Protocol):
-    """Gives answers their rewards, and names those that a reflection should follow.
+    """Scores answers and selects those that get a reflection.
 
-    needs_logprobs: requests ask for the probabilities of tokens.
+    needs_logprobs: whether requests ask for logprobs.
     """
 
     needs_logprobs: bool
 
     async def score_answer(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
-        """The verdict (None where nobody can know it) and the reward in [0, 1] of an answer."""
+        """The verdict (None without a verifier) and the reward in [0, 1] of an answer."""
 
     async def answers_to_reflect_on(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
-        """The answers that a reflection should follow, after a round that added the leaves `new`."""
+        """Select the answers that get a reflection, after a round that added the leaves `new`."""
 
 
 class VerifierScorer:
-    """Scores answers by the task's verifier, or by the recipe's `reward` if it has one; reflects on wrong ones."""
+    """Scores answers by the task's verifier, or by the recipe's `reward` if set; reflects on wrong answers."""
 
     needs_logprobs = False
 
     async def score_answer(self, growth: Growth, answer: Node) -> tuple[Verdict, float]:
-        """The verifier's verdict, and its reward or the recipe's; without an answer the reward is the verifier's, 0."""
+        """The verifier's verdict, and its reward or the recipe's; no_answer and undecided keep the verifier's."""
         text = chain_text(answer.chain())
         verdict = await growth.task.judge_async(growth.question, text, answer.finish_reason)
         if growth.settings.reward is None or verdict.kind in ("no_answer", "undecided"):
@@ -69,19 +69,19 @@ class VerifierScorer:
         return verdict, await chain_reward(growth, answer.chain(), verdict)
 
     async def answers_to_reflect_on(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
-        """The wrong ones of the new answers."""
+        """The wrong answers among the new leaves."""
         return [leaf for leaf in new if leaf.verdict == "wrong"]
 
 
 class Growth:
     """Grows the tree of one question.
 
-    seed: seeds the pattern, and with its place in the tree every thought's prefix, writer and request. Budgets, C and
-        stop conditions play no part in these, so a search that is repeated with others asks the same requests.
+    seed: seeds the pattern and, with the place in the tree, every thought's prefix, writer and request. Budgets, C and
+        stop conditions do not, so a search that repeats with others sends the same requests.
     scorer: `VerifierScorer` by default.
 
-    `spent` counts what this tree was sent and cost, requests that the journal answered included; `used` are the keys of
-    their completions; `stopped` is the stop condition that ended it, None as long as none has.
+    `spent` counts requests and tokens of this tree, including those that the journal answered; `used` holds the keys of
+    their completions; `stopped` names the stop condition that ended it, else None.
     """
 
     def __init__(
@@ -109,17 +109,17 @@ class Growth:
         self._prompts: dict[str, Prompt] = {}
 
     def _prefixes(self) -> dict[str, Sequence[str]]:
-        """The prefixes of each thought type, the recipe's own in place of the shipped ones."""
-        # A type that is a fixed text needs none.
+        """{thought type: prefixes}, the recipe's where given, else the shipped ones."""
+        # A fixed text needs no prefix.
         prefixes: dict[str, Sequence[str]] = {**dict.fromkeys(self.settings.thoughts, ("",)), **PREFIXES}
         prefixes |= {kind: thought.prefixes for kind, thought in self.settings.thoughts.items() if thought.prefixes}
         if self.task.answer_form == "text":
-            # The verifier finds a free text by its tag; an own answer prefix opens a box.
+            # The verifier finds a free-text answer by its tag; the recipe's answer prefixes open a box.
             prefixes["answer"] = [self.answer_format.prefix]
         return prefixes
 
     async def run(self) -> None:
-        """Grow in rounds until the rollouts are spent, nothing is left to grow, or a stop condition is met."""
+        """Grow in rounds until the rollouts are spent, the tree is exhausted, or a stop condition is met."""
         self.started = time.monotonic()
         while not self.search.done:
             await self.grow_round()
@@ -128,7 +128,7 @@ class Growth:
                 self.search.rollouts_left = 0
 
     def stop_condition(self) -> str | None:
-        """The name of the condition of `settings.stop` that is met by now, None as long as none is."""
+        """The name of the first condition of `settings.stop` that is met, else None."""
         stop = self.settings.stop
         leaves = [leaf for leaf in self.search.leaves if leaf.verdict != "undecided"]
         correct = sum(leaf.verdict == "correct" for leaf in leaves)
@@ -145,12 +145,12 @@ class Growth:
         return next((name for name, is_met in met.items() if is_met), None)
 
     async def grow_round(self) -> None:
-        """Make up to `leaves_per_round` rollouts at once, and merge them in the order in which they were asked."""
+        """Run up to `leaves_per_round` rollouts concurrently, merge them in the order of `ask`, add reflections."""
         rollouts, before = self.search.ask(self.settings.leaves_per_round), len(self.search.leaves)
         async with asyncio.TaskGroup() as group:
             for rollout in rollouts[1:]:
                 group.create_task(self._write_rollout(rollout))
-            for rollout in rollouts[:1]:  # here, because a task of its own costs as much as reading a reply
+            for rollout in rollouts[:1]:  # without a task of its own, which costs as much CPU as reading a reply
                 await self._write_rollout(rollout)
         for rollout in rollouts:
             self.search.tell(rollout)
@@ -158,14 +158,14 @@ class Growth:
             self.search.add_reflection(answer)
 
     async def _write_rollout(self, rollout: Rollout) -> None:
-        """Write a rollout's thoughts until it has reached a judged leaf."""
+        """Generate a rollout's thoughts down to a judged leaf."""
         while (request := rollout.pending) is not None:
             rollout.feed(await self.write_thoughts(request))
 
     async def write_thoughts(self, request: ThoughtRequest, *, ahead: bool = True) -> list[list[Node]]:
-        """The thoughts of a request: for each sample those that it wrote one after the other; ends are scored.
+        """Generate a request's samples, each a list of consecutive thoughts; the last of a finished chain is scored.
 
-        ahead: a sample may write on to the end of its turn, where the next thoughts would be asked for in the same way.
+        ahead: let a sample run to the end of its turn if the next thoughts would be requested the same way.
         """
         if (fixed := self.settings.thought(request.type).text) is not None:
             return [[request.thought(0, fixed.strip())]]
@@ -184,10 +184,10 @@ class Growth:
         return [await self._read_thoughts(request, thought, ends, whole_turn=whole_turn) for thought in thoughts]
 
     def _writes_ahead(self, thought_type: str) -> bool:
-        """Whether paragraph follows paragraph without prefixes, from the same writer, until the model answers."""
+        """Whether all following thoughts are paragraphs without prefixes by one writer, so one request suffices."""
         pattern, kind, seen = self.search.pattern, thought_type, set[str]()
         writers = writers_of(kind, self.roles, self.settings.thought(kind))
-        while kind not in seen and len(writers) == 1:  # of several each thought draws one
+        while kind not in seen and len(writers) == 1:  # with several, each thought draws its own
             thought = self.settings.thought(kind)
             if self.settings.ends_of(kind) != "paragraph" or thought.max_tokens is not None:
                 return False
@@ -198,14 +198,14 @@ class Growth:
         return len(writers) == 1
 
     def _max_tokens(self, request: ThoughtRequest, *, whole_turn: bool) -> int:
-        """The most tokens that a request may generate: what is left of the chain's, or those of one thought."""
+        """max_tokens of a request: the rest of `max_chain_tokens`, or the limit of one thought."""
         if whole_turn:
             return max(1, self.settings.max_chain_tokens - sum(thought.tokens for thought in request.node.chain()))
         thought = self.settings.thought(request.type)
         return thought.max_tokens or thought.thought_tokens or self.settings.max_thought_tokens
 
     async def _read_answer(self, answer: Node) -> Node:
-        """The answer that a request opened and the model wrote, scored; one that was cut is none."""
+        """Parse and score a completion after an answer prefix; one cut by max_tokens is no_answer."""
         form = self.task.answer_form
         cut = answer.finish_reason == "length" and not (form == "boxed" and read_box(answer.text)[1])
         answer.text = thought_text("answer", answer.prefix, answer.text, form)
@@ -216,9 +216,9 @@ class Growth:
         return answer
 
     async def _read_thoughts(self, request: ThoughtRequest, first: Node, ends: str, *, whole_turn: bool) -> list[Node]:
-        """What one sample wrote, as thoughts that follow each other. Where the model answers, the rest is the answer.
+        """Split one sample into consecutive thoughts; from where the model answers, the rest is the answer, scored.
 
-        whole_turn: it wrote to the end of its turn.
+        whole_turn: the request had no stop string, so the sample runs to the end of the turn.
         """
         form, cut = self.task.answer_form, first.finish_reason == "length"
         in_line, is_open = request.node.is_open and request.type == request.node.type, cut and ends == "tokens"
@@ -246,7 +246,7 @@ class Growth:
         return thoughts
 
     def _answering_part(self, above: str, parts: Sequence[str], finish_reason: str, *, whole_turn: bool) -> int | None:
-        """The number of the first part with which a chain that begins with `above` has an answer in the task's form."""
+        """The index of the first part with which the chain, starting with `above`, has an answer in the task's form."""
         for number, part in enumerate(parts):
             above += part
             is_last = number == len(parts) - 1
@@ -261,9 +261,9 @@ class Growth:
     async def sample(
         self, request: ThoughtRequest, writer: Writer, *, max_tokens: int, stop: tuple[str, ...]
     ) -> list[Node]:
-        """A node for each sample that continues a request's chain and prefix; its text is what the model wrote.
+        """Send a request; returns one node per sample with the completion as its text.
 
-        A template that opens the model's thinking has written the first words of the first thought's prefix.
+        If the chat template opens the thinking (`<think>`), that opening goes in front of the first thought's prefix.
         """
         endpoint = self.models.endpoints[writer.model]
         if writer.model not in self._prompts:
@@ -286,20 +286,20 @@ class Growth:
         return thoughts
 
     async def score(self, answer: Node) -> None:
-        """Give an answer its verdict and its reward."""
+        """Set an answer's verdict and reward."""
         verdict, answer.reward = await self.scorer.score_answer(self, answer)
         if verdict is not None:
             answer.verdict, answer.answer, answer.detail = verdict.kind, verdict.answer, verdict.detail
 
     def draw_writer(self, thought_type: str, key: str) -> Writer:
-        """The writer of a thought type; of several one is drawn by the key."""
+        """The writer of a thought type; with several, one is drawn by the key."""
         writers = writers_of(thought_type, self.roles, self.settings.thought(thought_type))
         return writers[draw(f"writer:{key}", len(writers))]
 
     async def continue_text(
         self, writer: Writer, prompt: Prompt, text: str, *, n: int, max_tokens: int, seed: int, stop: tuple[str, ...]
     ) -> Completion:
-        """n continuations of `text`, which is what the assistant has said so far in answer to the prompt."""
+        """Sample n continuations of `text`, the assistant's turn so far."""
         request = Request(
             prompt=prompt.text + text,
             n=n,
@@ -314,7 +314,7 @@ class Growth:
         return await self.complete(writer.model, request)
 
     async def complete(self, model: str, request: Request) -> Completion:
-        """The completion of a request, counted in `spent` and `used`."""
+        """Send a request or recall it from the journal, and count it in `spent` and `used`."""
         key, completion = await self.models.complete(model, request, question_name(self.question))
         self.used.append(key)
         self.spent.requests += 1
@@ -323,8 +323,7 @@ class Growth:
 
 
 def _nodes_of(first: Node, texts: Sequence[str], pattern: Pattern) -> list[Node]:
-    """A node for each of the texts that one sample wrote; `first` becomes the first of them, and its tokens are shared
-    out by length."""
+    """Split the sample of `first` into one node per text; its token count is divided by text length."""
     nodes, total, length = [first], first.tokens, max(1, sum(map(len, texts)))
     finish_reason, first.text, before = first.finish_reason, texts[0], 0
     for text in texts[1:]:
@@ -341,8 +340,8 @@ def _nodes_of(first: Node, texts: Sequence[str], pattern: Pattern) -> list[Node]
 
 
 def writers_of(thought_type: str, roles: Mapping[str, Role], thought: Thought) -> Role:
-    """The writers of a thought type: of the role that its entry in the recipe names, else of the role of its own name,
-    else the reflector for reflections and double checks, else the thinker."""
+    """The writers of a thought type, from the first of these roles that is set: the one that `thoughts` names, the one
+    with the type's name, the reflector (for reflections and double checks), the thinker."""
     checking = "reflector" if thought_type in ("reflection", "double_check") else "thinker"
     return next(
         roles[role] for role in (thought.role or thought_type, thought_type, checking, "thinker") if role in roles

@@ -1,8 +1,7 @@
-"""`trees_index.db` beside `trees.db`: a row of numbers for each tree and an index of all words, so that a list of many
-trees is filtered, sorted and searched without reading a tree.
+"""`trees_index.db` beside `trees.db`: per-tree statistics and a full-text index, to filter, sort and search many trees.
 
-Invariant: all of it is computed from the stored trees. What is missing, or of trees that are not the same any more, is
-computed when the index is filled; an index that is damaged or of another version is made anew.
+Invariant: it is a cache of the stored trees. Missing and outdated rows are recomputed by `fill`; a damaged index or one
+of another version is rebuilt.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from cotree.tasks.diagnosis import LONG_TEXT, diagnose
 
 _VERSION = 1
 _SHOWN = 200  # characters of a question in a list
-_BATCH = 100  # trees that are committed at once where many are added
+_BATCH = 100  # trees per commit
 _COLUMNS = (
     ("tree", "TEXT NOT NULL UNIQUE"), ("checksum", "INTEGER"), ("config", "TEXT"), ("place", "TEXT"), ("task", "TEXT"),
     *((name, "INTEGER") for name in ("correct", "wrong", "no_answer", "undecided", "depth", "thoughts",
@@ -36,13 +35,13 @@ _COLUMNS = (
     ("correct_share", "REAL"), ("reflection", "TEXT"), ("question", "TEXT"), ("text", "TEXT"), ("looping", "TEXT"),
 )  # fmt: skip
 _SCHEMA = (
-    # No number is given twice, as words of trees that are gone stay under theirs.
+    # AUTOINCREMENT: numbers are never reused, because `words` keeps the rows of deleted trees.
     f"CREATE TABLE trees (number INTEGER PRIMARY KEY AUTOINCREMENT, {', '.join(map(' '.join, _COLUMNS))})",
     "CREATE INDEX trees_by_place ON trees (config, place)",
-    # All that a list is filtered and sorted by, without the texts: a third of the bytes to read.
+    # Covers all filter and sort columns without the texts: a third of the bytes to read.
     "CREATE INDEX trees_by_numbers ON trees (config, task, correct, wrong, no_answer, depth, thoughts, tokens, forced, "
     "looped, correct_share, reflection, place, tree)",
-    # Of a text only its words are kept.
+    # Contentless: stores the index only, not the texts.
     "CREATE VIRTUAL TABLE words USING fts5(text, content='', tokenize='unicode61 remove_diacritics 2')",
     f"PRAGMA user_version = {_VERSION}",
 )
@@ -53,19 +52,19 @@ _MIXES = {
     "all_wrong": "correct = 0 AND wrong > 0",
     "no_answer": "correct + wrong = 0 AND no_answer > 0",
 }
-# By number, as a list looks at every tree and would compare its id as text.
+# Compare row numbers, because comparing text ids for every tree is slower.
 _ANNOTATED = "number IN (SELECT number FROM trees WHERE tree IN (SELECT value FROM json_each(:annotated)))"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeQuery:
-    """Which trees a list shows, and in which order; None: all.
+    """Filters and sort order for a list of trees; None: no filter.
 
-    verdicts: the mix of its chains' verdicts: `no_answer` has no answered chain; elsewhere a chain without an answer
-        counts as one that is not correct. reflected: a correct answer follows one of its reflections (`helped`), or
-        none of them (`failed`). forced, looped: has a forced answer, has a chain that repeats itself.
-    annotated: with an annotation, or without. words: in its question or thoughts, each whole or the beginning of one.
-    sort: a column; `hard`: by the least share of correct chains, what is annotated last. Ties are by question.
+    verdicts: the mix of verdicts of a tree's chains; `no_answer`: no chain has an answer; in the other mixes a chain
+        without an answer counts as not correct. reflected: a correct answer follows a reflection (`helped`), or none
+        does (`failed`). forced, looped: the tree has a forced answer, or a chain that repeats itself.
+    annotated: with or without an annotation. words: full-text search (word prefixes) in question and thoughts.
+    sort: a column; `hard`: lowest share of correct chains first, annotated trees last. Ties are sorted by question.
     """
 
     task: str | None = None
@@ -80,7 +79,7 @@ class TreeQuery:
     descending: bool = False
 
     def conditions(self) -> Iterator[str]:
-        """What a tree must fulfil, in SQL with the fields' names as parameters."""
+        """Yield SQL conditions for the filters that are set, with the fields' names as parameters."""
         given = {
             "task = :task": self.task is not None,
             _MIXES[self.verdicts or "mixed"]: self.verdicts is not None,
@@ -94,7 +93,7 @@ class TreeQuery:
         return (condition for condition, is_given in given.items() if is_given)
 
     def order(self) -> str:
-        """The order, in SQL."""
+        """The SQL ORDER BY expression."""
         way = "DESC" if self.descending else "ASC"
         if self.sort == "question":
             return f"place {way}"
@@ -105,14 +104,13 @@ class TreeQuery:
 
 
 class TreeIndex:
-    """The index of one store, or of several; use as a context manager. Any number of processes may have it open."""
+    """The index of one or several stores; use as a context manager. Several processes may open it at once."""
 
     def __init__(self, store: TreeStore | TreeStores, path: Path | None = None) -> None:
-        """Open the index of an open store; where nothing can be written beside it, one that is kept in a temporary
-        folder while it is open.
+        """Open or create the index beside a store, or in a temporary folder if the store's folder is read-only.
 
         Args:
-            path: the store that the index is beside; to be given where there are several.
+            path: the store whose folder holds the index; required for several stores.
         """
         self._store, self._kept = store, ExitStack()
         self._totals: dict[str, tuple[int, dict[str, dict[str, int]]]] = {}  # by config, as of so many changes
@@ -137,7 +135,7 @@ class TreeIndex:
         self._db.execute("PRAGMA synchronous = NORMAL")
         if (found := self._version()) == 0:
             with self._transaction():
-                if self._version() == 0:  # nobody else has made it meanwhile
+                if self._version() == 0:  # another process may have created it meanwhile
                     for statement in _SCHEMA:
                         self._db.execute(statement)
         elif found != _VERSION:
@@ -169,7 +167,7 @@ class TreeIndex:
             yield
 
     def add(self, trees: Iterable[StoredTree]) -> None:
-        """Add trees that are in the store; one that is there already is replaced."""
+        """Index trees of the store, replacing their old rows."""
         names = ", ".join(name for name, _ in _COLUMNS)
         places = ", ".join(f":{name}" for name, _ in _COLUMNS)
         insert = f"INSERT INTO trees ({names}) VALUES ({places})"  # noqa: S608
@@ -184,8 +182,7 @@ class TreeIndex:
                     self._db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (number, "\n".join(texts)))
 
     def fill(self) -> int:
-        """Add the trees of the store that are missing here, and drop those that it has not; returns how many were
-        added."""
+        """Index missing or changed trees of the store and drop deleted ones; returns how many were indexed."""
         with self._guard():
             self._db.execute("CREATE TEMP TABLE IF NOT EXISTS stored (tree TEXT PRIMARY KEY, checksum) WITHOUT ROWID")
             with self._db:
@@ -200,12 +197,12 @@ class TreeIndex:
         return len(ids)
 
     def changes(self) -> int:
-        """A number that is another one after trees were added."""
+        """A number that differs after trees were added."""
         with self._guard():
             return int(self._db.execute("SELECT coalesce(max(number), 0) FROM trees").fetchone()[0])
 
     def totals(self, config: str) -> dict[str, dict[str, int]]:
-        """The trees and thoughts of one config, {task: {"trees": n, "thoughts": n}}."""
+        """Counts of trees and thoughts of one config: {task: {"trees": n, "thoughts": n}}."""
         changes = self.changes()
         if self._totals.get(config, (None, {}))[0] != changes:
             query = "SELECT task, count(*), sum(thoughts) FROM trees WHERE config = ? GROUP BY task"
@@ -216,7 +213,7 @@ class TreeIndex:
         return self._totals[config][1]
 
     def looping(self, tree_id: str) -> list[int]:
-        """The ids of the leaves of a tree whose chains repeat themselves."""
+        """The ids of leaves whose chains repeat themselves, from the index."""
         with self._guard():
             (found,) = self._db.execute("SELECT looping FROM trees WHERE tree = ?", (tree_id,)).fetchone() or ("[]",)
         return list(json.loads(found))
@@ -224,7 +221,7 @@ class TreeIndex:
     def list(
         self, config: str, query: TreeQuery, annotated: Collection[str] = (), *, offset: int = 0, limit: int = 100
     ) -> tuple[int, list[dict[str, Any]]]:
-        """How many trees of a config a query finds, and a page of them as {column: value}.
+        """Run a query on the trees of a config; returns the total number of hits and one page as {column: value}.
 
         annotated: the ids of annotated trees.
         """
@@ -247,17 +244,17 @@ class TreeIndex:
 
 
 def _match(words: str) -> str:
-    """Words as FTS5 reads them: all of them, each a word or the beginning of one, no sign of its own language."""
+    """An FTS5 query for all of these words as prefixes, with FTS5's syntax escaped."""
     return " ".join('"{}"*'.format(word.replace('"', '""')) for word in words.replace("\0", " ").split())
 
 
 def looping_leaves(tree: StoredTree) -> list[int]:
-    """The ids of the leaves of a tree whose chains repeat themselves."""
+    """The ids of leaves whose chains repeat themselves, computed from the tree."""
     return [leaf.node_id for leaf in tree.nodes if leaf.verdict is not None and _loops(tree, leaf)]
 
 
 def _row(tree: StoredTree) -> dict[str, Any]:
-    """The columns of a tree, without its checksum."""
+    """The index row of a tree, without its checksum."""
     leaves = [node for node in tree.nodes if node.verdict is not None]
     verdicts = Counter(leaf.verdict for leaf in leaves)
     judged = len(leaves) - verdicts["undecided"]
@@ -284,11 +281,11 @@ def _row(tree: StoredTree) -> dict[str, Any]:
 
 
 def _loops(tree: StoredTree, leaf: StoredNode) -> bool:
-    """Whether the chain to a leaf repeats itself; a short one that ended by itself does not, by any rule."""
+    """Whether the chain to a leaf repeats itself (`diagnose`); short uncut chains never do and are skipped."""
     text, end = chain_text(tree.chain(leaf.node_id)), "length" if leaf.is_cut else "stop"
     return (leaf.is_cut or len(text) > LONG_TEXT) and diagnose(text, finish_reason=end).loop
 
 
 def _natural_place(name: str) -> str:
-    """A sort key, as text, by which "q-9" comes before "q-10"."""
+    """A text key for natural sorting: "q-9" before "q-10"."""
     return re.sub(r"\d+", lambda digits: f"{len(digits[0].lstrip('0')):04}{digits[0].lstrip('0')}", name)

@@ -1,8 +1,8 @@
-"""`journal.db`: every completion that was paid for in a run, and which trees use it; and the models behind it.
+"""`journal.db`: a cache of all completions of a run's searches, and the models whose requests go through it.
 
-A completion is kept under the hash of its request (`Request.key`), committed before anybody uses it. So a search that
-was killed, or that is repeated with other settings, asks a model only what was never answered. The journal belongs to
-the run: trees of all settings share it, and it outlives them.
+A completion is stored under the hash of its request (`Request.key`) and committed before it is used. So a search that
+was killed, or repeats with other settings, sends only requests that were never answered. The trees of all settings
+share the run's journal, and it outlives them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cotree.search.database import Database, checksum
 
 
 class Journal(Database):
-    """The journal of one run."""
+    """The completions of one run, which trees use each, and each store's current trees."""
 
     kind = "journal"
     items = "completions"
@@ -44,35 +44,35 @@ class Journal(Database):
     )
 
     def damaged_items(self) -> dict[bytes, str]:
-        """The keys of completions that are not as they were added, each with the question that asked first."""
+        """{key: name of the question that asked first} of completions whose checksum does not match."""
         return _damaged(self._db.execute("SELECT key, question, tokens, completion, checksum FROM completions"))
 
     def check_items(self, keys: Sequence[bytes]) -> None:
-        """Raise UsageError where one of these completions is not as it was added."""
+        """Raise UsageError if the checksum of one of these completions does not match."""
         with self._guard():
             if damaged := _damaged(self.rows_of("completions", keys)):
                 raise sqlite3.DatabaseError(f"a completion of {next(iter(damaged.values()))} is not as it was stored")
 
-    def _seal(self, keys: Iterable[bytes] | None = None) -> None:
-        """Write the checksums of all completions that have none yet."""
+    def _write_checksums(self, keys: Iterable[bytes] | None = None) -> None:
+        """Write checksums for all completions without one."""
         self._db.create_function("checksum", 4, checksum, deterministic=True)
         self._db.execute(
             "UPDATE completions SET checksum = checksum(key, question, tokens, completion) WHERE checksum IS NULL"
         )
 
-    def lacking(self, keys: Iterable[bytes]) -> Iterator[bytes]:
-        """Those of some keys that it has no completion of."""
+    def missing_keys(self, keys: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield those of `keys` that have no completion here."""
         for key in keys:
             if next(self.execute("SELECT 1 FROM completions WHERE key = ?", (key,)), None) is None:
                 yield key
 
     @property
     def questions(self) -> set[str]:
-        """The names of the questions that it has completions of."""
+        """The names of all questions with completions."""
         return {name for (name,) in self.execute("SELECT DISTINCT question FROM completions")}
 
     def recall(self, key: bytes) -> Completion | None:
-        """The completion of a request, None where it was never answered."""
+        """The stored completion of a request key, or None."""
         with self._guard():
             row = self._db.execute("SELECT * FROM completions WHERE key = ?", (key,)).fetchone()
             if row is not None and _damaged([row]):
@@ -80,11 +80,10 @@ class Journal(Database):
         return None if row is None else Completion.from_json(row[3])
 
     def add(self, completions: Iterable[tuple[bytes, str, Completion]]) -> None:
-        """Keep completions; all are committed when this returns, or none is. The first one under a key stays.
+        """Commit completions in one transaction; an existing key keeps its first completion.
 
         Args:
-            completions: each with the key of its request and the model's identity (`Request.key`), and the question
-                whose tree asked first (`question_name`).
+            completions: (`Request.key`, `question_name` of the tree that asked first, completion).
         """
         rows = [(key, question, said.completion_tokens, said.to_json()) for key, question, said in completions]
         sealed = [(*row, checksum(*row)) for row in rows]
@@ -92,20 +91,19 @@ class Journal(Database):
             self._db.executemany("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?)", sealed)
 
     def add_uses(self, tree_id: str, keys: Iterable[bytes]) -> None:
-        """Note which completions a finished tree is made of."""
+        """Record which completions a finished tree uses."""
         with self._transaction():
             self._db.executemany("INSERT OR IGNORE INTO uses VALUES (?, ?)", [(key, tree_id) for key in keys])
 
     def set_current(self, store: Path, trees: Mapping[str, str]) -> None:
-        """Note which tree of each question ({question name: tree id}) is now the one in a store.
+        """Record the current tree of each question ({question name: tree id}) in a store.
 
-        The store is named by its path from here, so a run folder may move. Trees that stood there before, under other
-        settings, are no longer current.
+        Replaces the questions' trees of other settings. The store's path is kept relative, so a run folder may move.
         """
         place = os.path.relpath(store, self.path.parent)
         with self._transaction():
             rows = [(place, question, tree_id) for question, tree_id in trees.items()]
-            # Most stand there already after a resume, and writing is dearer than looking.
+            # After a resume most rows are there already, and a write costs more than a comparison.
             self._db.executemany(
                 """INSERT INTO current VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET tree_id = excluded.tree_id
                 WHERE tree_id != excluded.tree_id""",
@@ -113,8 +111,7 @@ class Journal(Database):
             )
 
     def unused(self, questions: Collection[str]) -> dict[bytes, int]:
-        """The completions of these questions (`question_name`) that no current tree of any store uses: the tokens of
-        each by its key."""
+        """{key: tokens} of these questions' completions that no current tree of any store uses."""
         query = """
 SELECT key, tokens FROM completions WHERE question = ? AND NOT EXISTS (
   SELECT 1 FROM uses JOIN current USING (tree_id) WHERE uses.key = completions.key
@@ -123,9 +120,9 @@ SELECT key, tokens FROM completions WHERE question = ? AND NOT EXISTS (
             return dict(row for question in questions for row in self._db.execute(query, (question,)))
 
     def extra_rollouts(self, name: str, computed: int) -> int:
-        """How many extra rollouts each tree gets that shares under this name: what was `computed` the first time.
+        """Store the extra rollouts per tree under `name` on the first call; later calls return the stored number.
 
-        It is kept before it is spent, so that a resumed search, which finds other trees finished, spends as much.
+        So a resumed search, which finds more trees finished than the first run did, spends the same.
         """
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO shares VALUES (?, ?)", (name, computed))
@@ -139,13 +136,13 @@ def _damaged(rows: Iterable[tuple[Any, ...]]) -> dict[bytes, str]:
 
 @dataclass
 class Progress:
-    """The counts of a running search, for its progress line.
+    """Counts for the progress line of a running search.
 
-    trees_wanted: later turns of conversations included. trees: finished; trees_before of them were there when this
-    process began. thoughts, verdicts: of the trees that this process finished. calls: requests that a model answered;
-    recalled: that the journal answered. tokens: generated in this process. cost: in the currency of the models' prices.
-    repeats: requests that were sent again after a failure. misreported: replies with token counts that could not be
-    true, so that they were counted here. lost: servers in whose place others are asked, and why.
+    trees_wanted: including later turns of conversations. trees: finished; trees_before: those finished before this
+    process started. thoughts, verdicts: in trees that this process finished. calls: requests answered by a model;
+    recalled: by the journal. tokens: generated in this process. cost: in the currency of the models' prices.
+    repeats: retries after a failure. misreported: replies with impossible token counts, which were counted locally
+    instead. lost: servers that failed for good, and why; others take their requests.
     """
 
     trees_wanted: int = 0
@@ -164,14 +161,14 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the search began in this process."""
+        """Seconds since the search started in this process."""
         return time.monotonic() - self.started
 
 
 class SearchModels:
-    """The open models of a search; with a journal, a request that was answered before is not sent again.
+    """Sends the requests of a search to its models; answers them from the journal where it can.
 
-    `progress` is up to date in its costs, repeats and lost servers when `note_servers` was called.
+    `note_servers` updates the costs, repeats and lost servers in `progress`.
     """
 
     def __init__(self, endpoints: Mapping[str, Endpoint], journal: Journal | None = None) -> None:
@@ -179,10 +176,10 @@ class SearchModels:
         self._arrived: list[tuple[tuple[bytes, str, Completion], asyncio.Future[None]]] = []
 
     async def complete(self, model: str, request: Request, question: str) -> tuple[bytes, Completion]:
-        """The completion of a request and its key, from the journal or from the model and then into the journal.
+        """Recall a completion from the journal, or request and journal it; returns (`Request.key`, completion).
 
         Args:
-            question: whose it is (`question_name`): its requests go to one server, where its prompts are warm.
+            question: `question_name`; all requests of a question go to one server, for its prefix cache.
         """
         endpoint, progress = self.endpoints[model], self.progress
         key = request.key(endpoint.identity)
@@ -198,8 +195,7 @@ class SearchModels:
         return key, completion
 
     async def _keep(self, key: bytes, question: str, completion: Completion) -> None:
-        """Wait until a completion is in the journal. What arrives at the same moment is committed together, because a
-        commit costs as much as several completions."""
+        """Add a completion to the journal, batched in one commit with others that arrive in the same loop iteration."""
         loop = asyncio.get_running_loop()
         if not self._arrived:
             loop.call_soon(self._commit)
@@ -213,16 +209,16 @@ class SearchModels:
         try:
             assert self.journal is not None
             self.journal.add([completion for completion, _ in arrived])
-        except Exception as fault:  # noqa: BLE001 - whoever waits raises it
+        except Exception as fault:  # noqa: BLE001 - raised in the waiting tasks
             error = fault
-        for kept in [kept for _, kept in arrived if not kept.done()]:  # a cancelled task waits no more
+        for kept in [kept for _, kept in arrived if not kept.done()]:  # skip those of cancelled tasks
             if error is None:
                 kept.set_result(None)
             else:
                 kept.set_exception(error)
 
     def note_servers(self) -> None:
-        """Bring into `progress` what the requests cost, how many were repeated, and which servers are lost."""
+        """Update the cost, retries, miscounts and lost servers in `progress`."""
         progress, endpoints = self.progress, self.endpoints.values()
         counters = [client.counters for endpoint in endpoints for client in endpoint.clients]
         progress.cost = sum(endpoint.cost or 0.0 for endpoint in endpoints)

@@ -1,14 +1,13 @@
 """Monte Carlo tree search over thoughts: select, expand, roll out, back up. Pure: no I/O, no clock, no global random.
 
-An ask-and-tell interface: `ask(k)` selects up to k places to grow, with virtual loss so that they differ. Each is a
-`Rollout` whose `pending` request is answered with `feed` until it has reached a judged leaf, and `tell` merges the
-rollouts of a round in the order in which they were asked. So completions may arrive in any order and at any time, and
-the tree stays the same. A request is seeded by its place in the tree, never by the budget, C or the order of rollouts.
+An ask-and-tell interface: `ask(k)` selects up to k nodes to grow, spread by virtual loss, as `Rollout`s. The caller
+answers a rollout's `pending` request with `feed` until it reaches a judged leaf, then merges the rollouts of a round
+with `tell` in the order of `ask`. So the tree does not depend on the order in which completions arrive. A request's
+seed depends on its place in the tree only, never on the budget, C or the order of rollouts.
 
-Invariants: a node's `visits` is the number of judged leaves at or below it and `value` the sum of their rewards, and an
-undecided leaf is in neither; a leaf is judged once and never selected again; after every tell no virtual loss of that
-rollout is left; no `answer` exists without a reward. All operations cost O(depth x branching), `set_rewards` the size
-of the tree.
+Invariants: a node's `visits` counts the judged leaves at or below it and `value` sums their rewards, both without
+undecided leaves; a leaf is judged once and never selected again; `tell` removes all virtual loss of its rollout; every
+`answer` has a reward. Operations cost O(depth x branching), `set_rewards` O(tree size).
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from cotree.search.thoughts import PREFIXES, Pattern, draw_prefix
 
 @dataclass(slots=True)
 class Slot:
-    """Children of a node, `n` samples of one type in one request. `taken`: a rollout writes or has written them.
+    """Children to be sampled below a node: `n` of one type in one request. `taken`: a rollout has claimed it.
 
-    written: further samples, which the request that wrote the node itself went on to write.
-    is_more: children beyond the pattern's row, which compete with the node's children (`widen`).
+    written: children of this slot that already came with the node, because its request wrote several thoughts.
+    is_more: children beyond the pattern's row (`Search.widen`).
     """
 
     type: str
@@ -41,15 +40,14 @@ class Slot:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Node(StoredNode):
-    """A thought while its tree grows: the row that will be stored, and what the search needs beside it.
+    """A thought during the search: the columns to store, plus the state of the search.
 
-    path: its place ("0.1/2.0/": slot.sample at each depth), which seeds whatever grows below it.
-    logprob: the mean over the thought's tokens, 0 where it was not asked for.
-    ended: the model ended its turn with it and gave no answer, so an answer is asked for next.
-    fresh_leaves: the judged leaves at which the rollouts ended that took a slot of the node. asking: those under way
-    that started at the node.
-    virtual_visits: rollouts under way at or below the node. undecided: leaves at or below it that could not be judged.
-    free_slots: slots at or below it that nobody has taken.
+    path: its place in the tree ("0.1/2.0/": slot.sample at each depth); seeds all requests below it.
+    logprob: mean over the thought's tokens; 0 if not requested.
+    ended: the model ended its turn here without an answer, so the next thought is an answer.
+    fresh_leaves: judged leaves of the rollouts that claimed a slot of this node.
+    asking: unfinished rollouts that started at this node. virtual_visits: those at or below it.
+    undecided: leaves at or below it that could not be judged. free_slots: unclaimed slots at or below it.
     """
 
     parent: Node | None = None
@@ -66,11 +64,11 @@ class Node(StoredNode):
 
     @property
     def tries(self) -> int:
-        """How often the search came here: leaves at or below, also undecided ones, and rollouts under way."""
+        """Visits including undecided leaves and unfinished rollouts: the n and N of UCB's exploration term."""
         return self.visits + self.virtual_visits + self.undecided
 
     def chain(self) -> list[Node]:
-        """The thoughts from the first below the root down to this one."""
+        """The path from below the root to this node."""
         nodes: list[Node] = []
         node: Node = self
         while node.parent is not None:
@@ -81,8 +79,7 @@ class Node(StoredNode):
 
 @dataclass(frozen=True, slots=True)
 class ThoughtRequest:
-    """A request for `n` thoughts of one type that follow `node`'s chain; `place` is the index of their slot, and the
-    first of them is its sample number `first`."""
+    """A request for `n` thoughts of one type below `node`: samples `first` and on of slot number `place`."""
 
     node: Node
     type: str
@@ -93,21 +90,21 @@ class ThoughtRequest:
     first: int = 0
 
     def thought(self, sample: int, text: str) -> Node:
-        """A node for one sample. It joins the tree when `tell` merges its rollout."""
+        """Create the node of one sample; `tell` adds it to the tree."""
         above, path = self.node, f"{self.node.path}{self.place}.{self.first + sample}/"
         return Node(-1, None, self.type, text, self.prefix, depth=above.depth + 1, parent=above, path=path)
 
 
 def next_thought(thought: Node, thought_type: str, text: str) -> Node:
-    """A node for what the same sample went on to write after a thought: sample 0 of the thought's first slot."""
+    """Create the node of the text after `thought` in the same completion: sample 0 of the thought's first slot."""
     path, depth = f"{thought.path}0.0/", thought.depth + 1
     return Node(-1, None, thought_type, text, model=thought.model, depth=depth, parent=thought, path=path)
 
 
 def distinct_thoughts(samples: Sequence[Sequence[Node]]) -> list[Node]:
-    """The thoughts of some samples, each one or several that follow each other, parents before children.
+    """Deduplicate sampled thoughts, each sample a chain of one or more; parents before children.
 
-    Of equal siblings the first is kept, and gets the children of the others; one without words is left out.
+    Equal siblings are merged with their children; empty thoughts are dropped.
     """
     found: dict[tuple[int, str, bool], Node] = {}
     for sample in samples:
@@ -121,7 +118,7 @@ def distinct_thoughts(samples: Sequence[Sequence[Node]]) -> list[Node]:
 
 
 class Rollout:
-    """One descent from a selected node to a judged leaf. Holds the nodes that it wrote until `tell` merges them."""
+    """One rollout from a selected node to a judged leaf; holds its new nodes until `tell` adds them to the tree."""
 
     def __init__(self, search: TreeSearch, node: Node, slot: Slot) -> None:
         self._search, self.start = search, node
@@ -129,17 +126,16 @@ class Rollout:
         self._take(node, slot)
 
     def _take(self, node: Node, slot: Slot) -> None:
-        """Make the thoughts of a slot the next that are asked for."""
+        """Claim a slot and make it the pending request."""
         self._search.take(node, slot)
         self._slot = slot
         self.pending: ThoughtRequest | None = self._search.thought_request(node, slot)
 
     def feed(self, samples: Sequence[Sequence[Node]]) -> None:
-        """Take what `pending` asked for; `pending` is then the next request, or None at a judged leaf.
+        """Give the samples of the `pending` request; `pending` is then the next request, or None at a judged leaf.
 
-        A sample is a thought, or several that follow each other where the model wrote on. One that ends its chain (an
-        answer, a cut text) comes with its reward, any other without. Where the model wrote nothing, an answer is asked
-        for in its place, so that every rollout ends at a judged leaf.
+        A sample is one or more consecutive thoughts. The last has a reward if it ends its chain (an answer, or a text
+        cut by max_tokens). If all samples are empty, an answer is requested instead, so every rollout ends at a leaf.
         """
         assert self.pending is not None, "this rollout has already reached a judged leaf"
         new = distinct_thoughts(samples)
@@ -166,8 +162,8 @@ class Rollout:
 class TreeSearch:
     """The search tree of one question.
 
-    rollouts_left: how many may still be asked; whoever drives the search may lower or raise it. rollouts: how many were
-    asked. nodes: in the order of their ids, parents before children. leaves: the judged ones, as they joined the tree.
+    rollouts_left: remaining budget, which the caller may change. rollouts: started so far.
+    nodes: ordered by id, parents before children. leaves: judged leaves in the order in which they were added.
     """
 
     def __init__(
@@ -183,30 +179,30 @@ class TreeSearch:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no slot is left to grow."""
+        """Whether no unclaimed slot is left in the tree."""
         return self.root.free_slots == 0
 
     @property
     def done(self) -> bool:
-        """Whether the budget is spent or nothing is left to grow."""
+        """Whether the budget is spent or the tree exhausted."""
         return self.rollouts_left == 0 or self.exhausted
 
     def expand_root(self) -> None:
-        """Give the root its child slots; once more where a tree has budget left and nothing to grow."""
+        """Add the pattern's child slots to the root; a repeated call lets an exhausted tree grow on."""
         new = self.child_slots(self.root)
         self.root.slots += new
         self.root.free_slots += len(new)
 
     def child_slots(self, node: Node) -> list[Slot]:
-        """New slots for the children that the pattern gives a node; near `max_depth` or at a turn's end an answer."""
+        """The child slots of a node by the pattern; one answer near `max_depth` or after the end of a turn."""
         last = node.ended or node.depth + 1 >= self.settings.max_depth
         following = {"answer": 1} if last else self.pattern[node.type or "root"]
         return [Slot(child, n, index) for index, (child, n) in enumerate(following.items(), start=len(node.slots))]
 
     def thought_request(self, node: Node, slot: Slot) -> ThoughtRequest:
-        """The request for the thoughts of a slot of a node."""
+        """Build the request for a slot of a node: its prefix, seed key and n."""
         key = f"{self.seed}/{node.path}/{slot.index}:{slot.type}"
-        # A mini-step that broke off inside a line is continued word by word, so no prefix comes between.
+        # The next mini-step continues an unfinished line, so it has no prefix.
         continues = node.is_open and slot.type == node.type
         prefix = "" if continues else draw_prefix(self.prefixes[slot.type], key)
         ends = self.settings.ends if slot.type == "answer" else self.settings.ends_of(slot.type)
@@ -217,7 +213,7 @@ class TreeSearch:
         )
 
     def ask(self, k: int = 1) -> list[Rollout]:
-        """Up to `k` rollouts from different places (fewer when the tree or the budget has no more)."""
+        """Select up to `k` rollouts with different slots (fewer if the tree or the budget has no more)."""
         asked: list[Rollout] = []
         while len(asked) < k and not self.done:
             node = self._select()
@@ -231,17 +227,16 @@ class TreeSearch:
         return asked
 
     def take(self, node: Node, slot: Slot) -> None:
-        """Mark a slot as taken; with `widen`, where the pattern branches, one of as many children again is opened."""
+        """Claim a slot; with `widen` and more than one child in the pattern's row, also open a further slot."""
         slot.taken = True
         n = self.pattern.get(node.type or "root", {}).get(slot.type, 1)
         if self.settings.widen and n > 1:
             node.slots.append(Slot(slot.type, n, len(node.slots), is_more=True))
 
     def tell(self, rollout: Rollout) -> None:
-        """Merge a finished rollout: its nodes join the tree, its judged leaves count once, its virtual loss goes.
+        """Merge a finished rollout: add its nodes, back up its leaves, remove its virtual loss.
 
-        A thought that the tree has at this place is not added again, and what follows it goes below the one that is
-        there. Leaves are: each has a vote.
+        A thought with the type and text of an existing sibling is merged with it. Leaves never are: each has a vote.
         """
         assert rollout.pending is None, "tell needs a rollout that has reached a judged leaf"
         self._add_upwards(rollout.start, virtual_visits=-1)
@@ -263,12 +258,12 @@ class TreeSearch:
                 above = above.parent if above is not rollout.start else None
 
     def add_leaf(self, leaf: Node) -> None:
-        """Let a judged leaf that no rollout wrote join the tree: a whole chain that was sampled by itself."""
+        """Add an independently sampled whole chain as a judged leaf."""
         self.rollouts += 1
         self._join(leaf)
 
     def set_rewards(self, rewards: Sequence[float]) -> None:
-        """Give the `leaves` new rewards, in their order, and back them up anew."""
+        """Replace the rewards of `leaves`, in their order, and recompute all values."""
         for leaf, reward in zip(self.leaves, rewards, strict=True):
             leaf.reward = reward
         for node in self.nodes:
@@ -279,10 +274,10 @@ class TreeSearch:
                 node.parent.value += node.value
 
     def add_reflection(self, answer: Node) -> None:
-        """Let a reflection follow the parent of an answer that seems wrong, as the answer's sibling.
+        """Open a reflection slot beside an answer that seems wrong.
 
-        The chain that goes on thus keeps the thinking but not the answer. A parent gets one reflection, and only where
-        thinking and an answer still fit below `max_depth`; the root gets none, since no thought is there to look at.
+        As a sibling it continues the chain with the thinking but without the answer. At most one per parent, never at
+        the root, and only if thinking and an answer still fit above `max_depth`.
         """
         parent = answer.parent
         assert parent is not None
@@ -294,9 +289,9 @@ class TreeSearch:
         self._add_upwards(parent, free_slots=1)
 
     def _select(self) -> Node:
-        """Walk down by UCB to a node with a free slot: unvisited children first, then slots, then the best child.
+        """Descend by UCB to a node with a free slot: unvisited children first, then slots, then the best child.
 
-        With `widen` more children of a node compete with those that it has, by UCB over what fresh ones there brought.
+        With `widen`, adding children competes with descending (`_ucb_of_more`).
         """
         node = self.root
         while True:
@@ -315,30 +310,29 @@ class TreeSearch:
                 node = best
 
     def _ucb_of_more(self, node: Node) -> float:
-        """UCB of one more request at a node, over what its earlier ones brought; those under way count as worth 0."""
+        """UCB of adding children to a node, from rewards of rollouts that started there; unfinished ones count 0."""
         rewards = [leaf.reward or 0.0 for leaf in node.fresh_leaves if leaf.verdict != "undecided"]
         tries = max(1, len(node.fresh_leaves) + node.asking)
         return self._ucb(sum(rewards), len(rewards) + node.asking, tries, node.tries)
 
     def ucb(self, node: Node, parent_tries: int) -> float:
-        """v/n + C sqrt(ln N / n), the paper's UCB; a virtual loss counts as a visit without reward.
+        """v/n + C sqrt(ln N / n), the paper's UCB; a virtual loss counts as a visit with reward 0.
 
-        Undecided leaves are not in v/n, but in the N and n of the other term: where nothing can be judged the search
-        does not stay for ever.
+        Undecided leaves count in the exploration term only, so the search leaves nodes where nothing can be judged.
         """
         return self._ucb(node.value, node.visits + node.virtual_visits, node.tries, parent_tries)
 
     def _ucb(self, value: float, visits: int, tries: int, parent_tries: int) -> float:
         mean = value / max(visits, 1)
         if self.settings.seek == "pairs":
-            # One leaf more that is right as often as the tree's are, else a single right one would look like certainty.
+            # Add one visit with the tree's mean reward (a prior), else a single correct leaf would look certain.
             usual = self.root.value / max(self.root.visits, 1)
             mean = (value + usual) / (visits + 1)
             mean = 2 * min(mean, 1 - mean)
         return mean + self.settings.exploration * math.sqrt(math.log(max(parent_tries, 1)) / tries)
 
     def _join(self, node: Node) -> None:
-        """Append a node to its parent; a leaf's reward is backed up, if it could be judged."""
+        """Append a node to its parent and back up its reward, if it is a judged leaf."""
         assert node.parent is not None
         node.node_id, node.parent_id = len(self.nodes), node.parent.node_id
         self.nodes.append(node)
@@ -361,7 +355,7 @@ class TreeSearch:
         undecided: int = 0,
         free_slots: int = 0,
     ) -> None:
-        """Add to the counts of a node and of all its ancestors."""
+        """Add to the counts of a node and all its ancestors."""
         step: Node | None = node
         while step is not None:
             step.visits += visits

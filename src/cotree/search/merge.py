@@ -1,7 +1,7 @@
-"""Copy trees or journals of several files into one: whole items as they are stored, each once.
+"""Merge tree stores or journals of several files into one without duplicates.
 
-Invariant: an item is copied in one transaction with all its rows, so a merge that was killed goes on where it stopped;
-what the target has already stays as it is, and nothing is written to a source.
+Invariant: an item is copied with all its rows in one transaction, so a killed merge resumes; items that the target has
+are kept, and sources are not changed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _BATCH = 500  # items in a transaction
 
 
 def merge_stores(sources: Iterable[Path], target: Path) -> int:
-    """Copy all trees of some stores into another, which is made if it is not there; returns how many are new there.
+    """Copy all trees of the sources into the target (created if missing); returns how many were new.
 
     Raises:
-        UsageError: a source is missing, damaged, of another version or no store.
+        UsageError: a source is missing, damaged, of another schema version or not a tree store.
     """
     new = 0
     with TreeStore(target) as into:
@@ -34,17 +34,17 @@ def merge_stores(sources: Iterable[Path], target: Path) -> int:
 
 
 def merge_journals(sources: Iterable[Path], target: Path) -> int:
-    """Copy all completions of some journals into another, and which trees use them; returns how many are new there.
+    """Copy all completions of the sources, and which trees use them, into the target; returns how many were new.
 
     Raises:
-        UsageError: a source is missing, damaged, of another version or no journal.
+        UsageError: a source is missing, damaged, of another schema version or not a journal.
     """
     new = 0
     with Journal(target) as into:
         for path in sources:
             with Journal(path, reading=True) as source:
                 keys = (key for (key,) in source.execute("SELECT key FROM completions"))
-                new += copy_items(source, into, into.lacking(keys))
+                new += copy_items(source, into, into.missing_keys(keys))
                 for table in ("uses", "current", "shares"):
                     rows = source.execute(f"SELECT * FROM {table}")  # noqa: S608
                     while batch := list(islice(rows, _BATCH)):
@@ -53,7 +53,7 @@ def merge_journals(sources: Iterable[Path], target: Path) -> int:
 
 
 def take_completions(sources: Iterable[Path], journal: Journal, questions: Collection[str]) -> int:
-    """Copy into a journal what other journals have of these questions (`question_name`); returns how many are new."""
+    """Copy the completions of these questions (`question_name`) into a journal; returns how many were new."""
     new = 0
     for path in sources:
         with Journal(path, reading=True) as source:
@@ -62,15 +62,15 @@ def take_completions(sources: Iterable[Path], journal: Journal, questions: Colle
                 for name in sorted(source.questions.intersection(questions))
             )
             keys = (key for (key,) in chain.from_iterable(rows))
-            new += copy_items(source, journal, journal.lacking(keys))
+            new += copy_items(source, journal, journal.missing_keys(keys))
     return new
 
 
 def copy_items(source: TreeStore | Journal, target: TreeStore | Journal, keys: Iterable[Any]) -> int:
-    """Copy the items of these keys with all their rows; returns how many there were.
+    """Copy the items with these keys, with all their rows; returns how many were copied.
 
     Raises:
-        UsageError: the source is of another version than the target, or one of the items is damaged.
+        UsageError: source and target have different schema versions, or an item is damaged.
     """
     if source.version() != target.version():
         raise UsageError(

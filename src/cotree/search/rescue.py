@@ -1,7 +1,7 @@
-"""The rows that can still be read of a damaged SQLite file and of its `-wal`, and whether a `-wal` is damaged.
+"""Recover rows from a damaged SQLite file and its `-wal`, and detect a damaged `-wal`.
 
-SQLite gives up at the first damaged page. Here each page is read for itself, as https://sqlite.org/fileformat2.html
-describes them, so a row is found although the pages that lead to it are lost.
+SQLite gives up at the first damaged page. This module parses every page by itself (format:
+https://sqlite.org/fileformat2.html), so rows are found even if the pages that point to them are lost.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from itertools import chain
 from pathlib import Path
 
 Value = None | int | float | str | bytes
-# Where the places of a page's rows begin, by its kind: an interior page of an index (or of a table without rowid), a
-# leaf of such, a leaf of a table.
+# Offset of a page's cell pointers by page type: interior index page (or WITHOUT ROWID table), index leaf, table leaf.
 _PLACES = {2: 12, 10: 8, 13: 8}
-_SIZES = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # of a value that is no text, by its type
-_PAGE = 4096  # bytes, as SQLite makes new files
-_LONGEST = 1 << 27  # bytes of a row; more is damage
+_SIZES = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # bytes of a value by serial type, below 12 (blob or text)
+_PAGE = 4096  # bytes, SQLite's default page size
+_LONGEST = 1 << 27  # bytes; a longer row is taken for damage
 
 
 def readable_rows(path: Path) -> Iterator[list[Value]]:
-    """All rows, of tables and indices alike, the newest version of one first: it may come several times."""
+    """Yield all readable rows of tables and indices; a row may come several times, its newest version first."""
     frames = _frames(_content(path, "-wal"))
     logged = [(int.from_bytes(frame[:4]), frame[24:]) for frame in frames if frame[8:16] == frames[0][8:16]]
     newest = dict(logged)
     with path.open("rb") as file:
 
         def page_in_file(number: int) -> bytes:
-            with suppress(OSError):  # of a damaged disk, or far behind the end
+            with suppress(OSError):  # damaged disk, or offset far beyond the end
                 file.seek((number - 1) * _PAGE)
                 return file.read(_PAGE)
             return b""
@@ -48,9 +47,9 @@ def readable_rows(path: Path) -> Iterator[list[Value]]:
 
 
 def commits_are_lost(path: Path) -> bool:
-    """Whether a `-wal` was cut or damaged after a kill, so that SQLite would leave out commits of it without a word."""
+    """Whether a `-wal` is truncated or damaged, so that SQLite would silently ignore some of its commits."""
     before = None
-    while True:  # what a process changes at this moment may look like damage, but not twice
+    while True:  # a concurrent write may look like damage once, but not twice
         index, log = _content(path, "-shm"), _content(path, "-wal")
         if not _lacks_frames(log, index):
             return False
@@ -61,7 +60,7 @@ def commits_are_lost(path: Path) -> bool:
 
 
 def _lacks_frames(log: bytes, index: bytes) -> bool:
-    """Whether a log has fewer whole frames than the index beside it counts, and these are not all in the file yet."""
+    """Whether a WAL has fewer valid frames than its `-shm` index counts, and not all are checkpointed."""
     counted, moved = (int.from_bytes(index[at : at + 4], sys.byteorder) for at in (16, 96))
     if moved >= counted:
         return False
@@ -78,8 +77,7 @@ def _lacks_frames(log: bytes, index: bytes) -> bool:
 
 
 def _frames(log: bytes) -> list[bytes]:
-    """The frames of a log: a page's number, 4 bytes that end a commit, 8 that all since its last reset share, the sums
-    of all so far, and the page."""
+    """Split a WAL into frames: page number, 4 bytes of commit size, 8 of salt, 8 of cumulative checksum, the page."""
     size = 24 + _PAGE
     return [log[at : at + size] for at in range(32, len(log) - size + 1, size)]
 
@@ -91,7 +89,7 @@ def _content(path: Path, end: str) -> bytes:
 
 
 def _row(page: bytes, kind: int, at: int, page_at: Callable[[int], bytes]) -> list[Value]:
-    """The row at a place of a page; what does not fit into the page is in a chain of others."""
+    """Parse the row at an offset of a page, following its overflow pages."""
     length, at = _varint(page, at + 4 if kind == 2 else at)
     if kind == 13:
         _, at = _varint(page, at)  # the rowid
@@ -118,7 +116,7 @@ def _row(page: bytes, kind: int, at: int, page_at: Callable[[int], bytes]) -> li
 
 
 def _values(record: bytes) -> list[Value]:
-    """The values of a record: their types, then their bytes."""
+    """Decode a record: a header of serial types, then the values."""
     end, at = _varint(record, 0)
     values: list[Value] = []
     place = end
@@ -137,7 +135,7 @@ def _values(record: bytes) -> list[Value]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of 1 to 9 bytes, and where it ends."""
+    """Decode a varint of 1 to 9 bytes; returns its value and the offset after it."""
     value = 0
     for end in range(at, at + 8):
         value = value << 7 | data[end] & 0x7F

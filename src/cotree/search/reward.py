@@ -1,5 +1,4 @@
-"""The reward of a chain where the recipe names another source than the task's verifier: a Python function, a model that
-is asked for its opinion, or a process reward model that scores each step.
+"""Rewards from other sources than the verifier: a Python function, an LLM judge, or a process reward model.
 
 Invariant: a reward is in [0, 1] and never changes a verdict.
 """
@@ -26,13 +25,13 @@ from cotree.tasks import Question, Verdict
 if TYPE_CHECKING:
     from cotree.search.growth import Growth
 
-# f(question, the whole chain's text, the task's verdict) -> reward; in decoding nobody knows the verdict: None
+# f(question, the whole chain's text, the verdict) -> reward; the verdict is None in decoding
 RewardFunction = Callable[[Question, str, Verdict | None], float]
 
 
 @cache
 def load_reward_function(name: str) -> RewardFunction:
-    """The function that `module:name` or `path/to/file.py:name` names; imported once.
+    """Import the function named by `module:name` or `path/to/file.py:name` (cached).
 
     Raises:
         UsageError: no such module, file or function; the message says which.
@@ -51,10 +50,10 @@ def load_reward_function(name: str) -> RewardFunction:
 
 
 async def chain_reward(growth: Growth, chain: Sequence[Node], verdict: Verdict | None) -> float:
-    """The reward in [0, 1] that the settings' `reward` gives a chain, also one that is not at its end.
+    """The reward in [0, 1] of a chain, finished or not, from the source in the settings' `reward`.
 
     Raises:
-        CotreeError: the recipe's function raises or returns another number, or scores are missing.
+        CotreeError: the function raises or returns a number outside [0, 1], or step scores are missing.
     """
     settings, question = growth.settings.reward, growth.question
     assert settings is not None
@@ -72,7 +71,7 @@ async def chain_reward(growth: Growth, chain: Sequence[Node], verdict: Verdict |
 
 
 def _function_reward(function: RewardFunction, question: Question, text: str, verdict: Verdict | None) -> float:
-    """What the user's function returns; an exception or a number outside [0, 1] is a CotreeError."""
+    """Call the user's reward function; an exception or a number outside [0, 1] becomes a CotreeError."""
     try:
         reward = float(function(question, text, verdict))
     except Exception as error:
@@ -84,7 +83,7 @@ def _function_reward(function: RewardFunction, question: Question, text: str, ve
 
 
 async def _judge_reward(growth: Growth, judge: str, samples: int, text: str) -> float:
-    """The share of `samples` in which the model `judge` says yes when it is asked whether the answer is right."""
+    """Ask the model `judge` `samples` times whether the answer is right; returns the share of yes."""
     asked = "\n\n".join(message["content"] for message in growth.question.messages if message["role"] == "user")
     content = f"Question:\n{asked}\n\nAnswer:\n{text}\n\nIs the final answer right? Reply with yes or no."
     prompt = growth.models.endpoints[judge].prompt([{"role": "user", "content": content}])
@@ -97,19 +96,18 @@ async def _judge_reward(growth: Growth, judge: str, samples: int, text: str) -> 
 
 
 def step_score_messages(question: Question, thoughts: Sequence[str], separator: str) -> tuple[tuple[str, str], ...]:
-    """The conversation that a process reward model scores: the question, and the chain with `separator` after each
-    thought."""
+    """The messages sent to a process reward model: the question, then the chain with `separator` after each thought."""
     asked = tuple((message["role"], message["content"]) for message in question.messages)
-    # A thought that holds the separator itself is one step all the same.
+    # Remove separators inside a thought, so that it stays one step.
     steps = [thought.replace(separator, " ") for thought in thoughts]
     return (*asked, ("assistant", "".join(f"{step}{separator}" for step in steps)))
 
 
 def combine_step_scores(scores: Sequence[float], steps: int, combine: Literal["least", "product", "last"]) -> float:
-    """One reward in [0, 1] from the scores of a chain's steps.
+    """Reduce the step scores of a chain to one reward in [0, 1].
 
     Raises:
-        CotreeError: there is not one score a step.
+        CotreeError: the number of scores is not the number of steps.
     """
     if len(scores) != steps:
         raise CotreeError(
@@ -120,5 +118,5 @@ def combine_step_scores(scores: Sequence[float], steps: int, combine: Literal["l
 
 
 def chain_rank_key(chain: Sequence[StoredNode]) -> tuple[float, float]:
-    """The sort key of chains of one tree, the best last: the reward of the last thought, then the mean v/n of all."""
+    """Sort key for a tree's chains, best last: the leaf's reward, then the mean v/n of its thoughts."""
     return chain[-1].reward or 0.0, sum(node.value / node.visits for node in chain if node.visits) / len(chain)

@@ -1,7 +1,7 @@
-"""Independent whole chains for a question (rejection sampling, best-of-n, self-consistency), to compare search with.
+"""Independent whole chains for a question (rejection sampling, best-of-n, self-consistency): the baseline for search.
 
-They begin as the question's tree does: with its worked examples, the prefix (or fixed text) of its pattern's first
-thought, its thinker and its temperature. Every generated token counts.
+The prompt, first thought's prefix (or fixed text), thinker and temperature are those of the question's tree. Every
+generated token counts.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from cotree.search.thoughts import draw_prefix
 
 
 async def sample_chains(growth: Growth, *, budget: int | None, most: int | None = None) -> AsyncIterator[list[Node]]:
-    """Sample whole chains, a request at a time; each is a scored leaf below the root of the growth's tree.
+    """Sample whole chains one request at a time; yields each request's chains, scored, as leaves below the root.
 
     Args:
-        budget: generated tokens to spend, met to the nearest chain; None: no limit.
-        most: chains at most; None: no limit.
+        budget: generated tokens to spend, to the nearest chain; None: no limit.
+        most: maximum number of chains; None: no limit.
     """
     search, settings = growth.search, growth.settings
     first_type = next(iter(search.pattern["root"]))
     fixed = settings.thought(first_type).text
-    # A line of a worked example closes a box and ends; other texts end with the model's turn.
+    # Chains in lines stop after the closed box, as in the worked examples; others at the end of the model's turn.
     ends_with_box = settings.ends == "line" and growth.task.answer_form != "text"
     requests = 0
-    n = 1  # the first says what a chain costs
+    n = 1  # the first request measures the cost of a chain
     while n > 0:
-        # Like a thought's, a request's seed depends on its place alone; only the last one's n depends on the budget.
+        # The seed depends on the request's number only; the budget changes only the last request's n.
         key = f"{search.seed}/chains/{requests}"
         prefix = f"{fixed.strip()}\n" if fixed else draw_prefix(search.prefixes[first_type], key)
         leaves = await growth.sample(
@@ -39,7 +39,7 @@ async def sample_chains(growth: Growth, *, budget: int | None, most: int | None 
         )
         for leaf in leaves:
             leaf.text = f"{leaf.prefix}{leaf.text}"
-            # The stop string took the box's brace with it.
+            # The stop string removed the closing brace.
             if ends_with_box and leaf.finish_reason == "stop" and leaf.text.count("{") > leaf.text.count("}"):
                 leaf.text += "}"
             await growth.score(leaf)
@@ -49,10 +49,10 @@ async def sample_chains(growth: Growth, *, budget: int | None, most: int | None 
         chains = search.rollouts
         n = settings.widest if most is None else min(settings.widest, most - chains)
         if budget is not None:
-            # Some servers withhold a text; the budget must end even if they withhold all of them.
+            # Some servers return no text and no tokens; count at least one token a chain so that the loop ends.
             n = min(n, repeats_within(budget, max(growth.spent.completion_tokens, chains), chains))
 
 
 def repeats_within(budget: int, spent: int, done: int) -> int:
-    """How often what was `done` times for `spent` tokens can be done again to come nearest to the budget."""
+    """How many more repeats, at the mean cost of `done` for `spent` tokens, come nearest to the token budget."""
     return round((budget - spent) * done / max(spent, 1))

@@ -1,8 +1,8 @@
-"""Databases that are worked on in a folder of a local disk, and copied to their places from time to time.
+"""SQLite databases kept on a local scratch disk during a run and copied to the run folder periodically.
 
-For places on file systems of several machines (NFS, Lustre, GPFS, SMB), where SQLite's WAL is not safe. A copy is made
-by SQLite's backup while work goes on, and takes its place whole or not at all. What a killed process had not copied
-yet is still in the folder, and comes along when the work goes on at that machine; elsewhere it is made again.
+For run folders on network file systems (NFS, Lustre, GPFS, SMB), where SQLite's WAL is not safe. SQLite's backup API
+makes a copy while work continues, and the copy replaces the old file atomically. Rows that a killed process had not
+copied are still on the scratch disk: a resume on that machine finds them, one elsewhere computes them again.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from cotree.base.atomic import atomic_draft, explain_write_errors
 from cotree.base.errors import CotreeError
 from cotree.search.merge import merge_journals, merge_stores
 
-_SECONDS = 60.0  # between two copies,
-_TREES = 50  # or fewer once so many trees are new,
-_SHARE = 20  # but never less than so many times what a copy takes
+_SECONDS = 60.0  # between copies,
+_TREES = 50  # or sooner after this many new trees,
+_SHARE = 20  # but at least this many times the duration of the last copy
 
 
 class Scratch:
-    """The journal and the store of a run or a shard, at their places or in a folder for scratch; a context manager.
+    """Places a run's or shard's journal and tree stores on a scratch disk, or leaves them in the run folder.
 
-    Everything that is opened at the paths given here is to be closed before the block ends; then the last copy is made.
+    A context manager; close everything opened at its paths before the block ends, when the last copy is made.
     """
 
     def __init__(self, run: Path, folder: Path | None) -> None:
-        """run: the folder that has both. folder: on a local disk; None to work at their places."""
+        """run: the run or shard folder. folder: on a local disk; None: use the run folder itself."""
         self._run, self._folder = run, folder
         if folder is not None:
             name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
@@ -43,7 +43,7 @@ class Scratch:
         self._thread = threading.Thread(target=self._copy_periodically, daemon=True)
 
     def path(self, place: Path) -> Path:
-        """Where a database whose place is this is to be opened; what is at its place is there too."""
+        """The path at which to open the database that belongs at `place`, with the content of `place` merged in."""
         if self._folder is None:
             return place
         local = self._folder / place.relative_to(self._run)
@@ -55,7 +55,7 @@ class Scratch:
         return local
 
     def count_tree(self) -> None:
-        """Note that a tree was stored. Raises what copying raised, so that no work goes on that cannot be kept."""
+        """Count a stored tree towards the next copy; raises the exception of a failed copy, to stop the run."""
         self._new += 1
         if self._new >= _TREES:
             self._due.set()
@@ -63,13 +63,13 @@ class Scratch:
             raise self._failure
 
     def copy(self) -> None:
-        """Copy all databases to their places, the journal first."""
+        """Copy all databases to the run folder, the journal first."""
         self._new = 0
         for local, place in sorted(self._copies.items(), key=lambda copy: copy[0].name != "journal.db"):
             if local.is_file():
                 with atomic_draft(place, "set --runs-dir") as draft:
                     _back_up(local, draft)
-                    for end in ("-wal", "-shm"):  # all that was in them is in the copy
+                    for end in ("-wal", "-shm"):  # the copy contains their commits
                         place.with_name(place.name + end).unlink(missing_ok=True)
 
     def _copy_periodically(self) -> None:
@@ -103,10 +103,10 @@ class Scratch:
 
 
 def _back_up(source: Path, target: Path) -> None:
-    """Copy a database that others may write to, with all commits so far, to one without a WAL."""
+    """Copy a database with all commits so far, while others write to it, to one without a WAL."""
     with closing(sqlite3.connect(source)) as reading, closing(sqlite3.connect(target)) as writing:
         try:
             reading.backup(writing)
-            writing.execute("PRAGMA journal_mode=DELETE")  # to be read where there is no shared memory
+            writing.execute("PRAGMA journal_mode=DELETE")  # readable on file systems without shared memory
         except sqlite3.OperationalError as error:
             raise CotreeError(f"cannot copy {source} to {target.parent}: {error}; free some space there") from None

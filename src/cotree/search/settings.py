@@ -15,7 +15,7 @@ Matrix = dict[str, dict[str, Count]]
 
 
 class Writer(Section):
-    """A model in a role, and how it samples there; what is not given is the search's."""
+    """A model in a role with its temperature and top_p there; by default those of the search."""
 
     model: str
     temperature: float | None = Field(None, ge=0)
@@ -23,25 +23,25 @@ class Writer(Section):
 
 
 def _list_of_writers(value: Any) -> Any:
-    """A role may be given as a name, a writer, or a list of these."""
+    """Turn a model name, a writer or a list of these into a tuple of writers."""
     given = value if isinstance(value, list | tuple) else [value]
     return tuple({"model": writer} if isinstance(writer, str) else writer for writer in given)
 
 
-# Of several writers one is drawn by seed for each request.
+# With several writers, each request draws one by seed.
 Role = Annotated[tuple[Writer, ...], BeforeValidator(_list_of_writers), Field(min_length=1)]
 
 
 class Thought(Section):
-    """How a thought type is written, where that differs from the shipped way; a new name is a type of the recipe's own.
+    """Overrides how one thought type is generated, or defines a new type of the recipe's own.
 
-    prefixes: the words it may begin with, one drawn by seed; an own type needs them (or a `text`).
+    prefixes: possible first words, one drawn by seed; a new type needs them (or a `text`).
     role: who writes it; by default the reflector writes reflections and double checks, the thinker everything else.
-    text: fixed words; no model is called.
-    max_tokens: instead of the search's `max_thought_tokens`; a line or paragraph that is longer is cut, a dead end.
-    ends: where a thought ends, by default where the search's thoughts do: `line` at a line's end; `paragraph` at a
-        blank line; `open` where the model turns to the answer or ends its turn; `tokens` after `thought_tokens` tokens,
-        wherever that is, and the next one continues its very words (mini-steps).
+    text: fixed text; no model is called.
+    max_tokens: replaces the search's `max_thought_tokens`; a longer line or paragraph is cut and ends its chain.
+    ends: where a thought ends, by default as in the search: `line` at a newline; `paragraph` at a blank line; `open`
+        where the model starts its answer or ends its turn; `tokens` after `thought_tokens` tokens, even mid-line,
+        and the next thought continues there (mini-steps).
     """
 
     text: str | None = Field(None, min_length=1)
@@ -65,15 +65,15 @@ class Thought(Section):
         return self
 
 
-# Of the types that a recipe says nothing of; every request of a search looks at it.
-_SHIPPED_WAY = Thought()
+# For types that the recipe does not mention; shared, because every request of a search reads it.
+_DEFAULT_THOUGHT = Thought()
 
 
 class Stop(Section):
-    """When a tree has had enough before its rollouts are spent. Chains count once however often they were written.
+    """Conditions that stop a tree before its rollouts are spent.
 
-    correct, wrong: enough when there are this many distinct correct and this many distinct wrong chains.
-    easy: give up after this many judged chains that are all correct. hopeless: after this many without a correct one.
+    correct, wrong: stop at this many distinct correct and this many distinct wrong chains.
+    easy: stop after this many judged chains if all are correct. hopeless: after this many if none is.
     tokens: generated tokens. seconds: a deadline; with one the trees depend on the speed of the machine.
     """
 
@@ -86,12 +86,12 @@ class Stop(Section):
 
 
 class Reward(Section):
-    """A reward other than the task's rule, in [0, 1], for the search only: verdicts stay the task's.
+    """A reward in [0, 1] that guides the search instead of the verifier's; verdicts stay the verifier's.
 
     function: `module:name` or `path/to/file.py:name`, called as f(question, text, verdict).
-    judge: a model of the recipe that is asked, `samples` times, whether the answer is right; the share of yes.
-    process: a process reward model of the recipe (`mode: pooling`); it scores each thought of the chain, which
-        `separator` ends, and `combine` makes one number of them: the least, their product, or the last one's.
+    judge: a model of the recipe, asked `samples` times whether the answer is right; the reward is the share of yes.
+    process: a process reward model of the recipe (`mode: pooling`); it scores each thought, with `separator` after it,
+        and `combine` reduces the scores to one: the least, their product, or the last.
     """
 
     function: str | None = Field(None, pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$")
@@ -109,7 +109,7 @@ class Reward(Section):
 
 
 def _with_shipped_patterns(value: Any, info: ValidationInfo) -> Any:
-    """Names of shipped patterns, or a mapping in which an own pattern has its matrix and a shipped one null."""
+    """Resolve the names of shipped patterns, given as a list or as {name: null}, to their matrices."""
     if value == "default":
         value = DEFAULT_PATTERNS[info.data.get("ends", "paragraph")]
     names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
@@ -123,26 +123,25 @@ def _with_shipped_patterns(value: Any, info: ValidationInfo) -> Any:
 class Search(Section):
     """Monte Carlo tree search over thoughts (paper, section on MCTS-based CoT data construction).
 
-    ends: where thoughts end that say nothing else: `paragraph` at a blank line, for models that write solutions of
-        their own; `line` at a line's end, for small ones that follow the worked examples.
-    examples: how many worked examples the prompt shows; more of them shorten chains and bring answers. By default 3,
-        and none for a reasoning model, whose thinking they would cut short.
+    ends: where thoughts end by default: `paragraph` at a blank line, for models that write solutions unprompted;
+        `line` at a newline, for small models that imitate the worked examples.
+    examples: number of worked examples (few-shot) in the prompt; more shorten chains and make answers likelier. By
+        default 3, and 0 for a reasoning model, whose thinking they would cut short.
     patterns: one is drawn for each tree: a list of shipped names, or {name: matrix} with a matrix of type -> {next
-        type: number of children}, and null for a shipped one; by default the shipped ones for `ends`.
-    thoughts: how thought types are written, own types included.
-    rollouts: descents to a judged leaf, at most. leaves_per_round: how many go at once, kept apart by virtual loss.
-    exploration: C of UCB; more of it spreads rollouts over branches, less returns to what was right.
-    seek: where UCB goes back to: `correct`, where many chains were right (the paper's v/n), or `pairs`, where right and
-        wrong ones part: v/n is replaced by twice the smaller of v/n and 1 - v/n.
-    widen: where a node has all children of its pattern's row, more of them compete with those that are there, so that a
-        node is widened or deepened by what its children brought (adaptive branching, as in AB-MCTS).
-    temperature, top_p: of every writer that names none.
-    max_thought_tokens: the longest line or paragraph that is asked for by itself. max_chain_tokens: the longest chain
-        that is written in one request.
-    max_reflections: how many wrong answers of a tree earn a reflection.
-    adaptive: rollouts that stopped trees left over go to trees that have both kinds of chains, up to as many again as
-        they had.
-    trees_in_flight: trees grown at once; changes the speed and nothing else.
+        type: number of children}, null for a shipped one; by default the shipped ones for `ends`.
+    thoughts: overrides for thought types, and new types.
+    rollouts: descents to a judged leaf, at most. leaves_per_round: concurrent rollouts, spread by virtual loss.
+    exploration: C of UCB; higher spreads rollouts over branches, lower exploits branches with correct answers.
+    seek: what UCB exploits: `correct`, a high share of correct chains (the paper's v/n), or `pairs`, nodes with both
+        correct and wrong chains: v/n is replaced by 2 min(v/n, 1 - v/n).
+    widen: a node with all children of its pattern's row may get more: UCB chooses between adding children and
+        descending into one (adaptive branching, as in AB-MCTS).
+    temperature, top_p: defaults for writers that set none.
+    max_thought_tokens: longest single line or paragraph. max_chain_tokens: longest chain written in one request.
+    max_reflections: wrong answers per tree that get a reflection.
+    adaptive: give rollouts that early-stopped trees left over to trees with correct and wrong chains; at most
+        doubles theirs.
+    trees_in_flight: trees grown concurrently; affects speed only.
     """
 
     rollouts: int = Field(8, ge=1)
@@ -170,17 +169,17 @@ class Search(Section):
     trees_in_flight: Annotated[int, NOT_CONTENT] = Field(8, ge=1)
 
     def thought(self, thought_type: str) -> Thought:
-        """How thoughts of a type are written; by default the shipped way."""
-        return self.thoughts.get(thought_type, _SHIPPED_WAY)
+        """The recipe's settings for a thought type, or the defaults."""
+        return self.thoughts.get(thought_type, _DEFAULT_THOUGHT)
 
     def ends_of(self, thought_type: str) -> str:
-        """Where thoughts of a type end; an answer, and fixed words, are lines."""
+        """Where thoughts of a type end (`Thought.ends`); answers and fixed texts are always lines."""
         thought = self.thought(thought_type)
         return "line" if thought_type == "answer" or thought.text is not None else thought.ends or self.ends
 
     @property
     def widest(self) -> int:
-        """The most samples that one request of a tree asks for."""
+        """The largest `n` (samples per request) that a tree uses."""
         widest = max(count for pattern in self.patterns.values() for row in pattern.values() for count in row.values())
         return max(widest, self.reward.samples if self.reward is not None else 1)
 
@@ -202,7 +201,7 @@ class Search(Section):
                     f"pattern `{name}`: the row `reflection` is missing, and a wrong answer adds one; add e.g. "
                     "reflection: {thinking: 1}, or set max_reflections to 0"
                 )
-        # An answer is judged, and ends by itself.
+        # The task's answer format decides where an answer ends.
         answer = self.thought("answer")
         if answer.text is not None or answer.ends is not None:
             raise ValueError("thoughts.answer: only prefixes, role and max_tokens can change; it ends by itself")
@@ -213,9 +212,9 @@ class Search(Section):
 
 
 class SearchWithRoles(Search):
-    """A search with its models.
+    """Search settings plus the models that write.
 
-    roles: {role: model, student, or a list of them}. `thinker` writes everything that no other role writes.
+    roles: {role: model, student, or a list of them}. `thinker` writes every type that no other role covers.
     """
 
     roles: dict[str, Role]
@@ -240,19 +239,18 @@ class SearchWithRoles(Search):
 
 
 class Trees(SearchWithRoles):
-    """A `trees` node: one tree for each question, or for each question of a `file` of rollouts.
+    """A `trees` node: one search tree per question, or imported rollouts merged into trees.
 
-    file: rollouts of others (JSON lines, lm-eval's or verifiers' samples, an inspect log), which are made into trees by
-        the tokens that they share; `tokenizer`: whose tokens, a model or student with weights. `task`: judges them,
-        instead of their rewards, of which `correct_at` is the least of a correct one. No model is asked, so nothing of
-        a search can be set.
-    questions: {task: how many}, the first so many of `split`; of conversations each turn is a tree.
+    file: rollouts from elsewhere (JSON lines, lm-eval's or verifiers' samples, an inspect log), merged into one tree
+        per question by shared token prefixes; `tokenizer`: the model or student whose tokens count. `task`: its
+        verifier judges them; without it a reward of `correct_at` or more is correct. No model is called, so no search
+        setting is allowed.
+    questions: {task: count}, the first of `split`; each turn of a conversation gets its own tree.
     method: `mcts`, or `sampling`: independent whole chains (rejection sampling, best-of-n) with the same worked
-        examples, first thought and thinker, up to `rollouts` of them and the stop conditions. What shapes a tree has no
-        part in it: all of a pattern but its first type, exploration, leaves_per_round, max_depth, max_reflections,
-        adaptive.
-    tokens_of: for sampling, another node: each question is sampled until it has cost what its tree there has cost, to
-        the nearest chain, instead of `rollouts` and stop conditions.
+        examples, first thought and thinker, up to `rollouts` or a stop condition. It ignores the rest of the pattern,
+        exploration, leaves_per_round, max_depth, max_reflections and adaptive.
+    tokens_of: for sampling, another `trees` node: sample each question until it has cost as many generated tokens as
+        its tree there, to the nearest chain; replaces `rollouts` and stop conditions.
     """
 
     questions: dict[str, Count] = Field({})

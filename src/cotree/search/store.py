@@ -1,7 +1,7 @@
-"""`trees.db`: the trees of one node of a recipe, each with all its thoughts.
+"""`trees.db`: the SQLite store of one `trees` node: all trees with all their thoughts.
 
-Invariant: a tree is inserted whole in one transaction or not at all, under a hash of its question and of the settings
-that it was grown with; other settings or a changed question make other trees, and none is ever overwritten.
+Invariant: a tree is inserted in one transaction, keyed by a hash of its question and search settings; changed settings
+or questions make new trees, and none is ever overwritten.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cotree.tasks.extract import ANSWER_TAG
 
 @dataclass(slots=True)
 class StoredNode:
-    """A thought: a row of `nodes`, without its tree's id; the fields are its columns in their order.
+    """A thought: a row of `nodes` without the tree id; fields are the columns in order.
 
-    `search.mcts.Node` is one that still grows.
+    `search.mcts.Node` extends it with the state of a running search.
     """
 
     node_id: int  # 0 is the root; parents come before children
@@ -33,41 +33,41 @@ class StoredNode:
     prefix: str = ""
     model: str = ""
     depth: int = 0
-    visits: int = 0  # judged leaves at or below, undecided ones left out
+    visits: int = 0  # judged leaves at or below, without undecided ones
     value: float = 0.0  # the sum of their rewards
     verdict: str | None = None  # correct, wrong, no_answer or undecided; None if not a leaf that the verifier judged
-    reward: float | None = None  # of a judged leaf, in [0, 1]; None where the chain goes on
+    reward: float | None = None  # of a judged leaf, in [0, 1]; None for inner nodes
     answer: str | None = None
     tokens: int = 0
     finish_reason: str = "stop"
     seed: int = 0
     seconds: float = 0.0  # of the request that wrote it
-    detail: str = ""  # why the verdict, for people
+    detail: str = ""  # human-readable reason for the verdict
 
     @property
     def is_open(self) -> bool:
-        """Whether its line goes on: a mini-step that ended by its token count and not by itself."""
+        """Whether it is a mini-step cut by its token count, so the next thought continues its line."""
         return self.finish_reason == "length" and self.reward is None
 
     @property
     def is_forced(self) -> bool:
-        """Whether it is an answer whose first words the search wrote, not the model."""
+        """Whether it is an answer forced by a prefix (`\\boxed{` or the answer tag), not one the model began."""
         return self.type == "answer" and self.prefix.endswith(("\\boxed{", f"{ANSWER_TAG}\n"))
 
     @property
     def is_cut(self) -> bool:
-        """Whether max_tokens ended it, and its chain with it, before there was an answer."""
+        """Whether max_tokens cut its chain before an answer."""
         return self.verdict == "no_answer" and self.type != "answer" and self.finish_reason == "length"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTree:
-    """A tree: a row of `trees`, the fields its columns in their order, with its nodes in id order.
+    """A tree: a row of `trees`, fields being the columns in order, plus its nodes ordered by id.
 
-    No undecided leaf is in the visits and value of a node; an older cotree's trees, which have them, are counted anew.
+    Visits and values exclude undecided leaves; they are recomputed for trees of older versions, which included them.
 
-    A tree of `method: sampling` has the pattern `sampling`, and below its root one `answer` node for each whole chain;
-    equal chains are separate nodes, because a majority vote counts them all.
+    With `method: sampling` the pattern is `sampling` and each whole chain is an `answer` node below the root; equal
+    chains stay separate nodes, because a majority vote counts them all.
     """
 
     tree_id: str  # sha256 of the question's content and the config, 16 hex digits
@@ -84,9 +84,9 @@ class StoredTree:
     calls: int
     prompt_tokens: int
     cached_tokens: int
-    completion_tokens: int  # all that was generated, duplicates dropped from the tree included
+    completion_tokens: int  # all generated tokens, including those of dropped duplicates
     nodes: list[StoredNode]
-    verdict_version: int | None = None  # the VERDICT_VERSION of its verdicts; None: an older cotree's, which kept none
+    verdict_version: int | None = None  # VERDICT_VERSION of its verdicts; None: written by an older cotree
 
     def __post_init__(self) -> None:
         if all(node.verdict != "undecided" for node in self.nodes):
@@ -100,11 +100,11 @@ class StoredTree:
 
     @property
     def question_name(self) -> str:
-        """The name of the tree's question, as `search.thoughts.question_name` gives it."""
+        """The question's key "task/id/turn", equal to `search.thoughts.question_name`."""
         return f"{self.task}/{self.question_id}/{self.turn}"
 
     def chain(self, leaf_id: int) -> list[StoredNode]:
-        """The thoughts from the first below the root down to a leaf."""
+        """The path from below the root to a leaf."""
         nodes: list[StoredNode] = []
         step: int | None = leaf_id
         while step:
@@ -119,13 +119,13 @@ _SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "float": "REAL", "list[dict[str, 
 
 
 def _columns(columns: Sequence[Field[Any]]) -> str:
-    """Columns as SQL declares them, from the fields' annotations."""
+    """SQL column declarations from dataclass field annotations."""
     kinds = [(field.name, str(field.type).partition(" | None")) for field in columns]
     return ", ".join(f"{name} {_SQL_TYPES[kind]}{'' if none else ' NOT NULL'}" for name, (kind, none, _) in kinds)
 
 
 class TreeStore(Database):
-    """The store of one `trees` node."""
+    """The trees of one `trees` node, in SQLite."""
 
     kind = "tree store"
     items = "trees"
@@ -145,25 +145,25 @@ class TreeStore(Database):
     )
 
     def finished(self, config: str | None = None) -> dict[str, int]:
-        """The ids of all trees (of one config), with the rollouts that each took."""
+        """{tree id: rollouts} of all trees (of one config)."""
         with self._guard():
             query = "SELECT tree_id, rollouts FROM trees WHERE config = coalesce(?, config)"
             return dict(self._db.execute(query, (config,)))
 
     def checksums(self, tree_id: str | None = None) -> Iterator[tuple[str, int | None]]:
-        """The ids of all trees (or one), each with the checksum of its content; None in a store of an older cotree."""
+        """(id, checksum) of all trees or of one; the checksum is None in stores of older versions."""
         column = "NULL" if self.version() < self.schema_version else "checksum"
         with self._guard():
             where = "" if tree_id is None else "WHERE tree_id = :tree_id"
             yield from self._db.execute(f"SELECT tree_id, {column} FROM trees {where}", {"tree_id": tree_id})  # noqa: S608
 
     def changes(self) -> int:
-        """A number that is another one after another process has changed the store."""
+        """A number that differs after another process changed the store."""
         with self._guard():
             return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def put(self, tree: StoredTree) -> None:
-        """Insert a tree with all its nodes, or nothing; a tree that is there already stays as it is."""
+        """Insert a tree with all its nodes in one transaction; an existing tree is kept."""
         row = [getattr(tree, column.name) for column in _TREE_COLUMNS]
         row = [json.dumps(value) if isinstance(value, list) else value for value in row]
         nodes = [[tree.tree_id, *(getattr(node, column.name) for column in _NODE_COLUMNS)] for node in tree.nodes]
@@ -171,10 +171,10 @@ class TreeStore(Database):
             done = self._db.execute("INSERT OR IGNORE INTO trees VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,NULL)", row)
             if done.rowcount:
                 self._db.executemany("INSERT INTO nodes VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", nodes)
-                self._seal([tree.tree_id])
+                self._write_checksums([tree.tree_id])
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
-        """All trees (of one config) in the order of their ids, read one at a time."""
+        """Iterate over all trees (of one config), ordered by id."""
         query = "SELECT tree_id FROM trees WHERE config = coalesce(?, config) ORDER BY tree_id"
         with self._guard():
             ids = self._db.execute(query, (config,)).fetchall()
@@ -182,32 +182,32 @@ class TreeStore(Database):
             yield self.tree(tree_id)
 
     def tree(self, tree_id: str) -> StoredTree:
-        """One tree by its id."""
+        """One tree by its id; UsageError if it is missing or damaged."""
         with self._guard():
             row, nodes = self._rows(tree_id)
             if row is None:
                 raise UsageError(f"{self.path} has no tree {tree_id}")
-            if not _is_whole(row, nodes):
+            if not _is_intact(row, nodes):
                 raise sqlite3.DatabaseError(f"the tree of {row[1]}/{row[2]} is not as it was stored")
         values = dict(zip((column.name for column in _TREE_COLUMNS), row, strict=False))
         values["messages"] = json.loads(values["messages"])
         return StoredTree(**values, nodes=[StoredNode(*node[1:]) for node in nodes])
 
     def damaged_items(self) -> dict[str, str]:
-        """The ids of trees that are not as they were stored, each with its question ("": not known)."""
+        """{tree id: "task/id", or "" if unknown} of trees whose checksum or node count does not match."""
         damaged = {}
         self._db.execute("BEGIN")
         try:
             for (tree_id,) in self._db.execute("SELECT tree_id FROM trees UNION SELECT tree_id FROM nodes"):
                 row, nodes = self._rows(tree_id)
-                if row is None or not _is_whole(row, nodes):
+                if row is None or not _is_intact(row, nodes):
                     damaged[tree_id] = f"{row[1]}/{row[2]}" if row else ""
         finally:
             self._db.execute("ROLLBACK")
         return damaged
 
     def check_items(self, keys: Sequence[str]) -> None:
-        """Raise UsageError where one of these trees is not as it was stored."""
+        """Raise UsageError if one of these trees is damaged."""
         for tree_id in keys:
             self.tree(tree_id)
 
@@ -215,8 +215,8 @@ class TreeStore(Database):
         row = self._db.execute("SELECT * FROM trees WHERE tree_id = ?", (tree_id,)).fetchone()
         return row, self._db.execute("SELECT * FROM nodes WHERE tree_id = ? ORDER BY node_id", (tree_id,)).fetchall()
 
-    def _seal(self, keys: Iterable[str] | None = None) -> None:
-        """Write the checksums of these trees, as their rows are in the file; by default of all that have none yet."""
+    def _write_checksums(self, keys: Iterable[str] | None = None) -> None:
+        """Write the checksums of these trees from their stored rows; by default of all without one."""
         unsealed = "SELECT tree_id FROM trees WHERE checksum IS NULL"
         for tree_id in [tree_id for (tree_id,) in self._db.execute(unsealed)] if keys is None else keys:
             row, nodes = self._rows(tree_id)
@@ -225,8 +225,8 @@ class TreeStore(Database):
             self._db.execute("UPDATE trees SET checksum = ? WHERE tree_id = ?", kept)
 
 
-def _is_whole(row: tuple[Any, ...], nodes: list[tuple[Any, ...]]) -> bool:
-    """Whether a tree is what was stored; of an older store, which has no checksums, whether it lacks no node."""
+def _is_intact(row: tuple[Any, ...], nodes: list[tuple[Any, ...]]) -> bool:
+    """Whether a tree's node ids are complete and its checksum, if it has one, matches."""
     if [node[1] for node in nodes] != list(range(len(nodes))) or not nodes:
         return False
     kept = row[len(_TREE_COLUMNS) :]
@@ -234,14 +234,14 @@ def _is_whole(row: tuple[Any, ...], nodes: list[tuple[Any, ...]]) -> bool:
 
 
 def count_trees(path: Path, config: str | None = None) -> int:
-    """How many trees (of one config) the store at `path` has, 0 where there is none; changes nothing there.
+    """The number of trees (of one config) in the store at `path`, 0 if the file is missing; strictly read-only.
 
     Raises:
-        UsageError: it is another file, or damaged.
+        UsageError: the file is damaged or not a tree store.
     """
     if not path.is_file():
         return 0
-    # Without `immutable` even a reader makes files beside a store; with it the commits in a left `-wal` are not seen.
+    # Without `immutable` even a reader creates files beside the store; with it, commits in a `-wal` are ignored.
     mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as db:

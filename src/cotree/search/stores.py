@@ -1,4 +1,4 @@
-"""Many stores of trees, read as one without copying anything: those of a run and of its shards."""
+"""The tree stores of a run and its shards, read as one without copying."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _MOST_OPEN = 200
 
 
 class TreeStores:
-    """Stores read as one, each tree once; use as a context manager.
+    """A read-only union of tree stores, plus one open store (`own`) that receives new trees.
 
-    own: an open store among them, which new trees are put into.
+    Use as a context manager. A tree that several stores have is listed once.
     """
 
     def __init__(self, paths: Iterable[Path], own: TreeStore | None = None) -> None:
-        """Raises UsageError where a store is damaged, or is another file."""
+        """Raises UsageError if a file is damaged or not a tree store."""
         self._paths, self._own = list(paths), own
         self._open: OrderedDict[Path, TreeStore] = OrderedDict()
         self._finished: dict[str | None, dict[str, int]] = {}
@@ -32,18 +32,18 @@ class TreeStores:
 
     @property
     def own(self) -> TreeStore:
-        """The store that new trees are put into."""
+        """The store that receives new trees."""
         assert self._own is not None, "opened to be read only"
         return self._own
 
     @property
     def path(self) -> Path:
-        """The own store's."""
+        """The path of the own store."""
         return self.own.path
 
     def finished(self, config: str | None = None) -> dict[str, int]:
-        """The ids of all trees (of one config), with the rollouts that each took."""
-        if config not in self._finished:  # none of the others is written to meanwhile
+        """{tree id: rollouts} of all trees (of one config)."""
+        if config not in self._finished:  # the other stores do not change meanwhile
             found: dict[str, int] = {}
             for path in reversed(self._paths):
                 found |= self._store(path).finished(config)
@@ -54,7 +54,7 @@ class TreeStores:
         """One tree by its id.
 
         Raises:
-            UsageError: no store has it, or it is damaged there.
+            UsageError: no store has it, or it is damaged.
         """
         if tree_id in self._place:
             return self._store(self._place[tree_id]).tree(tree_id)
@@ -63,11 +63,11 @@ class TreeStores:
         raise UsageError(f"{self._paths[0]} has no tree {tree_id}{', nor have other shards' * (len(self._paths) > 1)}")
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
-        """All trees (of one config) in the order of their ids, read one at a time."""
+        """Iterate over all trees (of one config), ordered by id."""
         return map(self.tree, sorted(self.finished(config)))
 
     def checksums(self, tree_id: str | None = None) -> Iterator[tuple[str, int | None]]:
-        """The ids of all trees that are there by now (or one), each with the checksum of its content."""
+        """(id, checksum) of every tree stored by now, or of one."""
         if tree_id is not None:
             yield from self._store(self._place[tree_id]).checksums(tree_id)
             return
@@ -80,13 +80,13 @@ class TreeStores:
                     yield found, checksum
 
     def changes(self) -> int:
-        """A number that is another one after one of the stores was changed."""
+        """A number that differs after any of the stores changed."""
         files = (Path(f"{path}{end}") for path in self._paths for end in ("", "-wal"))
         stats = [file.stat() if file.exists() else None for file in files]
         return hash(tuple(None if stat is None else (stat.st_mtime_ns, stat.st_size) for stat in stats))
 
     def paths_with(self, config: str) -> list[Path]:
-        """The stores that have trees of a config, the own one left out."""
+        """The paths of the other stores that have trees of a config."""
         return [path for path in self._paths if self._store(path).finished(config)]
 
     def put(self, tree: StoredTree) -> None:
@@ -94,7 +94,7 @@ class TreeStores:
         self.own.put(tree)
 
     def _store(self, path: Path) -> TreeStore:
-        """The open store at a path; one that was not used for long is closed where many are open."""
+        """The open store at a path; with many open, the least recently used one is closed."""
         if path not in self._open:
             if len(self._open) >= _MOST_OPEN:
                 self._open.popitem(last=False)[1].__exit__()

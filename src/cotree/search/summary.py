@@ -1,6 +1,6 @@
-"""The counts of a search over its stored trees, and search beside sampling at equal tokens.
+"""Summary statistics of stored trees, and the comparison of search with sampling at equal tokens.
 
-Every number is computed from stored trees, so a resumed run and an uninterrupted one report the same.
+All numbers come from stored trees, so resumed and uninterrupted runs report the same.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from cotree.search.thoughts import chain_text, names_of_turns
 from cotree.search.trees import trees_of
 from cotree.tasks.base import Asked
 
-_ALL = ""  # beside the tasks' names
+_ALL = ""  # key of the total, among task names
 
 
 def summarize(
     store: Stores, journal: Journal, questions: Sequence[Asked], config: str, *, beside: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """Count the trees of these questions, reading one at a time.
+    """Compute summary statistics of the trees of these questions.
 
     Args:
-        beside: journals of other parts of the run, which have paid for some of the trees.
+        beside: journals of the run's other shards, which hold completions of some of the trees.
 
     Returns:
-        What all trees hold, as plain data:
-        trees, thoughts; rollouts: descents to a judged leaf; answers: judged chains, by verdict in `correct`, `wrong`
-        and `no_answer`, of which `forced` ones answer in words that the search began; cut: chains that max_tokens ended
-        before an answer, not among these; questions_with_correct,
-        questions_with_both: the share of trees with a correct chain, and with a correct and a wrong one; reflections,
-        and those `repaired`, which a correct answer follows; stopped: {why trees ended: how many}.
-        by_task: {task: the same}. by_pattern: {pattern: its trees, answers and correct answers}.
-        by_model: {model: the thoughts, tokens, reflections and repaired that it wrote}.
-        tokens: those of prompts that no cache had (`prompt`), `cached` ones, and generated ones (`completion`).
-        unused: the completions and generated tokens that were paid for and are in no current tree of these questions:
-            of earlier settings, or cut short.
+        Plain data over all trees:
+        trees, thoughts; rollouts: descents to a judged leaf; answers: judged chains, split by verdict into `correct`,
+        `wrong` and `no_answer`; forced: answers that began with a prefix of the search; cut: chains cut by max_tokens
+        before an answer, not in `answers`; questions_with_correct, questions_with_both: shares of trees with a correct
+        chain, and with both a correct and a wrong one; reflections; repaired: reflections that a correct answer
+        follows; stopped: {stop reason: trees}.
+        by_task: {task: the same}. by_pattern: {pattern: trees, answers and correct answers}.
+        by_model: {model: thoughts, tokens, reflections and repaired that it wrote}.
+        tokens: uncached prompt tokens (`prompt`), `cached` prompt tokens, generated tokens (`completion`).
+        unused: completions, and their tokens, that no current tree of these questions uses: from earlier settings or
+            unfinished trees.
     """
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter, {_ALL: Counter(trees=0)})
     stopped: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -72,23 +72,23 @@ def summarize(
 
 
 def _unused(journal: Journal, beside: Sequence[Path], names: Sequence[str]) -> dict[str, int]:
-    """What no journal that has it knows a current tree for."""
+    """Count the completions for which no journal records a current tree."""
     by_path: dict[Path, dict[bytes, int]] = {}
     found = journal.unused(names)
     for path in beside:
         with Journal(path, reading=True) as other:
             by_path[path] = other.unused(sorted(other.questions.intersection(names)))
-            found |= {key: by_path[path][key] for key in journal.lacking(by_path[path])}
+            found |= {key: by_path[path][key] for key in journal.missing_keys(by_path[path])}
     for path in beside if found else ():
         with Journal(path, reading=True) as other:
-            used = found.keys() - by_path[path].keys() - set(other.lacking(found))
+            used = found.keys() - by_path[path].keys() - set(other.missing_keys(found))
         for key in used:
             del found[key]
     return {"completions": len(found), "tokens": sum(found.values())}
 
 
 def _with_shares(counts: Counter[str], stopped: Counter[str]) -> dict[str, Any]:
-    """The counts of some trees, with shares in place of the numbers of questions."""
+    """Convert counts of questions to shares and add the stop reasons."""
     shares = {
         name: counts[name] / max(counts["trees"], 1) for name in ("questions_with_correct", "questions_with_both")
     }
@@ -96,13 +96,13 @@ def _with_shares(counts: Counter[str], stopped: Counter[str]) -> dict[str, Any]:
 
 
 def _repaired_reflections(tree: StoredTree) -> set[int]:
-    """The node ids of the reflections of a tree that a correct answer follows."""
+    """The node ids of reflections that a correct answer follows."""
     correct = [node.node_id for node in tree.nodes if node.verdict == "correct"]
     return {node.node_id for leaf in correct for node in tree.chain(leaf) if node.type == "reflection"}
 
 
 def _counts_of_tree(tree: StoredTree) -> dict[str, int]:
-    """One tree's counts, by the names that `summarize` gives them."""
+    """One tree's counts under the names of `summarize`."""
     answers = Counter(node.verdict for node in tree.nodes if node.verdict is not None and not node.is_cut)
     verdicts = {node.verdict for node in tree.nodes}
     return {
@@ -122,20 +122,20 @@ def _counts_of_tree(tree: StoredTree) -> dict[str, int]:
     }
 
 
-# A figure with the ends of its 95% interval.
+# (value, low, high) with a 95% interval
 Measured = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What one method found over a set of questions, and at what cost; each figure as (value, low, high).
+    """Accuracy, pair yield and cost of one method (search or sampling) over a set of questions.
 
-    chains: all but undecided ones. accuracy: the share that is correct; those that were cut or have no answer are not.
-    correct, both, vote: shares of the questions with a correct chain, with a correct and a wrong one, and with a
-    correct majority answer. Intervals are Wilson's, or of a bootstrap over questions.
-    pairs_per_question, pairs_per_1000_tokens: preference pairs that use no chain twice.
-    shared: of the tokens of the pairs, each correct chain with the wrong one that shares most with it, the share that
-    both have; None where there is no pair. tokens: generated. tokens_per_pair: None where there is no pair.
+    chains: without undecided ones. accuracy: share of correct chains; cut ones and those without an answer are not.
+    correct, both, vote: shares of questions with a correct chain, with a correct and a wrong one, and with a correct
+    majority vote. 95% intervals: Wilson, or bootstrap over questions.
+    pairs_per_question, pairs_per_1000_tokens: preference pairs that use each chain once.
+    shared: share of the pairs' tokens in the common prefix, pairing chains that share most; None without pairs.
+    tokens: generated. tokens_per_pair: None without pairs.
     """
 
     method: str
@@ -154,17 +154,17 @@ class MethodResult:
 
 
 def compare_methods(trees: Mapping[str, Iterable[StoredTree]]) -> list[MethodResult]:
-    """Compare methods by the trees that each made for the same questions: {method's name: its trees}."""
+    """Compare methods on the same questions, given {method: its trees}."""
     found = {method: [_found_in(tree) for tree in of_method] for method, of_method in trees.items()}
-    # In an order of their own, because the intervals draw trees by number.
+    # Sort, because the bootstrap draws trees by index.
     return [_method_result(method, sorted(of, key=lambda tree: sorted(tree.items()))) for method, of in found.items()]
 
 
 def _found_in(tree: StoredTree) -> Counter[str]:
-    """What one tree adds to the sums of its method."""
+    """One tree's contribution to the sums of its method."""
     ends = [node for node in tree.nodes if node.verdict not in (None, "undecided")]
     leaves = [leaf for leaf in ends if leaf.verdict in ("correct", "wrong")]
-    # Equal chains are one chain, but each of them has a vote.
+    # Equal chains count once for pairs, but each has a vote.
     distinct = {chain_text(tree.chain(leaf.node_id)): leaf for leaf in leaves}
     chains = Counter(leaf.verdict for leaf in distinct.values())
     # The first answer wins a tie: a Counter keeps the order of arrival.
@@ -186,7 +186,7 @@ def _found_in(tree: StoredTree) -> Counter[str]:
 
 
 def _shared_tokens(tree: StoredTree, leaves: Sequence[StoredNode], pairs: int) -> tuple[int, int]:
-    """The tokens that the two sides of so many pairs share, counted twice, and all tokens of both sides."""
+    """Shared-prefix tokens of `pairs` greedily matched pairs (counted in both chains), and all their tokens."""
     paths = {leaf.node_id: {node.node_id: node.tokens for node in tree.chain(leaf.node_id)} for leaf in leaves}
     right, wrong = ([leaf.node_id for leaf in leaves if leaf.verdict == kind] for kind in ("correct", "wrong"))
     common = {

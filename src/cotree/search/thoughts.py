@@ -1,12 +1,10 @@
-"""Thought types, the prefixes that they begin with, the patterns that say which type may follow which, and the texts of
-a search: what a model continues (worked examples, the question, the chain so far, a prefix), and what it writes.
+"""Thought types, their prefixes, patterns (which type may follow which), and how prompts and thoughts are put together.
 
-The shipped types and patterns are in `thoughts.yaml`. Whatever is drawn (a prefix, a pattern, a request's seed) is a
-pure function of a seed text, the same on every machine.
+The shipped types and patterns are in `thoughts.yaml`. Every random draw (a prefix, a pattern, a request's seed) is a
+hash of a seed string, the same on every machine.
 
-Invariant: the prompt of a child begins with the prompt of its parent, so a server's prefix cache stays warm, and the
-model continues the very words that it (or another model) wrote. The worked examples are for search only: the student
-is trained and evaluated on the plain question.
+Invariant: a child's prompt starts with its parent's prompt, so a server's prefix cache hits and the model continues
+the exact text so far. Worked examples are for search only: students are trained and evaluated on the plain question.
 """
 
 from __future__ import annotations
@@ -34,21 +32,21 @@ PATTERNS: dict[str, dict[str, dict[str, int]]] = _SHIPPED["patterns"]
 DEFAULT_PATTERNS: dict[str, list[str]] = _SHIPPED["default_patterns"]
 THOUGHT_TYPES = tuple(PREFIXES)
 
-# The stop strings of a thought, by where it ends. A line does not answer before its turn; the others may.
+# The stop strings of a thought, by `ends`. A line may not contain the answer; paragraphs and open thoughts may.
 THOUGHT_STOPS: Mapping[str, tuple[str, ...]] = {
     "line": ("\n", "The answer is"),
     "tokens": ("\n", "The answer is"),
     "paragraph": ("\n\n",),
     "open": (),
 }
-# Blank lines after which a new step begins; a step is not over at a colon.
+# Blank lines that separate steps; text that ends in a colon continues.
 _BLANK_LINES = re.compile(r"(?<![:\s])(?<!:\*\*)[ \t]*\n(?:[ \t]*\n)+(?=\S)")
-# Escaped ones are signs, not braces: `\left\{x\right.` opens nothing.
+# Escaped braces do not count: `\left\{x\right.` opens nothing.
 _BRACES = re.compile(r"\\\\(?=[{}])|\\?[{}]")
 
 
 class AnswerFormat(NamedTuple):
-    """How an answer is written: its first words, the stop strings of its request, and what closes it afterwards."""
+    """How an answer is generated: its prefix, the stop strings of its request, and the text appended afterwards."""
 
     prefix: str
     stops: tuple[str, ...]
@@ -56,7 +54,7 @@ class AnswerFormat(NamedTuple):
 
 
 ANSWER_FORMATS: Mapping[AnswerForm, AnswerFormat] = {
-    # LaTeX has braces of its own: which one ends the box is seen when the line has come (`read_box`).
+    # LaTeX contains braces, so `read_box` finds the closing one after the whole line is generated.
     "boxed": AnswerFormat(PREFIXES["answer"][0], ("\n",), "}"),
     "number": AnswerFormat(PREFIXES["answer"][0], ("}", "\n"), "}"),
     "text": AnswerFormat(f"{ANSWER_TAG}\n", (), ""),
@@ -68,10 +66,10 @@ def check_pattern(
 ) -> None:
     """Check that a pattern leads from the root to an answer on every path.
 
-    answering: types in which the model answers by itself; each still needs a row that says how it goes on.
+    answering: types in which the model may answer unprompted; each still needs a row for when it does not.
 
     Raises:
-        ValueError: an unknown type, one without a way to `answer`, a row that nothing leads to; each with the fix.
+        ValueError: an unknown type, a type that cannot reach `answer`, or an unreachable row; each with the fix.
     """
     where = f"pattern `{name}`"
     named = {following for row in pattern.values() for following in row}
@@ -83,7 +81,7 @@ def check_pattern(
         ending.update(more)
     for kind in sorted({"root", *named, *pattern} - ending, key=lambda kind: (kind in pattern, kind)):
         raise ValueError(f"{where}: from `{kind}` no answer can be reached; let it lead to one: {kind}: {{answer: 1}}")
-    # A wrong answer adds a reflection by itself, so its row needs nobody to lead to it.
+    # Wrong answers add reflections, so their row is always reachable.
     reached = {"root", "reflection"}
     while more := [kind for before in reached for kind in pattern.get(before, ()) if kind not in reached]:
         reached.update(more)
@@ -92,50 +90,50 @@ def check_pattern(
 
 
 def draw(seed: str, options: int) -> int:
-    """An integer in [0, options), uniform over seeds."""
+    """A pseudo-random integer in [0, options), from the hash of a seed string."""
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) % options
 
 
 def draw_prefix(prefixes: Sequence[str], seed: str) -> str:
-    """One of a thought type's prefixes, drawn by seed."""
+    """Draw one of a thought type's prefixes by seed."""
     return prefixes[draw(f"prefix:{seed}", len(prefixes))]
 
 
 def draw_pattern(names: Iterable[str], seed: str) -> str:
-    """One of the patterns' names, drawn by seed: the one with the highest hash.
+    """Draw a pattern name by seed: the one with the highest hash (rendezvous hashing).
 
-    So their order plays no part, and a pattern that is added takes over only its own share of the trees.
+    So order does not matter, and adding a pattern changes only the trees that now draw it.
     """
     return max(names, key=lambda name: hashlib.sha256(f"pattern:{seed}/{name}".encode()).digest())
 
 
 def question_name(question: Question) -> str:
-    """The name of a question in seeds and in the journal: "task/id/turn"; not its text, which is in every prompt."""
+    """The question's key in seeds and in the journal: "task/id/turn"."""
     return f"{question.task}/{question.id}/{question.turn}"
 
 
 def names_of_turns(question: Question) -> list[str]:
-    """The names of a question and of all later turns of its conversation."""
+    """The names (`question_name`) of a question and of all later turns of its conversation."""
     turns = range(question.turn, question.turn + 1 + len(question.later))
     return [question_name(replace(question, turn=turn)) for turn in turns]
 
 
 def examples_shown(given: int | None, kind: str) -> int:
-    """How many worked examples a search shows to a thinker of a kind (`Endpoint.kind`), by default by the kind."""
+    """The number of worked examples in the prompt: as given, else 0 for a reasoning model (`Endpoint.kind`), else 3."""
     return (0 if kind == "reasoning" else 3) if given is None else given
 
 
 def search_messages(task: Task, question: Question, *, shown: int = 3, ends: str = "line") -> list[Message]:
-    """The conversation that a search continues: so many worked examples, whose thoughts end so, then the question."""
+    """The messages of a search prompt: `shown` worked examples with thoughts that end at `ends`, then the question."""
     examples = task.worked_examples(question)[:shown]
     return [*example_messages(examples, task.answer_form, ends=ends), *question.messages]
 
 
 def example_messages(examples: Sequence[WorkedExample], form: AnswerForm, *, ends: str = "line") -> list[Message]:
-    """The examples as earlier turns: sub_task, thinking, answer, a line each; or their solutions in paragraphs.
+    """Worked examples as earlier turns: sub_task, thinking and answer on a line each, or solutions in paragraphs.
 
-    They are the same for every pattern, so that a family's trees share one beginning, which a server evaluates once;
-    a type that they do not show is asked for by its prefix.
+    They are the same for every pattern, so all trees of a family share one cached prompt prefix; thought types that
+    they do not show are elicited by their prefixes.
     """
     messages: list[Message] = []
     for example in examples:
@@ -151,12 +149,12 @@ def example_messages(examples: Sequence[WorkedExample], form: AnswerForm, *, end
 
 
 def chain_text(thoughts: Iterable[StoredNode]) -> str:
-    """The text of a chain: a line a thought; a paragraph has its own blank line before it, and a mini-step that ended
-    inside a line is continued in that line."""
+    """Join thoughts to the chain's text: one line per thought; paragraphs bring their blank line along, and the
+    thought after an unfinished line (a mini-step) continues that line."""
     text, is_open = "", False
     for thought in thoughts:
         goes_on = text.endswith("\n") or thought.text.startswith("\n") or (is_open and not thought.prefix)
-        if not text:  # a paragraph, where the thoughts before it were left out
+        if not text:  # drop the blank line before a first paragraph
             text = thought.text.lstrip("\n")
         else:
             text += thought.text if goes_on else f"\n{thought.text}"
@@ -165,9 +163,9 @@ def chain_text(thoughts: Iterable[StoredNode]) -> str:
 
 
 def split_paragraphs(text: str, most: int) -> list[str]:
-    """A text cut before its blank lines into at most so many steps, which joined are the text.
+    """Split a text at its blank lines into at most `most` steps; joined they give the text again.
 
-    A heading, a line that ends in a colon and a block of code go on behind a blank line.
+    No split after a heading or a line that ends in a colon, or inside a code block.
     """
     cuts = [0]
     for blank in _BLANK_LINES.finditer(text):
@@ -179,7 +177,7 @@ def split_paragraphs(text: str, most: int) -> list[str]:
 
 
 def read_box(written: str) -> tuple[str, bool]:
-    """The content of a box, from what follows its `\\boxed{`, and whether a brace closes it; if none does, all."""
+    """The content of a box, given the text after its `\\boxed{`, and whether it is closed; unclosed: the whole text."""
     depth = 1
     for brace in _BRACES.finditer(written):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
@@ -191,20 +189,19 @@ def read_box(written: str) -> tuple[str, bool]:
 def thought_text(
     thought_type: str, prefix: str, written: str, form: AnswerForm, *, in_line: bool = False, is_open: bool = False
 ) -> str:
-    """The text of a thought from its prefix and what the model wrote; "" where it wrote nothing.
+    """A thought's text: prefix plus completion, stripped, a boxed answer closed; "" if the completion is blank.
 
-    A thought is one line; a boxed answer gets its closing brace, a free one stays as it is. A prefix alone is no
-    thought: a check that checks nothing is the formalistic thinking that the data should be free of.
+    A prefix alone is dropped: a check that checks nothing is the formalistic thinking that the data must not teach.
 
     Args:
-        in_line: the thought continues an open line, so its first space counts.
-        is_open: its own line goes on, so its last space counts.
+        in_line: the thought continues an unfinished line: keep its leading space.
+        is_open: the thought leaves its line unfinished: keep its trailing space.
     """
     if thought_type == "answer":
         kept = read_box(written)[0] if form == "boxed" else written
         return f"{prefix}{kept.strip()}{ANSWER_FORMATS[form].close}"
     if not written.strip():
-        # The end of an open line is a step of its own, though it has no words.
+        # The newline that ends an unfinished line is a step by itself.
         return "\n" if in_line else ""
     text = f"{prefix}{written}"
     text = text if in_line or prefix.startswith("\n") else text.lstrip()

@@ -1,7 +1,7 @@
-"""Grow the trees of many questions at once, spend the budget where it pays, and store what came.
+"""Grow the trees of many questions concurrently, redistribute unused rollouts, and store the trees.
 
-Invariant: what is stored depends on the settings, the seed, the questions and the completions; not on latency, on how
-many trees grow at once, or on how often the process was killed (a deadline in the settings is the one exception).
+Invariant: stored trees depend on the settings, the seed, the questions and the completions only; not on latency,
+concurrency or restarts (a deadline in the settings is the one exception).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Turn(NamedTuple):
-    """A question, or a later turn of its conversation, with the id of its tree, and whether the store has that."""
+    """A question or a later turn of its conversation, its tree's id, and whether the store has the tree."""
 
     task: Task
     question: Question
@@ -42,7 +42,7 @@ class Turn(NamedTuple):
 
 
 def turns_of(store: Stores, questions: Sequence[Asked], config: str) -> Iterator[Turn]:
-    """Each question, then its later turns, as far as the replies before them are known."""
+    """Yield each question and its later turns, up to the first one without a tree in the store."""
     finished = store.finished(config)
     for task, first in questions:
         question: Question | None = first
@@ -54,23 +54,23 @@ def turns_of(store: Stores, questions: Sequence[Asked], config: str) -> Iterator
 
 
 def trees_of(store: Stores, questions: Sequence[Asked], config: str) -> Iterator[StoredTree]:
-    """The stored trees of questions, those of later turns included, in order and read one at a time."""
+    """Iterate over the stored trees of questions and their later turns, in order."""
     return (store.tree(turn.tree_id) for turn in turns_of(store, questions, config) if turn.finished)
 
 
 def turns_left(store: Stores, questions: Sequence[Asked], config: str) -> list[str]:
-    """The names (`question_name`) of the turns of these questions whose trees are still to be grown."""
+    """The names (`question_name`) of all turns of these questions without a stored tree."""
     left = (turn.question for turn in turns_of(store, questions, config) if not turn.finished)
     return [name for question in left for name in names_of_turns(question)]
 
 
 def tree_id_of(task: Task, question: Question, config: str) -> str:
-    """The id that a question's tree has under the settings of which `config` is the hash."""
+    """The id of a question's tree under the settings with hash `config`: 16 hex digits."""
     return hashlib.sha256(f"{tree_key(task, question)}/{config}".encode()).hexdigest()[:16]
 
 
 def tree_key(task: Task, question: Question) -> str:
-    """A hash of all of a question that decides its tree: a question whose content changed is another question."""
+    """Hash all parts of a question that affect its tree, so that changed content gives another tree id."""
     examples = [asdict(example) for example in task.worked_examples(question)]
     asked = [question_name(question), question.family, examples, question.messages, task.answer_form]
     content = [*asked, question.gold, question.spec, task.verifier_version]
@@ -78,11 +78,9 @@ def tree_key(task: Task, question: Question) -> str:
 
 
 def _best_reply(task: Task, tree: StoredTree) -> str:
-    """The reply that goes into the next turn's conversation: of the best chain the answer, without thinking and tag;
-    where an answer is free text and has no tag, the whole chain is the answer.
+    """The assistant message for the next turn: the best chain's answer without thinking and tag; "" without an answer.
 
-    The best chain is that of the highest reward, then of the highest mean v/n on its way, then the first; "" if there
-    is no answer.
+    A free-text answer without a tag is the whole chain. Best: highest reward, then highest mean v/n, then first.
     """
     chains = [tree.chain(node.node_id) for node in tree.nodes if node.type == "answer"]
     best = max(chains, key=chain_rank_key, default=[])
@@ -91,15 +89,13 @@ def _best_reply(task: Task, tree: StoredTree) -> str:
 
 @dataclass
 class TreeGrower:
-    """Grows, or samples, the trees of one `trees` node.
+    """Grows or samples the trees of one `trees` node.
 
-    journal: of the run; requests that it has answers to are not sent.
+    journal: the run's; requests that it can answer are not sent.
     endpoints: the open models of `settings.writers`.
-    config: what decides the trees beside their questions (settings, writers, seed), as a hash; part of their ids.
-    seed: of all that is drawn.
-    budgets: for `settings.tokens_of`: by name of a question (`StoredTree.question_name`) the generated tokens that its
-        other tree has cost, which it is sampled at.
-    on_tree, on_progress: called after every tree, once it is stored.
+    config: hash of everything but the questions that affects trees (settings, writers, seed); part of the tree ids.
+    budgets: for `settings.tokens_of`: {`question_name`: generated tokens of its tree in the other node}.
+    on_tree, on_progress: called after each tree is stored.
     """
 
     store: Stores
@@ -117,20 +113,20 @@ class TreeGrower:
         self.progress = self.models.progress
 
     async def grow(self, questions: Sequence[Asked]) -> Progress:
-        """Grow a tree for every question, and for every later turn of its conversation, that the store has none for.
+        """Grow all missing trees of these questions and of later turns of their conversations.
 
         Raises:
-            UsageError: there is no budget for a question.
-            ExceptionGroup: of CotreeErrors: a model failed. What was answered is in the journal; the same call goes on.
+            UsageError: `budgets` lacks a question.
+            ExceptionGroup: of CotreeErrors: a model failed. The same call resumes from the journal.
         """
         names = [name for _, question in questions for name in names_of_turns(question)]
         missing = [] if self.budgets is None else [name for name in names if name not in self.budgets]
         if missing:
             raise UsageError(f"tokens_of: no tree for question {missing[0]}; grow it first")
         self.progress.trees_wanted = len(names)
-        # Family after family: its trees share their worked examples, which then stay warm in the servers' caches.
+        # Group by family: its trees share worked examples, so servers' prefix caches hit.
         questions = sorted(questions, key=lambda asked: (asked[0].name, asked[1].family))
-        # A later turn's question holds the reply of the tree before.
+        # A later turn's prompt contains the reply from the previous turn's tree.
         with seldom_collected():
             for number in range(max((1 + len(question.later) for _, question in questions), default=0)):
                 turns = turns_of(self.store, questions, self.config)
@@ -138,7 +134,7 @@ class TreeGrower:
         return self.progress
 
     async def _grow_turns(self, turns: Mapping[str, Turn]) -> None:
-        """Grow the trees of one turn of many conversations; `turns` are by the ids of their trees."""
+        """Grow the trees of one turn of many conversations, given as {tree id: turn}."""
         current = {question_name(turn.question): tree_id for tree_id, turn in turns.items()}
         self.journal.set_current(self.store.path, current)
         left = [turn for turn in turns.values() if not turn.finished]
@@ -162,7 +158,7 @@ class TreeGrower:
             await self._at_once(grow_further, [turn.tree_id for turn in left if turn.tree_id in unstored])
 
     async def _at_once(self, grow: Callable[[T], Awaitable[None]], items: Sequence[T]) -> None:
-        """Await `grow` of each item, `trees_in_flight` at once: a task for each of very many would fill the memory."""
+        """Await `grow` for each item with `trees_in_flight` workers; one task per item could exhaust memory."""
         waiting = iter(items)
 
         async def work() -> None:
@@ -174,10 +170,10 @@ class TreeGrower:
                 group.create_task(work())
 
     async def _grow_tree(self, turn: Turn) -> Growth | None:
-        """Grow and store a tree; or return it unstored where `adaptive` has more rollouts for it.
+        """Grow and store a tree; or return it unstored if `adaptive` should give it more rollouts.
 
-        That is where both kinds of chains were found, so that more rollouts make more pairs, and the tree ended for
-        want of rollouts alone.
+        Those are trees with correct and wrong chains, where more rollouts make more pairs, that only ran out of
+        rollouts.
         """
         settings, seed = self.settings, f"{self.seed}/{question_name(turn.question)}"
         growth = Growth(turn.task, turn.question, self.models, settings, roles=settings.roles, seed=seed)
@@ -193,9 +189,9 @@ class TreeGrower:
         return None
 
     def _extra_rollouts(self, tree_ids: Sequence[str], growing: int) -> int:
-        """Extra rollouts for each tree that is still growing, of the trees of a turn.
+        """Extra rollouts for each of the `growing` trees of a turn: an equal share of what finished trees left over.
 
-        An equal part of what the finished ones left over, at most as many again as a tree has.
+        At most `rollouts`, so a tree's budget at most doubles.
         """
         rollouts, finished = self.settings.rollouts, self.store.finished(self.config)
         left_over = sum(rollouts - finished[tree_id] for tree_id in tree_ids if tree_id in finished)
@@ -203,7 +199,7 @@ class TreeGrower:
         return self.journal.extra_rollouts(name, max(0, min(rollouts, left_over // growing)))
 
     async def _sample(self, growth: Growth) -> None:
-        """Sample whole chains at the tokens of another tree, or else up to `rollouts` and the stop conditions."""
+        """Sample whole chains: to another tree's tokens (`budgets`), or up to `rollouts` or a stop condition."""
         tokens, most = self.settings.stop.tokens, self.settings.rollouts
         growth.started = time.monotonic()
         if self.budgets is not None:
@@ -217,7 +213,7 @@ class TreeGrower:
         growth.stopped = "tokens" if growth.search.rollouts < most else None
 
     def _store_tree(self, tree_id: str, growth: Growth) -> None:
-        # First the journal: a kill between the two leaves no stored tree whose completions count as unused.
+        # Journal first: a kill in between must not leave a stored tree whose completions count as unused.
         self.journal.add_uses(tree_id, growth.used)
         question, spent, search = growth.question, growth.spent, growth.search
         tree = StoredTree(
