@@ -108,16 +108,16 @@ async def test_a_run_its_trees_and_their_chains_are_read(shown: RunFolder) -> No
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
-        ("trees/tain", 400, "did you mean `train`"),
-        ("trees/train/absent", 400, "has no tree absent"),
+        ("trees/tain", 404, "did you mean `train`"),
+        ("trees/train/absent", 404, "has no tree absent"),
         ("trees/train?sort=size", 400, "sort: Input should be"),
         ("trees/train?order=1", 400, "order: Extra inputs"),
         ("trees/train?limit=many", 400, "limit: "),
         ("trees/train?offset=-1", 400, "offset: "),
         (f"trees/train?offset={2**63}", 400, "offset: "),
         (f"trees/train?min_depth={2**63}", 400, "min_depth: "),
-        ("trees/..%2F..%2Fdatasets", 400, "has no trees"),
-        ("replies?evaluation=test&model=absent", 400, "has no model `absent`"),
+        ("trees/..%2F..%2Fdatasets", 404, "has no trees"),
+        ("replies?evaluation=test&model=absent", 404, "has no model `absent`"),
         ("nothing", 404, ""),
     ],
 )
@@ -162,23 +162,23 @@ async def test_many_annotators_at_once_lose_nothing(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "status", "words"),
     [
-        ({"leaf": 1}, "no chain of tree"),
-        ({"leaf": 999}, "no chain of tree"),
-        ({"tree": "absent"}, "has no tree absent"),
-        ({"annotator": " "}, "annotator's name"),
-        ({"verdict": "maybe"}, "an annotation is accept, reject, fix"),
-        ({"verdict": "fix"}, "a corrected text goes with `fix`"),
-        ({"text": "x"}, "a corrected text goes with `fix`"),
-        ({"note": "\ud800"}, "Invalid JSON"),
-        ({"more": 1}, "more: Extra inputs"),
+        ({"leaf": 1}, 404, "no chain of tree"),
+        ({"leaf": 999}, 404, "no chain of tree"),
+        ({"tree": "absent"}, 404, "has no tree absent"),
+        ({"annotator": " "}, 400, "annotator's name"),
+        ({"verdict": "maybe"}, 400, "an annotation is accept, reject, fix"),
+        ({"verdict": "fix"}, 400, "a corrected text goes with `fix`"),
+        ({"text": "x"}, 400, "a corrected text goes with `fix`"),
+        ({"note": "\ud800"}, 400, "Invalid JSON"),
+        ({"more": 1}, 400, "more: Extra inputs"),
     ],
 )
-async def test_a_wrong_annotation_is_refused(run: RunFolder, wrong: dict[str, Any], words: str) -> None:
+async def test_a_wrong_annotation_is_refused(run: RunFolder, wrong: dict[str, Any], status: int, words: str) -> None:
     async with viewed(run) as session:
-        status, reply = await change(session, **ANNA | wrong)
-        assert status == 400 and words in reply["error"]
+        answered, reply = await change(session, **ANNA | wrong)
+        assert answered == status and words in reply["error"]
         async with session.post("/api/annotations", data="{}", headers={"Content-Type": "text/plain"}) as form:
             assert form.status == 400, "a form of another page sends no JSON"
     assert not (run.path / "annotations.db").exists()

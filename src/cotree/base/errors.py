@@ -33,6 +33,10 @@ class UsageError(CotreeError):
     exit_code = 2
 
 
+class NotFoundError(UsageError):
+    """What was asked for by its name is not there."""
+
+
 @contextmanager
 def first_cotree_error() -> Iterator[None]:
     """Replace an ExceptionGroup, which concurrent tasks raise together, by the first CotreeError in it.

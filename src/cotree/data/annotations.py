@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cotree.base.errors import UsageError
+from cotree.base.errors import NotFoundError, UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import Row
 from cotree.base.run_folder import RunFolder
@@ -193,7 +193,7 @@ def annotate(tree: StoredTree, leaf: int, node: str, **said: Any) -> Annotation:
         UsageError: no judged chain ends there, or what is said is of the wrong form.
     """
     if not 0 < leaf < len(tree.nodes) or tree.nodes[leaf].verdict is None:
-        raise UsageError(f"no chain of tree {tree.tree_id} ends in thought {leaf}")
+        raise NotFoundError(f"no chain of tree {tree.tree_id} ends in thought {leaf}")
     chain = chain_hash(tree.chain(leaf))
     return Annotation(node=node, config=tree.config, tree=tree.tree_id, leaf=leaf, chain=chain, **said)
 

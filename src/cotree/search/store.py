@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cotree.base.errors import UsageError
+from cotree.base.errors import NotFoundError, UsageError
 from cotree.search.database import Database, checksum
 from cotree.tasks.extract import ANSWER_TAG
 
@@ -186,7 +186,7 @@ class TreeStore(Database):
         with self._guard():
             row, nodes = self._rows(tree_id)
             if row is None:
-                raise UsageError(f"{self.path} has no tree {tree_id}")
+                raise NotFoundError(f"{self.path} has no tree {tree_id}")
             if not _is_intact(row, nodes):
                 raise sqlite3.DatabaseError(f"the tree of {row[1]}/{row[2]} is not as it was stored")
         values = dict(zip((column.name for column in _TREE_COLUMNS), row, strict=False))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from cotree.base.errors import UsageError
+from cotree.base.errors import NotFoundError
 from cotree.search.store import StoredTree, TreeStore
 
 # An open store holds up to three files, and a process may often have 1,024.
@@ -60,7 +60,8 @@ class TreeStores:
             return self._store(self._place[tree_id]).tree(tree_id)
         if self._own is not None:
             return self._own.tree(tree_id)
-        raise UsageError(f"{self._paths[0]} has no tree {tree_id}{', nor have other shards' * (len(self._paths) > 1)}")
+        others = ", nor have other shards" * (len(self._paths) > 1)
+        raise NotFoundError(f"{self._paths[0]} has no tree {tree_id}{others}")
 
     def trees(self, config: str | None = None) -> Iterator[StoredTree]:
         """Iterate over all trees (of one config), ordered by id."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal
 
-from cotree.base.errors import UsageError
+from cotree.base.errors import NotFoundError
 from cotree.base.rows import read_rows
 from cotree.base.run_folder import NodeRecord, RunFolder
 from cotree.base.settings import nearest
@@ -109,7 +109,7 @@ def replies(
         show: `gained`: only questions that the other model has not right, `lost`: those that only it has.
 
     Raises:
-        UsageError: the evaluation has no such model, or no replies of it yet.
+        NotFoundError: the evaluation has no such model, or no replies of it yet.
     """
     models = [name for of, name in run.cells() if of == evaluation]
     if beside is None:
@@ -117,7 +117,7 @@ def replies(
         beside = next((str(record.result.get("parent")) for record in parent if record is not None), model)
     for name in (model, beside):
         if name not in models:
-            raise UsageError(f"evaluations/{evaluation} has no model `{name}`; {nearest(name, models)}")
+            raise NotFoundError(f"evaluations/{evaluation} has no model `{name}`; {nearest(name, models)}")
     mine, other = _replies_of(run, evaluation, model), _replies_of(run, evaluation, beside)
     rows: dict[str, list[Reply]] = {"gained": [], "lost": [], "same": []}
     for key, reply in mine.items():
@@ -144,5 +144,5 @@ def _replies_of(run: RunFolder, evaluation: str, model: str) -> dict[tuple[str, 
                 for sample, (text, verdict) in enumerate(zip(texts, row["cotree"]["verdicts"], strict=True)):
                     found[doc["task"], doc["id"], doc["turn"], sample] = about | {"reply": text, "verdict": verdict}
     if not found:
-        raise UsageError(f"no replies of {model} in evaluations/{evaluation} yet; `cotree run {run.path}` asks it")
+        raise NotFoundError(f"no replies of {model} in evaluations/{evaluation} yet; `cotree run {run.path}` asks it")
     return found

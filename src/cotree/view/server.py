@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from cotree.base.errors import CotreeError, UsageError
+from cotree.base.errors import CotreeError, NotFoundError, UsageError
 from cotree.base.progress import Output
 from cotree.base.run_folder import RunFolder
 from cotree.base.serving import LOOPBACK, TOKEN, is_foreign, is_same_secret, listen
@@ -171,6 +171,8 @@ class Viewer:
         except ConflictError as error:
             found = None if error.found is None else error.found.shown
             return web.json_response({"error": str(error), "annotation": found}, status=409)
+        except NotFoundError as error:
+            return _error(404, str(error))
         except (UsageError, ValidationError, UnicodeError) as error:
             return _error(400, _first_fault(error))
         except CotreeError as error:

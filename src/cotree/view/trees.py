@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cotree.base.errors import UsageError
+from cotree.base.errors import NotFoundError
 from cotree.base.run_folder import NodeRecord, RunFolder
 from cotree.base.settings import nearest
 from cotree.base.shards import files_in_parts
@@ -60,11 +60,11 @@ class TreesOfRun:
         """The open store of a node, its index filled with all trees that it has by now.
 
         Raises:
-            UsageError: the run has no such trees.
+            NotFoundError: the run has no such trees.
         """
         paths = self._paths(name)
         if not paths:
-            raise UsageError(f"{self.run.path} has no trees `{name}`; {nearest(name, self.names())}")
+            raise NotFoundError(f"{self.run.path} has no trees `{name}`; {nearest(name, self.names())}")
         opened, files = self._opened.get(name), [*map(_identity, paths)]
         if opened is None or opened.files != files or not opened.index.path.is_file():
             self._kept[name].close()
@@ -85,7 +85,7 @@ class TreesOfRun:
         """What is known of a node."""
         record = self.run.node(f"trees/{name}").record()
         if record is None:
-            raise UsageError(f"{self.run.path} has no trees `{name}`, or its node.json is damaged")
+            raise NotFoundError(f"{self.run.path} has no trees `{name}`, or its node.json is damaged")
         return record
 
     def totals(self, name: str) -> dict[str, dict[str, int]]:
