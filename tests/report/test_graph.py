@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from operator import mul
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotree.report.graph import draw_graph
@@ -32,6 +33,25 @@ def boxes_of(svg: str) -> dict[str, tuple[str, float, float, float]]:
     return {title: (kind, float(x), float(y), float(width)) for title, kind, x, y, width in found}
 
 
+def points_of(svg: str) -> list[tuple[float, float]]:
+    """Points along all lines: their curves between columns, and straight parts through these."""
+    points: list[tuple[float, float]] = []
+    for path in re.findall(r'<path d="([^"]*)"', svg):
+        x = y = 0.0
+        for command, numbers in re.findall(r"([MCH])([^MCH]*)", path):
+            values = [float(number) for number in numbers.split()]
+            if command == "H":
+                points += [(x + t / 5 * (values[0] - x), y) for t in range(6)]
+            elif command == "C":
+                ends = (x, *values[::2]), (y, *values[1::2])
+                for t in (step / 8 for step in range(9)):
+                    weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
+                    points.append((sum(map(mul, weights, ends[0])), sum(map(mul, weights, ends[1]))))
+            x, y = (values[0], y) if command == "H" else values[-2:]
+    return points
+
+
+@settings(deadline=None)
 @given(experiments())
 def test_every_node_stands_once_right_of_what_it_reads(nodes: list[NodeState]) -> None:
     svg = draw_graph(nodes, {node.name: "a caption" for node in nodes})
@@ -50,8 +70,11 @@ def test_every_node_stands_once_right_of_what_it_reads(nodes: list[NodeState]) -
     assert svg.count("<path") == len(edges)
     match = re.match(r'<svg class="graph" width="(\d+)" height="(\d+)"', svg)
     assert match is not None
+    points = points_of(svg)
     for _, x, y, width in drawn.values():
         assert x + width <= float(match[1]) and y + 40 <= float(match[2])
+        behind = [point for point in points if x < point[0] < x + width and y < point[1] < y + 40]
+        assert not behind, "no line goes behind a box"
 
 
 def test_evaluations_stand_last_also_those_of_models_alone() -> None:

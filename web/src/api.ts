@@ -2,8 +2,10 @@
 import type { Annotation, TreeJson, Verdict } from "./tree";
 
 export interface GraphNode { name: string; kind: string; state: string; reads: string[]; seconds: number | null; counts: Record<string, unknown> }
+/** Places in pixels: the corner of each node's box by its name, and the paths between them. */
+export interface Drawing { width: number; height: number; box: [number, number]; boxes: Record<string, [number, number]>; lines: string[] }
 export interface Run {
-  name: string; read_only: boolean; annotator: string | null; version: string; recipe: string; nodes: GraphNode[];
+  name: string; read_only: boolean; annotator: string | null; version: string; recipe: string; nodes: GraphNode[]; graph: Drawing;
   trees: { node: string; questions: number; thoughts: number }[]; datasets: string[];
   students: { name: string; parent: string; method: string }[];
   evaluations: { name: string; models: string[]; tasks: string[] }[];

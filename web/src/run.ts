@@ -1,58 +1,23 @@
 /** The pages of a run beside its trees: the experiment's graph, tables, training curves, and replies of two models. */
-import { type GraphNode, type Replies, type Run, type Student, type Table, get } from "./api";
+import { type Drawing, type GraphNode, type Replies, type Run, type Student, type Table, get } from "./api";
 import { counted, h, select, svg } from "./dom";
 import type { Query } from "./list";
 import { prose, visible } from "./text";
 import { MARKS, words } from "./tree";
 
-const WIDTH = 190, HEIGHT = 46, ACROSS = 46, DOWN = 14;
-
-/** Each node's column: right of all that it reads; evaluations last. */
-function columnsOf(nodes: GraphNode[]): GraphNode[][] {
-  const byName = new Map(nodes.map((node) => [node.name, node]));
-  const known = new Map<string, number>();
-  const column = (node: GraphNode): number => {
-    if (!known.has(node.name)) {
-      known.set(node.name, 0);  // should the server ever name a circle
-      const read = node.reads.map((name) => byName.get(name)).filter((one) => one !== undefined);
-      known.set(node.name, Math.max(-1, ...read.map(column)) + 1);
-    }
-    return known.get(node.name)!;
-  };
-  const last = Math.max(-1, ...nodes.filter((node) => node.kind !== "evaluations").map(column)) + 1;
-  const found: GraphNode[][] = [];
-  for (const node of nodes) (found[node.kind === "evaluations" ? last : column(node)] ??= []).push(node);
-  return found.filter((nodes) => nodes.length);
-}
-
 /** The nodes of the experiment as boxes, with what reads what and how far each is. */
-function graph(nodes: GraphNode[]): SVGElement {
-  const columns = columnsOf(nodes);
-  const tallest = Math.max(...columns.map((column) => column.length));
-  const place = new Map<string, [number, number]>();
-  columns.forEach((column, x) => {
-    const mean = (node: GraphNode) => node.reads.reduce((sum, name) => sum + (place.get(name)?.[1] ?? 1e6), 0) / (node.reads.length || 1);
-    [...column].sort((a, b) => mean(a) - mean(b)).forEach((node, y) =>
-      place.set(node.name, [2 + x * (WIDTH + ACROSS), 2 + ((tallest - column.length) / 2 + y) * (HEIGHT + DOWN)]));
-  });
-  const width = columns.length * (WIDTH + ACROSS) - ACROSS + 4;
-  const height = tallest * (HEIGHT + DOWN) - DOWN + 4;
-  const edges = nodes.flatMap((node) => node.reads.filter((name) => place.has(name)).map((name) => {
-    const [x1, y1] = place.get(name)!;
-    const [x2, y2] = place.get(node.name)!;
-    const [left, middle] = [x1 + WIDTH, (x1 + WIDTH + x2) / 2];
-    return svg("path", { d: `M${left} ${y1 + HEIGHT / 2}C${middle} ${y1 + HEIGHT / 2} ${middle} ${y2 + HEIGHT / 2} ${x2} ${y2 + HEIGHT / 2}` });
-  }));
-  const boxes = nodes.map((node) => {
-    const [x, y] = place.get(node.name)!;
+function graph(nodes: GraphNode[], { width, height, box: [across, down], boxes, lines }: Drawing): SVGElement {
+  const drawn = nodes.map((node) => {
+    const [x, y] = boxes[node.name];
     const name = node.name.slice(node.name.indexOf("/") + 1);
     const seconds = node.seconds === null ? "" : ` · ${node.seconds < 90 ? `${node.seconds.toFixed(0)} s` : `${(node.seconds / 60).toFixed(0)} min`}`;
     return svg("g", { class: `${node.kind} ${node.state}` }, svg("title", {}, node.name),
-      svg("rect", { x, y, width: WIDTH, height: HEIGHT, rx: 5 }),
+      svg("rect", { x, y, width: across, height: down, rx: 5 }),
       svg("text", { x: x + 10, y: y + 19, class: "name" }, name.length > 26 ? `${name.slice(0, 25)}…` : name),
       svg("text", { x: x + 10, y: y + 35 }, `${node.kind} · ${node.state}${seconds}`));
   });
-  return svg("svg", { class: "graph", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "The nodes of the experiment" }, ...edges, ...boxes);
+  return svg("svg", { class: "graph", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "The nodes of the experiment" },
+    ...lines.map((d) => svg("path", { d })), ...drawn);
 }
 
 function tableView(table: Table): HTMLElement {
@@ -67,13 +32,15 @@ function tableView(table: Table): HTMLElement {
 /** The experiment: its graph, its tables and its recipe. */
 export async function experimentPage(run: Run): Promise<HTMLElement> {
   const tables = await get<Table[]>("tables");
-  return h("main", { class: "reading" }, h("div", { class: "wide" }, run.nodes.length ? graph(run.nodes) : null),
+  return h("main", { class: "reading" }, h("div", { class: "wide" }, run.nodes.length ? graph(run.nodes, run.graph) : null),
     tables.map(tableView),
     h("details", {}, h("summary", {}, "recipe"), h("pre", {}, visible(run.recipe))),
     h("p", { class: "about" }, `cotree ${run.version}`));
 }
 
-const short = (value: number): string => String(Number(value.toPrecision(3)));
+/** Three digits: 0.348, 4.46e−6. */
+const short = (value: number): string =>
+  (value && Math.abs(value) < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(3)))).replaceAll("-", "−");
 
 /** One metric over the steps, a line for each student. */
 function curve(metric: string, students: Student[]): HTMLElement {

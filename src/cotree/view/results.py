@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain
 from typing import Any, Literal
 
@@ -12,16 +13,19 @@ from cotree.base.errors import NotFoundError
 from cotree.base.rows import read_rows
 from cotree.base.run_folder import NodeRecord, RunFolder
 from cotree.base.settings import nearest
+from cotree.report.graph import lay_out
 from cotree.report.summary import LogLine, NodeReads, natural_sort_key, read_log, summarize_run
 from cotree.report.table import make_table
 
 Changed = Literal["gained", "lost", "same", "all"]
 Reply = dict[str, Any]
+_BOX = 190, 46  # pixels of a node in the experiment's graph
 _WORKS = 30.0  # seconds since a node.json was written
 
 
 def about_run(run: RunFolder, nodes: Sequence[NodeReads]) -> dict[str, Any]:
-    """A run's name, recipe and version, and its nodes in order with their states and counts.
+    """A run's name, recipe and version, its nodes in order with their states and counts, and where a drawing
+    has them.
 
     nodes: of the experiment, also those that are still to be made.
     """
@@ -42,6 +46,7 @@ def about_run(run: RunFolder, nodes: Sequence[NodeReads]) -> dict[str, Any]:
     return {
         "name": summary.name,
         "nodes": described,
+        "graph": asdict(lay_out({node.name: node.reads for node in summary.nodes}, _BOX)),
         "datasets": summary.names("datasets"),
         "students": [_about_student(run, name) for name in summary.names("students")],
         "evaluations": evaluations,
