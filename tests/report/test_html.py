@@ -136,12 +136,12 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "".join(hostile.text).count(HOSTILE) == "".join(harmless.text).count("harmless") > 20
 
 
-def test_text_that_has_no_utf8_is_replaced(tmp_path: Path) -> None:
+def test_what_cannot_be_seen_or_has_no_utf8_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     log = run.node("students/dpo").path / "log.jsonl"
     with log.open("a") as file:
-        file.write('{"step": 57, "warning": "half \\ud83d pair"}\n')
-    assert "half ? pair" in write_report(run).read_text(encoding="utf-8")
+        file.write('{"step": 57, "warning": "half \\ud83d pair \\u202egnp.exe"}\n')
+    assert "half ⟨U+D83D⟩ pair ⟨U+202E⟩gnp.exe" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_the_evaluation_table_shows_the_summarys_numbers(run: RunFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,11 @@ from cotree.base.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+# What cannot be seen, or turns the direction of the text around it; as in the viewer's page.
+_HIDDEN = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ud800-\\udfff]"
+)
 
 
 @cache
@@ -23,6 +29,7 @@ def _environment() -> Environment:
         autoescape=jinja2.select_autoescape(("html.jinja", "svg.jinja")),
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_visible,
     )
     formats = (numbers.percent, numbers.number, numbers.signed, numbers.duration, share, listed, setting)
     environment.filters.update({function.__name__: function for function in formats})
@@ -44,6 +51,13 @@ def sentence(macro: str, *values: Any) -> str:
 def lines(macro: str, *values: Any) -> list[str]:
     """The lines that such a macro writes, those without words left out."""
     return [line.rstrip() for line in sentence(macro, *values).split("\n") if line.strip()]
+
+
+def _visible(value: Any) -> Any:
+    """A text with its hidden characters as ⟨U+202E⟩; drawings of our own and values of other types as they are."""
+    if type(value) is not str:
+        return value
+    return _HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", value)
 
 
 def share(values: tuple[float, float, float]) -> str:
