@@ -12,6 +12,7 @@ import pytest
 from benchmarks.screenshots import LARGEST, take
 from tests.report.conftest import apples_tree, make_run
 from tests.support.browser import Browser, browser, needs_browser
+from tests.support.trees import random_tree
 from tests.support.viewer import viewer
 
 from cotree.base.rows import read_rows, write_jsonl
@@ -109,6 +110,35 @@ async def test_of_two_pages_that_save_the_later_one_sees_the_other(run: RunFolde
         page.problems.clear()  # the 409 is one
 
 
+async def test_a_note_is_kept_however_it_is_left(run: RunFolder) -> None:
+    async with opened(run, APPLES + "?leaf=8", annotator="anna") as (page, _):
+        message = 'document.querySelector(".message")?.textContent'
+        await page.until('!!document.querySelector("button.accept")')
+        await page.press("a")
+        await page.until(f'{message} === "saved"')
+        await page.write(".annotation .note", "wordy")
+        await page.until('document.querySelector(".note").getAttribute("value") === "wordy"')
+        assert await page.run(message) == "saved"
+        await page.run('document.querySelector(".note").focus()')
+        await page.send("Input.insertText", text=", ")
+        await page.click("button.reject")
+        await page.until('document.querySelector("button.reject").getAttribute("aria-pressed") === "true"')
+        with Annotations(run.path / FILE) as kept:
+            assert [(each.verdict, sorted(each.note)) for each in kept.all()] == [("reject", sorted("wordy, "))]
+
+
+async def test_keys_press_the_button_that_has_the_focus(run: RunFolder) -> None:
+    async with opened(run, APPLES) as (page, _):
+        await page.until('!!document.querySelector(".play")')
+        await page.run('document.querySelector(".play").focus()')
+        await page.press(" ")
+        await page.until('document.querySelector(".play").textContent.includes("stop")')
+        await page.run('document.querySelector(".tools input").focus()')
+        before = await page.run("location.hash")
+        await page.press("ArrowLeft")
+        assert await page.run("location.hash") == before, "the arrows move the slider"
+
+
 async def test_the_tree_is_walked_collapsed_played_and_put_side_by_side(run: RunFolder) -> None:
     async with opened(run, APPLES) as (page, _):
         await page.until(f'{CHAIN} === "sub task > thinking > answer ✓ correct"')
@@ -167,6 +197,9 @@ async def test_a_students_replies_stand_beside_its_parents(run: RunFolder) -> No
 
 async def test_hostile_text_is_text_in_every_view(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", hostile=HOSTILE)
+    with TreeStore(run.node("trees/train").path / "trees.db") as store:
+        named = replace(random_tree(1), tree_id="b" * 16)
+        store.put(replace(named, nodes=[replace(node, model="\u202esmall") for node in named.nodes]))
     for model in run.cells():
         if model[0] == "test":
             reply(run, model[1], "+-", HOSTILE)
@@ -174,6 +207,8 @@ async def test_hostile_text_is_text_in_every_view(tmp_path: Path) -> None:
         text = await page.until('document.querySelector(".side")?.innerText')
         assert '</script><script>alert("ran")</script><img src=x onerror=alert(1)>' in text
         assert "⟨U+202E⟩gnp.exe ⟨U+0007⟩" in text and "javascript:alert(3)" in text and "\\frac{1" in text
+        await page.open(address + "#/trees/train/" + "b" * 16)
+        assert "⟨U+202E⟩small" in await page.until('document.querySelector(".legend")?.textContent')
         for place in ("#/trees/train", "#/experiment", "#/students", "#/replies?show=all"):
             await page.open(address + place)
             await page.until('!!document.querySelector("main")')

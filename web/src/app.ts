@@ -6,7 +6,6 @@ import { h, select } from "./dom";
 import { type Query, listPage } from "./list";
 import { type TreePanel, treePanel } from "./panel";
 import { experimentPage, repliesPage, studentsPage } from "./run";
-import { visible } from "./text";
 import { Tree } from "./tree";
 
 const POLL_MS = 2000;
@@ -49,13 +48,13 @@ function header(parts: string[]): HTMLElement {
   const node = parts[0] === "trees" ? parts[1] : firstNode();
   const name = h("input", { class: "annotator", placeholder: "your name", "aria-label": "your name, for annotations", value: annotator(),
     onchange: () => { localStorage.setItem("annotator", name.value.trim()); void show(); } });
-  return h("header", { class: "top" }, h("h1", {}, visible(run.name)),
+  return h("header", { class: "top" }, h("h1", {}, run.name),
     h("nav", {}, node ? tab("trees", ["trees", node], parts[0] === "trees") : null,
       nodes.length > 1 && parts[0] === "trees" ? select("of", nodes, node ?? "", (value) => go(["trees", value], {})) : null,
       tab("experiment", ["experiment"], parts[0] === "experiment"),
       run.students.length ? tab("students", ["students"], parts[0] === "students") : null,
       run.evaluations.length ? tab("replies", ["replies"], parts[0] === "replies") : null),
-    run.read_only || run.annotator ? h("span", { class: "annotator" }, run.read_only ? "read only" : visible(annotator())) : name,
+    run.read_only || run.annotator ? h("span", { class: "annotator" }, run.read_only ? "read only" : annotator()) : name,
     h("button", { class: "theme", title: "light or dark", "aria-label": "light or dark",
       onclick: () => setTheme(getComputedStyle(document.documentElement).colorScheme === "dark" || (document.documentElement.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches) ? "light" : "dark") }, "◐"));
 }
@@ -85,7 +84,7 @@ async function treePage(node: string, id: string, query: Query): Promise<HTMLEle
     steps.append(step(before, "‹", "previous question ([)"), step(after, "›", "next question (])"));
   });
   return h("main", { class: "tree-page" },
-    h("div", { class: "crumbs" }, h("a", { href: link(["trees", node], list) }, "‹ questions"), h("b", {}, visible(tree.json.question)), h("span", {}, tree.json.task), steps),
+    h("div", { class: "crumbs" }, h("a", { href: link(["trees", node], list) }, "‹ questions"), h("b", {}, tree.json.question), h("span", {}, tree.json.task), steps),
     panel.element);
 }
 
@@ -122,7 +121,7 @@ async function show(): Promise<void> {
   try {
     content = await page(parts, query);
   } catch (error) {
-    content = h("main", { class: "reading" }, h("p", { class: "message", role: "alert" }, visible(error instanceof Error ? error.message : String(error))));
+    content = h("main", { class: "reading" }, h("p", { class: "message", role: "alert" }, error instanceof Error ? error.message : String(error)));
   }
   if (turn !== shown) return;
   const typing = document.activeElement?.classList.contains("search");
@@ -158,6 +157,8 @@ function key(event: KeyboardEvent): void {
     if (event.key === "Escape") (event.target as HTMLElement).blur();
     return;
   }
+  const native = event.key === " " ? "button, summary" : event.key.startsWith("Arrow") ? "input" : "";
+  if (native && (event.target as Element).closest(native)) return;
   const click = (selector: string) => document.querySelector<HTMLElement>(selector)?.click();
   if (event.key === "/") document.querySelector<HTMLInputElement>(".search")?.focus();
   else if (event.key === "[") click(".steps a:first-child");

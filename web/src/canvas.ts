@@ -1,6 +1,6 @@
 /** A tree on a canvas: what is in the window is drawn, in as much detail as a row has room for. No requests, no state
  *  but its own, so that the viewer's page and the report show trees with the same code. */
-import { h } from "./dom";
+import { h, visible } from "./dom";
 import { type Layout, layOut, shownEdges, shownRows } from "./layout";
 import { MARKS, type Tree } from "./tree";
 
@@ -357,8 +357,9 @@ export class TreeCanvas {
   }
 
   /** Write a text, cut with an ellipsis to its room; returns its width. */
-  private write(text: string, x: number, y: number, room: number, font: string, color: string, toTheLeft = false): number {
-    if (!text || room < 8) return 0;
+  private write(words: string, x: number, y: number, room: number, font: string, color: string, toTheLeft = false): number {
+    if (!words || room < 8) return 0;
+    const text = visible(words);
     this.context.font = `${font} ${FONT}`;
     const fitting = this.fitting(text, room, font);
     this.context.fillStyle = color;

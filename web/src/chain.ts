@@ -1,6 +1,6 @@
 /** The panel beside a tree: one chain thought by thought, or two of them with what they share folded. */
 import { counted, h, number } from "./dom";
-import { prose, visible } from "./text";
+import { prose } from "./text";
 import { MARKS, type Tree, colorName, words } from "./tree";
 
 /** A thought with its text, its numbers and its writer. */
@@ -16,7 +16,7 @@ function thoughtBox(tree: Tree, i: number): HTMLElement {
     h("header", {}, h("b", {}, words(t.type), t.verdict ? ` ${MARKS[t.verdict]} ${words(t.verdict)}` : ""),
       h("span", {}, t.model), flags.map((flag) => h("span", { class: "flag" }, flag))),
     prose(t.text, t.prefix),
-    t.detail ? h("p", { class: "detail", dir: "auto" }, visible(t.detail)) : null,
+    t.detail ? h("p", { class: "detail", dir: "auto" }, t.detail) : null,
     h("dl", {}, numbers.filter(([, value]) => value !== null && value !== "").map(([name, value]) =>
       h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
 }
@@ -32,7 +32,7 @@ function total(tree: Tree, chain: number[]): string {
 function question(tree: Tree): HTMLElement {
   return h("section", { class: "question" },
     tree.json.messages.map((message) => h("div", {}, tree.json.messages.length > 1 ? h("b", {}, message.role) : null, prose(message.content))),
-    tree.json.gold ? h("p", { class: "gold" }, "gold ", h("b", {}, visible(tree.json.gold))) : null);
+    tree.json.gold ? h("p", { class: "gold" }, "gold ", h("b", {}, tree.json.gold)) : null);
 }
 
 /** The chain that ends in a thought. */

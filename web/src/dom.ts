@@ -1,7 +1,15 @@
-/** Elements made in code. Text becomes text nodes only, so nothing that a model wrote can be markup. */
+/** Elements made in code. Text becomes text nodes only, so nothing that a model wrote can be markup, with what cannot be
+ *  seen in it shown. */
 
 export type Child = Node | string | number | null | undefined | false;
 type Props = Record<string, unknown>;
+
+/** Characters that cannot be seen or that turn the text around them, as their code points. */
+const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+
+export function visible(text: string): string {
+  return text.replace(HIDDEN, (sign) => `⟨U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}
 
 function fill<E extends Element>(element: E, props: Props, children: (Child | Child[])[]): E {
   for (const [name, value] of Object.entries(props)) {
@@ -11,7 +19,7 @@ function fill<E extends Element>(element: E, props: Props, children: (Child | Ch
     else element.setAttribute(name, value === true ? "" : String(value));
   }
   for (const child of children.flat()) {
-    if (child !== null && child !== undefined && child !== false) element.append(child instanceof Node ? child : String(child));
+    if (child !== null && child !== undefined && child !== false) element.append(child instanceof Node ? child : visible(String(child)));
   }
   return element;
 }

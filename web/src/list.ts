@@ -1,7 +1,6 @@
 /** The list of a node's questions: filters, order and pages are the server's work, and stand in the page's address. */
 import { type TreeList, type TreeRow, get, treePath } from "./api";
 import { counted, h, number, select } from "./dom";
-import { visible } from "./text";
 import { VERDICTS, words } from "./tree";
 
 export type Query = Record<string, string>;
@@ -28,7 +27,7 @@ function rowView(row: TreeRow, address: string): HTMLElement {
   ];
   const cell = (name: string, value: number) => h("td", { class: "n", "data-name": name }, number(value));
   return h("tr", {},
-    h("td", { class: "question" }, h("a", { href: address }, h("b", {}, visible(row.question)), flags, h("div", { dir: "auto" }, visible(row.text)))),
+    h("td", { class: "question" }, h("a", { href: address }, h("b", {}, row.question), flags, h("div", { dir: "auto" }, row.text))),
     h("td", { class: "task" }, row.task),
     h("td", { class: "verdicts" }, verdictBar(row), h("span", {}, `${row.correct} of ${row.correct + row.wrong + row.no_answer}`)),
     cell("thoughts", row.thoughts), cell("depth", row.depth), cell("tokens", row.tokens));

@@ -26,7 +26,7 @@ function legend(tree: Tree): HTMLElement {
  *  changed: called with the selected thought, and what it gives stands above the chain. */
 export function treePanel(tree: Tree, start: number, changed: (thought: number) => Node | null): TreePanel {
   let selected = start;
-  const side = h("aside", { class: "side", tabindex: -1 });
+  const side = h("aside", { class: "side", tabindex: 0, role: "region", "aria-label": "chain" });
   const show = (thought: number) => {
     selected = thought;
     canvas.select(thought, false);

@@ -2,7 +2,7 @@
 import { type Drawing, type GraphNode, type Replies, type Run, type Student, type Table, get } from "./api";
 import { counted, h, select, svg } from "./dom";
 import type { Query } from "./list";
-import { prose, visible } from "./text";
+import { prose } from "./text";
 import { MARKS, words } from "./tree";
 
 /** The nodes of the experiment as boxes, with what reads what and how far each is. */
@@ -25,8 +25,8 @@ function tableView(table: Table): HTMLElement {
   const kind = (place: number) => ({ class: words[place] ? "words" : null });
   return h("section", {}, h("h2", {}, table.title),
     h("div", { class: "wide" }, h("table", {}, h("thead", {}, h("tr", {}, table.header.map((cell, place) => h("th", kind(place), cell)))),
-      h("tbody", {}, table.rows.map((row) => h("tr", {}, row.map((cell, place) => h("td", kind(place), visible(String(cell))))))))),
-    table.note ? h("p", { class: "about" }, visible(table.note)) : null);
+      h("tbody", {}, table.rows.map((row) => h("tr", {}, row.map((cell, place) => h("td", kind(place), String(cell)))))))),
+    table.note ? h("p", { class: "about" }, table.note) : null);
 }
 
 /** The experiment: its graph, its tables and its recipe. */
@@ -34,7 +34,7 @@ export async function experimentPage(run: Run): Promise<HTMLElement> {
   const tables = await get<Table[]>("tables");
   return h("main", { class: "reading" }, h("div", { class: "wide" }, run.nodes.length ? graph(run.nodes, run.graph) : null),
     tables.map(tableView),
-    h("details", {}, h("summary", {}, "recipe"), h("pre", {}, visible(run.recipe))),
+    h("details", {}, h("summary", {}, "recipe"), h("pre", {}, run.recipe)),
     h("p", { class: "about" }, `cotree ${run.version}`));
 }
 
@@ -105,9 +105,9 @@ export async function repliesPage(run: Run, query: Query, go: (query: Query) => 
       select("model", named(models), model, (value) => change({ model: value, beside: "" })),
       select("beside", named(others), beside, (value) => change({ beside: value })),
       select("show", [["gained", `gained (${found.gained})`], ["lost", `lost (${found.lost})`], ["same", "same verdict"], ["all", "all"]], show, (value) => change({ show: value }))),
-    refused ? h("p", { class: "message", role: "alert" }, visible(refused)) : h("p", { class: "about" }, `${counted(found.total, "question")}; ${model} gained ${found.gained} and lost ${found.lost} against ${beside}`),
-    found.rows.map((row) => h("article", {}, h("div", { class: "question" }, h("b", {}, visible(row.question)), prose(row.text),
-      row.gold ? h("p", { class: "gold" }, "gold ", h("b", {}, visible(row.gold))) : null),
+    refused ? h("p", { class: "message", role: "alert" }, refused) : h("p", { class: "about" }, `${counted(found.total, "question")}; ${model} gained ${found.gained} and lost ${found.lost} against ${beside}`),
+    found.rows.map((row) => h("article", {}, h("div", { class: "question" }, h("b", {}, row.question), prose(row.text),
+      row.gold ? h("p", { class: "gold" }, "gold ", h("b", {}, row.gold)) : null),
       h("div", { class: "columns" }, reply(model, row.reply, row.verdict), reply(beside, row.beside_reply, row.beside_verdict)))),
     found.total > limit ? h("nav", { class: "pages" },
       h("button", { disabled: offset === 0, onclick: () => change({ offset: String(offset - limit) }) }, "previous"),

@@ -1,19 +1,12 @@
 /** The words of a model as text, with its maths typeset; whatever is no good maths stays the text that it is. */
 import katex from "katex";
-import { h } from "./dom";
+import { h, visible } from "./dom";
 
 const LONGEST_MATHS = 2000;  // characters; longer ones stay text
 const MOST_MATHS = 300;  // in one text
 const LONGEST = 20_000;  // characters that are shown before a click
 // $$…$$, \[…\], \(…\), and $…$ as pandoc has it: no space inside the dollars, no digit after them.
 const DELIMITED = /\$\$([^$]+)\$\$|\\\[([\s\S]+?)\\\]|\\\(([\s\S]+?)\\\)|\$(?![\s$])([^$\n]*?[^\s$\\])\$(?!\d)|(\\boxed\{)/g;
-
-/** Characters that cannot be seen or that turn the text around them, as their code points. */
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g;
-
-export function visible(text: string): string {
-  return text.replace(HIDDEN, (sign) => `⟨U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
-}
 
 /** The end of the braces that open just before `from`, or -1. */
 function closing(text: string, from: number): number {
