@@ -1,4 +1,4 @@
-"""What happens after each step of a run: a line of `log.jsonl`, warnings, a stop, which checkpoint is kept, a plot."""
+"""Trainer callback for each step: logs to `log.jsonl`, warns, stops early, picks the best checkpoint, plots."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class StepLog:
 
 @dataclass
 class RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Logs every step, warns, calls `on_step`; stops and keeps the best student as the probe's settings say.
+    """Logs every step, warns, calls `on_step`; stops early and keeps the best checkpoint by the probe's settings.
 
     Attributes:
-        log: the file, a line of JSON a step.
-        started: when this process began, by time.monotonic.
+        log: path of the JSON lines file.
+        started: start time of this process, by time.monotonic.
         on_step: called with each step.
-        probe: the settings, None without probes.
-        seconds_before: of work before this process went on, up to the checkpoint it goes on from.
+        probe: its settings, or None.
+        seconds_before: training time of earlier processes, up to the checkpoint that this one resumes from.
     """
 
     log: Path
@@ -51,25 +51,25 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     seconds_before: float = 0.0
 
     def seconds(self) -> float:
-        """Wall time of this run, earlier attempts up to their last checkpoint included."""
+        """Wall time of this run, including earlier processes up to their last checkpoint."""
         return self.seconds_before + monotonic() - self.started
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Cut the log back to the checkpoint: what a killed run did after it is about to be done again."""
+        """Truncate the log to the checkpoint, because later steps run again."""
         if state.is_world_process_zero:
             write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
         self.seconds_before = state.log_history[-1]["seconds"] if state.log_history else 0.0
-        state.save_steps = args.save_steps  # not those of when the checkpoint was written
-        if state.best_global_step is not None:  # the folder may have been moved since
+        state.save_steps = args.save_steps  # the checkpoint may have other settings
+        if state.best_global_step is not None:  # the folder may have moved
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save no checkpoint at the last step: the final model replaces it at once."""
+        """Save no checkpoint at the last step, because the final model is saved right after it."""
         if state.global_step >= state.max_steps:
             control.should_save = False
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the step's line, with a warning where there is one."""
+        """Append the step to the log, with its warning if any."""
         entry = state.log_history[-1]
         if "loss" not in entry:
             state.log_history.pop()  # Trainer's own summary at the end
@@ -79,7 +79,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if not any("warning" in line for line in state.log_history) and (falls := chosen_falls(state.log_history)):
             entry["warning"] = falls
         entry["seconds"] = self.seconds()
-        entry.pop("epoch", None)  # all epochs are one to Trainer, so its number says nothing
+        entry.pop("epoch", None)  # Trainer sees all epochs as one
         if not state.is_world_process_zero:
             return
         with explain_write_errors(self.log), self.log.open("a") as file:
@@ -89,12 +89,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.on_step(StepLog(state.global_step, state.max_steps, entry["loss"], metrics, entry.get("warning")))
 
     def _use_probe(self, probe: Probe, state: TrainerState, control: TrainerControl) -> None:
-        """Stop if answers go missing, and make this step's checkpoint the best one if it is."""
+        """Stop training if the no-answer ratio rises, and save this step's checkpoint if it is the best so far."""
         history = state.log_history
         if probe.stop_rise is not None and (rises := no_answer_rises(history, probe.stop_rise)):
             history[-1]["warning"] = rises
             control.should_training_stop = True
-            # A resume that began at this step would not know that it should stop.
+            # No checkpoint here: a resume from it would not stop.
             control.should_save = False
         if probe.keep == "best" and best_step(history) == state.global_step:
             state.best_global_step, state.best_model_checkpoint = state.global_step, None
@@ -103,7 +103,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def chosen_falls(history: Sequence[dict[str, Any]]) -> str | None:
-    """A warning if over the last steps chosen chains were less likely than under the reference, else None.
+    """A warning if chosen chains became less likely than under the reference over the last steps, else None.
 
     Args:
         history: the logged metrics of all steps so far.
@@ -125,14 +125,14 @@ def no_answer_rises(history: Sequence[dict[str, Any]], stop_rise: float) -> str 
 
 
 def best_step(history: Sequence[dict[str, Any]]) -> int:
-    """The probed step with the least (no-answer, loop) ratios; of equal ones the last, which learnt most."""
+    """The probed step with the lowest (no-answer, loop) ratios; the latest of equal ones."""
     probed = [entry for entry in history if "probe_no_answer" in entry]
     best = min(probed, key=lambda entry: (entry["probe_no_answer"], entry["probe_loop"], -entry["step"]))
     return int(best["step"])
 
 
 def plot_steps(name: str, update: Update, output: Output) -> Callable[[StepLog], None]:
-    """An `on_step` that shows each metric's last value and course, a line each, in the counter `update` of `output`.
+    """Make an `on_step` callback that shows each metric's last value and sparkline through `update`.
 
     Args:
         name: of the student, for warnings.

@@ -1,9 +1,9 @@
-"""DPO made safe for long chains (paper, Fine-grained DPO and Joint Post-training Objective), packed by tree.
+"""cDPO with a joint SFT loss (paper, Fine-grained DPO and Joint Post-training Objective), on prefix-tree packs.
 
-L = cDPO(beta, eps) + alpha L_SFT(chosen). The reference is the SFT checkpoint that training starts from: its
-log-probabilities are computed once, before step 0, with the very model that is about to be trained, so there is never a
-second model in memory and every margin d is 0 at step 0. That holds for adapters too: one of the checkpoint is merged
-before a new one is added, and a new one changes nothing yet.
+L = cDPO(beta, eps) + alpha L_SFT(chosen). The reference is the SFT checkpoint that training starts from. Its
+log-probabilities are precomputed once, before step 0, with the model to be trained, so memory holds one model and every
+margin d is 0 at step 0. This holds for LoRA too: an adapter of the checkpoint is merged first, and a new one starts
+at zero.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from cotree.train.trainer import StepTrainer, explain_out_of_memory
 
 
 class PairTrainer(StepTrainer[EncodedPair]):
-    """The joint objective over the pairs of a step.
+    """Trains on preference pairs with the joint objective.
 
-    Metrics: `margin` (beta times the difference of log-ratios, without SimPO's target), `accuracy` (share with a
+    Metrics: `margin` (beta times the difference of log-ratios, without SimPO's target), `accuracy` (share with
     margin > 0), `chosen_logps` and `rejected_logps` (sums over the tokens in the margin), `chosen_reward` and
-    `rejected_reward` (beta times the log-ratio, where there is a reference), `dpo_loss`, `sft_loss` (alpha not 0).
+    `rejected_reward` (beta times the log-ratio; only with a reference), `dpo_loss`, `sft_loss` (if alpha is not 0).
     """
 
     def step_weights(self, rows: Sequence[EncodedPair]) -> list[Tensor]:
-        """The weight of each token of chosen in the SFT term."""
+        """The weight of each chosen token in the SFT term."""
         return sft_weights(rows, self.settings.scope, self.settings.sft_norm)
 
     def pack_loss(
         self, model: nn.Module, rows: Sequence[EncodedPair], weights: Sequence[Tensor], step_rows: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the pairs of a pack add to L = L_DPO + alpha L_SFT(chosen) of the step."""
+        """A pack's share of the step's L = L_DPO + alpha L_SFT(chosen), and of the metrics."""
         settings: DPO = self.settings
         chosen, policy = pair_logps(model, rows, settings, sft=settings.alpha > 0)
         weights = [each[len(each) - len(logps) :] for each, logps in zip(weights, chosen, strict=True)]
@@ -63,17 +63,17 @@ class PairTrainer(StepTrainer[EncodedPair]):
 def pair_logps(
     model: nn.Module, pairs: Sequence[EncodedPair], settings: DPO, *, sft: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Log-probabilities of some pairs, from one forward pass; a shared prefix that counts nowhere is not scored.
+    """Log-probabilities of pairs from one forward pass; a shared prefix with weight 0 everywhere is not scored.
 
     Args:
         model: see `forest_logps`.
         pairs: of one pack.
-        settings: decide the weights in the margin, and the scope of the SFT term.
-        sft: whether there is an SFT term, too.
+        settings: give the margin weights and the scope of the SFT term.
+        sft: whether an SFT term needs the chosen log-probabilities.
 
     Returns:
-        Those of chosen's tokens, without the prefix where it is not scored; and the sums in the margin: (pairs, 2), of
-        chosen and of rejected.
+        Per pair those of the chosen tokens, without the prefix if it is not scored; and (pairs, 2) weighted sums for
+        the margin, of chosen and rejected.
     """
     whole_chosen = sft and settings.scope != "suffix"
     scored: list[Scored] = []
@@ -82,7 +82,7 @@ def pair_logps(
         masked = pair.prefix if settings.mask_prefix else 0
         sides = ((pair.chosen, pair.rejected, 0 if whole_chosen else masked), (pair.rejected, pair.chosen, masked))
         for side, other, start in sides:
-            start = min(start, len(side) - 1)  # chosen may be the beginning of rejected
+            start = min(start, len(side) - 1)  # chosen may be a prefix of rejected
             scored.append(Scored(pair.prompt + side, len(pair.prompt) + start))
             weights.append(margin_weights(len(side), len(other), pair.prefix, settings)[start:])
     logps = forest_logps(model, scored)
@@ -99,15 +99,15 @@ def stored_reference(
     student: Path,
     folder: Path,
 ) -> list[EncodedPair]:
-    """The pairs with the student as their reference, computed once and kept in a file named by what it depends on.
+    """Add the student's reference log-probabilities to pairs, cached in a file named by a hash of the inputs.
 
     Args:
-        model: as `student` has it.
+        model: `student`, loaded and not yet trained.
         pairs: of one epoch.
         arguments: of the trainer.
         settings: of the method.
-        student: the folder that training starts from.
-        folder: of the file; other runs from this student may share it.
+        student: the folder of the initial weights.
+        folder: for the cache file; runs from the same student may share it.
     """
     margin = settings.model_dump(include={"loss", "mask_prefix", "ld_alpha"})
     chains = [(len(pair.prompt), *pair.sequences) for pair in pairs]
@@ -126,7 +126,7 @@ def stored_reference(
 
 
 def _read_reference(path: Path) -> list[tuple[float, float]] | None:
-    """The log-probabilities in a file of `stored_reference`; None where there is none or it is damaged."""
+    """Read a cache file of `stored_reference`; None if it is missing or damaged."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["sha256"] == data_sha256(stored["logps"]):
@@ -137,9 +137,9 @@ def _read_reference(path: Path) -> list[tuple[float, float]] | None:
 def with_reference(
     model: nn.Module, pairs: Sequence[EncodedPair], arguments: TrainingArguments, settings: DPO
 ) -> list[EncodedPair]:
-    """The pairs with the model as it is as their reference.
+    """Compute reference log-probabilities of pairs with `model` as the reference.
 
-    Packed like a step, and dealt out to the processes of a distributed run.
+    In packs, distributed over all processes.
     """
     number = {id(pair): index for index, pair in enumerate(pairs)}
     sums = torch.zeros(len(pairs), 2, device=arguments.device)

@@ -1,13 +1,12 @@
-"""Chains that share a beginning, laid out in one row in which every shared token stands once.
+"""Prefix-tree packing: chains with common prefixes as one row of tokens that holds each shared token once.
 
-Invariant: a chain in a forest gets the log-probabilities that it would get alone. Sharing is by token ids of whole
-chains, so it never depends on where thoughts begin or end; a token attends to its ancestors and itself only, and its
-position is its depth. There is no padding, and logits exist only where a token is scored: half of a small model's cost
-on a CPU is its vocabulary.
+Invariant: a chain in a forest (of prefix trees) gets the log-probabilities that it would get alone. Sharing is by token
+ids, independent of thought boundaries; a token attends to its ancestors and itself only, and its position id is its
+depth. There is no padding, and logits are computed for scored tokens only: the vocabulary is half of a small model's
+cost on a CPU.
 
-In the order of their ids every chain goes on where it leaves the one before, so the row is simply the new tokens of
-one chain after the other (its **run**), the trie in depth-first order: the tokens below token k are those from k to
-`ends[k]`.
+Sorted by token ids, each chain shares its longest prefix with the previous one, so the row is the concatenation of each
+chain's new tokens (its **run**). This is the trie in depth-first order: the subtree of token k is k to `ends[k]`.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ class Scored:
 
 
 class Forest:
-    """The inputs of some chains as one row of tokens.
+    """Model inputs for several chains, packed in one row.
 
     Attributes:
-        ids: (tokens,) the row. The last token of a chain is only ever predicted: it is no input by itself.
-        positions: (tokens,) depth of each token.
-        paths: for each chain, in the order given, where in the row its inputs are.
-        layout: who may attend to whom.
+        ids: (tokens,) token ids. A chain's last token is only predicted, so it is no input.
+        positions: (tokens,) position ids: the depth of each token.
+        paths: per chain, in the order given, the indices of its inputs in the row.
+        layout: the attention structure.
     """
 
     def __init__(self, chains: Sequence[list[int]], device: torch.device | None = None) -> None:
@@ -73,16 +72,15 @@ class Forest:
 def forest_logps(model: nn.Module, chains: Sequence[Scored]) -> list[Tensor]:
     """Log-probabilities of the scored tokens of each chain, from one forward pass of the (wrapped) model.
 
-    Every (tokens so far, next token) that several chains score is computed once and given to each of them, so its
-    gradient is the sum of theirs.
+    A (context, next token) that several chains score is computed once; their gradients add up.
 
     Args:
         model: a causal language model of a supported family, loaded with `attn_implementation=ATTENTION`; may be
-            wrapped (DDP, FSDP, autocast), its forward is called as a whole.
+            wrapped (DDP, FSDP, autocast).
         chains: at least one.
 
     Returns:
-        One (scored tokens,) tensor a chain, float32 or better.
+        One (scored tokens,) tensor per chain, float32 or better.
     """
     device = next(model.parameters()).device
     forest = Forest([chain.ids for chain in chains], device)
@@ -94,23 +92,23 @@ def forest_logps(model: nn.Module, chains: Sequence[Scored]) -> list[Tensor]:
         use_cache=False,
         layout=forest.layout,
     ).logits
-    # squeeze, not [0]: the backward of an index fills a second tensor as large as the logits.
+    # squeeze, not [0]: the backward of indexing allocates a second tensor as large as the logits.
     logps = token_logps(logits.squeeze(0), targets.to(device))[places.to(device)]
     return list(torch.split(logps, [len(chain.ids) - chain.first for chain in chains]))
 
 
 def multiplicities(chains: Sequence[Scored]) -> list[Tensor]:
-    """For each scored token of each chain, how many of the chains score the same token after the same tokens."""
+    """Per scored token of each chain, the number of chains that score the same token in the same context."""
     *_, places = _distinct_targets(Forest([chain.ids for chain in chains]), chains)
     return list(torch.split(places.bincount()[places], [len(chain.ids) - chain.first for chain in chains]))
 
 
 def _distinct_targets(forest: Forest, chains: Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct pairs of a context and a token that is scored after it.
+    """Deduplicate the (context, scored token) pairs of all chains.
 
     Returns:
-        The contexts' places in the row and the tokens' ids, both (pairs,); and for each scored token of all chains, in
-        their order, the number of its pair.
+        The contexts' indices in the row and the token ids, both (pairs,); and for each scored token of all chains, in
+        order, the index of its pair.
     """
     scored_paths = [path[chain.first - 1 :] for path, chain in zip(forest.paths, chains, strict=True)]
     contexts = torch.tensor([place for path in scored_paths for place in path])
@@ -121,10 +119,10 @@ def _distinct_targets(forest: Forest, chains: Sequence[Scored]) -> tuple[Tensor,
 
 
 def packs(rows: Sequence[EncodedRow], cap: int) -> list[list[EncodedRow]]:
-    """Deal rows to packs whose forests have at most `cap` tokens; a row that is larger is a pack by itself.
+    """Split rows into packs whose forests have at most `cap` tokens; a larger row is a pack by itself.
 
-    Rows go in the order of their ids, so a tree that does not fit is cut along its subtrees, and only the ancestors of
-    the cut are computed twice.
+    Rows are sorted by token ids, so a tree that does not fit is split along its subtrees, and only the ancestors of the
+    split are computed twice.
     """
     dealt: list[list[EncodedRow]] = []
     chains: list[list[int]] = []
@@ -140,7 +138,7 @@ def packs(rows: Sequence[EncodedRow], cap: int) -> list[list[EncodedRow]]:
 
 
 def forest_tokens(rows: Sequence[EncodedChain | EncodedPair]) -> int:
-    """Tokens in the forest of some rows, the last one of each chain included."""
+    """The number of tokens in the forest of these rows, including the last token of each chain."""
     chains: list[list[int]] = []
     return sum(_insert_chains(chains, row) for row in rows)
 
@@ -150,7 +148,7 @@ def _insert_chains(chains: list[list[int]], row: EncodedChain | EncodedPair) -> 
     added = 0
     for chain in row.sequences:
         at = bisect(chains, chain)
-        # In sorted order a chain shares its longest beginning with a neighbour.
+        # In sorted order a chain shares its longest prefix with a neighbour.
         neighbours = chains[max(at - 1, 0) : at + 1]
         added += len(chain) - max((prefix_tokens(chain, other) for other in neighbours), default=0)
         chains.insert(at, chain)

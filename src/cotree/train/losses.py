@@ -1,7 +1,7 @@
-"""The post-training losses, as functions of log-probabilities.
+"""SFT, DPO and joint losses as functions of log-probabilities.
 
-Tensors in, tensors out. Each function sees one pack, so it divides by the pairs and tokens of the whole optimizer step
-that it is given, never by its own.
+Pure tensor functions. Each sees one pack (micro-batch) and divides by the pairs and tokens of the whole optimizer step,
+never by the pack's.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability in nats of each target token.
 
     Args:
-        logits: (N, vocabulary), any floating type; computed in float32 or better. Float32 and float64 are overwritten:
-            with a small model they are the largest tensor of all, and its backward can do with this one copy.
+        logits: (N, vocabulary), any floating type; computed in float32 or better. Float32 and float64 logits are
+            overwritten, because in small models they are the largest tensor and backward needs no second copy.
         targets: (N,) token ids; row i of `logits` predicts `targets[i]`.
 
     Returns:
-        (N,) log pi(target | what came before), with gradient to `logits`, once.
+        (N,) log pi(target | context), with gradient to `logits`; backward works once.
     """
     logps: Tensor = _TokenLogps.apply(logits if logits.dtype == torch.float64 else logits.float(), targets)  # type: ignore[no-untyped-call]
     return logps
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Keeps exp(logits - their maximum) in the place of the logits, and puts the gradient there."""
+    """Log-softmax at the targets, in place: stores exp(logits - max) and later the gradient in the logits' memory."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         logps = logits.gather(1, targets[:, None])
         totals = torch.empty_like(logps)
-        # A few rows at a time, which stay in a CPU's cache for all passes over them; a GPU would wait for each launch.
+        # On a CPU a few rows at a time, so that they stay in cache; on a GPU all at once, to save kernel launches.
         size = 1024 if logits.is_cuda else 32
         for rows, found, total in zip(*(torch.split(each, size) for each in (logits, logps, totals)), strict=True):
             peak = rows.amax(1, keepdim=True)
@@ -55,15 +55,15 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def margin_weights(length: int, other: int, prefix: int, settings: DPO) -> Tensor:
-    """How much each completion token of one side counts in the margin; docs/training.md has the equations.
+    """The weight of each completion token of one side in the margin; equations in docs/training.md.
 
-    `sigmoid` counts each once; `length_normalised` and `simpo` take the mean; `ld_dpo` counts those beyond the shorter
-    side's length `ld_alpha` times. `mask_prefix` leaves out what both sides share, in all of them.
+    `sigmoid`: 1; `length_normalised` and `simpo`: the mean; `ld_dpo`: `ld_alpha` for tokens beyond the shorter side's
+    length. With `mask_prefix` the shared prefix has weight 0.
 
     Args:
         length: tokens of this side.
         other: tokens of the other side.
-        prefix: tokens that both share at their start.
+        prefix: tokens of the shared prefix.
         settings: of the run.
 
     Returns:
@@ -85,14 +85,14 @@ def dpo_loss(policy: Tensor, reference: Tensor, settings: DPO) -> tuple[Tensor, 
         L = -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)
         d = beta [(log pi(y_w) - log pi(y_l)) - (log ref(y_w) - log ref(y_l))] - gamma
 
-    eps (`label_smoothing`) = 0 is DPO; gamma is 0 but for SimPO. The minimum over d is at log((1 - eps) / eps), not at
-    infinity: a pair that is already told apart that well pushes back. Tokens shared by y_w and y_l cancel in d, in
-    value and in gradient, so whether the inputs sum over whole completions or over what follows the shared prefix
-    (masking-based DPO) is the same loss.
+    eps (`label_smoothing`) = 0 is DPO; gamma is 0 except for SimPO. The minimum over d is at log((1 - eps) / eps), not
+    at infinity: beyond it the gradient shrinks the margin. Tokens shared by y_w and y_l cancel in d and in its
+    gradient, so summing over whole completions or over the suffix after the shared prefix (masking-based DPO) gives the
+    same loss.
 
     Args:
         policy, reference: (pairs, 2) log-probabilities of (chosen, rejected) in nats, summed with `margin_weights`; the
-            reference's are 0 where there is none.
+            reference's are 0 without a reference model.
         settings: of the method.
 
     Returns:
@@ -107,19 +107,19 @@ def dpo_loss(policy: Tensor, reference: Tensor, settings: DPO) -> tuple[Tensor, 
 def joint_loss(
     pair_losses: Tensor, chosen_logps: Sequence[Tensor], weights: Sequence[Tensor], *, alpha: float, pairs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A pack's share of the paper's joint objective L = L_DPO + alpha L_SFT(chosen); its choice is alpha = 1.
+    """A pack's share of the paper's joint objective L = L_DPO + alpha L_SFT(chosen); the paper uses alpha = 1.
 
-    The shares of the packs of one optimizer step add up to L of the step, however it was split.
+    The shares of all packs of an optimizer step sum to its L.
 
     Args:
         pair_losses: (p,) from `dpo_loss`, for the p pairs of this pack.
-        chosen_logps: for each pair the log-probabilities of its chosen tokens.
+        chosen_logps: log-probabilities of each pair's chosen tokens.
         weights: of the same shapes, from `rows.sft_weights` of the whole step.
-        alpha: weight of the SFT term, which is not computed if it is 0. Not portable between the two `sft_norm`s.
-        pairs: in the whole optimizer step.
+        alpha: weight of the SFT term, which is skipped if 0. A good value depends on `sft_norm`.
+        pairs: number in the whole optimizer step.
 
     Returns:
-        The share of L, of L_DPO and of L_SFT (without alpha), three scalars.
+        Shares of L, L_DPO and L_SFT (without alpha), three scalars.
     """
     dpo = pair_losses.sum() / pairs
     if not alpha:
@@ -131,4 +131,4 @@ def joint_loss(
 def sft_loss(logps: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """A pack's share of the SFT loss: minus the sum of log-probabilities times their `rows.sft_weights`, a scalar."""
     together = torch.cat(list(logps))
-    return -(together * torch.cat(list(weights)).to(together)).sum()  # not @, which autocast would do in bf16
+    return -(together * torch.cat(list(weights)).to(together)).sum()  # autocast would compute @ in bf16

@@ -1,6 +1,6 @@
-"""The memory of training, from a model's shapes alone: no weights are read, and nothing is asked of the hub.
+"""Estimate training memory from a model's shapes, without weights or network access.
 
-What the optimizer holds is counted exactly, activations are estimated.
+Weights, gradients and optimizer state are exact, activations are estimated.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _FP32, _BF16 = 4, 2
 
 @dataclass(frozen=True)
 class TrainMemory:
-    """Bytes in each process of a training.
+    """Memory of a training in bytes per process.
 
     Attributes:
-        weights: in fp32; of a sharded model the process's own, and the layers that are gathered at once.
-        gradients: of what is trained; with DDP also the copies that it sends.
-        moments: Adam's two for each number that is trained.
-        activations: an estimate of what one pack keeps for its backward pass; half or twice of it is no surprise.
-        reference: all that is there while DPO's reference is computed, before the model is sharded; else 0.
+        weights: in fp32; with FSDP the process's shard and the layers gathered at once.
+        gradients: of trainable weights; with DDP also its communication buckets.
+        moments: Adam's two per trainable weight.
+        activations: estimate of what one pack keeps for the backward pass, within a factor of 2.
+        reference: total while DPO's reference log-probabilities are computed, before sharding; else 0.
     """
 
     weights: int
@@ -42,15 +42,15 @@ class TrainMemory:
 
     @property
     def peak(self) -> int:
-        """The most bytes at once."""
+        """Peak bytes."""
         return max(self.weights + self.gradients + self.moments + self.activations, self.reference)
 
 
 def shapes_of(weights: str) -> Any:
-    """The transformers config of weights that a recipe names: their own if they are here, or that of a known model.
+    """The transformers config of a recipe's weights: from local files, or of a known hub model.
 
     Raises:
-        UsageError: they are not here (a folder needs no more than its config.json), and their shapes are not known.
+        UsageError: no local config (a folder needs only its config.json), and not a known model.
     """
     if (Path(weights) / "config.json").is_file():
         return student_config(Path(weights))
@@ -61,18 +61,18 @@ def shapes_of(weights: str) -> Any:
 
 
 def empty_model(config: Any) -> Any:
-    """A model of a config without weights (on torch's meta device)."""
+    """Build a model on torch's meta device, without allocating weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def training_memory(config: Any, settings: Optimizer, *, processes: int, tokens: int) -> TrainMemory:
-    """The memory of training a model of this config.
+    """Estimate the memory of training a model of this config.
 
     Args:
         config: of transformers.
-        settings: of the method; `precision: auto` is what it becomes on this machine.
-        processes: that train together.
+        settings: of the method; `precision: auto` is resolved for this machine.
+        processes: number of training processes.
         tokens: of the largest pack.
     """
     model = empty_model(config)
@@ -90,7 +90,7 @@ def training_memory(config: Any, settings: Optimizer, *, processes: int, tokens:
     kept = config.num_hidden_layers * (6 * config.hidden_size + 2 * config.intermediate_size)
     kept = kept // 6 if settings.gradient_checkpointing else kept
     in_bf16 = resolve_precision(settings).precision == "bf16"
-    rounded = _BF16 * (layer + head) if in_bf16 else 0  # of the layer that is computed, and of the last product
+    rounded = _BF16 * (layer + head) if in_bf16 else 0  # bf16 copies of the current layer's weights and the head's
     compared = isinstance(settings, DPO) and settings.has_reference
     return TrainMemory(
         weights=_FP32 * (weights // shards + gathered),

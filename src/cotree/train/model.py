@@ -1,7 +1,7 @@
-"""The model that is trained: a student folder in fp32, with the attention of `attention`, all weights or an adapter.
+"""Load a student folder as an fp32 model with tree attention for full or LoRA training; probe it and save it.
 
-Invariant: what training starts from computes exactly what the folder holds. An adapter in the folder is merged first,
-and a new one is zero at first, so the model at step 0 is the SFT checkpoint, which is DPO's reference.
+Invariant: at step 0 the model computes exactly what the folder's does: an adapter in the folder is merged first, and a
+new adapter starts at zero. So at step 0 it is the SFT checkpoint, DPO's reference.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compiled: bool = False) -> PreTrainedModel:
-    """A student folder (a model, or a PEFT adapter that names its base) as a model, checked to be trainable.
+    """Load a student folder (a model, or a PEFT adapter that names its base) for training.
 
     Args:
         student: the folder.
-        lora: add a new adapter of this size, and freeze the rest.
-        seed: of the adapter's random half; the other half is zero.
-        compiled: by torch.compile, at the first forward pass of each kind.
+        lora: add a new LoRA adapter, and freeze the rest.
+        seed: of the adapter's random matrices (A; B is zero).
+        compiled: apply torch.compile.
 
     Raises:
-        UsageError: it is not trainable (see `student.family_of`), or the folder holds no whole model.
+        UsageError: it is not trainable (see `student.family_of`), or the folder's model is incomplete.
     """
-    # Attention is other for every pack: it would be compiled for each of them, and is not.
+    # Attention is excluded: it differs for every pack and would be recompiled each time.
     outside: Callable[[Any], Any] = torch.compiler.disable
     AttentionInterface.register(ATTENTION, outside(forest_attention) if compiled else forest_attention)
     student_config(student)
     model = _load_weights(student).requires_grad_(True)
     if (student / "adapter_config.json").exists():
-        model.name_or_path = ""  # no folder holds the merged weights
+        model.name_or_path = ""  # the merged weights exist in no folder
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -64,26 +64,26 @@ def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compil
 
 
 def checkpoint_layers(model: Any, *, keep_matrix_products: bool) -> None:
-    """Make a model's layers compute activations again in the backward pass instead of keeping them, in place.
+    """Turn on activation checkpointing for a model's layers, in place.
 
     Args:
         model: a transformers model.
-        keep_matrix_products: keep the results of matrix products and attention, so that only what is cheap is computed
-            again: about a third less memory for a few percent more time. Else whole layers are computed again.
+        keep_matrix_products: selective: keep the results of matrix products and attention, recompute only cheap
+            operations: about a third less memory for a few percent more time. Else recompute whole layers.
     """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a layer is random
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # layers use no randomness
     if keep_matrix_products:
         policy = partial(_keep_or_recompute, model.config.hidden_size)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    with quiet():  # the method has another name in transformers to come
+    with quiet():  # hide the deprecation warning about the method's name
         model.gradient_checkpointing_enable(options)
 
 
 def _keep_or_recompute(width: int, context: Any, operation: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
-    """Keep attention, and the products of hidden states (..., width) with weights (width, ...).
+    """Checkpointing policy: keep attention and the products of hidden states (..., width) with weights (width, ...).
 
-    Others are the last product of a layer, which nothing in its backward pass reads, and the narrow ones of adapters.
-    On CUDA flex_attention is no such operation, and computed again.
+    Recomputes the last product of a layer, which its backward pass does not read, and the small ones of adapters. On
+    CUDA flex_attention is recomputed too.
     """
     of_hidden_states = operation in _PRODUCTS and inputs[-1].shape[0] == width
     kept = of_hidden_states or operation is _ATTENTION
@@ -91,15 +91,15 @@ def _keep_or_recompute(width: int, context: Any, operation: Any, *inputs: Any, *
 
 
 def probe_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Probe) -> dict[str, float]:
-    """Have the student answer some prompts greedily: mean tokens, ratios of loops and of texts without an answer.
+    """Generate greedily for some prompts; returns the mean tokens, the loop ratio and the no-answer ratio.
 
-    The model is given back as it was.
+    Leaves the model unchanged.
 
     Args:
         model: a transformers model, not wrapped.
         tokenizer: its own.
-        prompts: token ids; only the first `questions` are asked.
-        settings: how many questions, and the tokens of an answer.
+        prompts: token ids; only the first `questions` are used.
+        settings: give the number of questions and max_tokens.
     """
     lengths, loops, missing = [], [], []
     training, model_attention = model.training, model.config._attn_implementation
@@ -108,7 +108,7 @@ def probe_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
     try:
         for prompt in prompts[: settings.questions]:
             ids = torch.tensor([prompt], device=next(model.parameters()).device)
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each text would be compiled anew
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each length would recompile
                 written = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -129,23 +129,23 @@ def probe_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any], *, bf16: bool = False) -> None:
-    """Store a trained model and its tokenizer; of one with an adapter the merged weights, the adapter beside them.
+    """Save a trained model, with any adapter merged and also beside it, and its tokenizer.
 
-    An adapter that continued another one is not stored: no folder holds what it goes on top of.
+    An adapter trained on top of a merged one is not saved: its base exists in no folder.
 
     Args:
         model: a transformers or PEFT model, not wrapped.
-        tokenizer: stored with it.
-        folder: an empty one; an adapter goes to `folder/adapter`.
+        tokenizer: saved with it.
+        folder: empty; an adapter goes to `folder/adapter`.
         state: the model's weights, gathered from all processes.
-        bf16: round the stored weights of the model to bf16; an adapter keeps its own.
+        bf16: round the saved weights of the model to bf16, not those of the adapter.
     """
     if hasattr(model, "merge_and_unload"):
         if model.peft_config["default"].base_model_name_or_path:
             model.save_pretrained(folder / "adapter", state_dict=state)
         model = model.merge_and_unload()
         state = model.state_dict()
-    if bf16:  # a weight that has two names stays one, else it would be stored twice
+    if bf16:  # keep tied weights tied, else they would be stored twice
         rounded = {values.data_ptr(): values.to(torch.bfloat16) for values in state.values()}
         state = {name: rounded[values.data_ptr()] for name, values in state.items()}
     model.save_pretrained(folder, state_dict=state)
@@ -159,9 +159,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any], 
 
 
 def _load_weights(source: str | Path) -> Any:
-    """A model in fp32 with all its weights; an adapter is merged into its base, which may be a hub id.
+    """Load a model in fp32, merging an adapter into its base (a folder or hub id).
 
-    Weights that its files lack transformers would draw at random.
+    Raises UsageError for missing weights, which transformers would initialise at random.
     """
     with quiet():
         try:
@@ -200,7 +200,7 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers about itself
+            warnings.simplefilter("ignore", FutureWarning)  # transformers' own deprecations
             yield
     finally:
         logging.set_verbosity(level)

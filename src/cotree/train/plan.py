@@ -1,6 +1,6 @@
-"""What training will take, before it starts: rows, tokens, packs, and estimates of memory and time.
+"""Estimate a training run without starting it: rows, tokens, packs, memory and time.
 
-Nothing is written and no weight is loaded.
+Loads no weights and writes nothing.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cotree.train.student import student_config
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a training will take: rows, packs and tokens, and estimates of memory and time.
+    """The size of a training run, with estimates of its memory and time.
 
     Attributes:
-        rows: trained on in an epoch. too_long: rows left out because they are over the token limit.
-        steps: optimizer steps. packs: forward passes in them.
-        tokens: of the rows of all steps, prompts included. packed_tokens: computed for them, shared ones once.
-        peak_bytes: an estimate, for each process (`memory.TrainMemory`).
-        seconds: an estimate: the work of the matrices, the reference's included, at the speed of a matrix product
-            measured here; attention, the optimizer and checkpoints take as long again or more.
+        rows: per epoch. too_long: rows left out because they exceed `max_tokens`.
+        steps: optimizer steps. packs: forward passes in all steps.
+        tokens: in the rows of all steps, prompts included. packed_tokens: computed, shared prefixes once.
+        peak_bytes: estimated, per process (`memory.TrainMemory`).
+        seconds: a lower estimate: matrix products, including the reference's, at a FLOP rate measured here; attention,
+            optimizer and checkpoints take as long again or more.
     """
 
     rows: int
@@ -44,7 +44,7 @@ class TrainPlan:
 
 
 def plan(rows: Path, student: Path, settings: Optimizer, seed: int) -> TrainPlan:
-    """Plan `run.train` with these arguments; the student may also be a GGUF that is not converted yet.
+    """Estimate `run.train` with these arguments; the student may also be a GGUF that is not converted yet.
 
     Raises:
         UsageError: rows or student cannot be trained on.
@@ -55,7 +55,7 @@ def plan(rows: Path, student: Path, settings: Optimizer, seed: int) -> TrainPlan
     sizes = [forest_tokens(pack) for pack in dealt]
     weights = empty_model(config).num_parameters()
     memory = training_memory(config, settings, processes=process_count(settings), tokens=max(sizes))
-    work = (4 if settings.lora else 6) * weights * sum(sizes)  # an adapter leaves out the gradients of the weights
+    work = (4 if settings.lora else 6) * weights * sum(sizes)  # LoRA computes no weight gradients
     if isinstance(settings, DPO) and settings.has_reference:
         work += 2 * weights * sum(map(forest_tokens, packs(encoded.rows, settings.pack_tokens)))
     return TrainPlan(
@@ -71,7 +71,7 @@ def plan(rows: Path, student: Path, settings: Optimizer, seed: int) -> TrainPlan
 
 
 def _flops_per_second() -> float:
-    """Of a matrix product like those of a small model, measured now."""
+    """Measure the FLOP rate of a matrix product with a small model's shapes."""
     left, right = torch.randn(512, 576), torch.randn(576, 1536)
     _ = left @ right
     started = time.perf_counter()

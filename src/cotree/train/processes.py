@@ -1,8 +1,7 @@
-"""Training in several processes: those that are started here, one a GPU, or those of torchrun or accelerate.
+"""Distributed training: starts one process per GPU, or uses the processes of torchrun or accelerate.
 
-Invariant: one process does all other work (of a recipe: search, datasets, evaluation). Processes that are started here
-train one student and end, and none outlives the one that started it, however that ended. Those of a launcher wait for
-the first one's next training until it is at its end.
+Invariant: rank 0 does all other work (search, datasets, evaluation). Processes started here train one student and exit,
+and never outlive their parent, however it ends. A launcher's other ranks wait for rank 0's next training until it ends.
 """
 
 from __future__ import annotations
@@ -38,22 +37,22 @@ _RESUMES = "the same command goes on from the last checkpoint"
 
 @contextmanager
 def first_process() -> Iterator[bool]:
-    """Whether this is the process that does the work: always without a launcher (torchrun), with one that of rank 0.
+    """Yield True on rank 0 and without a launcher (torchrun); False on other ranks, after rank 0's block has ended.
 
-    The others get False once the first one is at the end of its block; until then they train with it.
+    Until then the other ranks take part in rank 0's trainings.
 
     Raises:
-        CotreeError: another process ended before it was done.
+        CotreeError: another process ended early.
     """
     if launched() == 1:
         yield True
     elif os.environ["RANK"] == "0":
-        _waiting()
+        _waiting_group()
         yield True
-        _from_first(None)
+        _broadcast_training(None)
     else:
         with _explain_lost_process():
-            while (training := _from_first(None)) is not None:
+            while (training := _broadcast_training(None)) is not None:
                 _train(training)
         yield False
 
@@ -70,19 +69,19 @@ def train_together(
     output: Output,
     references: Path | None = None,
 ) -> TrainResult:
-    """`run.train` as the work on a node, in as many processes as `gpus` says, or in all of a launcher's.
+    """Run `run.train` for a student's node in `gpus` processes, or in all of a launcher's.
 
-    The result is the same however many they are; it goes into the node's record, with what `precision: auto` became.
-    What the processes that are started here print is in the node's folder `processes`, a file each.
+    The gradient does not depend on their number. The result goes into the node's record, with the resolved precision.
+    Output of processes started here goes to the node's folder `processes`, one file per rank.
 
     Args:
         work: of the student's node.
-        name: of the student, in plots and warnings.
+        name: of the student, for plots and warnings.
         rows, student, references: as in `run.train`.
 
     Raises:
-        UsageError: as `run.train`, or `gpus` is more than there are.
-        CotreeError: as `run.train`, or one of the processes ended; the same call goes on from the last checkpoint.
+        UsageError: as `run.train`, or `gpus` exceeds those of the machine.
+        CotreeError: as `run.train`, or a process ended; the same call resumes from the last checkpoint.
     """
     from cotree.train.callback import plot_steps
     from cotree.train.trainer import resolve_precision
@@ -95,7 +94,7 @@ def train_together(
     with output.progress(f"{name} steps") as update, _explain_lost_process():
         on_step = plot_steps(name, update, output)
         if launched() > 1:
-            _from_first(training)
+            _broadcast_training(training)
             result = _train(training, on_step, output)
         elif (count := process_count(settings)) > 1:
             result = _start(count, training, on_step, output)
@@ -107,10 +106,10 @@ def train_together(
 
 
 def process_count(settings: Optimizer) -> int:
-    """How many processes train with these settings: those that a launcher started, else those that are started here.
+    """The number of training processes: the launcher's, else as `gpus` says.
 
     Raises:
-        UsageError: there are fewer GPUs, or fewer rows in a step.
+        UsageError: it exceeds the number of GPUs or of rows in a step.
     """
     import torch
 
@@ -121,7 +120,7 @@ def process_count(settings: Optimizer) -> int:
         return processes
     here = torch.cuda.device_count()
     if settings.gpus == "all":
-        return max(1, min(here, settings.batch_size))  # each trains on a row of a step at least
+        return max(1, min(here, settings.batch_size))  # at least one row of a step for each
     if 0 < here < settings.gpus:
         raise UsageError(f"gpus is {settings.gpus}, but {here} are here; set gpus={here} or gpus=all")
     if settings.gpus > settings.batch_size:
@@ -150,7 +149,7 @@ def _train(
 def _start(
     count: int, training: Training, on_step: Callable[[StepLog], None] | None, output: Output | None
 ) -> TrainResult:
-    """Train in processes of their own on this machine, and watch them."""
+    """Start training processes on this machine and watch them until they end."""
     import torch
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -163,7 +162,7 @@ def _start(
         (folder / "told.jsonl").write_text("")
     if output is not None:
         output.print(f"  {count} processes train; what each prints is in {folder}")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # they meet there, as those of torchrun do
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # rendezvous, as with torchrun
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     shared |= {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
@@ -179,7 +178,7 @@ def _start(
             codes: list[int | None] = [None]
             while None in codes and not any(codes):
                 time.sleep(0.1)
-                codes = [process.poll() for process in started]  # first, so that nothing is told after the last look
+                codes = [process.poll() for process in started]  # before reading logs, so that none is missed
                 for event in map(json.loads, iter(told.readline, "")):
                     if "error" in event:
                         raise (UsageError if event["code"] == UsageError.exit_code else CotreeError)(event["error"])
@@ -188,13 +187,13 @@ def _start(
                     if "step" in event and on_step is not None:
                         on_step(StepLog(**event))
         if ended := {rank: code for rank, code in enumerate(codes) if code}:
-            rank = min(ended, key=lambda rank: ended[rank] or 0)  # one that was killed comes before those that miss it
+            rank = min(ended, key=lambda rank: ended[rank] or 0)  # a killed process rather than those that lost it
             how = f"by signal {-ended[rank]}" if ended[rank] < 0 else f"with exit code {ended[rank]}"
             fault = f"process {rank} of the {count} that trained ended {how}"
             raise CotreeError(f"{fault}; its log is {_log(folder, rank)}; {_RESUMES}")
         return read_result(Path(training["out"]))
     finally:
-        for process in started:  # nothing is lost: a checkpoint counts once it is whole
+        for process in started:  # safe: unfinished checkpoints are ignored
             process.kill()
             process.wait()
 
@@ -204,9 +203,9 @@ def _log(folder: Path, rank: int) -> Path:
 
 
 def _main() -> None:
-    """Train as one of the processes that `_start` started."""
+    """Entry point of a process that `_start` started."""
     parent, training = int(sys.argv[1]), json.loads(sys.argv[2])
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     output = Output(quiet=True)
     output.log = Path(training["out"]) / "processes" / "told.jsonl"
 
@@ -221,47 +220,47 @@ def _main() -> None:
         raise
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit this process when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def launched() -> int:
-    """How many processes torchrun or accelerate started; 1 without them."""
+    """The world size of torchrun or accelerate; 1 without them."""
     named = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")]
     if not all(named) or not all(word.isdecimal() for word in named[:2]):
-        return 1  # a variable that is left of something else starts no processes
+        return 1  # not a launcher's complete environment
     return int(named[0])
 
 
 @cache
-def _waiting() -> Any:
-    """The group in which the processes wait for the first one, which may grow trees for days."""
+def _waiting_group() -> Any:
+    """The process group in which other ranks wait for rank 0, with a long timeout, as it may grow trees for days."""
     import torch
     from torch import distributed
 
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    atexit.register(_leave)
+    atexit.register(_destroy_groups)
     return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
-def _leave() -> None:
-    """Close the groups while Python still stands: threads that are left of one abort the process."""
+def _destroy_groups() -> None:
+    """Destroy the process groups before Python shuts down, because their threads would abort the process."""
     from torch import distributed
 
-    _waiting.cache_clear()
+    _waiting_group.cache_clear()
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def _from_first(training: Training | None) -> Training | None:
-    """What the first process gives: its next training, or None at its end."""
+def _broadcast_training(training: Training | None) -> Training | None:
+    """Broadcast rank 0's next training to all ranks; None at its end."""
     from torch import distributed
 
     box = [training]
-    distributed.broadcast_object_list(box, src=0, group=_waiting())
+    distributed.broadcast_object_list(box, src=0, group=_waiting_group())
     return box[0]
 
 

@@ -1,7 +1,4 @@
-"""Rows of a dataset file as optimizer steps: token ids, the rows of each step, and how much each token counts.
-
-What a student cannot be trained on is refused.
-"""
+"""Tokenize a dataset file, check that the student can train on it, split it into optimizer steps, weight tokens."""
 
 from __future__ import annotations
 
@@ -24,11 +21,11 @@ from cotree.train.settings import Optimizer
 
 
 def encode_file(path: Path, tokenizer: Any, settings: Optimizer) -> Encoded[Any]:
-    """The rows of a dataset file as these settings train on them: chains for SFT, pairs for DPO.
+    """Read and tokenize a dataset file: chains for SFT, pairs for DPO.
 
     Raises:
-        UsageError: the file is unreadable, empty, of another kind or built for another chat template, a row is not
-            what its columns promise, or none fits into `max_tokens`.
+        UsageError: the file is unreadable, empty, of another kind or built for another chat template, a row contradicts
+            its columns, or none fits into `max_tokens`.
     """
     kind = settings.row_kind
     rows = list(read_rows(path))
@@ -52,10 +49,10 @@ def encode_file(path: Path, tokenizer: Any, settings: Optimizer) -> Encoded[Any]
 
 
 def check_fits(rows: Sequence[EncodedChain | EncodedPair], config: Any) -> None:
-    """Refuse tokens and positions that the student of this config does not have.
+    """Check that all rows fit the student's vocabulary and context length.
 
     Raises:
-        UsageError: a token is outside its vocabulary, or a row is longer than its positions.
+        UsageError: a token id is outside the vocabulary, or a row exceeds the maximum position.
     """
     largest = max(max(chain) for row in rows for chain in row.sequences)
     if largest >= config.vocab_size:
@@ -68,15 +65,15 @@ def check_fits(rows: Sequence[EncodedChain | EncodedPair], config: Any) -> None:
 
 
 def fixed_steps(rows: Sequence[EncodedChain | EncodedPair], settings: Optimizer, seed: int) -> list[list[int]]:
-    """Row numbers of every optimizer step of a run: a new order each epoch, the last batch of an epoch may be short.
+    """The row indices of every optimizer step: shuffled anew each epoch; an epoch's last batch may be short.
 
-    Rows of one prompt follow each other, so that a step has as much to share as it can. A fractional number of epochs
-    rounds up to whole steps.
+    Rows of one prompt stay adjacent, so a step shares as many prefix tokens as possible. Fractional epochs round up to
+    whole steps.
 
     Args:
         rows: of one epoch.
-        settings: have the rows of a step, and the epochs.
-        seed: fixes the order of the prompts, and of the rows of each.
+        settings: give batch size and epochs.
+        seed: fixes the order of prompts, and of rows within a prompt.
     """
     generator = torch.Generator().manual_seed(seed)
     size, epochs = settings.batch_size, settings.epochs
@@ -92,17 +89,17 @@ def fixed_steps(rows: Sequence[EncodedChain | EncodedPair], settings: Optimizer,
 
 
 def sft_weights(rows: Sequence[EncodedChain | EncodedPair], scope: str, norm: str = "token") -> list[Tensor]:
-    """How much each token counts in the SFT loss of a step of these rows: minus the sum of weight * log-probability.
+    """Token weights such that a step's SFT loss is minus the sum of weight * log-probability.
 
     Args:
-        rows: all of the step.
-        scope: `full` counts every token of each (chosen) completion, `suffix` none in the prefix that both sides of a
-            pair share, `dedup` each 1 / (rows of the step that have this very token after the same tokens) times.
-        norm: `token`: the mean over all that counts in the step, so long chains weigh more (TRL's `sft` term when the
-            batch is one micro-batch). `pair`: the mean over rows of their own means (LLaMA-Factory, OpenRLHF).
+        rows: all rows of the step.
+        scope: `full` counts all (chosen) completion tokens, `suffix` only those after the shared prefix of a pair,
+            `dedup` each with 1 / (number of the step's rows with the same token in the same context).
+        norm: `token`: mean over the step's tokens, so long chains weigh more (TRL's `sft` term when the batch is one
+            micro-batch). `pair`: mean over rows of per-row means (LLaMA-Factory, OpenRLHF).
 
     Returns:
-        For each row (tokens of its completion,), float64.
+        Per row (completion tokens,), float64.
     """
     if scope == "dedup":
         chains = [Scored(row.sequences[0], len(row.prompt)) for row in rows]
@@ -115,5 +112,5 @@ def sft_weights(rows: Sequence[EncodedChain | EncodedPair], scope: str, norm: st
     totals = [float(count.sum()) for count in counts]
     if norm == "token":
         totals = [fmean(totals)] * len(rows)
-    # A total is 0 where chosen has nothing after the prefix.
+    # A total is 0 if chosen has no token after the shared prefix.
     return [count / (total or 1.0) / len(rows) for count, total in zip(counts, totals, strict=True)]

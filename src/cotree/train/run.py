@@ -1,7 +1,7 @@
-"""Train a student from a rows file: from the last whole checkpoint, or the start, to a stored model.
+"""Train a student on a rows file, resuming from the last intact checkpoint, and save the model.
 
-Invariant: going on after a kill gives the weights of the uninterrupted run, bit for bit (CPU, fp32); `model/` appears
-last and whole.
+Invariant: a resumed run gives bit-identical weights to an uninterrupted one (CPU, fp32); `model/` appears last and
+atomically.
 """
 
 from __future__ import annotations
@@ -49,16 +49,15 @@ class TrainResult:
     """A finished training run.
 
     Attributes:
-        steps: optimizer steps that were made.
-        kept: the step whose student was kept: the last, or the best of the probes.
-        rows: rows trained on in an epoch.
-        too_long: rows left out because they are over the token limit.
+        steps: optimizer steps taken.
+        kept: the step whose weights were saved: the last, or the best probe's.
+        rows: rows per epoch.
+        too_long: rows left out because they exceed `max_tokens`.
         tokens: tokens in the rows of all steps, prompts included.
-        packed: tokens computed for them, as shared ones are computed once.
-        seconds: wall time, over all interruptions.
-        peak_bytes: the most memory that the first process had since it began or went on: of its GPU, else of its own; 0
-            where that is not known.
-        first, final: the metrics of the first and of the last step.
+        packed: tokens computed for them; shared prefixes are computed once.
+        seconds: wall time of training, summed over resumes.
+        peak_bytes: peak GPU memory (without a GPU: process memory) of rank 0 since its last start; 0 if unknown.
+        first, final: metrics of the first and the last step.
     """
 
     steps: int
@@ -85,32 +84,31 @@ def train(
     references: Path | None = None,
     output: Output | None = None,
 ) -> TrainResult:
-    """Train a student; the same call after an interruption goes on, and after the end returns the result at once.
+    """Train a student; the same call resumes after an interruption and returns the stored result of a finished run.
 
-    Whether the content of `out` is of these rows and settings is for the caller to know (`base.run_folder`).
+    The caller must ensure that the content of `out` belongs to these rows and settings (`base.run_folder`).
 
     Args:
         method: a name in `settings.METHODS`.
         rows: a file of the method's rows (`data.kinds`).
-        student: the transformers folder that training starts from (`student.student_folder`).
-        out: folder of this run: `model/` (the trained student), `result.json`, `log.jsonl`; `trainer/` on the way.
+        student: the transformers folder of the initial weights (`student.student_folder`).
+        out: output folder: `model/` (the trained student), `result.json`, `log.jsonl`; `trainer/` during training.
         settings: of the method.
         seed: fixes the order of the rows.
         on_step: called after each optimizer step.
-        references: a folder where runs from one student share their reference log-probabilities; without one they are
-            kept in `out` until the run is done.
-        output: where damaged checkpoints are named.
+        references: a folder where runs from one student share reference log-probabilities; by default they are kept
+            in `out` until the run is done.
+        output: prints warnings about damaged checkpoints.
 
     Raises:
-        UsageError: rows, student or settings cannot be trained on, or what is in `out` is damaged.
-        CotreeError: the loss is no number any more, or memory or the disk is full; nothing before the last checkpoint
-            is lost.
+        UsageError: rows, student or settings cannot be trained on, or the content of `out` is damaged.
+        CotreeError: the loss is NaN or infinite, or memory or disk is full; the last checkpoint is kept.
     """
     started = monotonic()
     if (out / "model").exists():
         check_weights(out / "model")
         if (out / "result.json").exists():
-            _remove_checkpoints(out / "trainer")  # a kill may have come between the two
+            _remove_checkpoints(out / "trainer")  # a killed run may have left them
             return read_result(out)
         remove(out / "model")
     tokenizer = load_tokenizer(student)
@@ -138,7 +136,7 @@ def train(
             trainer.probe = partial(probe_answers, tokenizer=tokenizer, prompts=prompts, settings=settings.probe)
         callback = RunCallback(out / "log.jsonl", started, on_step, settings.probe)
         trainer.add_callback(callback)
-        with arguments.main_process_first(local=False):  # damaged checkpoints are named and deleted once
+        with arguments.main_process_first(local=False):  # so that damaged checkpoints are deleted once
             checkpoint = last_checkpoint(out / "trainer", (output or Output()).print)
         if checkpoint and (checkpoint / "optimizer.pt").exists() == is_sharded(settings):
             made, now = ("whole", "in shards") if is_sharded(settings) else ("in shards", "whole (as a single process)")
@@ -155,7 +153,7 @@ def train(
 
 
 def read_result(out: Path) -> TrainResult:
-    """The result of the finished run in a folder."""
+    """Read `result.json` of a finished run."""
     return TrainResult(**(read_json(out / "result.json") or {}))
 
 
@@ -177,14 +175,14 @@ def _result(trainer: StepTrainer[Any], rows: int, too_long: int, seconds: float)
 
 
 def _store(trainer: StepTrainer[Any], tokenizer: Any, out: Path, result: TrainResult, *, student: Path) -> None:
-    """Write result and model, and delete the checkpoints that the model replaces."""
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes hold parts of it (FSDP)
+    """Save result and model, then delete the checkpoints."""
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers FSDP shards
     if trainer.args.process_index == 0:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         if is_sharded(trainer.settings):
             model = load_model(student, trainer.settings.lora)
             model.load_state_dict(state_dict)
-            state_dict = model.state_dict()  # in which tied weights are one again
+            state_dict = model.state_dict()  # restores tied weights
         for of_earlier_weights in out.glob("student-*.gguf*"):
             remove(of_earlier_weights)
         with atomic_draft(out / "model") as draft:
@@ -196,7 +194,7 @@ def _store(trainer: StepTrainer[Any], tokenizer: Any, out: Path, result: TrainRe
 
 
 def _remove_checkpoints(folder: Path) -> None:
-    """Delete what a resume of a finished run would have needed; what reporters wrote beside it stays."""
+    """Delete a finished run's checkpoints; files of reporters (tensorboard, ...) stay."""
     for left in (*folder.glob("checkpoint-*"), folder / "reference"):
         shutil.rmtree(left, ignore_errors=True)
     with suppress(OSError):
@@ -204,7 +202,7 @@ def _remove_checkpoints(folder: Path) -> None:
 
 
 def _free_memory(trainer: StepTrainer[Any] | None) -> None:
-    """Give back the memory of weights, gradients and optimizer, also after an error: Trainer is full of cycles."""
+    """Free weights, gradients and optimizer state, also after an error; Trainer's reference cycles would keep them."""
     if trainer is not None:
         trainer.accelerator.free_memory()
         for name in ("model", "model_wrapped", "optimizer", "lr_scheduler", "callback_handler"):

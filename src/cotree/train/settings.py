@@ -1,7 +1,7 @@
-"""The settings of training: those of all methods (`Optimizer`), those of each, and the methods by name.
+"""Training settings: those common to all methods (`Optimizer`), those of each method, and `METHODS` by name.
 
-Loads no torch: a recipe is checked by these. A new method is a class here with a line in `METHODS`, and a file with a
-trainer, which has a line in `run.TRAINERS`.
+Imports no torch, because recipes are validated with these classes. A new method needs a class here with a line in
+`METHODS`, and a trainer with a line in `run.TRAINERS`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def _all_or_number(given: Any) -> Any:
 
 
 class LoRA(Section):
-    """Train low-rank adapters on all linear layers instead of the weights; `model/` is stored merged all the same."""
+    """Train LoRA adapters on all linear layers instead of all weights; `model/` holds the merged weights."""
 
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
 
 
 class Probe(Section):
-    """Ask the student `questions` of the training prompts every `every` steps, greedily, and diagnose what it writes.
+    """Every `every` steps, generate greedily for `questions` training prompts and count missing answers and loops.
 
     stop_rise: stop training when the no-answer ratio is more than this above that of the first probe.
-    keep: `best` makes the student of the probe with the fewest missing answers (then the fewest loops; of equals the
-        last) the trained one, instead of that of the last step.
+    keep: `best` keeps the checkpoint of the probe with the lowest no-answer ratio (then the lowest loop ratio, then the
+        latest) instead of the last step's.
     """
 
     every: int = Field(50, ge=1)
@@ -43,19 +43,18 @@ class Probe(Section):
 
 
 class Optimizer(Section):
-    """The settings of all methods. `batch_size` counts chains (SFT) or pairs (DPO) in one optimizer step.
+    """Settings of all methods. `batch_size` is the number of chains (SFT) or pairs (DPO) per optimizer step.
 
-    A step is computed in packs of at most `pack_tokens` tokens, shared ones counted once: it changes memory and time,
-    never the gradient. The learning rate rises over `warmup_ratio` of the steps, from 0 as in transformers, then falls
-    linearly to 0. `precision: auto` is bf16 autocast on CUDA and on CPUs with AMX or AVX512_BF16, else fp32. `compile`
-    is torch.compile on all but the attention. `save_dtype: bf16` rounds the trained weights when they are stored: half
-    of the disk, half of what a server loads. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows over
-    `max_tokens` (prompt included) are left out and counted; None takes all that the dataset has.
+    A step is computed in packs (micro-batches) of at most `pack_tokens` tokens, shared prefixes counted once; it
+    affects memory and time, never the gradient. Linear schedule: the learning rate warms up from 0 over `warmup_ratio`
+    of the steps, then decays to 0. `precision: auto` is bf16 autocast on CUDA and on CPUs with AMX or AVX512_BF16, else
+    fp32. `compile` applies torch.compile to all but attention. `save_dtype: bf16` rounds the stored weights, which
+    halves disk and server memory. `report_to` names Trainer's reporters (tensorboard, wandb, ...). Rows longer than
+    `max_tokens` (prompt included) are left out and counted; None keeps all rows of the dataset.
 
-    `gpus` is how many processes of this machine train, a GPU each: `all` that are there (one process without CUDA, and
-    at most one for each row of a step), or a number, which without CUDA starts as many on the CPU. Under torchrun
-    all of its own train. `shard` divides weights, gradients and the optimizer's moments among the processes
-    (FSDP2); else each has all of them (DDP), as a single process has in any case.
+    `gpus`: training processes on this machine, one per GPU: `all` (one process without CUDA, and at most one per row
+    of a step) or a number; without CUDA that many CPU processes. Under torchrun its own processes train. `shard` uses
+    FSDP2 (shards weights, gradients and optimizer state) instead of DDP; no effect on a single process.
     """
 
     learning_rate: float = Field(5e-5, gt=0)
@@ -76,13 +75,13 @@ class Optimizer(Section):
     save_dtype: Literal["fp32", "bf16"] = "fp32"
     report_to: Annotated[tuple[str, ...], NOT_CONTENT] = ()
     probe: Probe | None = None
-    row_kind: ClassVar[Literal["sft", "dpo"]]  # the rows that the method trains on (`data.kinds`)
+    row_kind: ClassVar[Literal["sft", "dpo"]]  # kind of dataset rows (`data.kinds`)
 
 
 class SFT(Optimizer):
     """Supervised fine-tuning on chains: token-mean cross-entropy over the completion.
 
-    `sft_scope: dedup` counts a token that several chains of a step share once instead of once for each.
+    `sft_scope: dedup` counts a prefix token shared by several chains of a step once instead of once per chain.
     """
 
     sft_scope: Literal["full", "dedup"] = "full"
@@ -92,12 +91,12 @@ class SFT(Optimizer):
 class DPO(Optimizer):
     """L = cDPO(beta, label_smoothing) + alpha * L_SFT(chosen) (paper, Fine-grained DPO and Joint Post-training).
 
-    `mask_prefix` leaves the tokens that chosen and rejected share out of the margin; in the sigmoid margin they cancel
-    exactly, so what it changes is the default of `sft_scope` (`suffix`) and the logged rewards.
+    `mask_prefix` masks the shared prefix of chosen and rejected in the margin; in the sigmoid margin these tokens
+    cancel exactly, so it only changes the default of `sft_scope` (to `suffix`) and the logged rewards.
     `sft_norm`: `token` = mean over all scored tokens of the step, `pair` = mean over pairs of per-pair token means.
     `sft_scope`: `full` completions, the `suffix` after the shared prefix, or `dedup`: shared tokens of a step once.
-    `loss`: the margin's form (docs/training.md); `simpo_gamma` is SimPO's target margin, `ld_alpha` LD-DPO's weight of
-    tokens beyond the shorter side's length. `reference_free` drops the reference; SimPO never has one.
+    `loss`: form of the margin (docs/training.md); `simpo_gamma` is SimPO's target margin, `ld_alpha` LD-DPO's weight
+    for tokens beyond the shorter side's length. `reference_free` drops the reference model; SimPO never uses one.
     """
 
     learning_rate: float = Field(5e-6, gt=0)
@@ -116,15 +115,15 @@ class DPO(Optimizer):
 
     @property
     def scope(self) -> Literal["full", "suffix", "dedup"]:
-        """The SFT term's scope: an explicit one wins, else masking decides."""
+        """The SFT term's scope: as set, else `suffix` with `mask_prefix` and `full` without."""
         return self.sft_scope or ("suffix" if self.mask_prefix else "full")
 
     @property
     def has_reference(self) -> bool:
-        """Whether the margin is relative to the SFT checkpoint."""
+        """Whether the margin uses a reference model."""
         return self.loss != "simpo" and not self.reference_free
 
 
 METHODS: Mapping[str, type[Optimizer]] = {"sft": SFT, "dpo": DPO}
-# Raised when the code changes what training makes from the same student, rows and settings.
+# Increase it when a code change alters the weights trained from the same student, rows and settings.
 TRAINING_VERSION = 1

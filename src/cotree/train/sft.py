@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on chains (paper, SFT stage): cross-entropy over completions, packed by tree."""
+"""Supervised fine-tuning on chains (paper, SFT stage): cross-entropy over completions, on prefix-tree packs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ChainTrainer(StepTrainer[EncodedChain]):
     def pack_loss(
         self, model: nn.Module, rows: Sequence[EncodedChain], weights: Sequence[Tensor], step_rows: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the chains of a pack add to the step's mean, and how many tokens they score."""
+        """A pack's share of the step's mean loss, and its number of scored tokens."""
         logps = forest_logps(model, [Scored(chain.sequences[0], len(chain.prompt)) for chain in rows])
         loss = sft_loss(logps, weights)
         return loss, {"tokens": loss.new_tensor(sum(map(len, logps)))}

@@ -1,7 +1,7 @@
-"""The student that training starts from, as a transformers folder in fp32.
+"""Resolve the student that training starts from to an fp32 transformers folder, converting GGUF files.
 
-A GGUF is converted here rather than through `from_pretrained(gguf_file=...)`: that takes 20 s for 135M parameters,
-refuses to be saved, and cuts text into other tokens than llama.cpp (see `models.tokenizer`).
+Not with `from_pretrained(gguf_file=...)`: that takes 20 s for 135M parameters, gives a model that cannot be saved, and
+tokenizes differently from llama.cpp (see `models.tokenizer`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from cotree.models.gguf_files import GGUF
 from cotree.models.tokenizer import gguf_tokenizer
 from cotree.models.weights import HUB_WEIGHTS, locate
 
-# Others (dynamic, longrope) turn every position of a pass by its longest sequence.
+# With others (dynamic, longrope) all positions depend on the longest sequence of the forward pass.
 _ROPE = ("default", "linear", "llama3", "yarn")
 _BASE_FIX = "set base_model_name_or_path in its adapter_config.json to the model's folder or hub id"
 
 
 def student_folder(name: str) -> Path:
-    """The transformers folder that training from these weights starts from; of a GGUF it is made once, in the cache.
+    """The transformers folder of the named weights; a GGUF is converted once, into the cache.
 
     Args:
-        name: a transformers folder or an adapter's, which is used as it is; a packaged name, a `.gguf` file, or a
-            model of the hub (`weights.HUB_WEIGHTS`).
+        name: a transformers or adapter folder, which is returned as it is; a packaged name, a `.gguf` file, or a hub
+            model (`weights.HUB_WEIGHTS`).
 
     Raises:
-        UsageError: nothing of that name is here, it is damaged, or it cannot be trained.
+        UsageError: the weights are missing, damaged or not trainable.
         CotreeError: the cache folder cannot be written.
     """
     folder = Path(name)
@@ -63,10 +63,10 @@ def student_folder(name: str) -> Path:
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The base that a PEFT adapter's folder names, a folder or a hub id; None where the folder is no adapter's.
+    """The base model of a PEFT adapter folder, a folder or hub id; None if the folder is not an adapter.
 
     Raises:
-        UsageError: its adapter_config.json is damaged or names no base that can be, or it has no weights.
+        UsageError: adapter_config.json is damaged or names no possible base, or the weights are missing.
     """
     file = folder / "adapter_config.json"
     if not file.exists():
@@ -87,13 +87,13 @@ def adapter_base(folder: Path) -> str | None:
 
 
 def convert_gguf(source: Path, folder: Path) -> Path:
-    """Make a new transformers folder (fp32 safetensors, tokenizer, config) of a GGUF file, whole or not at all.
+    """Convert a GGUF file to a new transformers folder (fp32 safetensors, tokenizer, config), atomically.
 
     Returns:
         `folder`.
 
     Raises:
-        UsageError: the file is no GGUF, is of an unsupported family, or has no chat template.
+        UsageError: the file is not a GGUF, of an unsupported model family, or has no chat template.
         CotreeError: the folder cannot be written.
     """
     from safetensors.numpy import save_file
@@ -121,9 +121,9 @@ def convert_gguf(source: Path, folder: Path) -> Path:
 
 
 def student_sha256(folder: Path) -> str:
-    """A hash of what a student folder computes: its weights, config and tokenizer, and those of an adapter's base.
+    """SHA-256 of a student folder's weights, config and tokenizer, and of its adapter's base.
 
-    A base that is no folder is known by its name.
+    A base that is not a local folder counts by its name.
     """
     parts = [folder_sha256(folder)] + [file_sha256(file) for file in sorted(folder.glob("*.bin"))]
     if (base := adapter_base(folder)) is not None:
@@ -133,7 +133,7 @@ def student_sha256(folder: Path) -> str:
 
 
 def make_readable(folder: Path) -> None:
-    """Give all files below a model's folder the mode of a new file: safetensors makes its own for their owner alone."""
+    """Reset file modes below a model folder to the umask's default, because safetensors creates files with mode 600."""
     mode = (folder / "config.json").stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
@@ -177,10 +177,10 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
 
 
 def student_config(source: Path) -> Any:
-    """The transformers config of a GGUF, of a transformers folder, or of an adapter's base.
+    """The transformers config of a GGUF, a transformers folder, or an adapter's base.
 
     Raises:
-        UsageError: there is none, or it is of no supported family.
+        UsageError: it is missing, or of no supported family.
     """
     from transformers import AutoConfig
 
@@ -194,12 +194,11 @@ def student_config(source: Path) -> Any:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers config.
+    """The model family of a transformers config, checked to be trainable with tree attention.
 
     Raises:
-        UsageError: the model is of no supported family, or has sliding windows, dropout, rotary positions that
-            depend on the longest sequence, or a demand for FlashAttention-2: training computes several sequences in one
-            row with an attention of its own, exactly, and none of these has a place in it.
+        UsageError: unsupported family, sliding windows, dropout, RoPE scaling that depends on the longest sequence, or
+            required FlashAttention-2; packing several sequences in one row would not be exact with these.
     """
     family = supported_family(config, "cannot train")
     if config.num_hidden_layers < 1:

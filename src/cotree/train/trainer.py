@@ -1,9 +1,9 @@
-"""transformers.Trainer on whole optimizer steps: their gradients, its arguments, and its checkpoints.
+"""A transformers.Trainer whose batches are whole optimizer steps; its arguments and crash-safe checkpoints.
 
-Invariant: an item of its data is a whole step, whose rows are fixed before anything is split; the loss divides by the
-rows and tokens of the step, so neither the cap of a pack nor the number of processes changes the gradient. A checkpoint
-counts once its marker file is there, which is written when the disk holds the others and has their sums: a kill at any
-moment leaves the last whole one, and of a damaged one the one before it is used.
+Invariant: each data item is a whole step with fixed rows, and the loss divides by the rows and tokens of the step, so
+neither `pack_tokens` nor the number of processes changes the gradient. A checkpoint is valid once its marker file with
+the checksums of its other files exists, which is written after these are on disk: a kill leaves the last valid one, and
+if that is damaged the one before is used.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Settings = TypeVar("Settings", bound=Optimizer)
 
 
 def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) -> TrainingArguments:
-    """Trainer's arguments for so many steps: a linear schedule with warm-up, checkpoints in `out`/trainer, silent.
+    """TrainingArguments for `steps` steps: linear schedule with warm-up, checkpoints in `out`/trainer, no output.
 
     Raises:
-        UsageError: a reporter is not installed, a step has fewer rows than there are processes, or DeepSpeed is set.
+        UsageError: a reporter is not installed, a step has fewer rows than processes, or DeepSpeed is set.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # it makes a step of every backward pass
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # it would step after every backward pass
         raise UsageError("DeepSpeed cannot train here, where a step is several backward passes; set shard=true (FSDP2)")
-    os.environ["ACCELERATE_USE_FSDP"] = str(is_sharded(settings)).lower()  # not that of the student before
+    os.environ["ACCELERATE_USE_FSDP"] = str(is_sharded(settings)).lower()  # overwrite the previous student's
     missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise UsageError(f"report_to: {', '.join(missing)} is not installed, or no reporter of transformers")
@@ -58,7 +58,7 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
         optim="adamw_torch_fused",
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        # The first step of a warm-up has a learning rate of 0, so a run of one step has no warm-up.
+        # The first warm-up step has learning rate 0, so a run of one step has no warm-up.
         warmup_steps=min(math.ceil(settings.warmup_ratio * steps), steps - 1),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -76,22 +76,22 @@ def training_arguments(out: Path, settings: Optimizer, steps: int, seed: int) ->
     )
     if settings.batch_size < arguments.world_size:
         raise UsageError(f"batch_size {settings.batch_size} is less than the {arguments.world_size} processes")
-    if settings.probe is not None and settings.probe.keep == "best":  # to Trainer that would need an evaluation
+    if settings.probe is not None and settings.probe.keep == "best":  # as an argument it would need an eval dataset
         arguments.load_best_model_at_end, arguments.metric_for_best_model = True, "probe_no_answer"
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer wraps the model in DataParallel, which splits rows
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer uses DataParallel, which splits rows
     return arguments
 
 
 def is_sharded(settings: Optimizer) -> bool:
-    """Whether the model is divided among several processes, as the settings or `accelerate launch` say."""
+    """Whether FSDP is on, by `shard` with several processes or by `accelerate launch`."""
     return (settings.shard or _SHARDS_BY_LAUNCHER) and "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def resolve_precision(settings: Settings) -> Settings:
-    """The settings with `precision: auto` replaced by what it becomes on this machine.
+    """Replace `precision: auto` by bf16 or fp32 for this machine.
 
-    bf16 on CUDA and on CPUs that multiply it in hardware, where a student takes three fifths of the time and answers as
-    many questions (docs/training.md); else fp32.
+    bf16 on CUDA and on CPUs with bf16 hardware, where training takes three fifths of the time at equal accuracy
+    (docs/training.md); else fp32.
     """
     if settings.precision != "auto":
         return settings
@@ -100,20 +100,19 @@ def resolve_precision(settings: Settings) -> Settings:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AMX or AVX512_BF16); False where torch is too old to say."""
+    """Whether this CPU has bf16 matrix products in hardware (AMX or AVX512_BF16); False if torch is too old to tell."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
-    """A Trainer whose batches are whole optimizer steps. A subclass for each method computes the loss.
+    """A Trainer whose batches are whole optimizer steps; one subclass per method computes the loss.
 
     Attributes:
         steps: the rows of each optimizer step.
         settings: of the method.
         metrics: of the last step, means over its rows.
-        probe: gives the metrics of a probe of the model that it gets, which is not wrapped; called at the steps of
-            `settings.probe`.
+        probe: called with the unwrapped model at the steps of `settings.probe`; returns the probe's metrics.
     """
 
     def __init__(
@@ -129,39 +128,39 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Shard on CPUs too, where accelerate refuses what torch does, and compute with the weights as they are."""
+        """Enable FSDP on CPUs too, which torch supports and accelerate refuses, without mixed-precision weights."""
         state, sharded = PartialState(), is_sharded(self.settings)
         if sharded and state.distributed_type == DistributedType.MULTI_CPU:
-            state.distributed_type = DistributedType.MULTI_GPU  # of these alone accelerate reads `fsdp`
+            state.distributed_type = DistributedType.MULTI_GPU  # accelerate reads `fsdp` for this type only
         super().create_accelerator_and_postprocess()
-        if sharded:  # autocast, as without: weights gathered in bf16 would not give the reference's log-probabilities
+        if sharded:  # autocast as without FSDP: weights gathered in bf16 would change the log-probabilities
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
             self.model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(self.model.forward))
 
     @abstractmethod
     def step_weights(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
-        """How much each completion token of the rows of a whole step counts in its SFT loss (`rows.sft_weights`)."""
+        """The SFT loss weight of each completion token of a step's rows (`rows.sft_weights`)."""
 
     @abstractmethod
     def pack_loss(
         self, model: nn.Module, rows: Sequence[EncodedRow], weights: Sequence[Tensor], step_rows: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of the step's loss (to differentiate) and of its metrics that the rows of a pack add: scalars.
+        """A pack's share of the step's loss (with gradient) and of its metrics: scalars that sum to the step's.
 
         Args:
             model: may be wrapped.
             rows: of the pack.
             weights: of their tokens, from `step_weights`.
-            step_rows: how many rows the whole step has.
+            step_rows: number of rows in the whole step.
         """
 
     def packs(self, rows: Sequence[EncodedRow]) -> list[list[EncodedRow]]:
-        """The packs of a step, at least one for each process if there are enough rows."""
+        """Split a step into packs, at least one per process if there are enough rows."""
         dealt, processes = packs(rows, self.settings.pack_tokens), self.args.world_size
         return dealt if len(dealt) >= processes else packs(rows, math.ceil(forest_tokens(rows) / processes))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Gradients of one optimizer step; returns its loss."""
+        """Compute the gradients of one optimizer step; returns its loss."""
         model.train()
         number = self.state.global_step + 1
         weights = dict(zip(map(id, inputs), self.step_weights(inputs), strict=True))
@@ -169,13 +168,13 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         dealt = self.packs(inputs)
         total = torch.zeros(())
         metrics: dict[str, Tensor] = {}
-        # Every process must call the model equally often (FSDP): those without a pack repeat one that counts nothing.
+        # FSDP needs equally many forward passes in every process: those with fewer packs repeat one with weight 0.
         turns = range(rank, math.ceil(len(dealt) / processes) * processes, processes)
         for turn in turns:
             counts = float(turn < len(dealt))
             pack = dealt[turn % len(dealt)]
-            # DDP needs one synchronisation a step, not one a pack; it divides the sum of gradients by the processes.
-            # Shards would have to keep whole gradients until then.
+            # With DDP, synchronise once a step, not once a pack; DDP averages gradients over processes.
+            # With FSDP that would keep unsharded gradients until then.
             with (
                 nullcontext() if turn == turns[-1] or is_sharded(self.settings) else self.accelerator.no_sync(model),
                 explain_out_of_memory(f"at step {number}", pack, self.settings),
@@ -194,7 +193,7 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
         return sums[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's metrics, and a probe where one is due or training ends, to what Trainer logs and reports."""
+        """Add the step's metrics to Trainer's logs, and a probe's if one is due or training ends."""
         step = self.state.global_step
         if "loss" in logs:
             logs |= self.metrics
@@ -202,21 +201,21 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
             if self.probe is not None and (last or (step - 1) % self.settings.probe.every == 0):
                 with explain_out_of_memory("in a probe: lower probe.max_tokens"):
                     found = self.probe(self.accelerator.unwrap_model(self.model_wrapped))
-                # One set of numbers decides for all processes, which may round their texts apart.
+                # Average over processes, which may generate different texts by rounding, so that all decide alike.
                 values = torch.tensor([*found.values()], dtype=torch.float64, device=self.args.device)
                 logs |= dict(zip(found, reduce(values, "mean").tolist(), strict=True))
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[list[EncodedRow]]:
-        """The steps in order; accelerate must not deal them out to processes."""
+        """The steps in order, not distributed over processes by accelerate."""
         return DataLoader(self.steps, batch_size=1, collate_fn=lambda batch: batch[0])  # type: ignore[arg-type]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the base class would look for `input_ids`."""
+        """Always 0: the base class would look for `input_ids`."""
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a whole checkpoint beside the one before it; of the older ones only the best are kept."""
+        """Save a checkpoint with marker; keep the previous one and the best, delete the rest."""
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with explain_write_errors(checkpoint):
             if self.args.process_index == 0:  # before the new one needs their room
@@ -235,7 +234,7 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
                 sync(checkpoint.parent)
 
     def _load_best_model(self) -> None:
-        """Load the weights of the best checkpoint, unless they were damaged while training went on."""
+        """Load the weights of the best checkpoint, if it is intact."""
         best = Path(self.state.best_model_checkpoint)
         if fault := _damage(best):
             raise CotreeError(f"{best} is damaged ({fault}); run the same command again, which trains from before it")
@@ -243,9 +242,9 @@ class StepTrainer(Trainer, Generic[EncodedRow]):  # type: ignore[misc]
 
 
 def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint in a folder that is whole, and whose best one is, too.
+    """The newest intact checkpoint whose best checkpoint is also intact; None if there is none.
 
-    Those after it are damaged, and are deleted; `tell` gets a line for each. What a kill left of others is deleted.
+    Deletes newer damaged ones, with a line to `tell` for each, and unfinished ones.
     """
     whole = _checkpoints(folder)
     for at, checkpoint in enumerate(whole):
@@ -260,7 +259,7 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that were written to their end, the newest first; deletes what a kill left of others."""
+    """All finished checkpoints, newest first; deletes unfinished ones."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
     for torn in [path for path in found if not (path / _COMPLETE).exists()]:
         shutil.rmtree(torn)
@@ -272,7 +271,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _best_step(checkpoint: Path) -> int | None:
-    """The step of the best checkpoint at the time of this one, None where there is none."""
+    """The step of the best checkpoint when this one was saved, or None."""
     with suppress(OSError, ValueError, LookupError):
         step: int | None = json.loads((checkpoint / "trainer_state.json").read_text())["best_global_step"]
         return step
@@ -280,7 +279,7 @@ def _best_step(checkpoint: Path) -> int | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What of a checkpoint is damaged; nothing is known of one that an older cotree left, whose marker is empty."""
+    """A description of the damage of a checkpoint, or None; markers of older versions have no checksums to compare."""
     marker = checkpoint / _COMPLETE
     if marker.exists() and not marker.stat().st_size:
         return None
@@ -289,7 +288,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _delete(checkpoint: Path) -> None:
-    (checkpoint / _COMPLETE).unlink()  # first, so that what a kill leaves counts as no checkpoint
+    (checkpoint / _COMPLETE).unlink()  # first, so that a kill leaves an unfinished checkpoint
     shutil.rmtree(checkpoint)
 
 
@@ -297,12 +296,12 @@ def _delete(checkpoint: Path) -> None:
 def explain_out_of_memory(
     where: str, pack: Sequence[EncodedChain | EncodedPair] = (), settings: Optimizer | None = None
 ) -> Iterator[None]:
-    """Turn an allocation that fails in the block into a CotreeError: "out of memory", where, and what to lower.
+    """Convert an out-of-memory error in the block to a CotreeError that names the place and the setting to lower.
 
     Args:
-        where: in the training; without a pack also what to lower.
-        pack: the rows that are computed.
-        settings: of the method, with a pack.
+        where: the phase of training; without a pack also what to lower.
+        pack: the rows being computed.
+        settings: of the method; given with a pack.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""`cotree train`: one student on own rows, no recipe. The same command resumes; other settings keep the old content."""
+"""`cotree train`: train one student on a rows file, without a recipe; resumable."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def train_rows(
     overrides: Sequence[str] = (),
     output: Output | None = None,
 ) -> TrainResult:
-    """Train a student on a file of rows; the same call goes on after an interruption, and returns the result when done.
+    """Train a student on a rows file; the same call resumes, and returns the stored result of a finished training.
 
-    Of the processes of torchrun the first does so, and the others train with it.
+    Works under torchrun.
 
     Args:
         method: `sft` or `dpo`.
         student: a transformers folder, a `.gguf` file, a packaged name, or `REPO_ID:FILE.gguf` on the hub.
         data: rows of the method's kind (TRL's conversational prompt-completion or preference rows), Parquet or JSONL.
-        out: the folder of this training: `model/`, `result.json`, `log.jsonl`, `node.json`. Content of other settings,
-            rows or student moves to `out`/older and comes back with them.
+        out: output folder: `model/`, `result.json`, `log.jsonl`, `node.json`. Content from other settings, rows or
+            student moves to `out`/older, and back when they are used again.
         overrides: `key=value` settings of the method ("epochs=2", "lora.rank=8"), and `seed=N` (default 0).
-        output: where progress is shown.
+        output: shows progress.
 
     Raises:
-        UsageError: method, settings, student or rows cannot be trained with, or another process trains in `out`.
-        CotreeError: training failed after it had started; the same call resumes it.
+        UsageError: invalid method, settings, student or rows, or another process trains in `out`.
+        CotreeError: training failed after it started; the same call resumes it.
     """
     data, out = Path(data), Path(out)
     with first_process() as first:
