@@ -1,8 +1,7 @@
-"""`annotations.db` of a run: what people think of chains, each under their own name.
+"""`annotations.db` of a run: human annotations of chains, by annotator.
 
-Invariant: a save is a new row and never replaces one, so nothing that anybody wrote is lost; of one annotator's rows
-about a chain the last counts. A chain is known by its tree, its leaf and a hash of its words, so an annotation is of no
-use for other words that a tree has been given since.
+Invariant: append-only: each save is a new row, and an annotator's last row for a chain counts. A chain is identified by
+tree, leaf and a hash of its text, so annotations do not apply to a changed text.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from cotree.search.thoughts import chain_text
 
 FILE = "annotations.db"
 AnnotationVerdict = Literal["accept", "reject", "fix"]
-Key = tuple[str, int]  # a tree's id and a leaf's
+Key = tuple[str, int]  # (tree id, leaf id)
 _LONGEST_NAME = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What one annotator says of a chain.
+    """One annotator's annotation of a chain.
 
-    node: the trees node that showed it. config, chain: of the tree (`StoredTree.config`), and the hash of the chain's
-    words. verdict: None where the annotator took it back. text: the corrected words of a `fix`. time: of the save, in
-    seconds since 1970. version: counts the saves of a run, from 1.
+    node: name of the trees node. config: of the tree (`StoredTree.config`). chain: hash of the chain's text. verdict:
+    None if withdrawn. text: corrected text of a `fix`. time: Unix time of the save. version: number of the save in the
+    run, from 1.
     """
 
     version: int = 0
@@ -54,7 +53,7 @@ class Annotation:
     time: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        """Raises UsageError: something is missing, or of the wrong form."""
+        """Raises UsageError if a field is missing or invalid."""
         if not self.annotator.strip() or self.annotator != one_line(self.annotator)[:_LONGEST_NAME]:
             raise UsageError(f"give the annotator's name, in one line of at most {_LONGEST_NAME} characters")
         if self.verdict not in (*get_args(AnnotationVerdict), None):
@@ -64,13 +63,13 @@ class Annotation:
 
     @property
     def shown(self) -> Row:
-        """What a page shows of it."""
+        """The fields for the viewer's page."""
         names = ("version", "leaf", "annotator", "verdict", "note", "text", "time")
         return {name: getattr(self, name) for name in names}
 
 
 class ConflictError(UsageError):
-    """Another browser of the same annotator saved in between. found: what it saved; None: it took it back."""
+    """The same annotator saved in another browser meanwhile. found: that annotation; None: withdrawn."""
 
     def __init__(self, found: Annotation | None) -> None:
         super().__init__("you have annotated this chain elsewhere in between; look at it and save again")
@@ -79,8 +78,8 @@ class ConflictError(UsageError):
 
 @dataclass(frozen=True)
 class ChainAnnotation:
-    """What all annotators of a chain say together: whether any accepts it, whether any rejects it, the newest corrected
-    text ("": none), and the hash of the words that they saw."""
+    """A chain's annotations combined: whether any annotator accepts it, whether any rejects it, the newest corrected
+    text ("": none), and the hash of the annotated text."""
 
     accepted: bool
     rejected: bool
@@ -89,7 +88,7 @@ class ChainAnnotation:
 
 
 class Annotations(Database):
-    """The annotations of one run."""
+    """The annotations of one run, in SQLite."""
 
     kind = "store of annotations"
     items = "annotations"
@@ -106,7 +105,7 @@ class Annotations(Database):
     )
 
     def damaged_items(self) -> dict[int, str]:
-        """The versions of annotations that are not as they were saved."""
+        """The versions of damaged annotations, as keys."""
         rows = self._db.execute("SELECT checksum, * FROM annotations")
         return {row[0]: "" for kept, *row, _ in rows if kept is not None and kept != checksum(*row)}
 
@@ -119,10 +118,10 @@ class Annotations(Database):
         """Add an annotation; returns its version.
 
         Args:
-            seen: the version of the annotator's last one of this chain, None where there was none.
+            seen: the version of the annotator's previous annotation of this chain that the page showed, or None.
 
         Raises:
-            ConflictError: it is another one by now; nothing is saved.
+            ConflictError: a newer one exists; nothing is saved.
         """
         with self._transaction():
             about = (new.tree, new.leaf, new.annotator)
@@ -135,7 +134,7 @@ class Annotations(Database):
         return int(version)
 
     def all(self, *, node: str | None = None, tree: str | None = None) -> list[Annotation]:
-        """The last annotation of each chain by each annotator, in the order of their saves; of a node or a tree."""
+        """The latest annotation per chain and annotator (of a node or a tree), in order of saving."""
         with self._guard():
             return self._last("node = coalesce(?, node) AND tree = coalesce(?, tree)", (node, tree))
 
@@ -146,23 +145,23 @@ class Annotations(Database):
         return [Annotation(**dict(zip(names, row, strict=False))) for row in self._db.execute(query, values)]
 
     def counts(self, node: str) -> dict[str, int]:
-        """How many chains of each tree of a node are annotated; trees without any are left out."""
+        """{tree id: number of annotated chains} for the annotated trees of a node."""
         chains = {(each.tree, each.leaf) for each in self.all(node=node)}
         return dict(Counter(tree for tree, _ in chains))
 
     def saves(self) -> int:
-        """How often anything was saved."""
+        """The total number of saves."""
         with self._guard():
             return int(self._db.execute("SELECT count(*) FROM annotations").fetchone()[0])
 
 
 def read_annotations(run: Path) -> Annotations | None:
-    """The annotations of a run folder for reading; None where there are none yet. Use as a context manager."""
+    """Open a run's annotations for reading (a context manager); None if there are none."""
     return Annotations(run / FILE, reading=True) if (run / FILE).is_file() else None
 
 
 def chain_annotations(run: Path, configs: Collection[str]) -> dict[Key, ChainAnnotation]:
-    """What all annotators say of the chains of trees of these configs, by tree and leaf."""
+    """Read the combined annotations of all chains in trees of these configs."""
     if (opened := read_annotations(run)) is None:
         return {}
     by_chain: defaultdict[Key, list[Annotation]] = defaultdict(list)
@@ -174,7 +173,7 @@ def chain_annotations(run: Path, configs: Collection[str]) -> dict[Key, ChainAnn
 
 
 def _together(found: Sequence[Annotation]) -> ChainAnnotation:
-    newest = found[-1].chain  # what was said of other words before is void
+    newest = found[-1].chain  # ignore annotations of earlier texts
     found = [each for each in found if each.chain == newest]
     said = {each.verdict for each in found}
     fixes = [each.text for each in found if each.verdict == "fix"]
@@ -182,15 +181,15 @@ def _together(found: Sequence[Annotation]) -> ChainAnnotation:
 
 
 def chain_hash(chain: Iterable[StoredNode]) -> str:
-    """The hash of a chain's words."""
+    """A hash of a chain's text."""
     return hashlib.sha256(chain_text(chain).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def annotate(tree: StoredTree, leaf: int, node: str, **said: Any) -> Annotation:
-    """An annotation of the chain of a tree that ends in a leaf.
+    """Create an annotation of the chain that ends at a leaf of a tree.
 
     Raises:
-        UsageError: no judged chain ends there, or what is said is of the wrong form.
+        UsageError: not a judged leaf, or an invalid field.
     """
     if not 0 < leaf < len(tree.nodes) or tree.nodes[leaf].verdict is None:
         raise NotFoundError(f"no chain of tree {tree.tree_id} ends in thought {leaf}")
@@ -199,12 +198,12 @@ def annotate(tree: StoredTree, leaf: int, node: str, **said: Any) -> Annotation:
 
 
 def agreement(annotations: Iterable[Annotation]) -> dict[str, Any]:
-    """How often two annotators of one chain say the same.
+    """Inter-annotator agreement.
 
     Returns:
-        pairs: of two annotations of one chain. equal: those that say the same. kappa: Cohen's, of several pairs of
-        annotators with expected agreement as the mean over them, weighed by their chains; None without a pair, and
-        where chance alone would always agree.
+        pairs: of annotations of the same chain. equal: pairs that agree. kappa: Cohen's; over several pairs of
+        annotators, expected agreement is their mean weighted by chains; None without pairs, or if expected agreement
+        is 1.
     """
     said: defaultdict[str, dict[Key, str]] = defaultdict(dict)
     for each in annotations:
@@ -221,11 +220,10 @@ def agreement(annotations: Iterable[Annotation]) -> dict[str, Any]:
 
 
 def annotation_rows(run: RunFolder) -> list[Row]:
-    """All annotations of a run as rows, each with its question and the words of its chain, unless the tree has other
-    words by now.
+    """All annotations of a run as rows with question and chain text (no text if the tree has changed since).
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no annotations.
     """
     if (opened := read_annotations(run.path)) is None:
         raise UsageError(f"{run.path} has no annotations; make some with `cotree view {run.path}`")

@@ -1,7 +1,7 @@
-"""Build one dataset: candidate rows of trees or of a file, limits over all of them, Parquet in TRL's types, the card.
+"""Build a dataset: candidate rows from trees or a file, dataset-wide limits, Parquet in TRL's format, dataset card.
 
-Invariant: the same inputs and settings give the same bytes; what was left out is counted, with the reason. Memory grows
-by a few numbers a row at most, because candidate rows wait in a temporary file.
+Invariant: the same inputs and settings give the same bytes; everything left out is counted with the reason. Candidate
+rows wait in a temporary file, so memory grows by a few numbers per row at most.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def build_dataset(
     rows: Iterable[Row] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> DatasetCounts:
-    """Write `folder/train.parquet`, its card (`README.md`) and `figures/`; returns what was written and left out.
+    """Write `folder/train.parquet`, its card (`README.md`) and `figures/`; returns counts of rows written and left out.
 
     Args:
-        name: the dataset's, for its card; rows of a file that name no task get it as theirs.
-        trees: where the chains come from. rows: those of a file instead.
-        about: what the card says of the run: `name`, `recipe` (YAML), `models` ({name: source and licence}).
+        name: the dataset's, for its card; also the task of file rows without one.
+        trees: sources of chains. rows: rows of a file instead.
+        about: run information for the card: `name`, `recipe` (YAML), `models` ({name: source and licence}).
 
     Raises:
         UsageError: no row of the file can be used.
@@ -63,19 +63,19 @@ def build_dataset(
 
 
 def write_rows(path: Path, candidates: Iterable[tuple[int, Row]], rules: Rules) -> None:
-    """Write candidate rows as Parquet, without duplicates and what is over the limits of the whole dataset.
+    """Drop duplicates and rows over dataset-wide limits from the candidates, and write the rest as Parquet.
 
     Args:
-        candidates: (rank, row); the rank is the row's place among those of its tree, from 0.
+        candidates: (rank, row); the rank is the row's index among those of its tree.
 
     Raises:
-        CotreeError: no row is left (UsageError: of a file); nothing was written.
+        CotreeError: no row is left (UsageError if they came from a file); nothing was written.
     """
     settings, gates, counts = rules.settings, rules.settings.gates, rules.counts
     with Candidates(gates, rules.seed) as kept:
         for rank, row in candidates:
             counts.leave_out("duplicate", rows=not kept.add(rank, row))
-        if gates.contamination and rules.held_out and not counts.trees:  # trees are left out before they are read
+        if gates.contamination and rules.held_out and not counts.trees:  # trees were filtered before
             asked = [Question(str(number), "file", tuple(row["prompt"]), "") for number, row in kept.rows()]
             counts.leave_out("contaminated", rows=kept.drop(map(int, contaminated(asked, rules.held_out))))
         counts.leave_out("rows_per_question", rows=kept.limit(gates.rows_per_question, of_each="question"))
@@ -89,7 +89,7 @@ def write_rows(path: Path, candidates: Iterable[tuple[int, Row]], rules: Rules) 
             counts.leave_out("size_of", rows=over)
         if next(kept.rows(), None) is None:
             raise (CotreeError if counts.trees else UsageError)(f"{path}: {counts.why_empty()}")
-        # The path of a local file is private, and the dataset may be published.
+        # Omit the path of a local file: it is private, and the dataset may be published.
         shown = settings.model_dump(mode="json", exclude={"file"})
         template = template_hash(rules.tokenizer)
         metadata = {"kind": settings.rows, "settings": shown, "seed": rules.seed, "template": template}
@@ -98,7 +98,7 @@ def write_rows(path: Path, candidates: Iterable[tuple[int, Row]], rules: Rules) 
 
 
 def _counted(kept: Candidates, rules: Rules) -> Iterator[Row]:
-    """The rows that are written; counts those that were verified and those with shortened prompts."""
+    """Yield the kept rows, counting verified ones and those with shortened prompts."""
     for _, row in kept.rows():
         if rules.counts.verified is not None:
             rules.counts.verified += row.get("reward") == 1
@@ -108,10 +108,10 @@ def _counted(kept: Candidates, rules: Rules) -> Iterator[Row]:
 
 
 class Candidates:
-    """Candidate rows in a temporary SQLite file, until those over the limits of the whole dataset are dropped.
+    """Candidate rows in a temporary SQLite file, to apply dataset-wide limits without holding them in memory.
 
-    The file is in SQLITE_TMPDIR, TMPDIR or /var/tmp; SQLite removes it when the block ends. Which rows stay under a
-    limit depends on nothing but the seed and the text of the rows: they are ordered by a keyed digest of it.
+    The file is in SQLITE_TMPDIR, TMPDIR or /var/tmp; SQLite removes it when the block ends. Which rows a limit keeps
+    depends on the seed and the rows' text only: they are ordered by a keyed hash of it.
     """
 
     def __init__(self, gates: Gates, seed: int) -> None:
@@ -133,9 +133,9 @@ class Candidates:
             raise CotreeError(f"cannot keep candidate rows ({error}); free some space or set SQLITE_TMPDIR") from None
 
     def add(self, rank: int, row: Row) -> bool:
-        """Keep a row; False where one with the same messages is kept already (`gates.duplicates`).
+        """Add a row; returns False for a duplicate, which is dropped (`gates.duplicates`).
 
-        rank: its place among the rows of its tree.
+        rank: its index among the rows of its tree.
         """
         rate = row.get("pass_rate")
         group = {"task": row["task"], "difficulty": "unknown" if rate is None else min(int(rate * 3), 2)}
@@ -150,16 +150,16 @@ class Candidates:
         return self._db.execute("INSERT OR IGNORE INTO rows VALUES (?,?,?,?,?,?,?)", values).rowcount == 1
 
     def balance(self) -> int:
-        """Drop rows of each group over `at_most` times the smallest one (`gates.balance`); returns how many."""
+        """Limit each group to `at_most` times the smallest (`gates.balance`); returns how many rows were dropped."""
         sizes = [size for (size,) in self._db.execute("SELECT count(*) FROM rows GROUP BY balance_group")]
         most = int(min(sizes, default=0) * self._gates.at_most)
         return self.limit(most, of_each="balance_group") if self._gates.balance else 0
 
     def limit(self, most: int | None, *, of_each: Literal["question", "balance_group"] | None = None) -> int:
-        """Drop the rows over `most`, drawn by seed; returns how many. None is no limit.
+        """Keep at most `most` rows (None: all), drawn by seed; returns how many were dropped.
 
-        of_each: rows of one question, or of one group that is balanced, instead of all rows. Of all rows, the first of
-            each tree has the same chance to stay, and none is dropped as long as any tree has a second one.
+        of_each: apply the limit per question or per balance group instead of overall. Overall, each tree's first row
+            has the same chance to stay, and none is dropped while any tree has a second one.
         """
         return self._db.execute(
             "DELETE FROM rows WHERE number IN (SELECT number FROM (SELECT number, row_number() OVER (PARTITION BY "
@@ -169,8 +169,8 @@ class Candidates:
         ).rowcount
 
     def limit_tokens(self, wanted: int) -> int:
-        """Drop rows, as `limit`, until the completion tokens of the others are as near to `wanted` as whole rows come
-        (at least one row stays); returns how many."""
+        """Drop rows, as `limit`, until the total of completion tokens is as close to `wanted` as possible (at least one
+        row stays); returns how many were dropped."""
         nearest = self._db.execute(
             "SELECT place FROM (SELECT row_number() OVER drawn AS place, sum(tokens) OVER drawn AS total FROM rows "
             "WINDOW drawn AS (ORDER BY rank, digest)) ORDER BY abs(total - ?), place LIMIT 1",
@@ -179,11 +179,11 @@ class Candidates:
         return 0 if nearest is None else self.limit(nearest[0])
 
     def drop(self, numbers: Iterable[int]) -> int:
-        """Drop rows by their numbers; returns how many."""
+        """Drop rows by number; returns how many."""
         return self._db.executemany("DELETE FROM rows WHERE number = ?", ((number,) for number in numbers)).rowcount
 
     def rows(self) -> Iterator[tuple[int, Row]]:
-        """The kept rows with their numbers, in the order in which they were added."""
+        """Yield (number, row) of the kept rows in the order of insertion."""
         for number, row in self._db.execute("SELECT number, row FROM rows ORDER BY number"):
             yield number, json.loads(row)
 
@@ -191,17 +191,16 @@ class Candidates:
 def import_file(
     source: Path, student: str, out: Path, *, task: str | None, held_out: Sequence[str], max_tokens: int
 ) -> DatasetCounts:
-    """Write the rows of a file that pass the gates as SFT rows, or as pairs where the first one has `chosen` and
-    `rejected`; returns what was written and left out.
+    """Import a file as SFT rows, or as pairs if its first row has `chosen` and `rejected`; returns the counts.
 
     Args:
-        student: whose tokens count: a packaged name, a `.gguf`, a folder or a hub id.
+        student: its tokenizer counts tokens: a packaged name, a `.gguf`, a folder or a hub id.
         out: a Parquet file.
-        task: judges each row whose gold is in the row, or whose question is the task's.
-        held_out: tasks whose questions no row may repeat.
+        task: verifies rows that contain a gold answer or a question of the task.
+        held_out: tasks whose questions must not be repeated by a row.
 
     Raises:
-        UsageError: no row passed; `out` stays as it was.
+        UsageError: no row passed the gates; `out` is unchanged.
     """
     folder_or_hub = Path(student).is_dir() or ("/" in student and not student.endswith(".gguf"))
     tokenizer = load_tokenizer(student if folder_or_hub else locate(student))
@@ -223,7 +222,7 @@ def import_file(
 
 
 def row_judge(task: Task | None) -> RowJudge:
-    """A function that judges a row's text by its task, and finds texts that loop or break off without an answer."""
+    """Make a function that verifies a row's text by its task and detects loops and cut-off texts."""
     known = {} if task is None else {_last_message_words(question.messages): question for question in task.questions()}
 
     def judge(raw: Row, prompt: Messages, text: str) -> str | None:
@@ -238,5 +237,5 @@ def row_judge(task: Task | None) -> RowJudge:
 
 
 def _last_message_words(messages: Sequence[dict[str, str]]) -> str:
-    """The words of the last message, by which rows of a file and questions of a task are matched."""
+    """The words of the last message, to match rows of a file with questions of a task."""
     return " ".join(messages[-1]["content"].split())

@@ -1,7 +1,7 @@
-"""A dataset's card: README.md as the hub wants it, with its figures as SVG beside it; `*.jinja` have their layout.
+"""Dataset cards: a README.md for the hub with SVG figures, from the `*.jinja` templates.
 
-Invariant: every number in it is counted of the rows in the file, and text of models is escaped: a chain cannot
-break out of the page. The same dataset gives the same bytes.
+Invariant: all numbers are computed from the rows in the file, and model output is escaped, so a chain cannot break out
+of the page. The same dataset gives the same bytes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ _SAMPLES = 3
 
 
 def write_card(folder: Path, name: str, rules: Rules, about: Mapping[str, Any]) -> None:
-    """Write `README.md` and `figures/*.svg` beside the `train.parquet` of a folder; another card that was there, cut or
-    edited, becomes `README.before.md`.
+    """Write `README.md` and `figures/*.svg` beside a folder's `train.parquet`; an existing card that differs is renamed
+    to `README.before.md`.
 
-    about: `name` of the run, `recipe` (YAML), `models` ({name: where it comes from and its licence}); each may be
-    missing.
+    about: optional `name` of the run, `recipe` (YAML), `models` ({name: source and licence}).
     """
     settings, rows = rules.settings, folder / "train.parquet"
     columns = {name: [value for value in values if value is not None] for name, values in read_columns(rows).items()}
@@ -58,12 +57,12 @@ def write_card(folder: Path, name: str, rules: Rules, about: Mapping[str, Any]) 
     shown["samples"] = list(islice(product(first_of_task.values(), sides), _SAMPLES))
     card, text = folder / "README.md", _rendered("card.md.jinja", own_recipe=yaml.safe_dump(own_recipe), **shown)
     if card.is_file() and card.read_bytes() not in (b"", text.encode()):
-        card.replace(folder / "README.before.md")  # its owner may have edited it
+        card.replace(folder / "README.before.md")  # the user may have edited it
     write_text(card, text)
 
 
 def histogram(values: Sequence[float], title: str) -> str:
-    """Values, in hundredths, as an SVG of at most 20 bars, a title and the ends of both axes."""
+    """An SVG histogram of values, rounded to hundredths: at most 20 bars, a title, and the ends of both axes."""
     import numpy as np
 
     hundredths = [round(value, 2) for value in values]
@@ -72,7 +71,7 @@ def histogram(values: Sequence[float], title: str) -> str:
 
 
 def cell(value: object) -> Markup:
-    """Text in one line that neither Markdown nor HTML reads; no link either: a licence is what a model's file says."""
+    """Escape text for a one-line Markdown or HTML cell, links included, because it may come from untrusted files."""
     from markupsafe import Markup, escape
 
     signs = re.sub(r"([|\[\]`\\*~$])", r"\\\1", escape(one_line(str(value))))
@@ -81,14 +80,14 @@ def cell(value: object) -> Markup:
 
 
 def block(text: str) -> Markup:
-    """Preformatted text that neither Markdown nor HTML reads."""
+    """Escape text for a preformatted Markdown or HTML block."""
     from markupsafe import Markup, escape
 
     return Markup(f"<pre>{terminal_safe(escape(text.rstrip()))}</pre>".replace("\n", "&#10;"))  # noqa: S704
 
 
 def _rendered(template: str, **values: Any) -> str:
-    """A template with its values filled in; all text is escaped."""
+    """Render a template with HTML escaping."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(

@@ -1,7 +1,7 @@
-"""Chains (paths from the root to a judged answer) out of stored trees, as the student is to read them.
+"""Extract chains (paths from the root to a judged answer) from stored trees as training text with token ids.
 
-Invariants: a chain's verdict is the task's, also after its reflections were cut; its text comes once in a tree; its
-tokens are what the trainer sees; nothing is cut to fit; each judged leaf is a chain or counted as left out.
+Invariants: a chain's verdict comes from the verifier, also after reflections are cut; texts are unique per tree; its
+tokens are those of the trainer; nothing is truncated; each judged leaf becomes a chain or is counted as left out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cotree.search.thoughts import Pattern, chain_text
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain as the student is trained on it.
+    """A chain as training text.
 
     Attributes:
-        verdict: `correct`, `wrong`, or `no_answer` for a path that max_tokens cut off, whose turn has no end.
-        tokens: the completion's ids, end of turn included. prompt_tokens: how many come before them.
-        value: the mean of v/n over its thoughts.
-        nodes: the ids of its thoughts, those that the student does not see left out.
+        verdict: `correct`, `wrong`, or `no_answer` for a path cut by max_tokens, which has no end of turn.
+        tokens: completion token ids, end of turn included. prompt_tokens: number of tokens before them.
+        value: mean v/n of its thoughts.
+        nodes: node ids of its thoughts, without those removed by `leave_out`.
     """
 
     tree_id: str
@@ -41,14 +41,14 @@ class Chain:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The chain as the one message that a row's side has."""
+        """The chain as a list of one assistant message, the format of a dataset row."""
         return [{"role": "assistant", "content": self.text}]
 
 
 def read_chains(tree: StoredTree, rules: Rules) -> list[Chain]:
-    """The chains of a tree that end in a judged answer, one for each text, in leaf order; the others are counted.
+    """The distinct usable chains of a tree, in leaf order; counts those left out.
 
-    With `unanswered` a path that max_tokens cut off is a chain too.
+    With `unanswered`, includes paths cut by max_tokens.
     """
     found: dict[str, Chain] = {}
     for leaf in tree.nodes:
@@ -72,7 +72,7 @@ def read_chains(tree: StoredTree, rules: Rules) -> list[Chain]:
 
 
 def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Rules) -> Chain | str:
-    """The chain to a judged leaf, its tokens not yet counted, or the reason why it is left out."""
+    """Build the chain to a judged leaf, without tokens yet; or return the reason to leave it out."""
     settings, reward, whole = rules.settings, leaf.reward or 0.0, tree.chain(leaf.node_id)
     is_cut_off = leaf.is_cut
     if settings.annotations is not None and (found := _annotated(tree, leaf, whole, rules)) is not None:
@@ -84,10 +84,10 @@ def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Ru
     if leaf.is_forced and not settings.forced:
         return "forced_answer"
     kept = whole
-    if settings.reflections == "cut":  # a sampled chain has no pattern of thoughts, and no reflection
+    if settings.reflections == "cut":  # sampled chains have neither pattern nor reflections
         kept = cut_reflections(whole, rules.patterns.get(tree.pattern, {}))
     thoughts = [node for node in kept if node.type not in settings.leave_out]
-    if not thoughts:  # all that was written before the cut is left out
+    if not thoughts:  # `leave_out` removed all thoughts of an unfinished path
         return "thought_cut"
     text = assistant_text(thoughts, settings.text, unfinished=is_cut_off)
     if len(kept) < len(whole) and not is_cut_off:
@@ -101,11 +101,11 @@ def _chain_or_reason(tree: StoredTree, leaf: StoredNode, verdict: str, rules: Ru
 
 
 def _annotated(tree: StoredTree, leaf: StoredNode, whole: Sequence[StoredNode], rules: Rules) -> Chain | str | None:
-    """What annotators made of a chain: its corrected version, or the reason why it is left out; None: it stays."""
+    """Apply annotations to a chain: its corrected version, the reason to leave it out, or None to keep it."""
     settings, counts = rules.settings, rules.counts
     found = (rules.annotations or {}).get((tree.tree_id, leaf.node_id))
     if found is not None and found.chain != chain_hash(whole):
-        found = None  # the tree was grown again with other words
+        found = None  # annotated with another text, before the tree was grown again
     if settings.rows in ("sft", "stepwise") or leaf.verdict == "correct":
         if found is not None and found.rejected:
             counts.use_annotation("rejected")
@@ -123,15 +123,14 @@ def _annotated(tree: StoredTree, leaf: StoredNode, whole: Sequence[StoredNode], 
         return "fix_not_correct"
     text, value = found.fixed.strip(), fmean(map(mean_value, whole))
     if settings.text == "think":
-        thinking, answer = _answer_apart(text, leaf.prefix)
+        thinking, answer = _split_answer(text, leaf.prefix)
         text = f"<think>\n{thinking}\n</think>\n\n{answer}"
     nodes = tuple(node.node_id for node in whole)
     return Chain(tree.tree_id, leaf.node_id, text, "correct", reward=judged.reward, value=value, nodes=nodes)
 
 
-def _answer_apart(text: str, prefix: str) -> tuple[str, str]:
-    """A corrected text in two: what comes before its answer, and the answer, which begins with the prefix that the
-    chain's own has, or else is the last line."""
+def _split_answer(text: str, prefix: str) -> tuple[str, str]:
+    """Split a corrected text before its answer: at the chain's answer prefix, else before the last line."""
     thinking, begins, answer = text.rpartition(prefix or "\n")
     if not begins:
         thinking, begins, answer = text.rpartition("\n")
@@ -139,13 +138,13 @@ def _answer_apart(text: str, prefix: str) -> tuple[str, str]:
 
 
 def mean_value(node: StoredNode) -> float:
-    """v/n: the mean reward of the judged leaves at or below a node."""
+    """v/n: mean reward of the judged leaves at or below a node."""
     return node.value / node.visits if node.visits else 0.0
 
 
 def assistant_text(thoughts: Sequence[StoredNode], form: TextForm, *, unfinished: bool = False) -> str:
-    """The thoughts as the assistant's message. `tags`: each thought between its type's tags; `think`: all before the
-    answer inside `<think>`; `plain`: a thought a line. An unfinished path was cut before it could close its last tag.
+    """Format thoughts as an assistant message. `tags`: each thought in its type's tags; `think`: all before the answer
+    inside `<think>`; `plain`: one thought per line. The last tag of an unfinished path stays open.
     """
     if form == "plain":
         return chain_text(thoughts)
@@ -166,10 +165,10 @@ def assistant_text(thoughts: Sequence[StoredNode], form: TextForm, *, unfinished
 
 
 def cut_reflections(thoughts: Sequence[StoredNode], pattern: Pattern) -> list[StoredNode]:
-    """A chain without the thinking that a reflection found wrong, as if it had been right at once.
+    """Remove reflections and the wrong thinking before them from a chain, as if it had been right at once.
 
-    What goes is everything after the last thought at which the pattern branches (its row has more than one child of a
-    type), up to the reflection itself.
+    Cuts from after the last branching thought (the pattern's row has more than one child of a type) up to and including
+    the reflection.
     """
     kept: list[StoredNode] = []
     for thought in thoughts:

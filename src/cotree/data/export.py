@@ -1,7 +1,7 @@
-"""Datasets and trees in the forms of others: JSON lines, LLaMA-Factory, axolotl, trees as Parquet, the hub.
+"""Export datasets and trees: JSON lines, LLaMA-Factory, axolotl, trees as Parquet, the hub.
 
-Invariant: an export changes the form and never the rows; prompts stay conversations, so that the other trainer applies
-its own chat template, once.
+Invariant: an export changes the format, never the content; prompts stay conversations, so that the other trainer
+applies its own chat template, once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cotree.data.kinds import check_file, write_parquet
 from cotree.search.store import StoredTree
 from cotree.search.stores import TreeStores
 
-# What a trainer does with the replies before the last one, and how to stop it. (TRL's scores completions only.)
+# {trainer: how it treats earlier replies by default, and how to change that}. (TRL scores completions only.)
 _EARLIER_REPLIES = {
     "llamafactory": "LLaMA-Factory would train too: set `mask_history: true` in its config",
     "axolotl": 'axolotl would train too: write `"train": false` into these messages, `message_field_training: train` '
@@ -36,15 +36,15 @@ _EARLIER_REPLIES = {
 
 
 def export_to(source: Path, to: str, out: str) -> list[str]:
-    """Export a run, a folder of datasets, one dataset or one file to a form by its name; returns a line for each file.
+    """Export a run, a folder of datasets, one dataset or one file to the format `to`; returns a report line per file.
 
-    llamafactory: JSON lines and `dataset_info.json`, to be named in its `dataset_dir` and `dataset`. axolotl: JSON
-    lines and a `NAME.yml` with the `datasets:` part of its config. trees: of a `trees.db`, its folder, or a run with
-    one. annotations: of a run, JSON lines. hub: of one dataset; `out` is OWNER/NAME.
+    llamafactory: JSON lines and `dataset_info.json`, for its `dataset_dir` and `dataset`. axolotl: JSON lines and a
+    `NAME.yml` with the `datasets:` part of its config. trees: from a `trees.db`, its folder, or a run with one.
+    annotations: of a run, JSON lines. hub: one dataset; `out` is OWNER/NAME.
 
     Raises:
-        UsageError: nothing to export, or a row is faulty.
-        CotreeError: it cannot be written or pushed.
+        UsageError: nothing to export, or an invalid row.
+        CotreeError: writing or uploading failed.
     """
     if to == "trees":
         return [f"{out}: {export_trees(source, Path(out))} trees"]
@@ -82,7 +82,7 @@ def export_to(source: Path, to: str, out: str) -> list[str]:
         raise UsageError("; ".join(left_out))
     if information:
         written.append(path := Path(out) / "dataset_info.json")
-        try:  # LLaMA-Factory's own folder has one with many datasets
+        try:  # the folder may already have one, with other datasets
             known = dict(json.loads(path.read_text("utf-8")) if path.is_file() else {})
         except (ValueError, TypeError):
             mend = "mend it or name another folder"
@@ -96,9 +96,9 @@ def _has_earlier_reply(row: Row) -> bool:
 
 
 def _files(source: Path, kind: str, name: str) -> list[Path]:
-    """The files of this name of a run, a folder of nodes or one node; or the file itself.
+    """Find files by name in a run, a folder of nodes or one node; a file is returned as it is.
 
-    kind: `datasets` or `trees`, the folder of these nodes in a run.
+    kind: the subfolder of a run: `datasets` or `trees`.
     """
     if not source.is_dir():
         return [source]
@@ -109,7 +109,7 @@ def _files(source: Path, kind: str, name: str) -> list[Path]:
 
 
 def _trainer_row(row: Row) -> Row:
-    """A row as LLaMA-Factory and axolotl read it: one conversation; or of a pair the prompt and both replies."""
+    """Convert a row for LLaMA-Factory and axolotl: one conversation; for a pair the prompt and both replies."""
     if "completion" in row:
         return {"messages": [*row["prompt"], *row["completion"]]}
     if row.get("rejected_finished") is False:
@@ -121,8 +121,8 @@ def _trainer_row(row: Row) -> Row:
 
 
 def export_trees(source: Path, out: Path) -> int:
-    """All trees of a store (of a run with its shards, a node, or by its path) as Parquet, a row each with its nodes
-    nested; returns how many."""
+    """Write all trees of a store (a run with shards, a node, or a path) as Parquet, one row per tree with nested nodes;
+    returns the number of trees."""
     if source.is_dir() and source.resolve().parent.name == "trees":  # of a node
         run, pattern = RunFolder(source.resolve().parents[1]), f"trees/{source.resolve().name}/trees.db"
     else:
@@ -142,11 +142,11 @@ def export_trees(source: Path, out: Path) -> int:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a dataset's folder, card included, to a private dataset of the hub; the token is the environment's.
+    """Upload a dataset folder with its card to a private hub dataset, with the environment's token.
 
     Raises:
-        UsageError: the folder is none of a dataset, or the name is no OWNER/NAME.
-        CotreeError: the hub cannot be reached, or refuses.
+        UsageError: not a dataset folder, or the name is not OWNER/NAME.
+        CotreeError: the hub is unreachable or refuses.
     """
     if not (folder / "README.md").is_file() or not (folder / "train.parquet").is_file():
         raise UsageError(f"{folder} has no README.md with a train.parquet; push the folder of one dataset of a run")
@@ -156,7 +156,7 @@ def push(folder: Path, repository: str) -> str:
     from huggingface_hub import HfApi
 
     where: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}
-    pushed = ["README.md", "train.parquet", "figures/*"]  # not node.json, which is about the run
+    pushed = ["README.md", "train.parquet", "figures/*"]  # without node.json, which describes the run
     try:
         HfApi().create_repo(**where, private=True, exist_ok=True)
         return str(HfApi().upload_folder(**where, folder_path=folder, allow_patterns=pushed))

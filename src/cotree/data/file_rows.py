@@ -1,7 +1,6 @@
-"""Candidate rows of a file or of the hub: rows of ours, TRL's types, and the long chains that others distilled.
+"""Convert rows of a file or hub dataset to candidate rows: cotree's and TRL's formats, ShareGPT, Alpaca and others.
 
-Texts stay as they are. A row of no known form, one that a gate takes and a column that our rows do not have are counted
-and named.
+Texts are not changed. Rows in an unknown format or removed by a gate, and dropped columns, are counted and named.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from cotree.models.encode import RowError, encode_chains, encode_dpo
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input")
 _RESPONSES = ("response", "completion", "generation", "output", "solution")
-# Reasoning in a column of its own (s1K, OpenThoughts), and the column of the answer that it leads to, if a certain one.
+# {column with reasoning only (s1K, OpenThoughts): column with its answer, or None}
 _REASONINGS = {
     "reasoning_content": None,
     "reasoning": None,
@@ -35,16 +34,16 @@ _REASONINGS = {
 }
 _MESSAGE_REASONINGS = ("reasoning_content", "reasoning", "thinking")
 _SYSTEMS = ("system", "system_prompt")
-_SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))  # the second are Argilla's
-_SPEAKERS = re.compile(r"\n\n(Human|Assistant):")  # hh-rlhf has a conversation as one text
+_SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))  # Argilla's are the second
+_SPEAKERS = re.compile(r"\n\n(Human|Assistant):")  # hh-rlhf stores a conversation as one text
 _FAULTS_KEPT = 20
 
 
 def hub_rows(name: str) -> Iterator[Row]:
-    """The rows of a dataset of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`: its `train` split, or its only one.
+    """Read a hub dataset, `OWNER/NAME` or `OWNER/NAME@REVISION`: its `train` split, or its only one.
 
     Raises:
-        UsageError: the hub is not reached, there is no such dataset, or it has several configurations or splits.
+        UsageError: the hub is unreachable, the dataset is missing, or it has several configurations or splits.
     """
     import huggingface_hub
     from datasets import load_dataset
@@ -52,7 +51,7 @@ def hub_rows(name: str) -> Iterator[Row]:
     repository, _, revision = name.partition("@")
     try:
         if not Path(repository).is_dir() and not huggingface_hub.is_offline_mode():
-            # One question first: `datasets` itself would try for half a minute before it says that there is no hub.
+            # Check the connection first: `datasets` would retry for half a minute without a hub.
             huggingface_hub.HfApi().dataset_info(repository, timeout=10)
         splits = load_dataset(repository, revision=revision or None)
         if "train" not in splits and len(splits) > 1:
@@ -64,12 +63,12 @@ def hub_rows(name: str) -> Iterator[Row]:
 
 
 def file_rows(rows: Iterable[Row], rules: Rules, name: str) -> Iterator[tuple[int, Row]]:
-    """Read rows of any known form as candidate rows (rank, row) of the dataset's kind; the others are counted.
+    """Convert rows of any known format to candidate rows (rank, row) of the dataset's kind; counts the others.
 
-    The rank, a row's place among those of its tree, is 0 for each of them.
+    The rank is 0, as these rows come from no tree.
 
     Args:
-        name: the task of rows that name none.
+        name: the task of rows that have none.
     """
     kind, counts, left_out = rules.settings.rows, rules.counts, Counter[str]()
     read = _prompt_and_completion if kind == "sft" else _prompt_and_sides
@@ -109,15 +108,15 @@ def file_rows(rows: Iterable[Row], rules: Rules, name: str) -> Iterator[tuple[in
 
 
 def _names(record: Row) -> set[str]:
-    """The names of the values that a row or a turn has; an empty list or text is none."""
+    """The names of a row's or turn's non-empty values."""
     return {name for name, value in record.items() if value not in (None, "", [])}
 
 
 def _why_left_out(raw: Row, row: Row, rules: Rules) -> str | None:
-    """The first reason to leave a row out (of `REASONS`), or None; fills in the row's token counts and reward.
+    """The first reason (of `REASONS`) to leave out a row, or None; adds token counts and reward to the row.
 
     Raises:
-        ValueError: a message of it is not what it must be.
+        ValueError: a message is invalid.
     """
     kind = rules.settings.rows
     texts = [row[side][-1]["content"] for side in REQUIRED[kind][1:]]
@@ -149,11 +148,11 @@ def _why_left_out(raw: Row, row: Row, rules: Rules) -> str | None:
 
 
 def _prompt_and_completion(raw: Row) -> tuple[Row, set[str]]:
-    """An SFT row's messages, unchecked, and the columns they are read from: a conversation, TRL's type, or a column of
-    each.
+    """An SFT row's prompt and completion, not validated, and the columns that they come from: a conversation, TRL's
+    format, or one column each.
 
     Raises:
-        ValueError: it is of no known form.
+        ValueError: unknown format.
     """
     if column := _conversation(raw):
         messages, used = _with_system(raw, messages_of(raw[column]))
@@ -175,10 +174,10 @@ def _prompt_and_completion(raw: Row) -> tuple[Row, set[str]]:
 
 
 def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
-    """A pair's messages, unchecked, and the columns they are read from; a prompt may be part of both sides instead.
+    """A pair's prompt and sides, not validated, and the columns that they come from; both sides may include the prompt.
 
     Raises:
-        ValueError: it is of no known form.
+        ValueError: unknown format.
     """
     if not all(raw.get(side) and isinstance(raw[side], str | list | dict) for side in sides_of(raw)):
         raise ValueError(f"no `chosen` and `rejected`, each a text or messages; it has {', '.join(raw)}")
@@ -186,7 +185,7 @@ def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
     prompt, used = prompt_of(raw)
     if column := _conversation(raw):
         turns = messages_of(raw[column])
-        if turns not in (chosen, rejected):  # UltraFeedback's is the chosen one
+        if turns not in (chosen, rejected):  # UltraFeedback repeats the chosen side here
             prompt, used = _with_system(raw, turns)
         used.add(column)
     if chosen[:-1] and chosen[:-1] == rejected[:-1]:
@@ -201,12 +200,12 @@ def _prompt_and_sides(raw: Row) -> tuple[Row, set[str]]:
 
 
 def sides_of(raw: Row) -> tuple[str, str]:
-    """The columns of a pair's sides: the first two names of `_SIDES` that have values, or else that are there."""
+    """The columns of chosen and rejected: the first names in `_SIDES` with values, else the first that exist."""
     return max(_SIDES, key=lambda names: (all(map(raw.get, names)), {*names} <= raw.keys()))
 
 
 def _dialogue(side: Any) -> Any:
-    """A side as turns, where it is a text with the names of the speakers."""
+    """Split a transcript with `Human:` and `Assistant:` (hh-rlhf) into turns; anything else is returned unchanged."""
     if not isinstance(side, str) or not _SPEAKERS.match(side):
         return side
     _, *parts = _SPEAKERS.split(side)
@@ -214,13 +213,13 @@ def _dialogue(side: Any) -> Any:
 
 
 def _conversation(raw: Row) -> str | None:
-    """The column that has the whole conversation, if one has."""
+    """The name of the column with the whole conversation, or None."""
     return next((column for column in ("conversations", "messages") if raw.get(column)), None)
 
 
 def prompt_of(raw: Row) -> tuple[Messages, set[str]]:
-    """The prompt of a row without a conversation, and the columns it is read from: one column; of Alpaca's rows the
-    instruction with its input on a line of its own, after the turns of `history`."""
+    """The prompt of a row without a conversation, and its columns: one column, or Alpaca's `history`, instruction and
+    input (joined by a newline)."""
     column = next((column for column in _PROMPTS if _is_text_or_turns(raw.get(column))), None)
     if column is None:
         return [], set()
@@ -238,7 +237,7 @@ def prompt_of(raw: Row) -> tuple[Messages, set[str]]:
 
 
 def _earlier(history: Any) -> Messages:
-    """The turns of `history`: Alpaca's lists of [question, answer], or turns as of any conversation.
+    """Convert `history` to messages: Alpaca's lists of [question, answer], or conversation turns.
 
     Raises:
         ValueError: it is neither.
@@ -253,8 +252,7 @@ def _earlier(history: Any) -> Messages:
 
 
 def _with_system(raw: Row, messages: Messages) -> tuple[Messages, set[str]]:
-    """The messages after the system message that a column of its own has, and that column; where they begin with
-    another one, the column is not used."""
+    """Prepend the system message of a separate column, unless the messages have one; also returns the column used."""
     column = next((column for column in _SYSTEMS if raw.get(column)), None)
     if column is None:
         return messages, set()
@@ -265,12 +263,12 @@ def _with_system(raw: Row, messages: Messages) -> tuple[Messages, set[str]]:
 
 
 def _is_text_or_turns(value: Any) -> bool:
-    """Whether it is a text, also an empty one, or turns."""
+    """Whether a value is a string (maybe empty) or a list of turns."""
     return isinstance(value, str) or (isinstance(value, list) and bool(value))
 
 
 def messages_of(turns: Any, role: str = "assistant") -> Messages:
-    """Turns as messages; a text is one message of that role, a turn alone is one message."""
+    """Convert turns, a single turn, or a text (with the given role) to messages."""
     if isinstance(turns, str):
         return [{"role": role, "content": turns}]
     try:
@@ -280,8 +278,8 @@ def messages_of(turns: Any, role: str = "assistant") -> Messages:
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, str]:
-    """One turn, with the reasoning that it has in a field of its own; of two pairs of fields the one that is not null
-    (Arrow gives every row the fields of all)."""
+    """Convert a turn to a message, merging a separate reasoning field; of alternative field names, takes the non-null
+    ones (Arrow gives every row all fields)."""
     parts = _turn_parts(turn)
     role, content = _ROLES[turn[parts[0]]], turn[parts[1]]
     for name in parts[2:]:
@@ -290,7 +288,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _turn_parts(turn: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of what is read of a turn: its role, its text, and its reasoning if it has any."""
+    """The field names of a turn's role, text, and reasoning if any."""
     pair = ("role", "content") if turn.get("role") is not None else ("from", "value")
     reasonings = (name for name in _MESSAGE_REASONINGS if turn.get(name) and isinstance(turn[name], str))
     reasoning = next(reasonings, None) if _ROLES.get(turn.get(pair[0], "")) == "assistant" else None
@@ -298,7 +296,7 @@ def _turn_parts(turn: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _reasoned(reasoning: str, answer: Any) -> Any:
-    """An answer after its reasoning, which is put between think tags unless the answer has it already."""
+    """Prepend reasoning in think tags to an answer, unless the answer contains it already."""
     if not isinstance(answer, str) or not reasoning.strip() or reasoning.strip() in answer:
         return answer
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{answer.strip()}"

@@ -1,5 +1,4 @@
-"""What decides which texts and questions may become rows of a dataset, before any selection; and the counts of what was
-written and left out, by reason: for the card, the terminal, and the error of no rows."""
+"""Filters for chains, rows and questions of a dataset, applied before selection, and counts of what they left out."""
 
 from __future__ import annotations
 
@@ -31,42 +30,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-# Judges a text as the answer to the question that a tree was grown for.
+# judge(tree, text): the verdict on a text as an answer to the tree's question.
 TextJudge = Callable[[StoredTree, str], Verdict]
-# The verdict on the text of a file's row (the row, its prompt, its text), None where no gold answer is known.
+# row_judge(row, prompt, text): the verdict on the text of a file's row; None without a gold answer.
 RowJudge = Callable[[Row, Messages, str], str | None]
-# Letters of formulas belong to no language.
+# Letters in formulas are ignored.
 _FORMULAS = ("GREEK", "MATHEMATICAL", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "DOUBLE-STRUCK", "SCRIPT")
 _MAX_FOREIGN = 0.2
 
 
-# The columns that count the tokens of a part of a row, by the part; a pair's prefix is in both of its sides.
+# {part of a row: column with its token count}; a pair's shared prefix is part of both sides.
 _TOKENS = {"completion": "length_tokens"} | {part: f"{part}_tokens" for part in ("chosen", "rejected", "prefix")}
-# By name: {clause: what follows the number of chains or rows, remedy: what would let more of them in}.
+# {name: {clause: words after the number of chains or rows, remedy: how to let more of them in}}
 REASONS: dict[str, dict[str, str]] = yaml.safe_load((files("cotree.data") / "reasons.yaml").read_text("utf-8"))
 
 
 @dataclass
 class DatasetCounts:
-    """The numbers of one dataset. Every judged chain of its trees is in a row or in `chains_left_out`, and every
-    candidate row is written or in `rows_left_out`.
+    """Counts of one dataset: rows written, and chains and rows left out.
+
+    Every judged chain is in a row or in `chains_left_out`; every candidate row is written or in `rows_left_out`.
 
     Attributes:
-        kind: of its rows: sft, dpo, step_pairs or stepwise.
-        rows: how many were written. tasks: how many of each task.
-        verified: rows of a file of which a task judged the completion, or the chosen side, correct; None where no task
-            judged them.
-        shortened_prompts: rows whose earlier replies the student's chat template prints without their reasoning.
-        trees, chains: how many were read; a chain is a path to a judged leaf. Both are 0 for rows of a file.
-        chains_left_out, rows_left_out: how many, by reason (`REASONS`).
-        completion_tokens: of all rows together; of pairs both sides.
-        mean_tokens: of a row's `completion`, or of its `chosen`, `rejected` and the `prefix` that these two share.
-        annotated: with `annotations`, how many annotated chains were `accepted`, `rejected`, `fixed` (their corrected
-            text was looked at), or `not_used`: of chains that are not looked at, of other words than the chain has
-            now, or of a verdict that does not count here; None without.
-        faults: what is wrong with the first malformed rows of a file. template_faults: with the first rows that the
-            student's chat template refuses or changes.
-        columns_left_out: of a file, those that our rows do not have, and how many rows have them.
+        kind: sft, dpo, step_pairs or stepwise.
+        rows: written. tasks: {task: rows}.
+        verified: file rows whose completion, or chosen side, a task judged correct; None if no task judged them.
+        shortened_prompts: rows whose earlier replies lose their reasoning in the student's chat template.
+        trees, chains: read; a chain is a path to a judged leaf. Both are 0 for rows of a file.
+        chains_left_out, rows_left_out: {reason: count} (`REASONS`).
+        completion_tokens: of all rows; both sides of pairs.
+        mean_tokens: per row, of `completion`, or of `chosen`, `rejected` and their shared `prefix`.
+        annotated: with `annotations`, the number of annotated chains that were `accepted`, `rejected`, `fixed` (a
+            corrected text was considered) or `not_used` (chain not considered, text changed since, or irrelevant
+            verdict); None without.
+        faults: of the first malformed rows of a file. template_faults: of the first rows that the student's chat
+            template rejects or changes.
+        columns_left_out: {column of a file that is not kept: rows that have it}.
     """
 
     kind: str
@@ -92,21 +91,21 @@ class DatasetCounts:
         self.annotated["not_used"] -= 1
 
     def leave_out(self, reason: str, *, chains: int = 0, rows: int = 0) -> None:
-        """Count chains that become no row, or candidate rows that are not written."""
+        """Count chains or candidate rows that are left out for a reason."""
         assert reason in REASONS
         for left_out, number in ((self.chains_left_out, chains), (self.rows_left_out, rows)):
             if number:
                 left_out[reason] = left_out.get(reason, 0) + number
 
     def add_written(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Fill in the numbers of the written rows from the columns of their file."""
+        """Add the statistics of the written rows, given the columns of their file."""
         self.rows, self.tasks = len(columns["task"]), dict(sorted(Counter(columns["task"]).items()))
         tokens = {part: columns[name] for part, name in _TOKENS.items() if name in columns}
         self.mean_tokens = {part: fmean(numbers) for part, numbers in tokens.items()}
         self.completion_tokens = sum(sum(numbers) for part, numbers in tokens.items() if part != "prefix")
 
     def lines(self) -> list[str]:
-        """For the terminal: what was written, and what was left out."""
+        """Lines for the terminal: rows written and left out."""
         tasks = ", ".join(f"{task} {number}" for task, number in self.tasks.items())
         left_out = ", ".join(f"{reason} {number}" for reason, number in self._left_out())
         verified = "" if self.verified is None else f", {self.verified} of them verified"
@@ -124,7 +123,7 @@ class DatasetCounts:
         return lines
 
     def why_empty(self) -> str:
-        """One line about a dataset without rows: where its chains and rows went, and what would help most."""
+        """One line that explains an empty dataset: counts by reason, and the most helpful remedy."""
         left_out = self._left_out()
         if not left_out:
             nothing = f"{self.trees} trees with no judged chain" if self.trees else "no trees and no rows of a file"
@@ -135,26 +134,25 @@ class DatasetCounts:
         return f"no rows: {source}, {clauses}{first}; {REASONS[left_out[0][0]]['remedy']}"
 
     def _left_out(self) -> list[tuple[str, int]]:
-        """Reasons and numbers of chains, then of rows, the largest number first."""
+        """(reason, count) of chains, then of rows, largest first."""
         return [*Counter(self.chains_left_out).most_common(), *Counter(self.rows_left_out).most_common()]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Everything that decides which rows a dataset has, and the counts of what was left out.
+    """All inputs that decide which rows a dataset has, and the counts of what was left out.
 
     Attributes:
-        tokenizer: the student's. seed: what all draws fall by. patterns: by which the trees were grown.
-        judge: needed for `reflections: cut`, whose chains are judged again (their answer may no longer follow), and for
-            corrected texts.
-        annotations: of the chains of the trees; needed if the settings honour them.
-        row_judge: leaves out a file's texts that it finds wrong or without an answer; writes the reward of the others.
-        contaminated: (task, question id) of the trees' questions that repeat an evaluation question.
-        held_out: evaluation questions that no row of a file may repeat.
-        size_of, questions_of: the `train.parquet` of the datasets that the settings name.
+        tokenizer: the student's. seed: of all draws. patterns: of the trees' search.
+        judge: verifies chains again after `reflections: cut` and corrected texts; required for these.
+        annotations: of the trees' chains; required if the settings use them.
+        row_judge: verifies texts of a file; wrong and unanswered ones are left out, others get its reward.
+        contaminated: (task, question id) of tree questions that overlap with an evaluation.
+        held_out: evaluation questions that file rows must not repeat.
+        size_of, questions_of: `train.parquet` of the datasets that the settings name.
 
     Raises:
-        UsageError: something that the settings need was not passed.
+        UsageError: an input that the settings require is missing.
     """
 
     settings: Dataset
@@ -177,7 +175,7 @@ class Rules:
 
     @cached_property
     def counts(self) -> DatasetCounts:
-        """What became of the chains and rows so far."""
+        """The counts so far."""
         used = {"accepted": 0, "rejected": 0, "fixed": 0, "not_used": len(self.annotations or ())}
         return DatasetCounts(self.settings.rows, annotated=used if self.settings.annotations else None)
 
@@ -187,14 +185,14 @@ class Rules:
 
     @cached_property
     def _allowed_questions(self) -> set[str] | None:
-        """The keys of the questions in the dataset of `questions_of`; None without one."""
+        """`question_keys` of all questions in the `questions_of` dataset, or None."""
         if self.questions_of is None:
             return None
         rows = read_rows(self.questions_of)
         return set().union(*(question_keys(row["task"], row["question_id"], row["prompt"]) for row in rows))
 
     def allows_question(self, task: str, question_id: str, messages: Sequence[dict[str, str]]) -> bool:
-        """Whether the dataset of `questions_of` has this question; True without such a dataset."""
+        """Whether the `questions_of` dataset has this question; True without `questions_of`."""
         return self._allowed_questions is None or not question_keys(task, question_id, messages).isdisjoint(
             self._allowed_questions
         )
@@ -202,11 +200,11 @@ class Rules:
     def failed_gate(
         self, text: str, messages: Sequence[dict[str, str]], tokens: int, *, answered: bool = True
     ) -> str | None:
-        """The first gate that a completion of these messages fails, or None.
+        """The first gate that a completion fails, or None.
 
         Args:
-            tokens: of the messages and the completion.
-            answered: a text without an answer is there to be rejected, so it may be a loop.
+            tokens: of messages and completion.
+            answered: False skips the loop gate, as unanswered texts serve as rejected ones.
 
         Returns:
             `too_long`, `special_tokens`, `loop` or `language`.
@@ -214,39 +212,39 @@ class Rules:
         gates, prompt = self.settings.gates, text_of_messages(messages)
         if tokens > self.settings.max_tokens:
             return "too_long"
-        # They would open turns that nobody took.
+        # They would be tokenized as turn boundaries.
         if self._special.search(text) or self._special.search(prompt):
             return "special_tokens"
-        # A short text with an answer is no loop by any rule.
+        # Short answered texts never count as loops.
         if gates.loops and answered and len(text) > LONG_TEXT and diagnose(text, answered=True).loop:
             return "loop"
         return "language" if gates.language and foreign_share(text, prompt) > _MAX_FOREIGN else None
 
 
 def annotated_chains(counts: Mapping[str, int]) -> str:
-    """One line about the annotated chains of a dataset."""
+    """A report line about the annotated chains of a dataset."""
     parts = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
     return f"annotated chains: {parts or 'none'}"
 
 
 def shortened(rows: int) -> str:
-    """One line about rows whose earlier replies are shortened, as they are where the student is asked."""
+    """A report line about rows whose earlier replies the chat template shortens, in training as in evaluation."""
     return f"the chat template leaves the reasoning of earlier replies out of the prompt: {rows} row{'s' * (rows != 1)}"
 
 
 def question_keys(task: str, question_id: str, prompt: str | Sequence[dict[str, str]]) -> set[str]:
-    """Two keys by which a question is found again: its task and id, and its words, for rows without an id."""
+    """Two keys that identify a question: task and id, and its words (for rows without an id)."""
     words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return {f"id {task}/{question_id}", f"words {' '.join(words.split())}"}
 
 
 def text_of_messages(messages: Sequence[dict[str, str]]) -> str:
-    """The texts of all messages, with an empty line between them."""
+    """Join the texts of all messages with blank lines."""
     return "\n\n".join(message["content"] for message in messages)
 
 
 def foreign_share(text: str, prompt: str) -> float:
-    """The share of a text's letters in scripts that its prompt does not use; two languages of one script look alike."""
+    """The share of a text's letters in scripts that its prompt does not use (a proxy for foreign languages)."""
     if text.isascii() and prompt.isascii():
         return 0.0
     letters, asked = _scripts(text), _scripts(prompt)
@@ -254,7 +252,7 @@ def foreign_share(text: str, prompt: str) -> float:
 
 
 def main_script(text: str) -> str:
-    """The script of most of a text's first letters: "latin", "cjk", ...; "-" where it has none."""
+    """The majority script of a text's first letters: "latin", "cjk", ...; "-" without letters."""
     found = _scripts(text[:2_000]).most_common(1)
     return found[0][0].lower() if found else "-"
 
@@ -267,6 +265,6 @@ def _scripts(text: Iterable[str]) -> Counter[str]:
 
 @lru_cache(maxsize=65_536)
 def _script(character: str) -> str:
-    """LATIN, CJK, CYRILLIC, ...: the first word of a letter's name in Unicode; "" for what is no letter."""
+    """A letter's script, by the first word of its Unicode name: LATIN, CJK, ...; "" for a non-letter."""
     name = unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
     return "" if name in _FORMULAS else {"HIRAGANA": "CJK", "KATAKANA": "CJK"}.get(name, name)

@@ -1,7 +1,7 @@
-"""The columns of each kind of row: to write them as Parquet, and to check a file and name each fault.
+"""Column schemas of each kind of dataset row; writes rows as Parquet and validates dataset files.
 
-Invariant: the same rows give the same bytes; a Parquet file carries the hash of the chat template whose tokens were
-counted, so that a trainer can refuse another.
+Invariant: the same rows give the same bytes; a Parquet file records the hash of the chat template used for its token
+counts, so that a trainer can refuse another.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FAULTS_SHOWN = 20
-# No half of a surrogate pair either, which JSON can hold and no tokenizer reads.
+# Rejects lone surrogates, which JSON allows and tokenizers reject.
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
 class Message(BaseModel, strict=True):
-    """One message of a conversation, as every trainer takes it."""
+    """A chat message: role and content."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: Text
@@ -64,15 +64,14 @@ _Prompt = Annotated[list[Message], Field(min_length=1), AfterValidator(_waits_fo
 _Reply = Annotated[list[Message], AfterValidator(_is_one_reply)]
 _Steps = Annotated[list[str], Field(min_length=1)]
 _OneAStep = AfterValidator(_has_one_a_step)
-_Types = dict[str, Any]  # by the names of columns
-# TRL's types: conversational prompt-completion and preference, and stepwise supervision. A file must have these columns
-# to be of a kind, whoever wrote it.
+_Types = dict[str, Any]  # {column: type}
+# Required columns per kind, as in TRL: conversational prompt-completion, preference, and stepwise supervision.
 _TRL: Mapping[str, _Types] = {
     "sft": {"prompt": _Prompt, "completion": _Reply},
     "dpo": {"prompt": _Prompt, "chosen": _Reply, "rejected": _Reply},
     "stepwise": {"prompt": Text, "completions": _Steps, "labels": Annotated[list[bool], _OneAStep]},
 }
-# What goes along with them; a file that is not ours may have any of these columns or none.
+# Optional columns; files from elsewhere may have any of them.
 _COMMON: _Types = {"tree_id": str, "task": str, "question_id": str, "pass_rate": float}
 _CHAIN: _Types = {"leaf_id": Count, "length_tokens": Count, "length_rank": Count, "pattern": str, "reward": float}
 _PAIR: _Types = {
@@ -91,9 +90,9 @@ COLUMNS: Mapping[str, _Types] = {
     "step_pairs": {**_TRL["dpo"], **_PAIR, **_COMMON, **_SIBLINGS},
     "stepwise": {**_TRL["stepwise"], **_STEPS, "leaf_id": Count, **_COMMON},
 }
-# The columns that count the tokens of a row's completions.
+# Columns with the token counts of a row's completions.
 COMPLETION_TOKENS = ("length_tokens", "chosen_tokens", "rejected_tokens")
-# The columns that are counted or averaged.
+# Columns used for statistics.
 _COUNTED = [*COMPLETION_TOKENS, "task", "prefix_tokens", "value", "pass_rate", "reward"]
 REQUIRED = {kind: tuple(columns) for kind, columns in _TRL.items()}
 
@@ -109,9 +108,9 @@ _ROW_MODELS = {kind: _row_model(kind) for kind in REQUIRED}
 
 
 def write_parquet(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], metadata: Mapping[str, Any]) -> int:
-    """Write rows of these columns (name -> type), whole or not at all; returns how many.
+    """Write rows with these columns (name -> type) to Parquet, atomically; returns the number of rows.
 
-    metadata: what `read_metadata` finds in the file.
+    metadata: stored in the file for `read_metadata`.
     """
     noted = {"cotree": json.dumps(metadata, sort_keys=True)}
     schema = pa.schema([(name, _arrow_type(of)) for name, of in columns.items()], metadata=noted)
@@ -125,13 +124,13 @@ def write_parquet(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], m
 
 
 def read_columns(path: Path) -> dict[str, list[Any]]:
-    """The columns of a written dataset that are counted or averaged (numbers, and the task), by their names."""
+    """Read the columns used for statistics (numbers and the task) as {name: values}."""
     with pq.ParquetFile(path) as file:
         return dict(file.read(columns=_COUNTED).to_pydict())
 
 
 def _arrow_type(of: Any) -> pa.DataType:
-    """The Arrow type of a column's type; of a class, a struct of its fields."""
+    """The Arrow type of a Python type; a class becomes a struct of its fields."""
     plain = {str: pa.string(), Literal: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     origin, arguments = get_origin(of) or of, get_args(of)
     if origin in plain:
@@ -145,10 +144,10 @@ def _arrow_type(of: Any) -> pa.DataType:
 
 
 def check_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a dataset file whose tokens were counted with another tokenizer or chat template than the student's.
+    """Check that a dataset file was built with the student's tokenizer and chat template.
 
     Raises:
-        UsageError: the file names another template. One that names none (not built by cotree) passes.
+        UsageError: the file records another template. One without a record (not built by cotree) passes.
     """
     noted = read_metadata(path).get("template")
     if noted is not None and noted != template_hash(tokenizer):
@@ -159,15 +158,15 @@ def check_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def kind_of(row: Row) -> str | None:
-    """sft, dpo or stepwise by the columns that a row has; None for anything else."""
+    """Detect a row's kind (sft, dpo or stepwise) by its columns; None for anything else."""
     return next((kind for kind, needed in REQUIRED.items() if all(name in row for name in needed)), None)
 
 
 def check_file(path: Path) -> tuple[str, int]:
-    """Check every row of a dataset file; returns its kind and the number of rows.
+    """Validate every row of a dataset file; returns its kind and the number of rows.
 
     Raises:
-        UsageError: names row and column of the first faults, and how many there are.
+        UsageError: gives row and column of the first faults, and their number.
     """
     kind, count, faults = "", 0, list[str]()
     for count, row in enumerate(read_rows(path), 1):
@@ -185,7 +184,7 @@ def check_file(path: Path) -> tuple[str, int]:
 
 
 def faults_of(row: Row, kind: str) -> list[str]:
-    """What is wrong with a row of a kind (sft, dpo or stepwise), a line for each fault with the column's name."""
+    """Validate a row of a kind (sft, dpo or stepwise); returns one line per fault with the column's name."""
     return [
         f"column {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}, "
         f"not {str(fault['input'])[:60]!a}"
@@ -194,9 +193,9 @@ def faults_of(row: Row, kind: str) -> list[str]:
 
 
 def turn_faults(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-    """The texts of a faultless row that name a token which opens or ends a turn: training would read it as the token.
+    """Find texts of a valid row that contain a turn token (`<|im_end|>`, ...), which would be tokenized as that token.
 
-    tokenizer: of the student, whose own special tokens are looked for too.
+    tokenizer: the student's; also checks its own special tokens.
     """
     special, faults = special_words(tokenizer), []
     for column in REQUIRED[kind]:
@@ -208,7 +207,7 @@ def turn_faults(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase | None =
 
 
 def optional_columns(row: Row, kind: str) -> Row:
-    """The optional columns of a kind (sft or dpo) that any row has, without those of a wrong type."""
+    """A row's optional columns for its kind (sft or dpo), without those of a wrong type."""
     names = COLUMNS[kind].keys() - REQUIRED[kind] - {str(fault["loc"][0]) for fault in _pydantic_errors(row, kind)}
     return {name: value for name, value in row.items() if name in names and value is not None}
 

@@ -1,6 +1,6 @@
-"""Rows in the terminal as the trainer sees them: every token, which of them carry loss, and what would be dropped.
+"""Show dataset rows in the terminal as the trainer sees them: all tokens, the loss mask, and rows that are too long.
 
-Invariant: what is shown is decoded from the very ids that training encodes.
+Invariant: the text shown is decoded from the token ids used in training.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from cotree.models.encode import RowError, encode_dpo, encode_sft, shortens_repl
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Each line begins with one of these words, which says the same as its colour.
+# {word at the start of a line: its colour}
 _STYLES = {"prompt": "dim", "shared": "cyan", "loss": "green", "chosen": "green", "rejected": "red"}
-# All but the newline and the tab; with the marks that turn the direction of what follows.
+# Control characters except newline and tab, and Unicode direction marks.
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
 
 
 def visible(text: str) -> str:
-    """Text of a model with its control characters written out, so that it cannot command the terminal."""
+    """Escape control characters of model output, so that it cannot control the terminal."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, rows: int = 3) -> Text:
-    """The first rows of a dataset file, and how many of all rows would be dropped for being over `max_tokens`.
+    """Render the first rows of a dataset file, and count the rows longer than `max_tokens`.
 
-    prompt: no loss. loss: the completion. shared: the prefix that both sides of a pair have; the masked margin and the
-    suffix scope leave it out. Special tokens stand as they are written.
+    prompt: no loss. loss: the completion. shared: a pair's common prefix, which `mask_prefix` and `sft_scope: suffix`
+    leave out. Special tokens are shown.
 
     Raises:
-        UsageError: the file is faulty, or was made for another chat template.
+        UsageError: the file is invalid, or was built with another chat template.
     """
     kind, count = check_file(path)
     check_template(path, tokenizer)
@@ -83,7 +83,7 @@ def preview(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, row
 
 
 def _parts(row: Row, kind: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[int]], int]:
-    """The token ids of a row by the part they belong to (of `_STYLES`), and the length of its longest sequence."""
+    """{part (of `_STYLES`): token ids} of a row, and the length of its longest sequence."""
     if kind == "sft":
         (chain,) = encode_sft(tokenizer, [row], 2**62).rows
         return {"prompt": chain.prompt, "loss": chain.completion}, chain.longest_sequence

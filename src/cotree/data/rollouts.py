@@ -1,7 +1,7 @@
-"""Other people's rollouts, read as questions with completions: JSON lines of prompts with one or n completions and
-rewards, the samples of lm-eval and verifiers, and inspect's `.eval` logs.
+"""Read rollouts from other tools: JSON lines of prompts with completions and rewards, lm-eval and verifiers samples,
+and inspect `.eval` logs.
 
-Invariant: no rollout is dropped in silence: each is kept, or counted with the reason, and so are columns that are not.
+Invariant: each rollout and column is kept, or counted as left out.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _REWARDS = ("rewards", "reward", "scores", "score", "correct")
 _GOLDS = ("gold", "answer", "target", "ground_truth", "final_answer")
 _IDS = ("question_id", "example_id", "id", "doc_id")
 _LENGTH = ("length", "max_tokens", "model_length")
-_ZSTANDARD = 93  # of a zip file's kinds of compression
+_ZSTANDARD = 93  # zip compression method
 _WORTH = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0}  # inspect's grades
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of a question. reward: None where its file has none. cut: it ended at a token limit."""
+    """One completion of a question. reward: None if unknown. cut: truncated by max_tokens."""
 
     text: str
     reward: float | None = None
@@ -47,11 +47,10 @@ class Rollout:
 
 @dataclass
 class Rollouts:
-    """What a file holds.
+    """The rollouts of a file.
 
-    asked: its questions, each with its task and, in its `spec`, a hash of its rollouts. of: the rollouts of each, by
-    (task, id). left_out: how many rollouts are not among them, by reason. columns_left_out: how many rows have a column
-    that is not kept.
+    asked: questions with their tasks; `spec` holds a hash of the rollouts. of: {(task, id): rollouts}. left_out:
+    {reason: rollouts}. columns_left_out: {column that is not kept: rows that have it}.
     """
 
     asked: list[Asked]
@@ -60,7 +59,7 @@ class Rollouts:
     columns_left_out: Counter[str]
 
     def lines(self) -> list[str]:
-        """For the terminal: what was read, and what was left out."""
+        """Lines for the terminal: rollouts read and left out."""
         number = sum(map(len, self.of.values()))
         left_out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
         lines = [f"{number} rollouts of {len(self.of)} questions; left out: {left_out or 'nothing'}"]
@@ -71,7 +70,7 @@ class Rollouts:
 
 
 class RolloutTask(Task):
-    """The task of rollouts: another one judges them, or they carry their rewards, and no other text can be judged."""
+    """The task of imported rollouts: verifies with another task, or relies on the rollouts' own rewards."""
 
     description = "rollouts of others"
     prompt_version = "1"
@@ -85,11 +84,11 @@ class RolloutTask(Task):
         self.verifier_version = "" if judged_by is None else judged_by.verifier_version
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """None: they are in the file."""
+        """Always empty: the questions are in the file."""
         return []
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """None."""
+        """Always empty."""
         return ()
 
     def judge(
@@ -103,7 +102,7 @@ class RolloutTask(Task):
 
 @dataclass
 class _Question:
-    """A question as a row has it, with the rollouts of that row, and the columns that were read."""
+    """A row's question and rollouts, and the columns that were read."""
 
     task: str
     id: str | None
@@ -113,19 +112,19 @@ class _Question:
     used: set[str]
 
     def __post_init__(self) -> None:
-        """Raises ValueError: no store takes it: a reward is infinite or NaN, a text has half of a surrogate pair."""
+        """Raises ValueError if a reward is infinite or NaN, or a text has a lone surrogate (neither can be stored)."""
         kept = [self.task, self.id, self.messages, self.gold, *map(astuple, self.rollouts)]
         json.dumps(kept, ensure_ascii=False, allow_nan=False).encode()
 
 
 def read_rollouts(path: Path, task: str | None = None) -> Rollouts:
-    """Read a file of rollouts; rows of one task and prompt are one question.
+    """Read a file of rollouts; rows with the same task and prompt are merged to one question.
 
     Args:
-        task: judges all of them, instead of their rewards; its own questions give the gold answers of equal prompts.
+        task: verifies them, instead of their rewards; gold answers come from its questions with equal prompts.
 
     Raises:
-        UsageError: there is no such file, it is damaged, or it holds no rollout of a known form.
+        UsageError: the file is missing, damaged, or has no rollout in a known format.
     """
     judge = None if task is None else find_task(task)
     found: dict[tuple[str, str], _Question] = {}
@@ -174,10 +173,10 @@ def read_rollouts(path: Path, task: str | None = None) -> Rollouts:
 
 
 def _question(raw: Row, name: str) -> _Question:
-    """A row of a prompt with one or several completions, each a text or one assistant's message.
+    """Parse a row with a prompt and one or several completions, each a text or one assistant message.
 
     Raises:
-        ValueError: it has no prompt or no completion, or a reply is a conversation.
+        ValueError: prompt or completion is missing, or a completion has several turns.
     """
     messages, used = prompt_of(raw)
     column = next((column for column in (*_COMPLETIONS, *_COMPLETION) if raw.get(column) is not None), None)
@@ -200,7 +199,7 @@ def _question(raw: Row, name: str) -> _Question:
 
 
 def _rollout(reply: Any, reward: Any, *, cut: bool, model: str) -> Rollout:
-    """A completion: a text, an assistant's message alone or in a list, or a record with its own reward."""
+    """Parse a completion: a text, an assistant message (alone or in a list), or an object with its own reward."""
     if isinstance(reply, dict) and "role" not in reply:
         text = next((reply[name] for name in ("text", "content", *_COMPLETION) if name in reply), None)
         reward = next((reply[name] for name in _REWARDS if reply.get(name) is not None), reward)
@@ -216,8 +215,8 @@ def _rollout(reply: Any, reward: Any, *, cut: bool, model: str) -> Rollout:
 
 
 def _lm_eval_question(raw: Row, name: str) -> _Question:
-    """A line of lm-eval's `samples_*.jsonl`: a question with its replies. A metric is of the whole line, so of several
-    replies only cotree's own files say which are right."""
+    """Parse a line of lm-eval's `samples_*.jsonl`. Its metric covers all replies of the line, so with several replies
+    only cotree's own files have individual rewards."""
     doc, (sent, *_) = raw["doc"], raw["arguments"].values() if isinstance(raw["arguments"], dict) else raw["arguments"]
     prompt = sent["arg_0"] if isinstance(sent, dict) else sent[0]
     turns = json.loads(prompt) if isinstance(prompt, str) and prompt.startswith("[{") else prompt
@@ -248,7 +247,7 @@ def _lm_eval_question(raw: Row, name: str) -> _Question:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """The rows of a file; of an inspect log its samples as {sample, log}, and each of verifiers' traces as {trace}."""
+    """Read a file's rows; an inspect log's samples become {sample, log}, verifiers' traces {trace}."""
     if path.is_file() and zipfile.is_zipfile(path):
         yield from _eval_rows(path)
         return
@@ -260,7 +259,7 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _trace_row(trace: Row) -> Row:
-    """One of the traces of a line of verifiers' `traces.jsonl`; a trace that branches has several replies."""
+    """Convert a trace of verifiers' `traces.jsonl` to a row; a branching trace has several replies."""
     data = trace["task"]["data"]
     rewards = [
         each["score"] * each.get("weight", 1.0) for each in trace.get("rewards", {}).values() if each is not None
@@ -272,10 +271,10 @@ def _trace_row(trace: Row) -> Row:
 
 
 def _eval_rows(path: Path) -> Iterator[Row]:
-    """The samples of an inspect log, the grade of the first scorer as reward.
+    """Read the samples of an inspect log.
 
     Raises:
-        UsageError: it is damaged, or no log.
+        UsageError: the file is damaged or not a log.
     """
     try:
         with zipfile.ZipFile(path) as log:
@@ -291,7 +290,7 @@ def _eval_rows(path: Path) -> Iterator[Row]:
 
 
 def _read_zipped(log: zipfile.ZipFile, name: str) -> Row:
-    """A JSON object in a zip file; inspect compresses it as Zstandard, which `zipfile` cannot read."""
+    """Read a JSON object from a zip file, also with inspect's Zstandard compression, which `zipfile` lacks."""
     about = log.getinfo(name)
     if about.compress_type != _ZSTANDARD:
         found: Row = json.loads(log.read(name))
@@ -299,7 +298,7 @@ def _read_zipped(log: zipfile.ZipFile, name: str) -> Row:
     import pyarrow as pa
 
     with Path(str(log.filename)).open("rb") as file:
-        file.seek(about.header_offset + 26)  # of the lengths of the name and of what comes before the content
+        file.seek(about.header_offset + 26)  # lengths of the name and the extra field
         file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
         content = pa.BufferReader(file.read(about.compress_size))
     found = json.loads(pa.CompressedInputStream(content, "zstd").read())
@@ -307,7 +306,7 @@ def _read_zipped(log: zipfile.ZipFile, name: str) -> Row:
 
 
 def _eval_row(sample: Row, about: Row) -> Row:
-    """A sample of an inspect log as a row."""
+    """Convert a sample of an inspect log to a row, with the first scorer's grade as reward."""
     scores: dict[str, Row] = sample.get("scores") or {}
     grade = next((score.get("value") for score in scores.values()), None)
     target, choice = sample.get("target"), (sample["output"].get("choices") or [{}])[0]
@@ -323,9 +322,9 @@ def _eval_row(sample: Row, about: Row) -> Row:
 
 
 def _conversation(turns: Sequence[Row], attached: Mapping[str, str] = MappingProxyType({})) -> Row:
-    """A conversation as `prompt`, all before the first reply, and `completion`, the rest; a content in parts as text.
+    """Split a conversation into `prompt` (before the first reply) and `completion`; multi-part contents become text.
 
-    attached: texts that a content names as `attachment://HASH`.
+    attached: texts for references `attachment://HASH`.
     """
 
     def text_of(content: Any) -> Any:
@@ -347,11 +346,11 @@ def _conversation(turns: Sequence[Row], attached: Mapping[str, str] = MappingPro
 
 
 def _first(raw: Row, names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The first of these columns that a row has, and its value as text."""
+    """The first of these columns that a row has, and its value as a string."""
     name = next((name for name in names if isinstance(raw.get(name), str | int | float)), None)
     return name, None if name is None else str(raw[name])
 
 
 def _words(messages: Sequence[Message]) -> str:
-    """The words of the last message, by which rows and questions of a task are matched."""
+    """The words of the last message, to match rows with questions of a task."""
     return " ".join(messages[-1]["content"].split())

@@ -1,11 +1,11 @@
-"""Which chains of a tree become rows: by relative length, value or chance; pairs with the shortest common prefix.
+"""Select a tree's chains for dataset rows by relative length, value or at random; pairs by shortest common prefix.
 
-Trees are read once, one at a time; the rank of a row is its place among the rows of its tree, from 0.
+Trees are read once, one at a time; a row's rank is its index among the rows of its tree.
 
 Invariants: every verified SFT chain and every `chosen` was judged correct, every `rejected` wrong (or cut off, or
-longer and correct, where that was asked for); no chain comes twice in the pairs of a tree; ties fall by seed. Lengths
-are student tokens, relative to the chain's own tree (paper, Thoughts Length Balance). Selection sees only what passed
-the gates: the longest chain is often a loop.
+longer and correct, if set); each chain is in at most one pair; ties are broken by seed. Lengths are student tokens,
+relative to the chain's own tree (paper, Thoughts Length Balance). Gates run before selection, because the longest chain
+is often a loop.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from cotree.search.thoughts import chain_text, draw
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two chains of one tree, of which the first is preferred.
+    """A chosen and a rejected chain of one tree.
 
-    better, worse: the sibling thoughts at which a step pair parts.
+    better, worse: the sibling thoughts at which a step pair diverges.
     """
 
     chosen: Chain
@@ -39,13 +39,13 @@ class Pair:
 
     @property
     def prefix_tokens(self) -> int:
-        """How many tokens the two completions share at their start."""
+        """The length of the completions' common prefix in tokens."""
         return prefix_tokens(self.chosen.tokens, self.rejected.tokens)
 
 
 def drawn_length(lengths: Mapping[Length, int], tree_id: str, seed: int) -> Length:
-    """The relative length that a tree's chains are chosen by: one of a mixture is drawn, with its weights."""
-    weights = sorted(lengths.items())  # equal settings draw equally, in whatever order they are written
+    """Draw a tree's relative length from a mixture by seed."""
+    weights = sorted(lengths.items())  # independent of the order in the recipe
     ends = list(accumulate(weight for _, weight in weights))
     drawn = draw(f"{seed}/length/{tree_id}", ends[-1])
     return weights[bisect_right(ends, drawn)][0]
@@ -54,10 +54,10 @@ def drawn_length(lengths: Mapping[Length, int], tree_id: str, seed: int) -> Leng
 def in_order(
     chains: Iterable[Chain], by: Mapping[Length, int] | Length | Literal["value", "random"], seed: int
 ) -> list[Chain]:
-    """One tree's chains in order of preference, ties by seed.
+    """Sort one tree's chains by preference, ties by seed.
 
-    by: a relative length (or a mixture, of which one is drawn): the nearest to it first. `value`: the best by reward
-        and then by the mean of v/n along the chain. `random`: as drawn by seed.
+    by: a relative length (or a mixture to draw from): nearest first. `value`: best reward, then best mean v/n along the
+        chain, first. `random`: shuffled by seed.
     """
     found = list(chains)
     if not found:
@@ -77,16 +77,16 @@ def in_order(
 
 
 def select_sft(chains: Iterable[Chain], settings: Dataset, seed: int) -> list[Chain]:
-    """One tree's SFT chains: the correct ones, or unverified ones, by length (paper: the longest), value or chance."""
+    """Select one tree's SFT chains, correct or unverified, by length (paper: longest), value or at random."""
     found = (chain for chain in chains if chain.verdict == "correct" or not settings.verified)
     by = settings.lengths if settings.select == "length" else settings.select
     return in_order(found, by, seed)[: settings.per_tree]
 
 
 def select_dpo(chains: Iterable[Chain], settings: Dataset, seed: int) -> list[Pair]:
-    """One tree's pairs: chosen by relative length (paper: the shortest correct), rejected = of the wrong chains, or of
-    the longer correct ones, that which shares the fewest student tokens with it (shortest common prefix), ties by
-    relative length, then seed; each chain once."""
+    """Select one tree's preference pairs, using each chain once. chosen: by relative length (paper: shortest correct).
+    rejected: the wrong (or longer correct) chain with the shortest common prefix in student tokens; ties by relative
+    length, then seed."""
     correct = in_order((chain for chain in chains if chain.verdict == "correct"), settings.lengths, seed)
     wrong = in_order((chain for chain in chains if chain.verdict != "correct"), settings.lengths, seed)
     brevity, used, pairs = settings.rejected == "longer_correct", set[int](), list[Pair]()
@@ -108,10 +108,10 @@ def select_dpo(chains: Iterable[Chain], settings: Dataset, seed: int) -> list[Pa
 
 
 def select_step_pairs(tree: StoredTree, chains: Iterable[Chain], settings: Dataset, seed: int) -> list[Pair]:
-    """One tree's step pairs: sibling thoughts of one type whose v/n differ clearly, widest gap first.
+    """Select one tree's step pairs: sibling thoughts of one type with v/n at least `min_gap` apart, widest gap first.
 
-    Each side goes on to an answer, so that it ends as an assistant's turn ends: the better sibling with the shortest
-    correct chain through it, the worse one with the shortest wrong chain through it. A chain is used once a side.
+    Both sides are completed to an answer, so that they are whole turns: the better sibling by the shortest correct
+    chain through it, the worse one by the shortest wrong chain. Each chain is used once per side.
     """
     siblings: dict[tuple[int | None, str | None], list[StoredNode]] = {}
     for node in tree.nodes[1:]:
@@ -121,7 +121,7 @@ def select_step_pairs(tree: StoredTree, chains: Iterable[Chain], settings: Datas
         (mean_value(better) - mean_value(worse), better, worse)
         for nodes in siblings.values()
         for better, worse in permutations(nodes, 2)
-        if better.text.strip() != worse.text.strip()  # the same step cannot be better than itself
+        if better.text.strip() != worse.text.strip()  # equal texts are no preference
     ]
     clear = [found for found in gaps if found[0] >= settings.min_gap]
     clear.sort(key=lambda found: (-found[0], found[1].node_id, found[2].node_id))
@@ -136,7 +136,7 @@ def select_step_pairs(tree: StoredTree, chains: Iterable[Chain], settings: Datas
 
 
 def tree_rows(trees: Iterable[StoredTree], rules: Rules) -> Iterator[tuple[int, Row]]:
-    """The candidate rows of all trees as (rank, row); every chain that is in none is counted with the reason."""
+    """Yield the candidate rows of all trees as (rank, row); counts every chain left out with the reason."""
     counts = rules.counts
     for tree in trees:
         judged = sum(node.verdict is not None for node in tree.nodes)
@@ -162,7 +162,7 @@ def tree_rows(trees: Iterable[StoredTree], rules: Rules) -> Iterator[tuple[int, 
 
 
 def _why_tree_left_out(tree: StoredTree, rules: Rules) -> str | None:
-    """The reason why a whole tree gives no row, or None."""
+    """The reason to leave out a whole tree, or None."""
     if rules.settings.gates.contamination and (tree.task, tree.question_id) in rules.contaminated:
         return "contaminated"
     if not rules.allows_question(tree.task, tree.question_id, tree.messages):
@@ -172,13 +172,13 @@ def _why_tree_left_out(tree: StoredTree, rules: Rules) -> str | None:
 
 
 def pass_rate(tree: StoredTree) -> float:
-    """The share of a tree's judged leaves that are correct; a missing answer is one that is not."""
+    """The share of correct leaves among a tree's judged leaves; no_answer counts as not correct."""
     verdicts = [node.verdict for node in tree.nodes if node.verdict not in (None, "undecided")]
     return verdicts.count("correct") / max(len(verdicts), 1)
 
 
 def _why_not_selected(chain: Chain, usable: Sequence[Chain], settings: Dataset) -> str:
-    """The reason why a chain that passed the gates is in no row."""
+    """The reason why a chain that passed the gates was not selected."""
     verdicts = {other.verdict for other in usable}
     brevity, pairs = settings.rejected == "longer_correct", settings.rows in ("dpo", "step_pairs")
     if chain.verdict == "wrong" and (brevity or (settings.rows == "sft" and settings.verified)):
@@ -189,7 +189,7 @@ def _why_not_selected(chain: Chain, usable: Sequence[Chain], settings: Dataset) 
 
 
 def _selected_rows(tree: StoredTree, chains: Sequence[Chain], rules: Rules) -> Iterator[Row]:
-    """The rows of the dataset's kind, made of those chains of a tree that passed the gates."""
+    """Build rows of the dataset's kind from the chains of a tree that passed the gates."""
     settings, seed = rules.settings, rules.seed
     row = {name: getattr(tree, name) for name in ("tree_id", "task", "question_id")}
     row |= {"prompt": tree.messages, "pass_rate": pass_rate(tree)}
@@ -213,8 +213,7 @@ def _selected_rows(tree: StoredTree, chains: Sequence[Chain], rules: Rules) -> I
 
 
 def _pair_columns(pair: Pair, tree: StoredTree) -> Row:
-    """Of a step pair also the sibling thoughts, their values and visits, and the words before them that the student
-    sees."""
+    """The columns of a pair; for a step pair also the sibling thoughts, their values, visits and shared context."""
     columns: Row = {"prefix_tokens": pair.prefix_tokens, "rejected_finished": pair.rejected.verdict != "no_answer"}
     for side, chain, step in (("chosen", pair.chosen, pair.better), ("rejected", pair.rejected, pair.worse)):
         columns |= {side: chain.messages, f"{side}_leaf": chain.leaf_id, f"{side}_tokens": len(chain.tokens)}

@@ -1,4 +1,4 @@
-"""The `datasets` section of a recipe: which chains become rows, from trees, a file or the hub."""
+"""The `datasets` section of a recipe: which chains of trees, or rows of a file or the hub, become dataset rows."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ RowKind = Literal["sft", "dpo", "step_pairs", "stepwise"]
 
 
 class OnlyFor(tuple[RowKind, ...]):
-    """Marks a setting that chooses among the chains of trees, for these kinds of rows. Given for another kind, or for
-    the rows of a file, which are taken as they are, it would be ignored, so it is refused."""
+    """Annotation of a setting that applies only to rows of these kinds selected from trees.
+
+    Setting it for another kind, or for rows of a file (which are not selected), is an error."""
 
 
 _ANY_KIND = OnlyFor(get_args(RowKind))
 
 
 def _check_length(given: Any) -> Any:
-    """What was given as `length`, if it is a length or weights of lengths."""
+    """Check that `length` is a known length or a mapping {length: weight}."""
     if given is not None:
         require_known("unknown length", given if isinstance(given, dict) else [given], get_args(Length))
     if isinstance(given, dict) and not all(type(weight) is int and weight >= 1 for weight in given.values()):
@@ -32,15 +33,15 @@ def _check_length(given: Any) -> Any:
 
 
 class Gates(Section):
-    """What keeps a chain or a row out of a dataset; every gate counts what it removed.
+    """Filters that remove chains or rows from a dataset; each counts what it removed.
 
-    contamination: trees, and rows of a file, whose question repeats one that an evaluation of the recipe asks (13-grams
-        of words; a generated question as a whole).
-    loops, language: chains that repeat themselves, and chains in a script that their question does not use.
-    duplicates: the same prompt and completion from another tree.
-    rows_per_question: at most so many, over all its trees and turns.
-    balance: no group (task, difficulty, or both) has more than `at_most` times the rows of the smallest one; difficulty
-        is the tree's share of correct answers in thirds.
+    contamination: drop questions that overlap with an evaluation of the recipe (13-grams of words; generated questions
+        as a whole).
+    loops, language: drop chains that repeat themselves, and chains in a script that their question does not use.
+    duplicates: drop rows with the same prompt and completion.
+    rows_per_question: maximum over all trees and turns of a question.
+    balance: limit each group (task, difficulty, or both) to `at_most` times the rows of the smallest; difficulty is the
+        tree's share of correct answers in thirds.
     """
 
     contamination: bool = True
@@ -56,36 +57,35 @@ class Dataset(Section):
     """A `datasets` node: rows of one kind, from `trees` (one name or several), a `file`, or the `hub` (OWNER/NAME or
     OWNER/NAME@REVISION).
 
-    rows: `sft` (chains), `dpo` (pairs), `step_pairs` (pairs that part at sibling thoughts), `stepwise` (process-reward
-        rows).
-    length: which chains of a tree, by their relative length in it (paper, Thoughts Length Balance): longest, medium,
-        shortest, or a mixture {longest: 1, shortest: 4}, of which each tree draws one by seed, with these weights. By
-        default longest for sft, shortest for dpo.
-    select: instead of by `length`: `value` takes the best by reward, then by the mean of v/n along the chain; `random`
-        draws by seed.
-    verified: false takes chains right or wrong: what training on verified ones has to beat.
-    per_tree: rows of a tree, at most.
-    rejected: of the chains that can be rejected, the one that shares the fewest tokens with the chosen one (shortest
-        common prefix): a `wrong` one, or a correct one that is longer than the chosen one (`longer_correct`), to prefer
-        brevity alone.
-    unanswered: a path that max_tokens cut off may be rejected too; its turn has no end (`rejected_finished` says so).
-    forced: false leaves out chains whose answer's first words the search wrote, not the model.
-    solve_rate: only trees whose share of correct answers is in [low, high]: leaves out what is too easy or too hard.
-    questions_of: only questions that this other dataset has.
-    size_of: at most as many rows as this other dataset has, or, with `size_in: tokens`, as near its completion tokens
-        as whole rows come; drawn by seed, a row of each tree before a second one of any.
-    min_gap, min_visits: step pairs part at siblings whose v/n differ by this much, each judged this often.
-    label_above: a step of a process-reward row is right if its v/n is above this (0: one answer below it was right).
-    annotations: of the run's annotators (`cotree view`), for the chains that are learned from: of pairs the correct
-        ones. `drop_rejected` leaves out what any of them rejects; `require_accept` takes only what one accepts and none
-        rejects; `use_fixed` is `drop_rejected`, and takes the newest corrected text in the place of a chain's own, if
-        the task judges that text correct.
-    text: thoughts a line each (`plain`), between the tags of their types (`tags`), or inside `<think>` (`think`).
-    leave_out: thought types whose text the student does not see.
-    reflections: `keep` the wrong thinking before a reflection, or `cut` it; a chain that was cut is verified again.
-    max_tokens: rows over this (prompt included, student's tokens) are left out and counted, never cut.
+    rows: `sft` (chains), `dpo` (preference pairs), `step_pairs` (pairs that diverge at sibling thoughts), `stepwise`
+        (process-reward rows).
+    length: which chains of a tree to take, by length relative to the tree (paper, Thoughts Length Balance): longest,
+        medium, shortest, or a mixture {longest: 1, shortest: 4}, from which each tree draws one by seed with these
+        weights. Default: longest for sft, shortest for dpo.
+    select: replaces `length`: `value` takes the best by reward, then by mean v/n along the chain; `random` by seed.
+    verified: false takes chains regardless of verdict (a control for training on verified ones).
+    per_tree: maximum rows per tree.
+    rejected: candidates for the rejected side: `wrong` chains, or correct ones longer than the chosen
+        (`longer_correct`, teaches brevity only); the one with the shortest common prefix with the chosen is taken.
+    unanswered: paths cut by max_tokens may be rejected too; they have no end of turn (column `rejected_finished`).
+    forced: false leaves out chains whose answer the search forced with a prefix.
+    solve_rate: only trees whose share of correct answers is in [low, high], neither too easy nor too hard.
+    questions_of: only questions of this other dataset.
+    size_of: as many rows as this other dataset at most, or with `size_in: tokens` as close to its completion tokens as
+        whole rows allow; drawn by seed, one row of each tree before a second one.
+    min_gap, min_visits: minimum difference of v/n between the siblings of a step pair, and minimum visits of each.
+    label_above: a step of a process-reward row is labelled correct if its v/n exceeds this (0: any correct answer
+        below it suffices).
+    annotations: use of human annotations (`cotree view`) for SFT chains and the chosen sides of pairs. `drop_rejected`
+        leaves out chains that any annotator rejects; `require_accept` keeps only those that one accepts and none
+        rejects; `use_fixed` is `drop_rejected`, and replaces a chain by its newest corrected text if the verifier
+        judges that correct.
+    text: one thought per line (`plain`), thoughts in tags of their types (`tags`), or inside `<think>` (`think`).
+    leave_out: thought types whose text is removed.
+    reflections: `keep` the wrong thinking before a reflection, or `cut` it and verify the chain again.
+    max_tokens: longer rows (prompt included, student's tokens) are left out and counted, never truncated.
     tokenizer: the model whose tokens count; by default the recipe's only one with weights, or the students' own.
-    license: of the dataset, an identifier of the hub, for its card.
+    license: hub license identifier for the dataset card.
     """
 
     trees: Annotated[tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)] = ()
@@ -133,7 +133,7 @@ class Dataset(Section):
             raise ValueError("`unanswered` is for rejected: wrong; longer correct chains have all been answered")
         if "answer" in self.leave_out:
             raise ValueError("`leave_out`: the answer cannot be left out; it is what was judged")
-        if self.annotations == "use_fixed":  # a corrected text has no thoughts
+        if self.annotations == "use_fixed":  # a corrected text is not split into thoughts
             needs = {"rows: sft or dpo": self.rows in ("sft", "dpo"), "text: plain or think": self.text != "tags"}
             needs |= {"no `leave_out`": not self.leave_out, "reflections: keep": self.reflections == "keep"}
             if lacking := [need for need, met in needs.items() if not met]:
@@ -146,12 +146,12 @@ class Dataset(Section):
 
     @property
     def judges_again(self) -> bool:
-        """Whether it changes texts of chains, which are then judged again."""
+        """Whether settings change chain texts, so that the verifier must judge them again."""
         return self.reflections == "cut" or self.annotations == "use_fixed"
 
     @property
     def lengths(self) -> dict[Length, int]:
-        """The relative lengths that are chosen, with their weights."""
+        """{relative length: weight} from `length` or its default."""
         if isinstance(self.length, dict):
             return self.length
         return {self.length or ("shortest" if self.rows == "dpo" else "longest"): 1}

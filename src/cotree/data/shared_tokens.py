@@ -1,7 +1,7 @@
-"""Trees made of whole rollouts: completions of one question share their nodes as far as they share their tokens.
+"""Merge rollouts of one question into a tree: completions share nodes along their common token prefixes.
 
-Invariant: the chain to a leaf is its rollout, letter by letter (but for empty lines at its beginning). Each rollout has
-a leaf of its own, which holds at least its last line, or its last token where it is a single line.
+Invariant: the chain to a leaf is exactly its rollout (except leading blank lines). Each rollout has its own leaf, with
+at least its last line, or its last token if it is a single line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Chain:
-    """A rollout with its tokens: their ids, and where each begins and ends in the text."""
+    """A rollout with its token ids and their start and end offsets in the text."""
 
     rollout: Rollout
     verdict: Verdict
@@ -36,22 +36,22 @@ class _Chain:
 
     @property
     def shareable(self) -> int:
-        """How many of its first tokens may be shared."""
+        """The maximum number of leading tokens to share."""
         text = self.rollout.text.rstrip()
         last_line = text.rfind("\n") + 1
         whole = bisect_right([end for _, end in self.spans], last_line) if last_line else len(self.ids) - 1
         return max(min(whole, len(self.ids) - 1), 0)
 
     def is_cut_at(self, number: int) -> bool:
-        """Whether a token begins where the one before it ends, not inside of one character."""
+        """Whether the text can be split before a token: not inside a multi-token character."""
         return 0 < number < len(self.spans) and self.spans[number][0] >= self.spans[number - 1][1]
 
 
 class _Nodes(list[StoredNode]):
-    """The nodes of a tree that grows; parents come before children."""
+    """The nodes of a tree being built; parents come before children."""
 
     def grow(self, parent: int, chains: Sequence[_Chain], tokens: int, start: int) -> None:
-        """Add what chains are from a character on, of which they share all before, and so many first tokens."""
+        """Add chains that share their first `tokens` tokens below `parent`, from character `start` on."""
         if len(chains) == 1:
             self._add_leaf(parent, chains[0], start)
             return
@@ -64,7 +64,7 @@ class _Nodes(list[StoredNode]):
         if at > start and len({chain.rollout.text[start:at] for chain in chains}) == 1:
             parent, start = self._add(parent, first, start, at), at
         groups: defaultdict[int | None, list[_Chain]] = defaultdict(list)
-        for chain in chains:  # what may not be shared any more stands alone
+        for chain in chains:  # chains with no more tokens to share become leaves
             groups[chain.ids[shared] if chain.shareable > shared else None].append(chain)
         for token, group in groups.items():
             if token is None:
@@ -74,12 +74,12 @@ class _Nodes(list[StoredNode]):
                 self.grow(parent, group, shared + 1, start)
 
     def _add(self, parent: int, chain: _Chain, start: int, end: int, *, open_end: bool = True) -> int:
-        """Add a part of a chain, a thought for each paragraph; returns the last one's id."""
+        """Add a part of a chain, one thought per paragraph; returns the last node's id."""
         pieces = split_paragraphs(chain.rollout.text[start:end], sys.maxsize)
         ends = [end for _, end in chain.spans]
         for number, piece in enumerate(pieces):
             tokens = bisect_right(ends, start + len(piece)) - bisect_right(ends, start)
-            goes_on = open_end and number == len(pieces) - 1  # inside of a line: no line break is put behind it
+            goes_on = open_end and number == len(pieces) - 1  # mid-line: no newline after it
             node = StoredNode(len(self), parent, "thinking", piece, model=chain.rollout.model, tokens=tokens)
             node.depth, node.finish_reason = self[parent].depth + 1, "length" if goes_on else "stop"
             self.append(node)
@@ -87,7 +87,7 @@ class _Nodes(list[StoredNode]):
         return parent
 
     def _add_leaf(self, parent: int, chain: _Chain, start: int) -> None:
-        """Add the rest of a chain, and its verdict."""
+        """Add the rest of a chain with its verdict."""
         leaf = self[self._add(parent, chain, start, len(chain.rollout.text), open_end=False)]
         verdict = chain.verdict
         leaf.verdict, leaf.reward, leaf.answer, leaf.detail = (
@@ -114,11 +114,11 @@ def tree_of_rollouts(
     config: str,
     correct_at: float,
 ) -> StoredTree:
-    """The tree of all rollouts of a question.
+    """Build the tree of all rollouts of a question.
 
     Args:
-        tokenizer: whose tokens are shared. config: a hash of everything but the question that decides the tree.
-        correct_at: the least reward of a correct rollout; others are worth their share of it.
+        tokenizer: defines the shared tokens. config: hash of everything but the question that affects the tree.
+        correct_at: minimum reward of a correct rollout; lower ones are scaled by 1 / `correct_at`.
     """
     encoded = tokenizer([each.text for each in rollouts], add_special_tokens=False, return_offsets_mapping=True)
     verdicts = [_verdict(task, question, rollout, correct_at) for rollout in rollouts]
@@ -148,7 +148,7 @@ def tree_of_rollouts(
 
 
 def _verdict(task: RolloutTask, question: Question, rollout: Rollout, correct_at: float) -> Verdict:
-    """By the task, or by the rollout's reward; undecided where there is neither."""
+    """The verdict by the task, or by the rollout's reward; undecided without either."""
     if task.judged_by is not None:
         return task.judge(question, rollout.text, "length" if rollout.cut else "stop")
     if rollout.reward is None:
