@@ -67,7 +67,7 @@ async def test_a_lasting_fault_is_told_at_once_and_not_with_every_repetition(cap
     async with FakeServer(faults=dict.fromkeys(range(6), "500")) as server:
         async with client(server.url, on_problem=told.append) as c:
             await asyncio.gather(*(c.complete(request(seed=seed)) for seed in range(3)))
-            c._told -= 60.0  # a minute later
+            c._warned -= 60.0  # a minute later
             server.faults[server.calls] = "500"
             await c.complete(request())
         line = f"{c}: HTTP 500 (CUDA out of memory); the request is repeated for 300 s at most"

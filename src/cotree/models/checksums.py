@@ -1,6 +1,6 @@
-"""The content of weights: hashes by which they are known, and whether they are as they were written.
+"""SHA-256 hashes of model weights, to identify them and detect damage.
 
-Files that cotree made have their sums beside them; of others the hashes are remembered in the cache folder.
+Files that cotree wrote have checksum files beside them; hashes of other files are kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from cotree.base.atomic import content_sha256, damage, sums_of, write_json
 from cotree.base.errors import CotreeError, UsageError
 
-# What decides the text of a transformers folder; the rest is cards, logs and the like.
+# Files of a transformers folder that affect its output; the rest is cards, logs and the like.
 _TOKENIZER_FILES = ("token*", "*.model", "special_tokens*", "added_tokens*", "vocab*", "merges*", "chat_template*")
 MODEL_FILES = ("model*.safetensors", "adapter_model*.safetensors", "config.json", *_TOKENIZER_FILES)
-# What to do when the cache folder's disk is full.
+# Advice for a full disk.
 OTHER_DISK = "set XDG_CACHE_HOME to another disk"
-# A file that was written so lately may be written again within the same tick of the file system's clock.
+# Seconds; a newer file could be rewritten without a change of its mtime.
 _SETTLED_NS = 1_000_000_000
 
 
@@ -30,10 +30,10 @@ def cache_folder() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hex; remembered in the cache folder until its size or mtime changes.
+    """The SHA-256 of a file in hex; cached until its size or mtime changes.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file is missing or unreadable.
     """
     name, status = str(path.resolve()), path.stat()
     version = [status.st_size, status.st_mtime_ns]
@@ -43,13 +43,13 @@ def file_sha256(path: Path) -> str:
     found = content_sha256(path)
     if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
         kept = {other: entry for other, entry in known.items() if os.path.exists(other)}
-        with suppress(CotreeError):  # without a cache the file is hashed again, that is all
+        with suppress(CotreeError):  # without a cache the file is hashed again next time
             write_json(cache_folder() / "sha256.json", {**kept, name: [*version, found]})
     return found
 
 
 def _known_hashes() -> dict[str, list[object]]:
-    """File -> [size, mtime in ns, sha256]; empty where the file of hashes is missing or damaged."""
+    """The cache {file: [size, mtime in ns, sha256]}; empty if missing or damaged."""
     try:
         found = json.loads((cache_folder() / "sha256.json").read_text(encoding="utf-8"))
         return {str(name): [*entry] for name, entry in found.items()}
@@ -58,14 +58,12 @@ def _known_hashes() -> dict[str, list[object]]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file or folder is there, with the content that its sums say, if it has any."""
+    """Whether a file or folder exists and matches its checksum file, if it has one."""
     return path.exists() and (not sums_of(path).is_file() or damage(sums_of(path)) is None)
 
 
 def check_weights(path: Path) -> None:
-    """Read weights, a file or a transformers folder, and compare them with their sums.
-
-    Those that cotree did not make have no sums: they are compared with what is remembered of them (`file_sha256`).
+    """Check weights, a file or a transformers folder, against their checksum file, or the cached hash (`file_sha256`).
 
     Raises:
         UsageError: they are damaged.
@@ -87,11 +85,11 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """One hash of a transformers folder's weights, config and tokenizer, whatever else is in it."""
+    """One hash over a transformers folder's weights, config and tokenizer; ignores other files."""
     lines = [f"{path.name} {file_sha256(path)}" for path in _model_files(folder)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def path_sha256(path: Path) -> str:
-    """The hash of weights: of a file, or of a transformers folder as `folder_sha256`."""
+    """The hash of a weights file, or of a transformers folder (`folder_sha256`)."""
     return folder_sha256(path) if path.is_dir() else file_sha256(path)

@@ -1,9 +1,9 @@
-"""The HTTP client of one OpenAI-compatible model server, with retries, other servers in its place, and token counters.
+"""HTTP client of one OpenAI-compatible model server, with retries, failover to other servers, and token counters.
 
-Invariant: `complete` returns n whole choices or raises; a failed, cut or malformed reply is never half used, and none
-is read further than its request can fill. Every token that a server reports is counted, those of discarded replies
-too, and so is the prompt of every attempt whose tokens are unknown. The API key is in the requests and nowhere else:
-no message, repr or exception holds it.
+Invariant: `complete` returns n whole choices or raises; failed, truncated and malformed replies are never used in part,
+and no reply is read beyond the size that its request allows. All tokens that a server reports are counted, including
+those of discarded replies, and so is the prompt of each attempt with unknown usage. The API key appears in requests
+only, never in a message, repr or exception.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from cotree.models.wire import (
 __all__ = ["Choice", "Client", "Completion", "Counters", "Request"]
 
 ATTEMPTS = 40
-# Of a reply that was paid for and is of no use: too few choices, or one that broke off.
+# Attempts for replies that cost tokens but are unusable: too few choices, or a broken-off one.
 _PAID_ATTEMPTS = 5
 _CONNECT_SECONDS = 10.0
 _LONGEST_BACKOFF = 15.0
@@ -59,22 +59,22 @@ class Client:
     """One model at one server; an async context manager: `async with Client(...) as client`.
 
     name, url, model: the recipe's name, the server's base URL (with or without `/v1`), the model's name at the server.
-    max_in_flight: requests at once; a request that waits to be repeated keeps its place, so that a failing server is
-        asked less.
-    count_tokens: length of a text in the model's tokens, where the server does not report it.
+    max_in_flight: concurrent requests; a request that waits for a retry keeps its slot, so that a failing server gets
+        fewer requests.
+    count_tokens: counts a text's tokens if the server does not report usage.
     omit, rename: parameters that are not sent, or sent under another name.
-    timeout, seconds_per_token, longest: an attempt may take `timeout + seconds_per_token * max_tokens * n` seconds, but
-        no longer than `longest`.
-    silence: an attempt also ends when the server has answered no request at all for so many seconds.
-    attempts, patience: no new attempt after this many, or this many seconds after the first failure.
-    backoff: seconds; the k-th repetition waits uniform(0, min(15, backoff * 2**(k-1))), or what `Retry-After` asks.
-    takeover: a server that cannot be reached, or has only failed for so many seconds, is lost: other servers of the
-        model are asked in its place, and one request at a time tries whether it is back, as often.
-    ended: says why no request will ever be answered again, "" while some may; the server is then lost at once.
-    on_problem: told in one line that requests fail and are repeated, at once and then every minute while they do; by
-        default a warning of the module's logger, which Python writes to stderr.
+    timeout, seconds_per_token, longest: an attempt times out after `timeout + seconds_per_token * max_tokens * n`
+        seconds, at most `longest`.
+    silence: an attempt also ends after this many seconds without any reply of the server to any request.
+    attempts, patience: no retry after this many attempts, or this many seconds after the first failure.
+    backoff: seconds; the k-th retry waits uniform(0, min(15, backoff * 2**(k-1))), or as `Retry-After` says.
+    takeover: a server that is unreachable, or has only failed for this many seconds, is lost: its requests go to other
+        servers of the model, and one request per as many seconds tests whether it is back.
+    ended: returns why the server has ended for good, "" while it runs; such a server is lost at once.
+    on_problem: called with one line when requests fail and are retried, at once and then every minute; by default logs
+        a warning.
 
-    `counters` has the requests, repetitions and tokens so far, `problem` is the server's last failure.
+    `counters` has the requests, retries and tokens so far, `problem` the server's last failure.
     """
 
     name: str
@@ -107,16 +107,16 @@ class Client:
         self._proxy = _proxy_of(self.name, self._root)
         self.counters, self.problem = Counters(), ""
         self._failing_since: float | None = None
-        self._heard = self._trial = 0.0  # when the last good reply came; from when on a lost server is tried again
-        self._told = -math.inf  # when `on_problem` was
-        self._since: dict[asyncio.Timeout, float] = {}  # of each attempt that silence would end, when it began
+        self._heard = self._trial = 0.0  # time of the last good reply; time of the next test of a lost server
+        self._warned = -math.inf  # time of the last `on_problem`
+        self._since: dict[asyncio.Timeout, float] = {}  # start of each attempt that `silence` may end
         self._silence_timer: asyncio.TimerHandle | None = None
         self._slots = asyncio.Semaphore(self.max_in_flight)
-        self._jitter = random.Random()  # its own, so that nobody's seeded global generator moves
+        self._jitter = random.Random()  # does not touch the global generator's state
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> Self:
-        # The semaphore limits requests in flight; a second limit in the connector would only hide the queue from it.
+        # No limit in the connector: the semaphore already limits requests in flight.
         connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
         connecting = aiohttp.ClientTimeout(sock_connect=_CONNECT_SECONDS)
         self._session = aiohttp.ClientSession(connector=connector, cookie_jar=cookies, timeout=connecting)
@@ -133,7 +133,7 @@ class Client:
 
     @property
     def lost(self) -> bool:
-        """Whether it has only failed for `takeover` seconds, and is not to be tried again yet."""
+        """Whether the server is lost (see `takeover`) and not due for a test."""
         since, now = self._failing_since, time.monotonic()
         return since is not None and now - since >= self.takeover and now < self._trial
 
@@ -141,11 +141,10 @@ class Client:
         """Generate `request.n` samples, with retries. Cancelling closes the connection and frees the slot.
 
         Args:
-            others: more servers of the model; while this one is lost, or has no place free and another has, the first
-                of them that is not and has is asked.
+            others: more servers of the model, in order of preference, used while this one is lost or has no free slot.
 
         Raises:
-            CotreeError: the server refuses the request or would give the same reply again, or no attempt is left.
+            CotreeError: the server refuses the request, a retry is pointless, or no attempt is left.
         """
         servers, tries = (self, *others), _Tries(self.attempts, self.patience)
         while True:
@@ -157,20 +156,19 @@ class Client:
                 server.counters.repeats += tries.made > 0
                 seconds = server.timeout + server.seconds_per_token * request.max_tokens * request.n
                 attempt = partial(server._attempt, request, min(seconds, server.longest))
-                result = await server._repeated(attempt, tries, servers)
+                result = await server._retry(attempt, tries, servers)
             if isinstance(result, Completion):
                 return result
             if tries.over:
                 message = f"{server}: {result.reason}; fix that, then re-run the same command to resume"
                 raise RefusedError(message, result.refused) if result.refused else CotreeError(message)
 
-    async def _repeated(
+    async def _retry(
         self, attempt: Callable[[], Awaitable[T | Failure]], tries: _Tries, servers: Sequence[Client] = ()
     ) -> T | Failure:
-        """Try until something else than a failure comes, and return it.
+        """Retry until a result other than a failure, and return it.
 
-        Or return the last failure: either `tries` are over, then it says how many were made, or it is the turn of
-        another one of `servers`.
+        Returns the last failure if `tries` are used up (with their number), or if another of `servers` should try next.
         """
         tries.asked.add(self)
         while True:
@@ -180,7 +178,7 @@ class Client:
             result = await attempt()
             if isinstance(result, Failure) and (ended := self.ended()):
                 result = replace(result, reason=ended, wait=math.inf, counted=None)
-            self._note(result, started)
+            self._update_health(result, started)
             if not isinstance(result, Failure):
                 return result
             longest = min(_LONGEST_BACKOFF, self.backoff * 2 ** min(tries.made, 20))
@@ -191,16 +189,16 @@ class Client:
             tries.count(result, wait)
             if tries.over:
                 return replace(result, reason=f"{result.reason} ({tries})")
-            if time.monotonic() - self._told >= _TOLD_AGAIN_SECONDS:
-                self._told = time.monotonic()
+            if time.monotonic() - self._warned >= _TOLD_AGAIN_SECONDS:
+                self._warned = time.monotonic()
                 self.on_problem(f"{self}: {result.reason}; the request is repeated for {tries.patience:g} s at most")
             await asyncio.sleep(max(wait, 0.0))
             if lost:
                 return result
             self.counters.repeats += 1
 
-    def _note(self, result: object, started: float) -> None:
-        """Note from an attempt's result whether the server answers."""
+    def _update_health(self, result: object, started: float) -> None:
+        """Update the server's health after an attempt."""
         now = time.monotonic()
         if not isinstance(result, Failure):
             self._failing_since, self._heard = None, now
@@ -208,22 +206,22 @@ class Client:
             self.problem, self._trial = result.reason, now + max(self.takeover, result.wait)
             if self._failing_since is None:
                 self._failing_since = max(started, self._heard)
-            if result.wait > self.takeover or result.unreached:  # it asks to be left alone for longer, or is not there
+            if result.wait > self.takeover or result.unreached:  # a long Retry-After, or unreachable
                 self._failing_since = -math.inf
 
     async def find_problem(self, mode: RequestMode = "completions") -> str:
-        """Why the server cannot be asked, and the fix, in one line; "" if it is there and serves the model.
+        """Check that the server is reachable and serves the model; returns the fault and its fix in one line, or "".
 
-        Costs no tokens unless the server does not list the model: some (llama.cpp, Ollama) answer to other names too,
-        and some list none, so one token is asked for. A server that is busy or still loading is waited for as by a
-        request; one that cannot be connected to is not. What may pass without a change of the recipe makes it `lost`.
+        If the server does not list the model, one token is requested, because some (llama.cpp, Ollama) accept other
+        names and some list none. Waits for a busy or loading server as a request would, but not for one that refuses
+        connections. After a fault that may be temporary the server counts as `lost`.
 
         Args:
-            mode: how the model will be asked.
+            mode: request mode of the model.
         """
         seconds, served = 2 * _CONNECT_SECONDS, list[str]()
         tries = _Tries(self.attempts, self.patience)
-        result: object = await self._repeated(partial(self._listed_models, seconds), tries)
+        result: object = await self._retry(partial(self._listed_models, seconds), tries)
         if isinstance(result, list):
             served = result
             if self.model in served:
@@ -232,7 +230,7 @@ class Client:
             messages = () if rendered else (("user", "Hi"),)
             request = Request("Hi" if rendered else "", messages=messages, scores=mode == "pooling")
             tries = _Tries(self.attempts, self.patience)
-            result = await self._repeated(partial(self._attempt, request, seconds), tries)
+            result = await self._retry(partial(self._attempt, request, seconds), tries)
         if not isinstance(result, Failure):
             return ""
         if result.unreached or result.wait is not None:
@@ -247,7 +245,7 @@ class Client:
         return f"{self}: {result.reason}; {advice}, then run the same command again"
 
     async def _listed_models(self, seconds: float) -> list[str] | Failure:
-        """The names that the server lists, none where it has no such page."""
+        """The model names from `/v1/models`; empty if the server has no such page."""
         reply = await self._exchange("v1/models", seconds, _LISTING_BYTES)
         if isinstance(reply, Failure):
             return replace(reply, wait=None) if reply.unreached else reply
@@ -256,7 +254,7 @@ class Client:
         return self._refusal(reply, reply.status)
 
     async def _attempt(self, request: Request, seconds: float) -> Completion | Failure:
-        """Send the request once and count its tokens; raises only when cancelled."""
+        """Send the request once and count its tokens; raises only if cancelled."""
         self.counters.requests += 1
         started = time.perf_counter()
         body = request.body(self.model, self.omit, self.rename)
@@ -285,22 +283,22 @@ class Client:
         return result
 
     async def _exchange(self, path: str, seconds: float, most: int, body: bytes | None = None) -> _Reply | Failure:
-        """Post a body, or get a page, of which at most `most` bytes are read within so many seconds.
+        """Send a POST with `body`, or a GET; reads at most `most` bytes within `seconds`.
 
-        A failure is a value because the exceptions of aiohttp hold the headers and must not travel on.
+        Returns failures as values, because aiohttp's exceptions contain the headers with the key.
         """
-        # Not the session's, because aiohttp shows those to a proxy.
+        # Headers per request, because aiohttp sends the session's to a proxy too.
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         url = self._urls.get(path) or self._urls.setdefault(path, self._root / path)
         send = partial(self._session.request, "GET" if body is None else "POST", url, data=body)
-        # One timer for the whole attempt: aiohttp's own costs more, and cannot be ended early.
+        # One timer per attempt: aiohttp's own costs more, and cannot be ended early.
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
-                self._watch_for_silence(limit)
-                # A redirected POST would become a GET, and the key would go wherever it points.
+                self._end_if_silent(limit)
+                # No redirects: POST would become GET, and the key would be sent to the target.
                 async with send(headers=headers, proxy=self._proxy, allow_redirects=False) as reply:
                     try:
                         await reply.content.readexactly(most + 1)
@@ -317,17 +315,17 @@ class Client:
         finally:
             self._since.pop(limit, None)
 
-    def _watch_for_silence(self, attempt: asyncio.Timeout) -> None:
-        """End the attempt, too, when the server has answered nothing for `silence` seconds."""
+    def _end_if_silent(self, attempt: asyncio.Timeout) -> None:
+        """End the attempt after `silence` seconds without any reply of the server."""
         if self.silence is not None:
             self._since[attempt] = time.monotonic()
             if self._silence_timer is None:
                 self._end_silent_attempts()
 
     def _end_silent_attempts(self) -> None:
-        """End the attempts that have seen nothing but silence, and look again when the next of them may have.
+        """End attempts older than `silence` if no reply came since, and schedule the next check.
 
-        One timer a server: moving a timer of every attempt at every reply would cost more than the reply.
+        One timer per server: rescheduling a timer per attempt at every reply would cost more than the reply.
         """
         assert self.silence is not None
         now, self._silence_timer = time.monotonic(), None
@@ -340,19 +338,19 @@ class Client:
             self._silence_timer = asyncio.get_running_loop().call_later(wait, self._end_silent_attempts)
 
     def _count_prompt(self, request: Request) -> None:
-        """Count the prompt of an attempt that the server may have worked on, but whose tokens it will not report."""
+        """Count the prompt tokens of an attempt that the server may have processed without reporting usage."""
         self.counters.prompt_tokens += self.count_tokens(request.prompt_text())
 
     def _excerpt(self, reply: _Reply) -> str:
-        """The first 300 characters of what a server says in place of a completion, in one line."""
+        """The first 300 characters of an error reply in one line, with the key masked."""
         text = error_message(reply.content)
-        return (text.replace(self.api_key, "***") if self.api_key else text)[:300]  # servers like to quote it
+        return (text.replace(self.api_key, "***") if self.api_key else text)[:300]  # some servers quote it
 
     def _refusal(self, reply: _Reply, status: int) -> Failure:
-        """An error reply in one line: the status, the server's message, the fix.
+        """A failure from an error reply: status, the server's message and the fix in one line.
 
         Args:
-            status: what the reply means, which decides whether it is worth another attempt.
+            status: from `error_status`; decides about a retry.
         """
         text = self._excerpt(reply)
         fix = {401: ": check the API key", 403: ": check the API key", 404: ": check `url`, `model` and `mode`"}
@@ -364,7 +362,7 @@ class Client:
 
 
 class _Reply(NamedTuple):
-    """What came back from a server. retry_after: the header."""
+    """A server's HTTP reply. retry_after: the header."""
 
     status: int
     content: bytes
@@ -373,9 +371,9 @@ class _Reply(NamedTuple):
 
 @dataclass
 class _Tries:
-    """How often one request was tried, at all its servers, and whether it may be again.
+    """The retry budget of one request over all its servers.
 
-    attempts, patience: as of `Client`. made, paid: tries that failed; those of them that cost tokens. asked: servers.
+    attempts, patience: as in `Client`. made: failed attempts. paid: those that cost tokens. asked: servers tried.
     """
 
     attempts: int
@@ -387,7 +385,7 @@ class _Tries:
     asked: set[Client] = field(default_factory=set)
 
     def count(self, failure: Failure, wait: float) -> None:
-        """Count a failed try; the next one would be made after `wait` seconds."""
+        """Count a failed attempt; the next one would start after `wait` seconds."""
         now = time.monotonic()
         self.made, self.paid = self.made + 1, self.paid + (failure.counted is not None)
         self.deadline = min(self.deadline, now + self.patience)
@@ -400,9 +398,9 @@ class _Tries:
 
 
 def _proxy_of(name: str, root: URL) -> URL | None:
-    """The proxy for a server by the usual environment variables, None for one on this machine.
+    """The proxy for a server from the usual environment variables; None for localhost.
 
-    Not aiohttp's `trust_env`, which also reads passwords from ~/.netrc.
+    aiohttp's `trust_env` is not used, because it also reads passwords from ~/.netrc.
     """
     host = (root.host or "").rstrip(".")
     with suppress(ValueError):
@@ -424,7 +422,7 @@ def _proxy_of(name: str, root: URL) -> URL | None:
 
 
 def _root_url(name: str, url: str) -> URL:
-    """The server's root URL; one with a password or a query is refused, because recipes are copied into run folders."""
+    """Parse a server's root URL; UsageError for a password or query, because recipes are copied into run folders."""
     try:
         base = URL(url.strip())
     except ValueError:
@@ -438,7 +436,7 @@ def _root_url(name: str, url: str) -> URL:
 
 
 def _connection_failure(error: Exception) -> Failure:
-    """Why there is no reply; another attempt is of no use where TLS is not trusted or a proxy refuses for good."""
+    """The failure of a connection error; no retry for an untrusted TLS certificate or a proxy's permanent refusal."""
     if isinstance(error, aiohttp.ClientSSLError):
         return Failure(f"no trusted TLS connection ({one_line(str(error))})", wait=None)
     if isinstance(error, aiohttp.ClientHttpProxyError):
@@ -451,13 +449,13 @@ def _connection_failure(error: Exception) -> Failure:
 
 
 def _wait_after(status: int, retry_after: str | None) -> float | None:
-    """The least seconds until a refusal may have passed, None for one that will be the same again."""
+    """Minimum seconds before retrying an HTTP error; None if a retry is pointless."""
     passes = status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
     return _retry_after(retry_after) if passes else None
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds that a `Retry-After` header asks for (a number or an HTTP date), 0 without a readable one."""
+    """Seconds from a `Retry-After` header (a number or an HTTP date); 0 if missing or invalid."""
     with suppress(ValueError):
         return max(0.0, float(value or 0))
     with suppress(ValueError, OverflowError):

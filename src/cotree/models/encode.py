@@ -1,11 +1,10 @@
-"""Conversations as prompts and rows of messages as token ids, through a model's chat template.
+"""Render conversations to prompts and tokenize dataset rows with a model's chat template.
 
-Invariant: the ids of a chain are the template's rendering of the whole conversation, tokenised in one piece, and the
-ids of its prompt are what a server reads before it generates. Nothing is ever cut: a row that is too long is left out
-and counted. What is scored is the row's own words: where a template for reasoning shows a reply in other words (Qwen3
-adds an empty think block, DeepSeek-R1 drops the reasoning), the prompt is followed by the reply as it is written; any
-other row that a template would change is none. Imports neither torch nor transformers, so that datasets can count
-tokens as the trainer will.
+Invariant: a chain's token ids are those of the whole rendered conversation, tokenized in one piece, and its prompt's
+ids are what a server reads before it generates. Rows are never truncated: longer ones are left out and counted. The
+scored tokens spell exactly the row's completion: if a reasoning template changes the reply (Qwen3 adds an empty think
+block, DeepSeek-R1 drops the reasoning), the unchanged reply follows the rendered prompt; other rows that a template
+changes are rejected. Imports neither torch nor transformers, so that datasets can count tokens as the trainer does.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Sequence[dict[str, str]]  # messages: a role and a content each
-# The date in every prompt whose template prints today's: Llama 3.2's own where it does not know the day. A macro takes
-# the place of transformers' `strftime_now`, because a function that is passed to a template becomes a text.
+# A fixed date for templates that print today's: Llama 3.2's default. Defined as a macro that replaces transformers'
+# `strftime_now`, because a function passed to a template would be rendered as text.
 _TODAY = datetime(2024, 7, 26)
 _DATE_PARTS = {part: _TODAY.strftime(part) for flag in ("%", "%-") for part in map(flag.__add__, ascii_letters)}
 _FIXED_DATE = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
 {% for part, value in date_parts.items() %}{% set date.text = date.text | replace(part, value) %}{% endfor %}
 {{ date.text }}{% endmacro %}
 """
-# What opens or ends a turn under the chat templates of others: in a text it is a turn that leaked, whoever the student.
+# Turn markers of common chat templates: in a text they are leaked turn boundaries, whatever the student's template.
 _TURN_TOKENS = {
     "ChatML: Qwen, SmolLM, Yi": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     "Llama 3 headers": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -50,7 +49,7 @@ _TURN_TOKENS = {
 
 
 class _TokenCounts:
-    """How long the sequences of an encoded row are."""
+    """Token counts of an encoded row."""
 
     @property
     def sequences(self) -> tuple[list[int], ...]:
@@ -59,18 +58,18 @@ class _TokenCounts:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all sequences, as training without packing computes them."""
+        """Total tokens of all sequences, as computed without prefix sharing."""
         return sum(map(len, self.sequences))
 
     @property
     def longest_sequence(self) -> int:
-        """Number of tokens of the longest sequence, which a token limit is about."""
+        """Tokens of the longest sequence, to compare with `max_tokens`."""
         return max(map(len, self.sequences))
 
 
 @dataclass(frozen=True)
 class EncodedChain(_TokenCounts):
-    """An SFT row as token ids: the prompt up to where the assistant begins, the completion through end of turn."""
+    """An SFT row as token ids: the prompt up to the assistant's turn, the completion through the end-of-turn token."""
 
     prompt: list[int]
     completion: list[int]
@@ -83,11 +82,11 @@ class EncodedChain(_TokenCounts):
 
 @dataclass(frozen=True)
 class EncodedPair(_TokenCounts):
-    """A DPO row as token ids: a preferred and a rejected completion of one prompt.
+    """A DPO row as token ids: a chosen and a rejected completion of one prompt.
 
-    prefix: how many tokens the completions share at their start.
-    reference: the reference model's log-probabilities of chosen and rejected that the margin subtracts, in nats; 0
-        where there is none.
+    prefix: tokens in the completions' common prefix.
+    reference: the reference model's log-probabilities of chosen and rejected in nats, subtracted in the margin; 0
+        without a reference model.
     """
 
     prompt: list[int]
@@ -107,18 +106,18 @@ EncodedRow = TypeVar("EncodedRow", bound=EncodedChain | EncodedPair)
 
 @dataclass(frozen=True)
 class Encoded(Generic[EncodedRow]):
-    """The rows that fit, in order, and how many were left out because they are over the token limit."""
+    """The rows within `max_tokens`, in order, and the number of longer ones left out."""
 
     rows: list[EncodedRow]
     too_long: int
 
 
 class RowError(UsageError):
-    """A row that cannot be trained on under this chat template, in one line; the other rows can.
+    """A row that this chat template cannot represent; other rows are not affected.
 
     Attributes:
-        reason: `template_refuses` (it cannot render the row), `template_changes` (words would be lost or added) or
-            `special_tokens` (a text names one).
+        reason: `template_refuses` (rendering fails), `template_changes` (text would be lost or added) or
+            `special_tokens` (a text contains one).
     """
 
     def __init__(self, reason: str, fault: str) -> None:
@@ -127,10 +126,10 @@ class RowError(UsageError):
 
 
 def encode_chains(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Turns, Turns]]) -> list[EncodedChain]:
-    """Encode as `encode_each`, where every row must be one that can be trained on.
+    """Encode as `encode_each`, but raise for the first invalid row.
 
     Raises:
-        RowError: one is not; the message names it.
+        RowError: the first invalid row; the message names it.
         UsageError: as `encode_each`.
     """
     chains = []
@@ -144,16 +143,15 @@ def encode_chains(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Turn
 def encode_each(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple[Turns, Turns]]
 ) -> list[EncodedChain | RowError]:
-    """Encode pairs of (prompt messages, completion messages) as the trainer will see them.
+    """Encode (prompt messages, completion messages) for training.
 
-    A completion is one assistant message. Its ids end with the token that ends the turn; what a template adds after it
-    (SmolLM2 and Qwen add a newline) is left out, because generation stops there: a student never writes those tokens,
-    and a loss over them would look better than it is.
+    A completion is one assistant message. Its ids end with the end-of-turn token; anything that the template adds after
+    it (SmolLM2 and Qwen: a newline) is dropped, because a student never generates it and it would flatter the loss.
 
     Returns:
-        In place of a chain what is wrong with it: the template cannot render it; the prompt's tokens are not a prefix
-        of the whole conversation's (the template rewrites earlier turns, or a merge crosses the boundary); a question
-        is not in the prompt as it is written, or the scored tokens are other words than the completion's.
+        Per row a chain or an error: the template cannot render it; the prompt's tokens are not a prefix of the
+        conversation's (the template rewrites earlier turns, or a token spans the boundary); a question is changed in
+        the prompt, or the scored tokens do not spell the completion.
 
     Raises:
         UsageError: a completion is not one assistant message, or the template does not end an assistant turn with a
@@ -162,7 +160,7 @@ def encode_each(
     for index, (_, completion) in enumerate(chats):
         if len(completion) != 1 or completion[0].get("role") != "assistant":
             raise UsageError(f"row {index}: a completion must be one assistant message")
-    # The chains of a tree have one prompt: it is rendered and tokenised once.
+    # All chains of a tree have the same prompt: render and tokenize it once.
     distinct = {json.dumps(prompt): prompt for prompt, _ in chats}
     prompts = {
         key: _rendered_or_fault(tokenizer, prompt, add_generation_prompt=True) for key, prompt in distinct.items()
@@ -193,7 +191,7 @@ def encode_each(
             fix = "take an instruct model whose template has an end-of-turn token"
             raise UsageError(f"{fault}: the student could not learn to stop; {fix}")
         own, fault = completion_ids[:end], "nothing of it is scored"
-        while fault and own and own[-1] in special:  # a turn may end with several of them
+        while fault and own and own[-1] in special:  # a turn may end with several special tokens
             own = own[:-1]
             scored = tokenizer.decode(own, clean_up_tokenization_spaces=False)
             fault = _change(prompt, asked, answer[0]["content"], scored)
@@ -202,7 +200,7 @@ def encode_each(
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a template that lays out reasoning prints after a reply; nothing for any other template."""
+    """The text that a reasoning template adds after a reply; "" for other templates."""
     if "</think>" not in str(tokenizer.chat_template):
         return ""
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
@@ -211,11 +209,11 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _whole(tokenizer: PreTrainedTokenizerBase, turns: Turns, asked: str | RowError, ending: str) -> str | RowError:
-    """A rendered conversation that ends with a reply; where the template shows this in other words than the student is
-    asked to write, the prompt and the reply as it is written.
+    """Render a conversation that ends with a reply; if a reasoning template changes the reply, return the rendered
+    prompt followed by the unchanged reply.
 
     Args:
-        asked: the rendered prompt. ending: of a turn, under a template that lays out reasoning.
+        asked: the rendered prompt. ending: from `_end_of_turn`.
     """
     whole, reply = _rendered_or_fault(tokenizer, turns, add_generation_prompt=False), turns[-1]["content"].strip()
     if not ending or not isinstance(asked, str) or not isinstance(whole, str):
@@ -234,12 +232,12 @@ def _changed(fault: str) -> RowError:
 
 
 def _change(prompt: Turns, asked: str, completion: str, scored: str) -> str:
-    """What the chat template changes of a row, or nothing; white space around the whole and around think tags is free.
+    """Describe what the chat template changes in a row, or ""; ignores white space at the ends and around think tags.
 
-    Earlier replies may lose their reasoning, as they do where the student is asked (`shortens_replies`).
+    Earlier replies may lose their reasoning, as they do in evaluation (`shortens_replies`).
 
     Args:
-        asked: the rendered prompt. scored: the words that training scores, without the end of turn.
+        asked: the rendered prompt. scored: the text that training scores, without the end of turn.
     """
     for message in prompt:
         answer = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
@@ -254,28 +252,28 @@ def _change(prompt: Turns, asked: str, completion: str, scored: str) -> str:
 
 
 def _has_words(asked: str, completion: str, scored: str) -> bool:
-    """Whether what is scored after a rendered prompt, which may have opened the thinking, is the completion."""
+    """Whether the scored text equals the completion; the rendered prompt may have opened the thinking."""
     written, trained = _words(completion), _words(scored)
     return trained == written or (asked.rstrip().endswith("<think>") and f"<think>{trained}" == written)
 
 
 def _words(text: str) -> str:
-    """A text as it is compared: many tokenizers compose its characters, and templates lay out the thinking."""
+    """Normalize a text for comparison: Unicode composition, and white space around think tags."""
     return re.sub(r"\s*(</?think>)\s*", r"\1", normalize("NFC", text).strip())
 
 
 def encode_sft(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_tokens: int) -> Encoded[EncodedChain]:
-    """Encode SFT rows (`prompt`, `completion`: messages), leaving out those over `max_tokens`."""
+    """Encode SFT rows (`prompt`, `completion`: messages), leaving out those longer than `max_tokens`."""
     return _within(encode_chains(tokenizer, [(row["prompt"], row["completion"]) for row in rows]), max_tokens)
 
 
 def encode_dpo(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_tokens: int) -> Encoded[EncodedPair]:
     """Encode DPO rows (`prompt`, `chosen`, `rejected`: messages), leaving out those with a side over `max_tokens`.
 
-    A row with `rejected_finished: false` has a rejected completion that was cut off: it gets no end of turn.
+    The rejected side gets no end of turn if `rejected_finished` is false (it was cut off).
 
     Raises:
-        UsageError: as `encode_chains`; and if rejected is chosen, or only its beginning.
+        UsageError: as `encode_chains`; and if rejected equals chosen or is its prefix.
     """
     rows = list(rows)
     chosen = encode_chains(tokenizer, [(row["prompt"], row["chosen"]) for row in rows])
@@ -292,7 +290,7 @@ def encode_dpo(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_toke
 
 
 def shortens_replies(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> bool:
-    """Whether the chat template leaves words of earlier replies out of a prompt, as many do with the reasoning."""
+    """Whether the chat template drops text of earlier replies from a prompt, as many drop the reasoning."""
     replies = [_words(message["content"]) for message in prompt if message["role"] == "assistant"]
     if not replies:
         return False
@@ -301,18 +299,18 @@ def shortens_replies(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> bool:
 
 
 def unfinished_turn(chain: EncodedChain) -> EncodedChain:
-    """The chain without the token that ends the turn, as a model leaves it when max_tokens cuts it off."""
+    """The chain without its end-of-turn token, as when max_tokens cuts it off."""
     return EncodedChain(chain.prompt, chain.completion[:-1])
 
 
 def prefix_tokens(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """The number of tokens (or letters) that two completions share at their start."""
+    """The length of the common prefix of two sequences of tokens (or characters)."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
 
 
 def special_words(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
-    """A pattern of the names that no text may have: those of this tokenizer's special tokens, which it would read as
-    the tokens themselves, and of what opens or ends a turn under the templates of others (these alone for None)."""
+    """A pattern for texts that must not be in a row: this tokenizer's special tokens, which would be tokenized as such,
+    and turn markers of common chat templates (only these for None)."""
     own = () if tokenizer is None else tokenizer.added_tokens_decoder.values()
     names = [name for names in _TURN_TOKENS.values() for name in names]
     names += [token.content for token in own if token.special and token.content]
@@ -320,10 +318,9 @@ def special_words(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides how messages become tokens: chat template and what it renders a sample conversation to,
-    special tokens, the ids of a sample text.
+    """A hash of how messages become tokens: chat template, a rendered sample, special tokens, ids of a sample text.
 
-    Rows that were selected by token counts under one tokenizer must not be trained under another: their hashes differ.
+    Used to refuse training on rows that were selected by another tokenizer's token counts.
     """
     sample = "It's 1,024 \\boxed{-3.5}\n\n  12 naïve 日本 Wait! x_1 = \t7"
     template, special = tokenizer.chat_template, (tokenizer.eos_token, tokenizer.bos_token)
@@ -336,10 +333,9 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """Render a conversation as text that ends where the assistant's turn begins.
+    """Render a conversation up to the start of the assistant's turn.
 
-    A begin-of-sequence token that the server will add by itself is left out: two of them would be another prompt. A
-    base model, whose tokenizer has no chat template, reads plain turns:
+    Without the begin-of-sequence token if the server adds it. A base model (no chat template) gets plain turns:
 
         Question: What is 1 + 2?
         Answer:
@@ -351,7 +347,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
     Raises:
         UsageError: the chat template refuses the conversation.
     """
-    if not tokenizer.chat_template:  # an answer begins on a line of its own, as every thought does
+    if not tokenizer.chat_template:  # answers start on a new line, like thoughts
         turns = ((message["role"], message["content"].strip()) for message in messages)
         return "".join(f"Question: {text}\nAnswer:\n" if role == "user" else f"{text}\n\n" for role, text in turns)
     text = _render(tokenizer, messages, add_generation_prompt=True)
@@ -373,7 +369,7 @@ def _render(
         options |= {"chat_template": _FIXED_DATE + template, "date_parts": _DATE_PARTS}
     try:
         text = tokenizer.apply_chat_template(turns, **options)
-    except (TemplateError, ValueError, TypeError, LookupError) as error:  # a template can do what any program can
+    except (TemplateError, ValueError, TypeError, LookupError) as error:  # templates are programs and raise anything
         roles = ", ".join(turn["role"] for turn in turns)
         fault = f"the chat template cannot render a conversation of {roles}: {error}"
         raise UsageError(f"{fault}; use another `tokenizer` or student") from error

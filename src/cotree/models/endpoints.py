@@ -1,8 +1,7 @@
-"""The models of a recipe as open endpoints: weights served by llama.cpp in this process or by vLLM in processes of its
-own, others reached over HTTP.
+"""Open a recipe's models as endpoints: llama.cpp in this process, vLLM subprocesses, or HTTP servers.
 
-Whoever asks for a completion sees only an `Endpoint`. A question stays with one server of a model, so that its prompts
-stay in that server's cache; while that server is lost, or full while another is not, others stand in.
+Callers see only an `Endpoint`. A question sticks to one server of a model, for its prefix cache; other servers take
+over while that one is lost, or full while they are not.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ModelKind = Literal["base", "chat", "reasoning"]
-# Seconds. llama.cpp under load can take minutes for a batch, and a call that is only slow must not be made twice.
+# Seconds. llama.cpp under load can take minutes for a batch, and slow requests must not be repeated.
 _SERVER_TIMEOUT, _LLAMA_CPP_TIMEOUT = 60.0, 600.0
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An open model.
+    """An open model that completes requests.
 
-    name: in the recipe. clients: one for each of its servers. tokenizer: renders its prompts, None where the servers
-    do. identity: `identity_text` of the model, a part of the key of every journalled completion.
+    name: in the recipe. clients: one per server. tokenizer: renders prompts; None if the servers do. identity:
+    `identity_text` of the model, part of the journal key of every completion.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Endpoint:
     price: Price | None = None
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
-        """A conversation up to where the assistant begins to write."""
+        """Render a conversation up to the start of the assistant's turn."""
         if self.tokenizer is None:
             return Prompt("", tuple((message["role"], message["content"]) for message in messages))
         text = render_prompt(self.tokenizer, messages)
@@ -62,7 +61,7 @@ class Endpoint:
 
     @property
     def kind(self) -> ModelKind:
-        """`base` has no chat template; the template of a `reasoning` model lays out its thinking; others are `chat`."""
+        """`base` without a chat template, `reasoning` if the template handles thinking, else `chat`."""
         if self.tokenizer is None:
             return "chat"
         template = str(self.tokenizer.chat_template or "")
@@ -70,13 +69,13 @@ class Endpoint:
 
     @property
     def turn_stops(self) -> tuple[str, ...]:
-        """What ends a turn beside the model's own token; a base model has none, and would ask itself a question."""
+        """Extra stop strings that end a turn: for base models, which have no end-of-turn token, the next question."""
         return ("\nQuestion:",) if self.kind == "base" else ()
 
     def servers_for(self, question: str) -> list[Client]:
-        """The server that a question stays with, then those that stand in for it in this order.
+        """The servers in order of preference for a question, by rendezvous hashing.
 
-        By rendezvous hashing: another server takes over only its own share.
+        So adding a server moves only its share of the questions.
         """
 
         def rank(client: Client) -> bytes:
@@ -85,7 +84,7 @@ class Endpoint:
         return sorted(self.clients, key=rank, reverse=True)
 
     async def complete(self, request: Request, question: str) -> Completion:
-        """Ask the server that the question stays with, or the one that stands in for it while it is lost or full.
+        """Complete a request at the question's preferred server, or the next one while it is lost or full.
 
         Raises:
             CotreeError: as `Client.complete`.
@@ -95,14 +94,14 @@ class Endpoint:
 
     @property
     def lost(self) -> list[str]:
-        """The servers in whose place others are asked now, each with the reason."""
+        """The lost servers, each with the reason."""
         lost = [client for client in self.clients if client.lost and len(self.clients) > 1]
-        # A request that fails as its server dies only says that the connection broke: ask again why.
+        # A request that fails while its server dies only reports a broken connection, so get the reason here.
         return [f"{client}: {client.ended() or client.problem}" for client in lost]
 
     @property
     def cost(self) -> float | None:
-        """What the tokens of all its servers cost so far, in the price's currency; None without a price."""
+        """The cost of all tokens so far, in the price's currency; None without a price."""
         return None if self.price is None else sum(client.counters.cost(self.price) for client in self.clients)
 
 
@@ -115,18 +114,18 @@ async def open_endpoints(
     all_ready: bool = False,
     logs: Path | None = None,
 ) -> AsyncIterator[dict[str, Endpoint]]:
-    """Start or reach every model; when this yields, each has a server that is ready.
+    """Start or connect to every model; yields when each has a ready server.
 
     Args:
-        widest: the most samples that one request will ask for; llama.cpp needs a slot for each.
-        attempts: how often a request is sent before it fails.
-        all_ready: whether every server of a model must be; else others stand in for those that do not answer.
-        logs: the folder for the logs of vLLM's servers, by default a new one in the system's folder for such files.
+        widest: the largest `n` of a request; llama.cpp needs a slot for each sample.
+        attempts: maximum attempts per request.
+        all_ready: require all servers of each model; else one is enough.
+        logs: folder for vLLM's logs; by default a new temporary folder.
 
     Raises:
-        UsageError: a model is missing, its servers do not answer or one has a fault that no wait mends (all that are
-            not ready are named), or an API key is not in the environment.
-        CotreeError: a server of vLLM does not become ready.
+        UsageError: a model is missing, no server of it answers, a server has a permanent fault (names all that are not
+            ready), or an API key is not in the environment.
+        CotreeError: a vLLM server does not become ready.
     """
     in_vllm = [name for name, model in models.items() if model.weights is not None and engine_of(model) == "vllm"]
     gpus = vllm.share_gpus({name: vllm.gpus_of_a_server(models[name].engine_args) for name in in_vllm})
@@ -177,7 +176,7 @@ async def open_endpoints(
 def _serve_in_vllm(
     name: str, model: Model, gpus: Sequence[tuple[str, ...]], logs: Path | None
 ) -> AbstractAsyncContextManager[list[vllm.Server]]:
-    """A model's weights, looked at for damage, in a server of vLLM for each entry of `gpus`."""
+    """Check a model's weights for damage and serve them with one vLLM server per entry of `gpus`."""
     folder = locate(str(model.weights))
     check_weights(folder)
     logs = logs or Path(tempfile.mkdtemp(prefix="cotree-vllm-"))
@@ -185,9 +184,9 @@ def _serve_in_vllm(
 
 
 async def check_servers(models: Mapping[str, Model]) -> list[str]:
-    """Ask every server whether it is ready, and read every model's tokenizer; no weights are loaded.
+    """Check that every server is ready and every tokenizer loads; loads no weights.
 
-    Returns the servers that do not answer while others of their model do, in words.
+    Returns a line for each server that does not answer while others of its model do.
 
     Raises:
         UsageError: as `open_endpoints`, or a tokenizer is missing.
@@ -202,7 +201,7 @@ async def check_servers(models: Mapping[str, Model]) -> list[str]:
 
 
 def _variable(name: str) -> str:
-    """The name of a variable for a message, unless it looks like a key that was given in its place."""
+    """The name of an environment variable for a message, hidden if it looks like a key given by mistake."""
     looks_like_key = len(name) > 40 or re.search("[a-z]", name) or (re.search("[0-9]", name) and "_" not in name)
     return "that `api_key_env` (--api-key-env) names" if looks_like_key else name
 

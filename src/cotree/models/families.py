@@ -1,7 +1,7 @@
-"""The supported model families: their names in transformers and GGUF, for models and for tensors.
+"""Supported model families, and the names of models and tensors in transformers and GGUF.
 
-Invariant: a family is here only if training, GGUF -> transformers and transformers -> GGUF are all tested for it;
-everything else is refused by name. Imports no torch.
+Invariant: a family is listed only if training, GGUF -> transformers and transformers -> GGUF are tested for it; others
+are refused by name. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# What every layer of every family has.
+# Tensors in every layer of every family.
 MATRICES_AND_NORMS = sorted(set(_LAYER.values()) - {"attn_q_norm", "attn_k_norm"})
 _OUTER_BACK = {gguf: name for name, gguf in _OUTER.items()}
 _LAYER_BACK = {gguf: name for name, gguf in _LAYER.items()}
@@ -38,11 +38,11 @@ _LAYER_BACK = {gguf: name for name, gguf in _LAYER.items()}
 
 @dataclass(frozen=True)
 class Family:
-    """A family as transformers and llama.cpp know it.
+    """A model family in transformers and llama.cpp.
 
-    architecture: the class in transformers, as `config.json` states it. gguf: the architecture's name in GGUF.
-    rotates_pairs: whether llama.cpp rotates neighbouring dimensions where transformers rotates halves, so that the rows
-        of q_proj and k_proj have another order in GGUF.
+    architecture: the transformers class in `config.json`. gguf: the architecture's name in GGUF.
+    rotates_pairs: RoPE rotates adjacent dimensions in llama.cpp but halves in transformers, so the rows of q_proj and
+        k_proj are permuted in GGUF.
     """
 
     architecture: str
@@ -60,19 +60,19 @@ FAMILIES = {
 
 
 def read_config(source: str | Path, fault: str) -> Any:
-    """The transformers config of a folder or a hub id, of whatever family.
+    """Read the transformers config of a folder or hub id, of any family.
 
     Args:
-        fault: begins the error: "cannot load the student X".
+        fault: start of the error message: "cannot load the student X".
 
     Raises:
-        UsageError: there is none, or it cannot be read.
+        UsageError: missing or unreadable.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    except Exception as error:  # transformers checks a config with errors of many types
+    except Exception as error:  # transformers raises many types for an invalid config
         raise UsageError(f"{fault}: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -80,10 +80,10 @@ def supported_family(config: Any, cannot: str) -> Family:
     """The family of a transformers config.
 
     Args:
-        cannot: begins the error: "cannot train".
+        cannot: start of the error message: "cannot train".
 
     Raises:
-        UsageError: the model is of no supported family, or has layers that see a window of the text only.
+        UsageError: unsupported family, or sliding-window attention.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -100,7 +100,7 @@ def gguf_name(name: str) -> str:
     """A tensor's name in GGUF: `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
 
     Raises:
-        KeyError: no family has such a tensor.
+        KeyError: unknown tensor.
     """
     stem, _, kind = name.rpartition(".")
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
@@ -115,7 +115,7 @@ def transformers_name(name: str) -> str:
 
 
 def to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection (heads * head_dim, ...) from transformers' rotary order to llama.cpp's."""
+    """Permute rows of a q or k projection (heads * head_dim, ...) from transformers' RoPE order to llama.cpp's."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -127,13 +127,13 @@ def to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
 def reordered(
     values: np.ndarray, name: str, config: Mapping[str, Any], order: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
-    """The values of a tensor in GGUF's or transformers' rotary order, where the two differ for it.
+    """Convert a tensor to GGUF's or transformers' RoPE order, if it is a q or k projection that differs.
 
     Args:
         values: of the whole tensor.
         name: of the tensor in transformers.
         config: the model's `config.json`.
-        order: `to_pairs` for GGUF's order, `to_halves` for that of transformers.
+        order: `to_pairs` for GGUF, `to_halves` for transformers.
     """
     if not FAMILIES[config["model_type"]].rotates_pairs:
         return values

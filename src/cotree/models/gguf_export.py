@@ -1,8 +1,8 @@
-"""Write a transformers folder as GGUF, with its own config and tokenizer: one engine serves teacher and student.
+"""Convert a transformers folder to GGUF with its own config and tokenizer, so one engine serves teacher and student.
 
-Invariant: llama.cpp cuts text with the written vocabulary as the folder's tokenizer does. A tokenizer for which that is
-not so (SentencePiece's, one that splits text in a way that llama.cpp has no name for) is refused by name, and so is a
-config of which llama.cpp would compute another model. The tensors are exactly the folder's. Imports no torch.
+Invariant: llama.cpp tokenizes with the written vocabulary exactly as the folder's tokenizer. Tokenizers for which this
+fails (SentencePiece, pre-tokenizers unknown to llama.cpp) and configs that llama.cpp would compute differently are
+refused by name. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from cotree.models.tokenizer import SPLITS, load_tokenizer, tokenizer_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# By what Llama 3 divides the frequencies of its positions: constants, not weights.
+# Llama 3's RoPE frequency factors: constants, not weights.
 _CONSTANTS = "rope_freqs.weight"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-# Texts that tokenizers cut in different ways: digits, spaces, line ends, contractions, scripts, signs and marks.
+# Texts that tell pre-tokenizers apart: digits, spaces, line ends, contractions, scripts, symbols and marks.
 HARD_TEXTS = (
     "Tom has 12 apples, 1,024 pears and 3.14 pies.\n\nIt's 17  minus 10\t\t= 7 \r\n \n  x",
     "I'LL we've THEY'RE he'd O'Neil's ''quoted'' \"it's\"",
@@ -84,7 +84,7 @@ def export_gguf(model: Path, out: Path, kind: GGUFType) -> Path:
 
 
 def _lacking(there: Collection[str], layers: int, *, tied: bool) -> set[str]:
-    """The tensors that a model of so many layers lacks: matrices and norms, and in every layer what the first has."""
+    """The names of missing tensors: matrices and norms, and in each layer those that the first has."""
     of_layer = {name.partition("blk.0.")[2] for name in there if name.startswith("blk.0.")}
     of_layer |= {f"{stem}.weight" for stem in MATRICES_AND_NORMS}
     wanted = {"token_embd.weight", "output_norm.weight"} | (set() if tied else {"output.weight"})
@@ -93,14 +93,14 @@ def _lacking(there: Collection[str], layers: int, *, tied: bool) -> set[str]:
 
 
 def header_of(folder: Path, config: Any, rows: int) -> dict[str, Any]:
-    """The metadata of a transformers folder: key -> a number, a bool, a string, or a list of these.
+    """GGUF metadata of a transformers folder: {key: number, bool, string, or list of these}.
 
     Args:
         config: the folder's transformers config.
-        rows: of its embeddings.
+        rows: of its embedding matrix.
 
     Raises:
-        UsageError: its config or its tokenizer cannot be said exactly.
+        UsageError: config or tokenizer cannot be represented exactly.
     """
     return _architecture(folder, config, rows) | _vocabulary(load_tokenizer(folder, chats=False), folder, rows)
 
@@ -132,7 +132,7 @@ def _architecture(folder: Path, config: Any, rows: int) -> dict[str, Any]:
 
 
 def _rotary(rope: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """How positions are rotated; factors of Llama 3 are a tensor (`rope_factors`)."""
+    """RoPE metadata; Llama 3's frequency factors are a tensor (`rope_factors`)."""
     fields: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     kind = rope.get("rope_type", "default")
     if kind in ("default", "llama3"):
@@ -149,7 +149,7 @@ def _rotary(rope: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
-    """By what llama.cpp divides each frequency of Llama 3's rotary positions; None for models of another kind."""
+    """The divisor of each RoPE frequency in Llama 3, (head_dim / 2,); None for other models."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
@@ -198,12 +198,12 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> 
 
 
 def _split_of(tokenizer: Any, values: Mapping[str, Any], folder: Path, ignore_merges: bool) -> str:
-    """llama.cpp's name for how a tokenizer splits text before it merges.
+    """llama.cpp's name of a tokenizer's pre-tokenizer.
 
-    Text in a decomposed form is left aside: Qwen composes it first, and llama.cpp does so for no model.
+    Ignores decomposed Unicode: Qwen composes it first, llama.cpp never does.
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    # Words of the whole vocabulary side by side, as no text has them, show differences that the texts above do not.
+    # Joined words of the whole vocabulary reveal differences that the sample texts do not.
     words = [tokenizer.decode(range(start, len(tokenizer), 97), skip_special_tokens=True) for start in range(8)]
     texts = [*HARD_TEXTS, *(normalize("NFC", text) for text in words), *(f"a {token} b{token}c" for token in added)]
 

@@ -1,8 +1,8 @@
 """Read and write GGUF files, and read the tensors of a transformers folder.
 
-Invariant: metadata that nobody changes is copied byte for byte. The `gguf` package's reader keeps no such bytes and
-takes two seconds for a header of 100,000 strings, which are read in a tenth of a second here; its block formats are
-used. Nothing here needs torch, which whoever only serves a model need not have.
+Invariant: unchanged metadata is copied byte for byte. The `gguf` package's reader does not keep the bytes and takes two
+seconds for a header of 100,000 strings (here 0.1 s), so only its block formats are used. Imports no torch, which
+serving does not need.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cotree.models.settings import GGUFType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-# The number that `general.file_type` gives a type of the matrices.
+# {type of the matrices: `general.file_type`}
 FILE_TYPES: dict[GGUFType, int] = {"F32": 0, "F16": 1, "Q8_0": 7}
-# numpy knows no BF16, which is the upper half of a float32.
+# numpy has no BF16 (the upper half of a float32), so it is read as uint16.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -40,11 +40,10 @@ class GGUFTensor:
 class GGUF:
     """The header of a GGUF file: metadata and `tensors` by name.
 
-    values: key -> a number, a bool, a string, or a list of these. fields: key -> the same as the file has it, encoded
-    with its type first.
+    values: {key: number, bool, string, or list of these}. fields: {key: the raw bytes, type first}.
 
     Raises:
-        UsageError: the file is missing or is no GGUF of version 2 or 3.
+        UsageError: the file is missing or not a GGUF of version 2 or 3.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,14 +75,14 @@ class GGUF:
         self._data_start = file.tell() + -file.tell() % self.alignment
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a metadata key: a number, a bool, a string, or a list of these."""
+        """The value of a metadata key, or a default."""
         return self.values.get(key, default)
 
     def __getitem__(self, key: str) -> Any:
-        """The value of a metadata key that the file must have.
+        """The value of a required metadata key.
 
         Raises:
-            UsageError: it does not.
+            UsageError: it is missing.
         """
         if key not in self.values:
             raise UsageError(f"{self.path} has no {key} in its metadata")
@@ -111,14 +110,14 @@ def write_gguf(
     read: Callable[[str], np.ndarray],
     alignment: int = 32,
 ) -> None:
-    """Write a GGUF file (version 3), its matrices at a type and its vectors in F32.
+    """Write a GGUF file (version 3), quantizing matrices to `kind` and vectors to F32.
 
     Args:
         path: overwritten.
         fields: the metadata, as in `GGUF.fields`.
-        alignment: of the tensors, as the metadata say.
-        shapes: of the tensors, by name, in the file's order.
-        read: gives a tensor as float32; called once for each, in order, so that one is in memory at a time.
+        alignment: of the tensors, as in the metadata.
+        shapes: {name: shape} of the tensors, in the file's order.
+        read: loads a tensor as float32; called once per tensor, in order, so that memory holds one at a time.
     """
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape, quantize
@@ -143,8 +142,8 @@ def write_gguf(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's tensors, as transformers chooses them: `model.safetensors`, else those that
-    `model.safetensors.index.json` names, whether they are there or not; none where the folder has neither.
+    """A folder's weight files as transformers chooses them: `model.safetensors`, else all files (existing or not) in
+    `model.safetensors.index.json`, else none.
 
     Raises:
         UsageError: the index is damaged.
@@ -159,11 +158,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of a transformers folder, by name, on disk until they are used; BF16 as uint16.
+    """{name: tensor} of a transformers folder, memory-mapped; BF16 as uint16.
 
     Raises:
-        UsageError: the index of the weights' files is damaged.
-        CotreeError: a file is damaged, or has a tensor that is not of floating point.
+        UsageError: the index of the weight files is damaged.
+        CotreeError: a file is damaged, or has a tensor that is not floating-point.
     """
     found = {}
     for path in weight_files(folder):
@@ -181,14 +180,14 @@ def stored_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
-    """The values of a tensor from `stored_tensors`, of whatever type, in float32."""
+    """Convert a tensor from `stored_tensors` to float32."""
     if values.dtype == np.uint16:  # BF16
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
 
 
 def packed(value: Any) -> bytes:
-    """A metadata value as a file has it, its type first: a bool, number, string, or list of integers or strings."""
+    """Encode a metadata value with its type: a bool, number, string, or list of integers or strings."""
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):
@@ -208,17 +207,17 @@ def _pack_string(text: str) -> bytes:
 
 
 def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    """The next values of a file, little-endian, by their `struct` letters."""
+    """Read little-endian values in a `struct` format."""
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
 
 
 def _read_string(file: BinaryIO) -> str:
-    """The string that comes next; bytes that are no UTF-8 (some vocabularies have them) become lone surrogates."""
+    """Read a string; bytes that are not UTF-8 (in some vocabularies) become lone surrogates."""
     return file.read(_unpack(file, "Q")[0]).decode("utf-8", "surrogateescape")
 
 
 def _read_value(file: BinaryIO, kind: int) -> Any:
-    """The metadata value of type `kind` that comes next."""
+    """Read a metadata value of type `kind`."""
     if kind == _STRING:
         return _read_string(file)
     if kind != _ARRAY:

@@ -1,7 +1,4 @@
-"""llama.cpp in this process (xllamacpp), serving a GGUF file on loopback as an OpenAI-compatible server.
-
-Nothing else in cotree needs to know whether a model runs here or elsewhere.
-"""
+"""llama.cpp in this process (xllamacpp), serving a GGUF file on loopback as an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     """Serve a GGUF file on a free loopback port while the block runs; yields the base URL.
 
     Args:
-        slots: sequences that are decoded at once.
-        context: tokens that a sequence may have.
-        shared: one KV cache for all slots, in which the `n` samples of a request share their prompt (search); else each
-            slot has its own, which is faster for unrelated prompts (evaluation).
+        slots: sequences decoded in parallel.
+        context: maximum tokens per sequence.
+        shared: unified KV cache, in which the `n` samples of a request share their prompt (for search); else one per
+            slot, which is faster for unrelated prompts (for evaluation).
 
     Raises:
         UsageError: xllamacpp is not installed, the file is damaged, or llama.cpp cannot load it.
@@ -39,14 +36,14 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel, params.n_ctx, params.kv_unified = slots, slots * context, shared
-    # The default prompt cache takes 8 GiB.
+    # The default prompt cache would take 8 GiB.
     params.cache_ram_mib = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = usable_cores()
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     params.verbosity = -1
-    # By default llama.cpp cuts unlikely tokens, which other servers do not: a temperature should mean one thing. 256 is
-    # near enough to the whole vocabulary, which would take a quarter more time to sort for every token.
+    # Turn off llama.cpp's default truncation of unlikely tokens, so that temperature means the same at all servers.
+    # top_k 256 is close to the whole vocabulary, which would take a quarter more time to sort per token.
     params.sampling.top_k, params.sampling.min_p = 256, 0.0
 
     def start() -> xllamacpp.Server:
@@ -54,7 +51,7 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
         _warm_up(server.listening_address)
         return server
 
-    # In a thread, which Ctrl-C does not reach: a server that is closed before its loop has begun never ends.
+    # Start in a thread, which Ctrl-C does not interrupt: a server closed before its loop starts never ends.
     with ThreadPoolExecutor(1) as pool:
         try:
             server = pool.submit(start).result()
@@ -67,7 +64,7 @@ def serve(path: Path, *, slots: int = 16, context: int = 2048, shared: bool = Fa
 
 
 def _warm_up(url: str) -> None:
-    """Wait until the server generates: have it write one token."""
+    """Wait until the server generates one token."""
     body = json.dumps({"prompt": "Hi", "n_predict": 1, "cache_prompt": False}).encode()
     request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})  # noqa: S310
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy

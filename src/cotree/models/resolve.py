@@ -1,7 +1,7 @@
-"""What an entry of a recipe's `models` comes to: its engine, its GGUF file, its tokenizer, and what identifies it.
+"""Resolve an entry of a recipe's `models` to its engine, GGUF file, tokenizer and identity.
 
-Teacher and student are served by one engine, in llama.cpp at one GGUF type, so that a comparison is fair. Two models of
-one identity are one model: fingerprints and the keys of journalled completions are made of it.
+Teacher and student use the same engine, in llama.cpp the same GGUF type, so that comparisons are fair. Models with
+equal identity are the same model: it goes into fingerprints and journal keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cotree.models.weights import FORMS, HUB_WEIGHTS, PACKAGED, did_you_mean, lo
 
 
 def is_url(word: str) -> bool:
-    """Whether a model's word is the address of a server."""
+    """Whether a model argument is a server's URL."""
     return word.casefold().startswith(("http://", "https://"))
 
 
@@ -44,18 +44,17 @@ def parse_model(
     engine: str | None = None,
     engine_args: Sequence[str] | None = None,
 ) -> Model:
-    """The model, as a recipe would have it, that one word on the command line or in Python names: a server's URL, or
-    weights as `locate` knows them.
+    """Parse a model given on the command line or in Python: a server's URL, or weights (`locate`).
 
     Args:
-        served: a server's name for the model.
+        served: the model's name at the server.
         tokenizer: hub id or folder that renders a server's prompts. chat: the server renders them instead.
-        api_key_env: the environment variable that holds a server's key.
-        max_in_flight: requests at once.
-        engine, engine_args: of weights, as in a recipe's model; each argument as `key=value`.
+        api_key_env: the environment variable with a server's key.
+        max_in_flight: concurrent requests.
+        engine, engine_args: for weights, as in a recipe's model; arguments as `key=value`.
 
     Raises:
-        UsageError: the word names nothing, or an option does not go with it.
+        UsageError: no such model, or an option that does not apply to it.
     """
     shared: dict[str, Any] = {"tokenizer": tokenizer, "max_in_flight": max_in_flight, "engine": engine}
     for argument in engine_args or ():
@@ -74,11 +73,11 @@ def parse_model(
 
 
 def engine_of(model: Model) -> Engine:
-    """What serves a model's weights: what it says, else vLLM where it and a GPU are here and the weights are a
+    """The engine of a model's weights: as set, else vLLM if it is installed, a GPU is present and the weights are a
     transformers folder, else llama.cpp.
 
     Raises:
-        UsageError: the weights are not here, or are a GGUF file that vLLM is to serve.
+        UsageError: the weights are missing, or a GGUF file with `engine: vllm`.
     """
     wanted = model.engine or ("vllm" if vllm_program() and visible_gpus() else "llama.cpp")
     if wanted == "llama.cpp" or locate(str(model.weights)).is_dir():
@@ -89,10 +88,10 @@ def engine_of(model: Model) -> Engine:
 
 
 def gguf_file(model: Model, kind: GGUFType) -> Path:
-    """The weights of a model as a GGUF file of a type; made once and kept in the cache folder where it is another's.
+    """A model's weights as a GGUF file of a type; conversions are cached.
 
     Raises:
-        UsageError: the weights are not here, or cannot be written as GGUF.
+        UsageError: the weights are missing, or cannot be converted to GGUF.
         CotreeError: the cache folder cannot be written.
     """
     if model.weights is None:
@@ -110,7 +109,7 @@ def gguf_file(model: Model, kind: GGUFType) -> Path:
 
 
 def gguf_at_type(source: Path, kind: GGUFType) -> Path:
-    """A GGUF file of the same weights at a type: itself, or a conversion that is kept in the cache folder.
+    """Requantize a GGUF file, cached; returns the file itself if it already has the type.
 
     Q8_0 is the default because it is the fastest on a CPU: `python benchmarks/embedded.py` compares the types.
     """
@@ -130,10 +129,10 @@ def gguf_at_type(source: Path, kind: GGUFType) -> Path:
 
 
 def tokenizer_source(model: Model) -> str | Path | None:
-    """Where a model's tokenizer is: a hub id, a folder or a GGUF file; None where the server renders prompts.
+    """The source of a model's tokenizer: a hub id, folder or GGUF file; None if the server renders prompts.
 
     Raises:
-        UsageError: the weights that carry it are not here.
+        UsageError: the weights with the tokenizer are missing.
     """
     if model.weights is None or model.tokenizer is not None:
         return model.tokenizer
@@ -141,20 +140,19 @@ def tokenizer_source(model: Model) -> str | Path | None:
 
 
 def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
-    """What decides the text that a model writes, as plain data; never its address or its name in a recipe.
+    """Everything that affects a model's output, as plain data, without its address and its name in a recipe.
 
-    Weights: `{"weights": sha256}` with what `serving` says, and a `tokenizer` that is not their own. A served model:
-    `{"model": name, "tokenizer": hub id or sha256}`, and its `mode` where it is not asked for completions of rendered
-    prompts, and what `omit` keeps from it.
+    Weights: `{"weights": sha256}`, `serving`, and `tokenizer` if not their own. Servers: `{"model": name, "tokenizer":
+    hub id or sha256}`, `mode` if not `completions`, and `omit`.
 
     Args:
-        gguf: the type at which weights are served, by default the model's own.
+        gguf: type at which weights are served, by default the model's own.
 
     Raises:
-        UsageError: the weights are not here.
+        UsageError: the weights are missing.
     """
     tokenizer = model.tokenizer
-    if tokenizer is not None and Path(tokenizer).exists():  # by its content, so that it may be moved
+    if tokenizer is not None and Path(tokenizer).exists():  # by content, so that it may move
         tokenizer = path_sha256(Path(tokenizer))
     if model.weights is None:
         served: dict[str, Any] = {"model": model.model, "tokenizer": tokenizer}
@@ -167,8 +165,8 @@ def identity(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
 
 
 def serving(model: Model, gguf: GGUFType | None = None) -> dict[str, Any]:
-    """What decides text of how weights are served: `{"gguf": type}` in llama.cpp, else `{"engine": "vllm"}` and the
-    `engine_args` that are no matter of place, memory or speed alone.
+    """The serving settings that affect output: `{"gguf": type}` for llama.cpp, else `{"engine": "vllm"}` and the
+    `engine_args` that change more than placement, memory or speed.
 
     Raises:
         UsageError: as `engine_of`.

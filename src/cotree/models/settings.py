@@ -11,12 +11,11 @@ from pydantic import Field, model_validator
 from cotree.base.settings import NOT_CONTENT, Section
 
 GGUFType = Literal["F32", "F16", "Q8_0"]
-# `n` samples and `stop` strings are what a search is made of; no server that refuses them can be used.
+# Parameters that `omit` may name; not `n` and `stop`, which every search needs.
 Parameter = Literal["max_tokens", "temperature", "top_p", "seed", "add_generation_prompt", "continue_final_message"]
 RequestMode = Literal["completions", "chat", "pooling"]
 Engine = Literal["llama.cpp", "vllm"]
-# Arguments of `vllm serve` that change its place, memory or speed, as a server's hardware may be another; all others
-# count as content.
+# Arguments of `vllm serve` that affect placement, memory or speed only; all others are part of the fingerprint.
 SPEED_ARGS: Final = (
     *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "block_size", "max_model_len"),
@@ -28,7 +27,7 @@ _NUMBERS = (
     "pipeline_parallel_size",
     "data_parallel_size",
     "max_model_len",
-)  # cotree counts with
+)  # cotree computes with these
 _OURS = ("model", "host", "port", "api_key", "served_model_name")  # arguments of `vllm serve` that cotree gives
 
 
@@ -40,7 +39,7 @@ def _is_json(value: Any) -> bool:
 
 
 class Price(Section):
-    """The price of a million tokens, in any currency; `cached` prompt tokens cost as much as others by default."""
+    """Prices per million tokens, in any currency; `cached` prompt tokens default to the price of uncached ones."""
 
     prompt: float = Field(0.0, ge=0)
     cached: float | None = Field(None, ge=0)
@@ -48,31 +47,27 @@ class Price(Section):
 
 
 class Model(Section):
-    """A model: weights that run on this machine (`weights`), or OpenAI-compatible servers (`url`).
+    """A model: local weights (`weights`), or OpenAI-compatible servers (`url`).
 
-    weights: a packaged name (smollm2-135m-instruct, gemma-3-270m), a `.gguf` file, a transformers folder, or a model of
-        the hub (`OWNER/NAME`, `OWNER/NAME@REVISION`, `OWNER/NAME:FILE.gguf`); an id without a revision is pinned to the
-        newest commit when a run begins. A folder is written as GGUF with its own tokenizer where llama.cpp serves it.
-    engine: what serves the weights: `llama.cpp` in this process, or `vllm` (`vllm serve` in a process of its own, for
-        transformers folders). By default vLLM where it and a GPU are here and the weights are a folder.
+    weights: a packaged name (smollm2-135m-instruct, gemma-3-270m), a `.gguf` file, a transformers folder, or a hub
+        model (`OWNER/NAME`, `OWNER/NAME@REVISION`, `OWNER/NAME:FILE.gguf`); an id without a revision is pinned to the
+        newest commit when a run starts. llama.cpp serves a folder by converting it to GGUF with its own tokenizer.
+    engine: serves the weights: `llama.cpp` in this process, or `vllm` (`vllm serve` as a subprocess, for transformers
+        folders). Default: vLLM if it is installed, a GPU is present and the weights are a folder.
     engine_args: arguments of `vllm serve`: {tensor_parallel_size: 2, dtype: bfloat16, enforce_eager: true, ...}.
-    gguf: the type at which weights write thoughts in llama.cpp; an evaluation has its own setting for it.
-    url: one server or a list of servers of the same model; a question stays with one of them, so that its prompts stay
-        in that server's cache. model: its name at the server. tokenizer: hub id or folder, renders the chat template.
-    mode: `chat` sends the chain so far as an assistant message to be continued, for servers that offer only
-        `/v1/chat/completions`, and needs no tokenizer; `pooling` is a process reward model behind vLLM's `/pooling`,
-        which writes nothing and scores the steps of a chain.
-    max_in_flight: requests a server at once; a large server is used better with more, a small one only queues them.
-    timeout: the most seconds that a request may take at a server (a minute and half a second a token, where that is
-        less); then it is sent once more. Of several servers, one that has answered nothing at all for a third of it,
-        that only fails for 30 s or cannot be reached, is lost: the others are asked in its place, until it answers
-        again. Of `engine: vllm`
-        also the most seconds until it is ready.
-    omit: parameters that the server refuses and that are not sent; its own values then hold, so this is content.
-    rename: other names for parameters that it knows by them (`{max_tokens: max_completion_tokens}`); the values are the
-        same, so this is not.
-    api_key_env: the environment variable, in capitals, that holds the server's API key. Keys stand in no recipe,
-        neither here nor in a `url`, because recipes are copied into run folders.
+    gguf: quantization type for search in llama.cpp; evaluations have their own setting.
+    url: one server or a list of servers of the same model; each question sticks to one, for its prefix cache. model:
+        its name at the server. tokenizer: hub id or folder, renders the chat template.
+    mode: `chat` continues the chain as an assistant message, for servers with `/v1/chat/completions` only, and needs no
+        tokenizer; `pooling` is a process reward model behind vLLM's `/pooling`, which scores the steps of a chain.
+    max_in_flight: concurrent requests per server; large servers need more, small ones only queue them.
+    timeout: maximum seconds per request (or 60 s plus 0.5 s a token, if less); then one retry. With several servers, a
+        server without any reply for a third of it, with only failures for 30 s, or unreachable, is lost: others take
+        its requests until it answers again. For `engine: vllm` also the maximum startup time.
+    omit: parameters that the server refuses and that are not sent; its defaults then apply, so it changes the content.
+    rename: the server's names for parameters (`{max_tokens: max_completion_tokens}`); does not change the content.
+    api_key_env: the environment variable, in capitals, with the API key. Recipes and `url`s must not contain keys,
+        because recipes are copied into run folders.
     """
 
     weights: str | None = None
@@ -123,5 +118,5 @@ class Model(Section):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The servers, none for weights in this process."""
+        """The server URLs; empty for local weights."""
         return (self.url,) if isinstance(self.url, str) else self.url or ()

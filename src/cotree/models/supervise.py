@@ -1,8 +1,7 @@
-"""Run a server until it ends, until SIGTERM, or until the process that wanted it is gone; leave none of its processes.
+"""Run a server until it ends, until SIGTERM, or until its owner process dies; then end all of its processes.
 
-A program of its own, `python supervise.py PARENT_PID COMMAND...`, because the process that wants the server may be
-ended by kill -9, and the server's own workers may outlive it. It exits when the last of the server's processes is gone,
-so whoever waits for it finds the GPU free.
+A separate program, `python supervise.py PARENT_PID COMMAND...`, because the owner may be killed by kill -9, and the
+server's workers may outlive the server. It exits after the last of the server's processes, when the GPU is free.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
-# Seconds that a server has for ending by itself, and that its processes have for being gone after SIGKILL.
+# Seconds from SIGTERM to SIGKILL, and from SIGKILL to giving up.
 _GRACE, _GONE = 5.0, 30.0
 
 
 def supervise(parent: int, command: list[str]) -> int:
-    """Run the command; returns its exit code, 128 + the signal that ended it, or 0 where it was told to stop."""
+    """Run the command; returns its exit code, 128 + the signal that ended it, or 0 after SIGTERM."""
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    if sys.platform == "linux":  # processes whose parent has ended become children of this one
+    if sys.platform == "linux":  # adopt orphaned descendants
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_end_with_parent)
     while (code := server.poll()) is None and not stopped and os.getppid() == parent:
@@ -36,14 +35,14 @@ def supervise(parent: int, command: list[str]) -> int:
         while _children_left():
             if time.monotonic() > deadline:
                 break
-            if number == signal.SIGKILL:  # those that come to light when their parents end
+            if number == signal.SIGKILL:  # also those that were adopted meanwhile
                 _signal(server.pid, number)
             time.sleep(0.05)
     return 0 if code is None else code if code >= 0 else 128 - code
 
 
 def _end_with_parent() -> None:
-    """Have this process told to stop if the one that watches it is killed."""
+    """Let the kernel send SIGTERM to this process when its supervisor dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 

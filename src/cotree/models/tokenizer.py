@@ -1,10 +1,10 @@
-"""The tokenizer that a GGUF file carries, as a transformers tokenizer.
+"""Load a model's tokenizer, including the one in a GGUF file, as a transformers tokenizer.
 
-Two kinds are read: byte-level BPE (SmolLM2, Qwen, Llama 3) and SentencePiece's scored pieces (Gemma).
+GGUF vocabularies: byte-level BPE (SmolLM2, Qwen, Llama 3) and SentencePiece with scores (Gemma).
 
-Invariant: it tokenises exactly as llama.cpp does with the same file, because a student must be trained on the tokens
-that it is served with. (transformers' own GGUF reader does not know how `smollm` splits digits and spaces: it differs
-wherever a digit follows two spaces or two newlines.) Imports no torch of its own.
+Invariant: it tokenizes exactly as llama.cpp does with the same file, because a student must be trained on the tokens
+that it is served with. (transformers' GGUF reader does not know how `smollm` splits digits and spaces: it differs
+wherever a digit follows two spaces or two newlines.) Imports no torch itself.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-# About right for English; stands in only where a server reports no usage and no tokenizer is given.
+# Typical for English; used only if a server reports no usage and no tokenizer is given.
 _BYTES_PER_TOKEN = 4
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How each vocabulary splits text before merging, by llama.cpp's name for it: the expression ("" for none), and whether
-# GPT-2's own expression splits the parts further.
+# Pre-tokenization by llama.cpp's name: (split regex or "", whether GPT-2's regex splits the parts further).
 SPLITS = {
     "gpt-2": ("", True),
     "smollm": (r"\p{N}", True),
@@ -38,13 +37,13 @@ SPLITS = {
 
 
 def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer from a `.gguf` file, a transformers folder or a hub id; no code of theirs is run.
+    """Load a tokenizer from a `.gguf` file, a transformers folder or a hub id, without running remote code.
 
     Args:
-        chats: whether it must have a chat template, as a student's must; a base model can write thoughts without one.
+        chats: require a chat template, which students need; base models can write thoughts without one.
 
     Raises:
-        UsageError: there is none, it lacks a chat template, or the GGUF's vocabulary is of an unsupported kind.
+        UsageError: no tokenizer, no chat template, or an unsupported GGUF vocabulary.
     """
     from transformers import AutoTokenizer
 
@@ -63,23 +62,21 @@ def load_tokenizer(source: str | Path, *, chats: bool = True) -> PreTrainedToken
 
 
 def check_has_tokenizer(folder: Path) -> None:
-    """Refuse a transformers folder without the files of a tokenizer; anything else passes."""
+    """Raise UsageError for a transformers folder without tokenizer files; other sources pass."""
     if folder.is_dir() and not any(folder.glob("token*")):
         fix = "copy tokenizer.json and tokenizer_config.json of its base model into it"
         raise UsageError(f"{folder} has no tokenizer; {fix}")
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], int]:
-    """A function that counts a text's tokens, four times as fast as transformers' own call: searches call it often.
-
-    Without a tokenizer it estimates them by the text's bytes.
-    """
+    """A fast function that counts a text's tokens (4x transformers' own call); without a tokenizer, a byte-based
+    estimate."""
     if tokenizer is None:
         return lambda text: math.ceil(len(text.encode("utf-8", "replace")) / _BYTES_PER_TOKEN)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-    # The fast way gives no places of the tokens in the text, and has no form for a single text.
+    # The fast method skips offsets, and exists only for batches.
     return lambda text: len(backend.encode_batch_fast([text], add_special_tokens=False)[0])
 
 
@@ -90,10 +87,10 @@ def _cached_tokenizer(path: Path, modified: int) -> PreTrainedTokenizerBase:
 
 
 def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
-    """The tokenizer of a GGUF file, with its special tokens and, where it has one, its chat template.
+    """The tokenizer of a GGUF file, with special tokens and chat template if any.
 
     Raises:
-        UsageError: it has no vocabulary, or one of another kind.
+        UsageError: no vocabulary, or an unsupported one.
     """
     for key in ("model", "tokens", "eos_token_id"):
         file[f"tokenizer.ggml.{key}"]
@@ -101,17 +98,17 @@ def gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(values: Mapping[str, Any], source: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the metadata of a GGUF file describe; `source` is named in errors.
+    """Build a tokenizer from the metadata of a GGUF file; `source` is for error messages.
 
     Raises:
-        UsageError: the vocabulary is of another kind (the message says to take the transformers folder instead).
+        UsageError: unsupported vocabulary (the message recommends the transformers folder).
     """
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
     model, pre = values["tokenizer.ggml.model"], values.get("tokenizer.ggml.pre", "gpt-2")
     tokens: list[str] = values["tokenizer.ggml.tokens"]
-    # With a space prefix a text has other tokens at its start than in the middle, so no text could be continued.
+    # With a space prefix, tokens at the start of a text differ from those inside, so texts could not be continued.
     if model == "llama" and not values.get("tokenizer.ggml.add_space_prefix", True):
         tokenizer = _scored_pieces(values, tokens)
     elif model == "gpt2" and pre in SPLITS:
@@ -140,7 +137,7 @@ def tokenizer_of(values: Mapping[str, Any], source: Path) -> PreTrainedTokenizer
 
 
 def _byte_level(values: Mapping[str, Any], tokens: list[str], pre: str) -> Tokenizer:
-    """GPT-2's kind: text is split by regular expressions, then bytes are merged in the order of the file's merges."""
+    """Byte-level BPE as in GPT-2: split by regex, then merge bytes in the order of the file's merges."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     merges = [tuple(merge.split(" ", 1)) for merge in values["tokenizer.ggml.merges"]]
@@ -155,10 +152,10 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], pre: str) -> Token
 
 
 def _scored_pieces(values: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
-    """SentencePiece's kind: of all neighbours that form a piece together, those of the best score are merged first.
+    """SentencePiece with scores: neighbours that form the piece with the best score are merged first.
 
-    Expressed as BPE: every way to cut a piece in two is a merge, ranked by the piece's score. A space is written as
-    U+2581, and a character without a piece as its bytes.
+    Expressed as BPE: every split of a piece in two is a merge, ranked by the piece's score. A space is U+2581, and a
+    character without a piece becomes its bytes.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 

@@ -1,7 +1,7 @@
-"""vLLM in processes of its own: `vllm serve` for a transformers folder, on loopback, with a key that nobody else knows.
+"""Run `vllm serve` for a transformers folder as subprocesses on loopback, with a random API key.
 
-Each server has a small parent (`supervise.py`) that ends it and all its workers when this process is done with it or is
-gone, however it ended. Where several GPUs are free there are several servers of a model, each with GPUs of its own.
+Each server has a small parent (`supervise.py`) that ends it and all its workers when this process stops it or dies.
+With several GPUs free, a model gets several servers with GPUs of their own.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from cotree.base.errors import CotreeError, UsageError, first_cotree_error
 from cotree.base.progress import one_line
 from cotree.models import supervise
 
-_PORTS = 3  # so many are tried before a server is given up because its port is taken
-# What torchrun says to its processes, one of which this may be; vLLM would take it for its own.
+_PORTS = 3  # ports to try if another process takes the chosen one
+# torchrun's variables, removed from the environment, because vLLM would use them as its own.
 _OF_TORCHRUN = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 _TAKEN = re.compile("address already in use", re.I)
-# What vLLM writes before a line of its log, and a line that says what went wrong.
+# The prefix of vLLM's log lines, and lines that report errors.
 _LOG_PREFIX = re.compile(r"^(\(.*?\) )?((INFO|WARNING|ERROR) [\d: -]+\[[^\]]*\] *)?")
 _FAULT = re.compile(r"^[\w.: -]*(Error|Exception|error): ")
 
 
 def vllm_program() -> str | None:
-    """The `vllm` program: on PATH, or beside the Python that runs this."""
+    """The path of the `vllm` program: on PATH, or beside this Python."""
     return shutil.which("vllm") or shutil.which("vllm", path=os.path.dirname(sys.executable))
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: that variable's, else all there are."""
+    """The GPUs in CUDA_VISIBLE_DEVICES, or all if it is unset."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return tuple(map(str, range(_gpus_here())))
@@ -61,16 +61,16 @@ def _gpus_here() -> int:
 
 
 def share_gpus(needs: Mapping[str, int]) -> dict[str, list[tuple[str, ...]]]:
-    """The GPUs of each server of each model: as many servers a model as the GPUs suffice for, equally many for all.
+    """Assign GPUs to servers: {model: GPUs of each of its servers}, equally many servers for all models.
 
-    Without a GPU each model has one server (vLLM's build for CPUs). Where the GPUs do not suffice for one server of
-    each model, models share them, and each must be told to take less memory (`gpu_memory_utilization`).
+    Without a GPU each model gets one server (vLLM's CPU build). If the GPUs do not suffice for one server per model,
+    models share them, and each must be limited by `gpu_memory_utilization`.
 
     Args:
-        needs: of each model, how many GPUs one server takes.
+        needs: {model: GPUs per server}.
 
     Raises:
-        UsageError: a server takes more GPUs than there are.
+        UsageError: a server needs more GPUs than there are.
     """
     gpus = visible_gpus()
     if not gpus:
@@ -84,7 +84,7 @@ def share_gpus(needs: Mapping[str, int]) -> dict[str, list[tuple[str, ...]]]:
     taken = 0
     for name, need in needs.items():
         for _ in range(servers):
-            if taken % len(gpus) + need > len(gpus):  # the GPUs of a server stand beside each other
+            if taken % len(gpus) + need > len(gpus):  # a server's GPUs are adjacent
                 taken = 0
             found[name].append(gpus[taken % len(gpus) :][:need])
             taken += need
@@ -92,13 +92,13 @@ def share_gpus(needs: Mapping[str, int]) -> dict[str, list[tuple[str, ...]]]:
 
 
 def gpus_of_a_server(engine_args: Mapping[str, Any]) -> int:
-    """How many GPUs one server with these arguments takes."""
+    """The number of GPUs per server with these arguments."""
     return prod(int(engine_args.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline", "data"))
 
 
 def command_line(engine_args: Mapping[str, Any]) -> list[str]:
-    """Arguments as `vllm serve` takes them: `{tensor_parallel_size: 2}` as `--tensor-parallel-size 2`, true as
-    `--flag`, false as `--no-flag`, a section as JSON, a list as several values."""
+    """Convert arguments for `vllm serve`: `{tensor_parallel_size: 2}` to `--tensor-parallel-size 2`, true to `--flag`,
+    false to `--no-flag`, a mapping to JSON, a list to several values."""
     words: list[str] = []
     for name, value in engine_args.items():
         flag = name.replace("_", "-")
@@ -113,7 +113,7 @@ def command_line(engine_args: Mapping[str, Any]) -> list[str]:
 
 @dataclass
 class Server:
-    """A running `vllm serve`. log: its file, of which what stands from `start` on is this server's."""
+    """A running `vllm serve`. log: its log file, in which this server's output begins at byte `start`."""
 
     name: str
     url: str
@@ -123,12 +123,12 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def ended(self) -> str:
-        """Why it runs no longer, with the last words of its log, in one line; "" while it runs."""
+        """Why the server ended, with the last errors of its log, in one line; "" while it runs."""
         code = self.process.poll()
         return "" if code is None else f"vLLM ended (exit code {code}): {self.last_words()}; its log is {self.log}"
 
     def last_words(self) -> str:
-        """What its log says of errors, the last three of them; else its last three lines."""
+        """The last three error lines of its log, or else its last three lines."""
         with self.log.open("rb") as file:
             file.seek(max(self.start, file.seek(0, os.SEEK_END) - 2**17))
             text = file.read().decode("utf-8", "replace")
@@ -137,7 +137,7 @@ class Server:
         return " | ".join(one_line(line)[:300] for line in (faults or lines)[-3:]) or "its log is empty"
 
     async def stop(self) -> None:
-        """End it; returns when the last of its processes is gone, and the GPU with it."""
+        """Stop the server; returns when all its processes are gone and the GPU is free."""
         self.process.terminate()
         await asyncio.to_thread(self.process.wait)
 
@@ -152,21 +152,21 @@ async def serve(
     logs: Path,
     ready: float,
 ) -> AsyncIterator[list[Server]]:
-    """Serve a transformers folder while the block runs, by a server for each entry of `gpus`; all are ready.
+    """Serve a transformers folder while the block runs, with one ready server per entry of `gpus`.
 
     Args:
-        name: the model's, under which it is served.
-        gpus: the GPUs of each server; none leaves the choice to vLLM.
-        logs: the folder in which each server has a file, `vllm-NAME-NUMBER.log`.
-        ready: the most seconds until they are.
+        name: served model name.
+        gpus: the GPUs of each server; an empty tuple leaves the choice to vLLM.
+        logs: folder for the log files `vllm-NAME-NUMBER.log`.
+        ready: maximum startup time in seconds.
 
     Raises:
-        UsageError: vLLM is not here.
-        CotreeError: a server ends before it is ready, or takes too long; the last words of its log are said.
+        UsageError: vLLM is not installed.
+        CotreeError: a server ends before it is ready, or takes too long; quotes its log.
     """
     if (program := vllm_program()) is None:
         raise UsageError(f"model `{name}`: `engine: vllm` needs vLLM; pip install 'cotree[vllm]', or put it on PATH")
-    # Sampling as a request says it, without what a model's own generation_config.json would add.
+    # Without sampling defaults from the model's generation_config.json.
     arguments = {"generation_config": "vllm", "enable_prompt_tokens_details": True, "uvicorn_log_level": "warning"}
     arguments |= engine_args
     command = [program, "serve", str(source), "--served-model-name", name, *command_line(arguments)]
@@ -197,13 +197,13 @@ async def serve(
 
 
 def _start(command: Sequence[str], devices: tuple[str, ...], *, name: str, log: Path) -> Server:
-    """Start a server at a port that is free now."""
+    """Start a server at a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     key = secrets.token_urlsafe(32)
     environment = {name: value for name, value in os.environ.items() if not _OF_TORCHRUN.fullmatch(name)}
-    environment["VLLM_API_KEY"] = key  # not among the arguments, which every user of the machine sees
+    environment["VLLM_API_KEY"] = key  # not an argument: those are visible to all users of the machine
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     watched = [sys.executable, "-I", supervise.__file__, str(os.getpid()), *command]
@@ -216,13 +216,13 @@ def _start(command: Sequence[str], devices: tuple[str, ...], *, name: str, log: 
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends its servers
+            start_new_session=True,  # so that Ctrl-C reaches this process only, which then stops its servers
         )
         return Server(name, f"http://127.0.0.1:{port}", key, log, begin, process)
 
 
 async def _is_ready(server: Server, deadline: float) -> bool:
-    """Wait for its health; False if it ends before or the deadline passes."""
+    """Wait until `/health` answers; False if the server ends before or the deadline passes."""
     import aiohttp
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:

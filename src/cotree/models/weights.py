@@ -1,6 +1,6 @@
-"""Weights by name: packaged models, files, transformers folders, models of the hub.
+"""Locate model weights by name: packaged models, files, transformers folders, hub models.
 
-A packaged model's file is checked against its sha256. What is on this machine comes before the hub.
+Packaged files are checked against their SHA-256. Local files take precedence over the hub.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from cotree.models.checksums import MODEL_FILES, OTHER_DISK, cache_folder, check
 
 
 class PackagedModel(Section):
-    """A model inside installed packages.
+    """A model whose GGUF file comes in Python packages.
 
-    file: its name. parts: (package, path in it), joined in this order. install: what installs them. about: for lists.
-    hub: the repository that has the same file, asked where the packages are not installed.
+    file: file name. parts: (package, path in it), concatenated. install: requirement to install. about: description.
+    hub: a hub repository with the same file, used if the packages are not installed.
     """
 
     file: str
@@ -41,8 +41,8 @@ class PackagedModel(Section):
 _SHIPPED = yaml.safe_load((files("cotree.models") / "packaged.yaml").read_text("utf-8"))
 PACKAGED = {name: PackagedModel.model_validate(model) for name, model in _SHIPPED.items()}
 
-# A model of the hub: `OWNER/NAME`, a revision of it (`OWNER/NAME@REVISION`), or a GGUF file in it
-# (`OWNER/NAME:FILE.gguf`, `OWNER/NAME@REVISION:FILE.gguf`).
+# A hub model: `OWNER/NAME`, `OWNER/NAME@REVISION`, or a GGUF file (`OWNER/NAME:FILE.gguf`,
+# `OWNER/NAME@REVISION:FILE.gguf`).
 HUB_WEIGHTS = re.compile(
     r"(?![^:]*\.gguf$)(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>.+\.gguf))?"
 )
@@ -53,13 +53,13 @@ FORMS = (
 
 
 def locate(name: str) -> Path:
-    """The GGUF file or transformers folder of a name: a packaged model, a path, or a model of the hub (`HUB_WEIGHTS`).
+    """The GGUF file or transformers folder of a packaged model, a path, or a hub model (`HUB_WEIGHTS`).
 
-    A packaged file that comes in parts is joined in the cache folder, once; what is on the hub is downloaded, once,
-    into the hub client's own cache. What is here comes before the hub.
+    Parts of a packaged file are joined once in the cache folder; hub models are downloaded once to the hub client's
+    cache. Local files take precedence.
 
     Raises:
-        UsageError: nothing of that name is here or on the hub, or it is damaged or not whole.
+        UsageError: not found locally or on the hub, damaged, or incomplete.
         CotreeError: the cache folder cannot be written.
     """
     if name in PACKAGED:
@@ -76,14 +76,14 @@ def locate(name: str) -> Path:
 
 
 def did_you_mean(name: str) -> str:
-    """The packaged model whose name is nearly this one, as a part of an error."""
+    """A hint with the most similar packaged model's name, for an error message."""
     near = difflib.get_close_matches(name, PACKAGED, n=1)
     return f"did you mean `{near[0]}`? Else " if near else ""
 
 
 def _whole_folder(path: Path, name: str) -> Path:
-    """A transformers folder, looked at for what it must hold: a config, all files of its weights, and a tokenizer;
-    `name` is named in errors."""
+    """Check that a transformers folder has a config, all weight files and a tokenizer, and return it; `name` is for
+    errors."""
     from cotree.models.gguf_files import weight_files
     from cotree.models.tokenizer import check_has_tokenizer
 
@@ -98,7 +98,7 @@ def _whole_folder(path: Path, name: str) -> Path:
 
 
 def packaged_models() -> str:
-    """The packaged models, a line each: name, what it is, whether it is installed. Asks no hub."""
+    """List the packaged models: name, description, whether installed. Offline."""
     lines, width = [], max(map(len, PACKAGED))
     for name, model in PACKAGED.items():
         here = _installed_parts(model) or _in_hub_cache(model) or (cache_folder() / model.file).is_file()
@@ -107,7 +107,7 @@ def packaged_models() -> str:
 
 
 def context_length(source: Path) -> int | None:
-    """The most tokens that weights, a GGUF file or a transformers folder, were made for; None where they do not say."""
+    """The maximum context length recorded in a GGUF file or transformers folder, or None."""
     from cotree.models.gguf_files import GGUF
 
     if source.is_dir():
@@ -119,7 +119,7 @@ def context_length(source: Path) -> int | None:
 
 
 def parameter_count(source: Path) -> int:
-    """The number of weights in a GGUF file or a transformers folder."""
+    """The number of parameters in a GGUF file or a transformers folder."""
     from cotree.models.gguf_files import GGUF, stored_tensors
 
     tensors = stored_tensors(source) if source.is_dir() else GGUF(source).tensors
@@ -144,10 +144,10 @@ def _packaged_file(name: str, model: PackagedModel) -> Path:
 
 
 def _installed_parts(model: PackagedModel) -> list[Path]:
-    """The parts of a packaged model; none where a package is missing."""
+    """The paths of a packaged model's parts; empty if a package is missing."""
     parts = []
     for package, file in model.parts:
-        # A package's own imports may need a compiled dependency that cotree has no use for, so it is never imported.
+        # Never import the package: its imports may need compiled dependencies that cotree does not use.
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             return []
@@ -156,7 +156,7 @@ def _installed_parts(model: PackagedModel) -> list[Path]:
 
 
 def _file_from_hub(name: str, model: PackagedModel) -> Path:
-    """A packaged model's file from its repository on the hub, or from the hub client's own cache."""
+    """Download a packaged model's file from the hub, or take it from the hub client's cache."""
     if model.hub is None:
         raise UsageError(f"model `{name}` is not installed; run {model.install}")
     try:
@@ -171,7 +171,7 @@ def _file_from_hub(name: str, model: PackagedModel) -> Path:
 
 
 def _in_hub_cache(model: PackagedModel) -> Path | None:
-    """A packaged model's file in the cache of the hub's client; asks nobody."""
+    """A packaged model's file in the hub client's cache, or None. Offline."""
     if model.hub is None:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -181,7 +181,7 @@ def _in_hub_cache(model: PackagedModel) -> Path | None:
 
 
 def _undamaged(path: Path, model: PackagedModel) -> Path:
-    """The path, after a check of its sha256."""
+    """Check a file's SHA-256 and return its path."""
     if not path.is_file() or file_sha256(path) != model.sha256:
         packages = ", ".join(package.replace("_", "-") for package, _ in model.parts)
         raise UsageError(f"{model.file} is damaged (its sha256 is not {model.sha256[:12]}...); reinstall {packages}")
@@ -196,7 +196,7 @@ def _hub_file(repo: str, file: str, revision: str | None = None) -> Path:
 
 
 def _hub_folder(repo: str, revision: str | None) -> Path:
-    """A model of the hub as a folder in the hub client's cache; only what a transformers folder is made of."""
+    """Download a hub model's transformers files to the hub client's cache."""
     from huggingface_hub import snapshot_download
 
     wanted = [*MODEL_FILES, "model.safetensors.index.json", "generation_config.json"]

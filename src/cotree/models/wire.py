@@ -1,7 +1,7 @@
-"""What goes to an OpenAI-compatible server and what comes back: requests, completions, their JSON. No I/O.
+"""Requests to OpenAI-compatible servers, their completions, and the JSON of both. No I/O.
 
-Invariant: a `Request` holds everything that decides the text, so its key names its completion in a journal. A reply is
-read into n whole choices or into a failure; a malformed one is never half used.
+Invariant: a `Request` holds everything that affects the text, so its hash is the completion's key in the journal. A
+reply is parsed into n whole choices or a failure; a malformed one is never used in part.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from cotree.base.progress import one_line
 from cotree.models.settings import Price
 
 FinishReason = Literal["stop", "length"]
-# `finish_reason` as servers give it. A text with any other ("eos", "end_turn") is whole.
+# Values of `finish_reason` from various servers. With any other ("eos", "end_turn") the text is complete.
 _CUT_OFF = ("length", "content_filter", "max_tokens", "model_length")
 _BROKE_OFF = ("abort", "error", "cancelled", "insufficient_system_resource")
 _TOOL_CALLS = ("tool_calls", "function_call")
-# An error's `code` or `type`, or a word of its message, where an account is empty: HTTP 429, but no wait helps.
+# `code`, `type` or words in the message of an error for an empty account: HTTP 429, but retries are pointless.
 _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
-# A token has at most so many characters: long runs of spaces are one token.
+# Maximum characters per token; long runs of spaces can be one token.
 _MOST_CHARACTERS = 128
 _IMPOSSIBLE = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation up to where the assistant's turn begins.
+    """A conversation rendered up to the start of the assistant's turn.
 
-    Invariant: its text and what the assistant has written so far is exactly what the model reads and continues.
+    Invariant: `text` plus the assistant's text so far is exactly the model's input.
 
-    text: the rendered template, "" where the server renders it.
-    messages: (role, content) pairs for the server to render, () where `text` is rendered.
-    opened: the beginning of the assistant's turn that the template itself writes (`<think>`), which is not in `text`.
+    text: the rendered template; "" if the server renders it.
+    messages: (role, content) pairs for the server to render; () if `text` is rendered.
+    opened: start of the assistant's turn that the template adds (`<think>`); not in `text`.
     """
 
     text: str
@@ -49,10 +49,10 @@ class Prompt:
 class Request:
     """A request for n samples that continue `prompt`, each up to `max_tokens` or a stop string.
 
-    messages: (role, content) pairs that the server renders; `prompt` is then what the assistant has written so far.
-    scores: the steps of the conversation are to be scored, nothing is written; the one choice's text is the JSON list
-        of the scores.
-    logprobs: asks for the log-probability of each token.
+    messages: (role, content) pairs for the server to render; `prompt` is then the assistant's text so far.
+    scores: score the steps of the conversation instead of generating; the only choice's text is the JSON list of
+        scores.
+    logprobs: request token logprobs.
     """
 
     prompt: str
@@ -67,7 +67,7 @@ class Request:
     logprobs: bool = False
 
     def key(self, model: str) -> bytes:
-        """The sha256 of the fields and the model's identity: equal requests to equal models have equal keys."""
+        """SHA-256 of the fields and the model's identity: equal requests to equal models have equal keys."""
         # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
         numbers = (int(self.n), int(self.max_tokens), float(self.temperature) + 0.0, float(self.top_p) + 0.0)
         named = [model, *numbers, int(self.seed), self.stop, self.messages, self.scores]
@@ -78,7 +78,7 @@ class Request:
 
     @property
     def path(self) -> str:
-        """Where a server takes such requests, relative to its root URL."""
+        """The API path of this request, relative to the server's root URL."""
         return "pooling" if self.scores else "v1/chat/completions" if self.messages else "v1/completions"
 
     def body(self, model: str, omit: Sequence[str] = (), rename: Mapping[str, str] | None = None) -> bytes:
@@ -86,8 +86,8 @@ class Request:
 
         Args:
             model: the model's name at the server.
-            omit: parameters that are not sent.
-            rename: other names of parameters.
+            omit: parameters not to send.
+            rename: the server's names for parameters.
         """
         names = rename or {}
         body = {names.get(name, name): value for name, value in self._parameters(model).items() if name not in omit}
@@ -99,7 +99,7 @@ class Request:
             turns = [{"role": role, "content": content} for role, content in self.messages]
             if self.prompt:
                 turns.append({"role": "assistant", "content": self.prompt})
-                # vLLM, SGLang and llama.cpp refuse or ignore the one flag without the other.
+                # vLLM, SGLang and llama.cpp reject or ignore one flag without the other.
                 body |= {"add_generation_prompt": False, "continue_final_message": True}
             body["messages"] = turns
         else:
@@ -114,7 +114,7 @@ class Request:
         return body
 
     def prompt_text(self) -> str:
-        """The text that the model reads, without what a server's chat template adds: for counting tokens."""
+        """The prompt's text for token counts, without what a server's chat template adds."""
         return "\n".join([*(content for _, content in self.messages), self.prompt]) if self.messages else self.prompt
 
 
@@ -122,8 +122,8 @@ class Request:
 class Choice:
     """One sample.
 
-    text: without the stop string. tokens: generated ones, the stop token included.
-    logprob: mean of the tokens' log-probabilities in nats (some servers leave the stop token out), None if not asked.
+    text: without the stop string. tokens: generated, including the stop token.
+    logprob: mean token logprob in nats (some servers leave out the stop token); None if not requested.
     """
 
     text: str
@@ -134,12 +134,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to a `Request`: n choices in the server's order.
+    """The reply to a `Request`: n choices in the server's order.
 
-    prompt_tokens: the prompt counted once. cached_tokens: the part of it that was in the server's cache.
+    prompt_tokens: the prompt counted once. cached_tokens: those in the server's prefix cache.
     completion_tokens: generated for all choices, at least the sum of theirs.
-    seconds: wall time of the attempt that succeeded, without waiting for a free slot or earlier attempts.
-    misreported: the server's counts could not be true, so these are our own; not in the journal.
+    seconds: wall time of the successful attempt, without queueing and earlier attempts.
+    misreported: the server's token counts were impossible and replaced by local ones; not in the journal.
     """
 
     choices: tuple[Choice, ...]
@@ -172,13 +172,13 @@ class Completion:
 
 @dataclass(slots=True)
 class Counters:
-    """Requests to a server and their tokens.
+    """Counts of requests to a server and of their tokens.
 
-    requests: attempts sent, repeated ones included.
-    prompt_tokens, cached_tokens, completion_tokens: as the server reported them, those of unusable replies included.
-        `prompt_tokens` has those of attempts, too, on which the server may have worked without a readable reply
-        (timeout, reset, cancelled, garbage); what these generated is unknown.
-    repeats: attempts that repeated a failed one. misreported: replies with counts that could not be true.
+    requests: attempts sent, including retries.
+    prompt_tokens, cached_tokens, completion_tokens: as the server reported them, including unusable replies.
+        `prompt_tokens` also has those of attempts that the server may have processed without a readable reply (timeout,
+        reset, cancelled, garbage); what these generated is unknown.
+    repeats: retries. misreported: replies with impossible counts.
     """
 
     requests: int = 0
@@ -196,7 +196,7 @@ class Counters:
         self.misreported += completion.misreported
 
     def cost(self, price: Price) -> float:
-        """What the tokens cost, in the price's currency, without what attempts generated that were never answered."""
+        """The cost of the counted tokens, in the price's currency; tokens generated for unanswered attempts are not."""
         cached = price.prompt if price.cached is None else price.cached
         spent = (self.prompt_tokens - self.cached_tokens) * price.prompt
         return (spent + self.cached_tokens * cached + self.completion_tokens * price.completion) / 1e6
@@ -206,10 +206,10 @@ class Counters:
 class Failure:
     """Why an attempt gave no usable completion.
 
-    reason: for the error message. wait: the least seconds before another attempt, None if another would fail too.
-    counted: what the server's reply says of tokens and choices, None where it says nothing that can be read.
-    unreached: there was no connection, so the server was asked nothing.
-    refused: the server's words about what is wrong with the request itself.
+    reason: for the error message. wait: minimum seconds before a retry; None if a retry is pointless.
+    counted: the token counts and choices in the reply; None if unreadable.
+    unreached: the connection failed, so the server got no request.
+    refused: the server's message about an invalid request.
     """
 
     reason: str
@@ -222,11 +222,11 @@ class Failure:
 def read_reply(
     content: bytes, request: Request, count_tokens: Callable[[str], int], seconds: float = 0.0
 ) -> Completion | Failure:
-    """Check a reply with HTTP 200, which took so long, and count its tokens, with `count_tokens` where the server
-    reports none that can be true."""
+    """Parse and check a reply with HTTP 200; tokens are counted with `count_tokens` if the server's usage is missing or
+    impossible."""
     payload, asked = _json_object(content), request.prompt_text()
     usage = _mapping(payload.get("usage"))
-    # A chat template adds to the prompt, and some servers count a token more for each choice.
+    # Tolerances: a chat template adds to the prompt, and some servers count an extra token per choice.
     longest = 4 * len(asked) + 2**16
     prompt_tokens = _count(usage, "prompt_tokens", longest)
     reported = _count(usage, "completion_tokens", request.n * (request.max_tokens + 1))
@@ -239,7 +239,7 @@ def read_reply(
         unread = Completion((), prompt_tokens, 0, 0, seconds, misreported)
         no_choices = Failure("the reply is not JSON with choices", counted=unread)
         return _read_scores(payload, unread) if request.scores else no_choices
-    # llama.cpp reports only the first of several choices, so the report is used per choice only when n = 1.
+    # llama.cpp reports only the first of several choices, so usage counts per choice only if n = 1.
     each = reported if request.n == 1 else 0
     read = [_read_choice(_mapping(entry), request, count_tokens, each) for entry in payload["choices"][: request.n]]
     choices = tuple(choice for choice in read if isinstance(choice, Choice))
@@ -255,10 +255,10 @@ def read_reply(
 def _read_choice(
     entry: dict[str, Any], request: Request, count_tokens: Callable[[str], int], reported: int
 ) -> Choice | Failure:
-    """One choice of a reply; `reported` is its number of tokens where the server gives it, else 0."""
+    """Parse one choice of a reply; `reported` is its token count from the server, or 0."""
     message = _mapping(entry.get("message"))
     text = message.get("content") if request.messages else entry.get("text")
-    thinking = _reasoning_apart(message, text) if request.messages else ""
+    thinking = _separate_reasoning(message, text) if request.messages else ""
     reason = entry.get("finish_reason")
     reason = str(reason or "").casefold()
     if reason in _BROKE_OFF or (text == "" and not reason):
@@ -266,33 +266,33 @@ def _read_choice(
         return Failure(f"a choice of the reply broke off ({reason or 'empty, without finish_reason'}{words})")
     if reason in _TOOL_CALLS:
         return Failure("the model calls a tool instead of writing; start the server without a tool parser", None)
-    if thinking and (not text or request.prompt):  # what begins with its thinking continues no text
+    if thinking and (not text or request.prompt):  # with reasoning it did not continue the text
         return Failure("the server keeps the reasoning apart from the text; start it without a reasoning parser", None)
     if not isinstance(text, str):
         return Failure("a choice of the reply has no text; does `mode` fit the server?", None)
-    if request.messages:  # some servers repeat the assistant's words that they were given
+    if request.messages:  # some servers repeat the prefilled assistant text
         text = thinking + text.removeprefix(request.prompt)
     if len(text) > _MOST_CHARACTERS * request.max_tokens + 2**10:
         fault = f"a choice has {len(text):,} characters, more than max_tokens={request.max_tokens} can hold"
         return Failure(f"{fault}; does the server know it? The recipe's `rename` gives it another name", None)
-    if not text.isascii():  # half of a surrogate pair is valid JSON, but no file or database takes it
+    if not text.isascii():  # lone surrogates are valid JSON, but files and databases reject them
         text = text.encode("utf-8", "replace").decode()
-    # Where no reason is given, a text of as many tokens as were allowed was cut.
+    # Without a finish_reason, a text of max_tokens tokens was cut.
     stopped = reason not in _CUT_OFF if reason else (reported or count_tokens(text)) < request.max_tokens
     tokens = reported or count_tokens(text) + stopped
     choice = Choice(text, "stop" if stopped else "length", tokens)
     if not request.logprobs:
         return choice
     logprobs = _logprobs(entry)
-    # llama.cpp gives none for the last tokens, as many as the stop string has: one ".\n" may be the whole text.
+    # llama.cpp returns no logprobs for the stop string's tokens: one ".\n" may be the whole text.
     without = max(1, *map(count_tokens, request.stop)) if stopped and request.stop else 0
     if logprobs is None and count_tokens(text) > without:
         return Failure("the server gives no log-probabilities; use another value than likelihood", None)
     return replace(choice, logprob=sum(logprobs or ()) / max(len(logprobs or ()), 1))
 
 
-def _reasoning_apart(message: dict[str, Any], text: object) -> str:
-    """The reasoning that a server tells in a field of its own, between think tags; "" where the text has it, too."""
+def _separate_reasoning(message: dict[str, Any], text: object) -> str:
+    """A separate reasoning field in think tags; "" if there is none or the text contains it too."""
     fields = (message.get("reasoning_content"), message.get("reasoning"))
     reasoning = next((field.strip() for field in fields if isinstance(field, str) and field.strip()), "")
     told = isinstance(text, str) and reasoning in text.rpartition("</think>")[0]
@@ -300,7 +300,7 @@ def _reasoning_apart(message: dict[str, Any], text: object) -> str:
 
 
 def _read_scores(payload: dict[str, Any], unread: Completion) -> Completion | Failure:
-    """vLLM's pooling reply: a row for each step, a probability or the probabilities of (bad, good)."""
+    """Parse vLLM's pooling reply: a row per step with one probability, or the probabilities of (bad, good)."""
     try:
         rows = payload["data"][0]["data"]
         scores = [float(row[-1] if isinstance(row, list) else row) for row in rows]
@@ -314,7 +314,7 @@ def _read_scores(payload: dict[str, Any], unread: Completion) -> Completion | Fa
 
 
 def _logprobs(entry: dict[str, Any]) -> list[float] | None:
-    """Each token's log-probability: from a list (vLLM's completions) or one entry a token (chat, and llama.cpp)."""
+    """Token logprobs, from a list (vLLM completions) or from one object per token (chat, and llama.cpp)."""
     try:
         given = entry["logprobs"]
         found = given.get("token_logprobs")
@@ -324,32 +324,32 @@ def _logprobs(entry: dict[str, Any]) -> list[float] | None:
 
 
 def _count(mapping: dict[str, Any], key: str, most: int) -> int | None:
-    """A count of a server, None where it gives none, `_IMPOSSIBLE` for what is no number from 0 to `most`."""
+    """A token count from a server: None if missing, `_IMPOSSIBLE` if not an integer from 0 to `most`."""
     value = mapping.get(key)
     return value if value is None or (type(value) is int and 0 <= value <= most) else _IMPOSSIBLE
 
 
 def most_bytes(request: Request) -> int:
-    """The most bytes that a whole reply can have, escapes, log-probabilities and a repeated prompt included."""
+    """An upper bound on a reply's bytes, with JSON escapes, logprobs and an echoed prompt."""
     each = 4 * _MOST_CHARACTERS * (4 if request.logprobs else 1)
     return 2**20 + (64 + 12 * request.n) * len(request.prompt_text()) + each * request.n * request.max_tokens
 
 
 def begins_as_json(content: bytes) -> bool:
-    """Whether a reply is a JSON object or list, whole or broken; any other was not written by a model server."""
+    """Whether a reply starts as a JSON object or list, even if truncated; others do not come from a model server."""
     return content.lstrip()[:1] in (b"{", b"[") or bool(_json_object(content))
 
 
 def model_names(content: bytes) -> list[str]:
-    """The ids of a `/v1/models` reply, empty for anything else."""
+    """The model ids of a `/v1/models` reply; empty for anything else."""
     entries = _json_object(content).get("data")
     return [str(e["id"]) for e in map(_mapping, entries) if "id" in e] if isinstance(entries, list) else []
 
 
 def error_status(content: bytes, status: int) -> int:
-    """The HTTP status that a reply means: some servers send an error with status 200, or an empty account as 429.
+    """Correct the HTTP status of a reply: some servers send errors with status 200, or an empty account as 429.
 
-    An error with status 200 means the status in its `code`, 400 without one.
+    An error with status 200 gets the status in its `code`, or 400.
     """
     payload = _json_object(content)
     error = payload.get("error")
@@ -373,9 +373,9 @@ def error_message(content: bytes | str) -> str:
     return one_line(str(message or (content if isinstance(content, str) else content.decode("utf-8", "replace"))))
 
 
-@lru_cache(maxsize=1)  # of one reply the status, the form and the choices are read; nobody changes it
+@lru_cache(maxsize=1)  # each reply is parsed several times; the result must not be modified
 def _json_object(content: bytes | str) -> dict[str, Any]:
-    """The JSON object of a reply, an empty one for anything else (endless brackets included)."""
+    """Parse a reply as a JSON object; {} for anything else (also too deeply nested)."""
     try:
         return _mapping(json.loads(content))
     except (ValueError, RecursionError):
@@ -383,5 +383,5 @@ def _json_object(content: bytes | str) -> dict[str, Any]:
 
 
 def _mapping(value: object) -> dict[str, Any]:
-    """The value if it is a JSON object, an empty one for anything else."""
+    """The value if it is a JSON object, else {}."""
     return value if isinstance(value, dict) else {}
