@@ -1,1 +1,1 @@
-"""A recipe as an experiment: named nodes, what decides their content, and running them in order."""
+"""A recipe as an experiment: a graph of named nodes, their fingerprints, and running them in order."""

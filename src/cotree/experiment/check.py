@@ -1,6 +1,6 @@
-"""`cotree check`: everything that a run will need, looked at and asked before anything is spent.
+"""`cotree check`: test everything that a run needs (models, servers, data, disk, packages) before it starts.
 
-Every model is asked through the very endpoint that the search uses, so what passes here works there.
+Models are tested through the same endpoints as in the search, so what passes here works there.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from cotree.tasks import Question
 from cotree.train.processes import launched, process_count
 from cotree.train.settings import Optimizer
 
-# A request that fails twice fails here: a check should not wait as long as a search would.
+# Attempts per request; fewer than in a search, so that a check fails fast.
 _ATTEMPTS = 2
-_BYTES_KEPT = 5  # of a weight of a student once it is trained: fp32, and Q8_0 as GGUF
+_BYTES_KEPT = 5  # bytes on disk per weight of a trained student: fp32, and Q8_0 as GGUF
 _LEAST_BYTES = 2 * 10**8
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check: what was looked at, and the problem with its fix ("": none) or a remark."""
+    """The result of one check: its subject, and the problem with its fix ("": none) or a remark."""
 
     subject: str
     check: str
@@ -58,22 +58,22 @@ class Finding:
         return f"{'FAIL' if self.problem else 'ok  '} {self.subject}: {self.check}: {self.problem or self.remark}"
 
 
-# A subject, what is checked of it, and the check itself: it returns a remark, or raises CotreeError.
+# (subject, name of the check, the check): it returns a remark, or raises CotreeError.
 Check = tuple[str, str, Callable[[], str]]
-# Waits for one check of a subject, notes and shows what was found, and returns whether it passed.
+# record(subject, name, work): awaits a check, records and shows its finding, and returns whether it passed.
 Record = Callable[[str, str, Awaitable[str]], Awaitable[bool]]
 
 
 def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("runs")) -> list[Finding]:
-    """Check everything that a run will need and show what was found, a line a check.
+    """Check everything that a run needs and print one line per check.
 
-    Weights are loaded and servers are asked, a few hundred tokens each.
+    Loads weights and generates a few hundred tokens per server.
 
     Returns:
-        All findings, when none is a problem.
+        All findings, if none is a problem.
 
     Raises:
-        UsageError: something is wrong; the message counts the problems and repeats the first.
+        UsageError: at least one problem; the message counts them and repeats the first.
     """
     output = output or Output()
     findings: list[Finding] = []
@@ -85,7 +85,7 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
         except CotreeError as error:
             finding = Finding(subject, name, str(error))
         findings.append(finding)
-        place = said.setdefault(finding.problem, f"{subject}: {name}")  # one cause can fail many checks
+        place = said.setdefault(finding.problem, f"{subject}: {name}")  # report a cause of several failures once
         known = finding.problem and place != f"{subject}: {name}"
         output.print(str(replace(finding, problem=f"as {place}") if known else finding))
         return not finding.problem
@@ -94,7 +94,7 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
         for subject, name, look in preflight(Fingerprints(recipe), recipe.nodes.values()):
             await record(subject, name, asyncio.to_thread(look))
         await record(f"folder {runs_dir}", "usable", asyncio.to_thread(_disk, recipe, runs_dir))
-        # One after the other: two models in this process need not fit into memory together.
+        # One at a time: two models need not fit into memory together.
         for name in recipe.models:
             await _check_model(recipe, name, record)
 
@@ -107,7 +107,7 @@ def check(recipe: Recipe, output: Output | None = None, runs_dir: Path = Path("r
 
 
 def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterator[Check]:
-    """What can be known of these nodes without asking a model: packages, questions, tokenizers, lengths, rewards."""
+    """Yield the checks of these nodes that need no model: packages, questions, tokenizers, lengths, rewards."""
     recipe, by_id = fingerprints.recipe, {node.id: node for node in nodes}
     if by_id:
         yield "packages", "installed", partial(_packages, recipe, by_id.values())
@@ -124,7 +124,7 @@ def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterato
             yield name, "contamination", partial(_contamination, fingerprints, node)
         if node.kind == "students":
             yield name, "student", partial(_chat_template, recipe, node.name)
-            if settings.training.gpus != "all" or launched() > 1:  # else they fit anywhere
+            if settings.training.gpus != "all" or launched() > 1:  # else any machine fits
                 yield name, "gpus", partial(_processes, settings.training)
         if node.kind == "evaluations":
             for model in {recipe.root_model(model) for model in settings.models}:
@@ -133,7 +133,7 @@ def preflight(fingerprints: Fingerprints, nodes: Iterable[Node[Any]]) -> Iterato
 
 
 def _packages(recipe: Recipe, nodes: Iterable[Node[Any]]) -> str:
-    """That the extras are installed which these nodes need: an engine to serve weights, torch to train."""
+    """Check that the required extras are installed: an engine to serve weights, torch to train."""
     asked = [name for node in nodes if node.kind == "trees" for name in node.settings.writers]
     asked += [name for node in nodes if node.kind == "evaluations" for name in node.settings.models]
     served = {name: model for name in asked if (model := recipe.models[recipe.root_model(name)]).weights is not None}
@@ -171,7 +171,7 @@ def _processes(training: Optimizer) -> str:
 
 
 def _tokens_of(fingerprints: Fingerprints, node: Node[Any]) -> str:
-    """That the node whose tokens are another's budget has all questions of that one."""
+    """Check that the `tokens_of` node has all questions of the node that it budgets."""
     other = fingerprints.recipe.nodes[f"{node.kind}/{node.settings.tokens_of}"]
     there = {(question.task, question.id) for _, question in fingerprints.questions(other)}
     lacking = [question for _, question in fingerprints.questions(node) if (question.task, question.id) not in there]
@@ -184,13 +184,13 @@ def _tokens_of(fingerprints: Fingerprints, node: Node[Any]) -> str:
 
 
 def _lengths(fingerprints: Fingerprints, node: Node[Evaluation], name: str) -> str:
-    """That every question and its reply fit into a model's context."""
+    """Check that every question and its reply fit into a model's context."""
     check_fit(fingerprints.recipe.models[name], fingerprints.questions(node), node.settings, name=name)
     return "they do"
 
 
 def _contamination(fingerprints: Fingerprints, node: Node[Dataset]) -> str:
-    """How many questions of a dataset's trees repeat one of an evaluation; that not all do."""
+    """Report how many questions of a dataset's trees overlap with an evaluation; fail if all do."""
     trees = [fingerprints.recipe.nodes[f"trees/{name}"] for name in node.settings.trees]
     asked, repeated = sum(len(fingerprints.questions(each)) for each in trees), len(fingerprints.contaminated(node))
     if repeated >= asked:
@@ -202,13 +202,13 @@ def _contamination(fingerprints: Fingerprints, node: Node[Dataset]) -> str:
 
 
 def _disk(recipe: Recipe, runs_dir: Path) -> str:
-    """That the disk of the run folder has room for the recipe's students and can be written."""
+    """Check that the run folder's disk is writable and has room for the recipe's students."""
     folder = run_folder(recipe, runs_dir).path.absolute()
     while not folder.exists():
         folder = folder.parent
     needed, peak = _LEAST_BYTES, 0
     for node in recipe.of_kind("students"):
-        with suppress(CotreeError):  # its weights are not here and not known, which the check of the student finds
+        with suppress(CotreeError):  # missing weights of unknown shape; reported by the student's check
             _, parameters = student_shapes(recipe, node)
             needed += _BYTES_KEPT * parameters
             peak = max(peak, disk_bytes(parameters, node.settings.training, None) - _BYTES_KEPT * parameters)
@@ -223,7 +223,7 @@ def _disk(recipe: Recipe, runs_dir: Path) -> str:
 
 
 async def _check_model(recipe: Recipe, name: str, record: Record) -> None:
-    """All checks of one model, on each of its servers."""
+    """Run all checks of one model, on each of its servers."""
     subject, model = f"model `{name}`", recipe.models[name]
     async with AsyncExitStack() as opened:
         endpoints: dict[str, Endpoint] = {}
@@ -257,13 +257,13 @@ async def _check_model(recipe: Recipe, name: str, record: Record) -> None:
 
 
 def _reward_of(recipe: Recipe, name: str) -> Reward:
-    """How the recipe uses a process reward model."""
+    """The recipe's `reward` settings that use this process reward model."""
     rewards = [node.settings.reward for node in recipe.of_kind("trees")]
     return next((reward for reward in rewards if reward is not None and reward.process == name), Reward(process=name))
 
 
 async def _thoughts(settings: Trees, endpoint: Endpoint) -> str:
-    """How the thinker is asked, in words: what is not set in the recipe goes by the kind of model that it is."""
+    """Describe how the thinker is prompted; unset settings depend on the kind of model."""
     shown = examples_shown(settings.examples, endpoint.kind)
     default = "" if settings.examples is not None else " by default"
     limit = settings.max_chain_tokens if settings.ends == "paragraph" else settings.max_thought_tokens
@@ -274,7 +274,7 @@ async def _thoughts(settings: Trees, endpoint: Endpoint) -> str:
 
 
 async def _scores(client: Client, reward: Reward) -> str:
-    """That a process reward model gives each step a score."""
+    """Check that a process reward model returns a score for each step."""
     asked = Question("check", "check", (QUESTION,), "")
     messages = step_score_messages(asked, ["One.", "Two."], reward.separator)
     completion = await client.complete(Request("", 1, 1, 0.0, 1.0, 0, (), messages, scores=True))

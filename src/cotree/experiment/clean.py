@@ -1,4 +1,4 @@
-"""`cotree clean`: remove what a run's recipe no longer refers to, and say how much that frees."""
+"""`cotree clean`: delete content of a run that its recipe no longer uses, and report the freed space."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from cotree.experiment.state import states_of
 
 @dataclass(frozen=True)
 class Removed:
-    """Something that a run does not need any more; `path` is relative to the run folder."""
+    """Unused content of a run; `path` is relative to the run folder."""
 
     path: Path
     bytes: int
 
 
 def unneeded(run: RunFolder) -> list[Removed]:
-    """Older content of other settings than the recipe's, nodes and cells that it no longer names, and drafts that a
-    kill left. Of a node whose inputs are not here, so that its settings cannot be compared, all content stays.
+    """Find unused content: of settings other than the recipe's, of removed nodes and cells, and drafts of killed runs.
+
+    Keeps all content of a node whose fingerprint cannot be computed because inputs are missing.
 
     Raises:
-        UsageError: the folder is no run.
+        UsageError: the folder is not a run.
     """
     recipe = load_recipe(run.path)
     with offline():
@@ -50,30 +51,30 @@ def unneeded(run: RunFolder) -> list[Removed]:
 
 
 def clean(run: RunFolder) -> list[Removed]:
-    """Remove what is not needed; the journal of paid requests stays.
+    """Delete unused content; the journal of completions stays.
 
     Raises:
-        UsageError: the folder is no run, or another process works in it.
+        UsageError: the folder is not a run, or another process works in it.
     """
     with locked(run.path):
         found = unneeded(run)
         for path in (run.path / each.path for each in found):
             remove(path)
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # not empty
                 while (path := path.parent) != run.path:
                     path.rmdir()
     return found
 
 
 def removed_lines(found: Sequence[Removed], dry_run: bool) -> list[str]:
-    """What was (or would be) removed, a line each, and how much that frees."""
+    """A line for each item that was (or would be) deleted, and the freed space."""
     lines = [f"{each.path}: {each.bytes / 1e6:.1f} MB" for each in found]
     total = sum(each.bytes for each in found) / 1e6
     return [*lines, f"{len(found)} removed, {total:.1f} MB freed" if not dry_run else f"{total:.1f} MB could be freed"]
 
 
 def _places(root: Path) -> Iterator[Path]:
-    """The folders of nodes and of evaluations' cells below a folder, relative to it."""
+    """The folders of nodes and evaluation cells below a folder, relative to it."""
     for kind in KINDS:
         for path in (root / kind).glob("*/*" if kind == "evaluations" else "*"):
             if path.is_dir() and path.name != ".references":
@@ -81,6 +82,6 @@ def _places(root: Path) -> Iterator[Path]:
 
 
 def _bytes(path: Path) -> int:
-    """What removing would free; a file that another run has too (linked by --from) frees nothing."""
+    """The bytes that deleting a path would free; hard links to files of another run (--from) count 0."""
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file() and not each.is_symlink()]
     return sum(each.stat().st_size for each in files if each.stat().st_nlink == 1)

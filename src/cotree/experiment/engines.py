@@ -1,4 +1,4 @@
-"""Which engine serves the weights of a recipe's models: a run keeps the one that it began with, on any machine."""
+"""Choose the engines of a recipe's models; a run keeps those that it started with, on any machine."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from cotree.models.resolve import engine_of
 from cotree.models.settings import Engine
 from cotree.report.summary import read_recipe
 
-_SAID = 6  # names in a line
+_SAID = 6  # maximum names in a line
 
 
 def with_engines(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe with the run's own engine for every model that names none and has weights of the same name there.
+    """Set unset engines in a recipe to those recorded in the run's own recipe for weights of the same name.
 
-    In a run's own recipe an engine is written where vLLM is one to choose; none means llama.cpp, so that a run of a
-    laptop goes on with it where there is a GPU.
+    The run's recipe records an engine where vLLM was a choice; none means llama.cpp, so a run started on a laptop keeps
+    it on a machine with a GPU.
     """
     kept: Mapping[str, Any] = {}
-    with suppress(UsageError):  # a damaged one is written again
+    with suppress(UsageError):  # a damaged recipe is written again
         kept = read_recipe(folder).get("models") or {} if (folder.path / "recipe.yaml").is_file() else {}
     written = copy.deepcopy(dict(recipe.written))
     for name, model in recipe.models.items():
         if model.weights is None or model.engine is not None:
             continue
         before = kept.get(name) or {}
-        with suppress(UsageError):  # weights that are not here: their fingerprint says so
+        with suppress(UsageError):  # missing weights are reported by their fingerprint
             engine = here = engine_of(model)
-            if Path(before.get("weights") or "").name == Path(model.weights).name:  # their folder may have moved
+            if Path(before.get("weights") or "").name == Path(model.weights).name:  # the folder may have moved
                 engine = before.get("engine") or "llama.cpp"
             if "vllm" in (here, engine):
                 written["models"][name]["engine"] = engine
@@ -42,17 +42,17 @@ def with_engines(recipe: Recipe, folder: RunFolder) -> Recipe:
 
 
 def engines_of(recipe: Recipe, names: Iterable[str]) -> dict[str, Engine]:
-    """What serves the weights of these models and students; those on servers are left out.
+    """{model or student: engine} of those with weights; models on servers are left out.
 
     Raises:
-        UsageError: the weights are not here, or the engine does not take them.
+        UsageError: the weights are missing, or not supported by the engine.
     """
     roots = {name: recipe.models[recipe.root_model(name)] for name in names}
     return {name: engine_of(root) for name, root in roots.items() if root.weights is not None}
 
 
 def engine_lines(engines: Mapping[str, Engine]) -> list[str]:
-    """A line for each engine with what it serves, for the terminal."""
+    """A terminal line per engine with the models that it serves."""
     served: dict[str, list[str]] = {}
     for name, engine in engines.items():
         served.setdefault("vLLM" if engine == "vllm" else engine, []).append(name)

@@ -1,4 +1,4 @@
-"""The written entries of a recipe as single nodes: `like` is copied, `sweep` and `seeds` become one node a value.
+"""Expand the entries of a recipe to single nodes: resolve `like`, and make one node per value of `sweep` and `seeds`.
 
     alpha: {like: cdpo, sweep: {alpha: [0.5, 1.5]}}   ->   alpha@alpha=0.5, alpha@alpha=1.5
     sft:   {from: llama, seeds: [0, 1], ...}          ->   sft@seed=0, sft@seed=1
@@ -23,7 +23,7 @@ from cotree.base.settings import nearest, set_value
 
 Raw = dict[str, Any]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
-# Of each kind the keys that name other entries, and of which kind these are; among students models are found too.
+# {kind: {key that refers to other entries: their kind}}; names of students may also be models.
 _REFERENCES: Mapping[Kind, Mapping[str, Kind]] = {
     "trees": {"tokens_of": "trees", "tokenizer": "students"},
     "datasets": {"trees": "trees", "size_of": "datasets", "questions_of": "datasets", "tokenizer": "students"},
@@ -34,11 +34,11 @@ _REFERENCES: Mapping[Kind, Mapping[str, Kind]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One node as it is written, with `like`, `sweep` and `seeds` resolved.
+    """The settings of one node, with `like`, `sweep` and `seeds` resolved.
 
-    entry: the name it has in the recipe; several nodes of a sweep or of seeds share it. like: the entry it copies.
-    label: the swept values ("alpha=0.5"), "" without a sweep. seed: None where the recipe's seed holds.
-    reads: the ids of the nodes that it names ("trees/train").
+    entry: its name in the recipe, shared by all nodes of a sweep or of seeds. like: the entry that it copies.
+    label: the swept values ("alpha=0.5"), "" without a sweep. seed: None for the recipe's seed.
+    reads: the ids of the nodes that it refers to ("trees/train").
     """
 
     kind: Kind
@@ -51,7 +51,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The node's name: the entry's, with swept values and seed after an `@`."""
+        """The node's name: the entry's name, plus swept values and seed after `@`."""
         parts = [self.label] * bool(self.label) + ([] if self.seed is None else [f"seed={self.seed}"])
         return f"{self.entry}@{','.join(parts)}" if parts else self.entry
 
@@ -86,10 +86,10 @@ def resolve_entries(written: Mapping[Kind, Mapping[str, Raw]], models: Collectio
 
 
 def sort_by_need(needs: Mapping[str, Collection[str]]) -> list[str]:
-    """The keys, each after those that it needs, otherwise in their order.
+    """Sort keys topologically: each after those that it needs, otherwise stable.
 
     Raises:
-        UsageError: some need each other.
+        UsageError: a cycle.
     """
     try:
         graphlib.TopologicalSorter(needs).prepare()
@@ -103,9 +103,9 @@ def sort_by_need(needs: Mapping[str, Collection[str]]) -> list[str]:
 
 
 class _Names:
-    """Which nodes a name stands for: an entry's name for all its nodes, `entry@label` for all its seeds, or for one.
+    """Resolves names to nodes: an entry's name to all its nodes, `entry@label` to all its seeds or one node.
 
-    known: the nodes by kind and name. A model is found among the students, as one that has no seeds.
+    known: {kind: {name: nodes}}. Models are listed as students without seeds.
     """
 
     def __init__(self, written: Mapping[Kind, Mapping[str, Raw]], models: Collection[str]) -> None:
@@ -114,7 +114,7 @@ class _Names:
         self.known["students"] |= {model: [Entry("students", model, {})] for model in models}
 
     def add(self, entry: Entry, seeds: Any) -> None:
-        """Make an entry known, one node for each of its seeds: the `seeds` that it was given, or its parent's."""
+        """Register an entry with one node per seed: its own `seeds`, or its parent's."""
         where = f"{entry.kind}.{entry.entry}"
         if seeds is not None:
             if entry.kind != "students":
@@ -139,14 +139,14 @@ class _Names:
                 self.known[entry.kind].setdefault(name, []).append(node)
 
     def find(self, kind: Kind, name: Any, where: str) -> list[Entry]:
-        """The nodes that a name stands for, in order."""
+        """The nodes that a name refers to, in order."""
         if found := self.known[kind].get(str(name)):
             return found
         what = "model or student" if kind == "students" else f"{kind} entry"
         raise UsageError(f"{where}: unknown {what} `{name}`; {nearest(name, self.known[kind])}")
 
     def resolve(self, entry: Entry) -> Entry:
-        """The entry with the name of one node in each place where it names an entry, and with what it reads."""
+        """Replace each reference to an entry by the name of one node, and set `reads`."""
         values, reads = dict(entry.values), list[str]()
 
         def nodes_named(name: str, kind: Kind, key: str) -> list[str]:
@@ -179,7 +179,7 @@ class _Names:
 
 
 def _copy_of_like(kind: Kind, name: str, entries: Mapping[str, Any], path: tuple[str, ...] = ()) -> Raw:
-    """An entry's settings on top of those of the entry that it is like; null takes the default again."""
+    """Merge an entry's settings over those of the entry that it is like; null restores the default."""
     own, path = entries[name], (*path, name)
     like = own.get("like")
     if like is not None:
@@ -192,7 +192,7 @@ def _copy_of_like(kind: Kind, name: str, entries: Mapping[str, Any], path: tuple
 
 
 def _swept(values: Raw, where: str) -> Iterator[tuple[str, Raw]]:
-    """A label and the settings for each combination of swept values, in written order."""
+    """Yield a label and settings for each combination of swept values, in written order."""
     values = dict(values)
     sweep = values.pop("sweep", {})
     if not isinstance(sweep, dict) or not all(
@@ -210,7 +210,7 @@ def _swept(values: Raw, where: str) -> Iterator[tuple[str, Raw]]:
 
 
 def _replace_models(roles: Any, resolve: Callable[[str], str]) -> Any:
-    """The roles with every model's or student's name resolved; what is malformed is left for the settings' check."""
+    """Resolve the model and student names in roles; malformed values are left to the settings' validation."""
     if isinstance(roles, str):
         return resolve(roles)
     if isinstance(roles, list):

@@ -1,8 +1,7 @@
-"""What bringing a node up to date would cost: tokens, time, memory, disk and GPU-hours.
+"""Estimate what bringing a node up to date costs: tokens, time, memory, disk and GPU-hours.
 
-Tokens and seconds are from what was measured in the run so far, else from the recipe alone; what cannot be known is
-None. Nothing is loaded or asked: where questions, rows or weights are not here, the recipe's counts and the models'
-shapes stand in for them.
+Tokens and seconds come from measurements in the run so far, else from the recipe; unknown values are None. Loads no
+models and calls no servers: missing questions, rows or weights are replaced by the recipe's counts and model shapes.
 """
 
 from __future__ import annotations
@@ -28,24 +27,23 @@ from cotree.search.settings import Matrix, Search, Trees
 from cotree.train.settings import Optimizer
 
 _MB = 10**6
-# Records keep tenths of seconds, so work that took less may have none.
+# Records round to tenths of seconds, so short work may have 0.
 _LEAST_SECONDS = 0.05
-# Of `max_thought_tokens`, what a thought has on average before anything was measured (10.5 of 32 in laptop.yaml); so of
-# `max_chain_tokens`.
+# Assumed mean length of a thought as a share of `max_thought_tokens` (10.5 of 32 in laptop.yaml), and of a chain as a
+# share of `max_chain_tokens`, before anything was measured.
 _FILL = 1 / 3
-# Tokens of a question, and the most that a reply is thought to have before one was measured.
+# Assumed tokens of a question, and of a reply at most, before one was measured.
 _QUESTION, _REPLY = 100, 600
-# Of the 989 dense bf16 TFLOP/s of an H100, the share that usual software reaches where it trains and where it writes.
+# Assumed utilization of an H100's 989 dense bf16 TFLOP/s in training and in generation.
 CARD_FLOPS, TRAINING_SHARE, WRITING_SHARE = 989e12, 0.4, 0.1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a node would cost.
+    """The estimated cost of a node; None where unknown.
 
-    tokens: that models would generate, or that training would see. seconds: on this machine. gpu_hours: of an H100, at
-    the shares of its speed above. memory_mb: of training at its peak, in each of its `processes`. disk_mb: of training
-    at its peak, checkpoints included. Each is None where it cannot be known.
+    tokens: generated, or trained on. seconds: on this machine. gpu_hours: on an H100, at the utilization above.
+    memory_mb: peak of training in each of its `processes`. disk_mb: peak of training, with checkpoints.
     """
 
     tokens: int | None = None
@@ -57,17 +55,17 @@ class Cost:
 
 
 class Estimates:
-    """Estimates from the speeds and sizes of what the run has done so far."""
+    """Estimates costs from the speeds and sizes measured in the run so far."""
 
     def __init__(self, recipe: Recipe, run: RunFolder, fingerprints: Fingerprints) -> None:
         self.recipe, self.run, self.fingerprints = recipe, run, fingerprints
         self.records, self.cells = run.nodes(), run.cells()
 
     def cost(self, node: Node[Any], left: Sequence[State]) -> Cost:
-        """What a node costs. left: its state, or those of an evaluation's cells that are not done.
+        """The cost of a node. left: its state, or those of an evaluation's unfinished cells.
 
         Raises:
-            UsageError: it cannot be known, as something is not here.
+            UsageError: unknown, because an input is missing.
         """
         if node.kind == "datasets" or (node.kind == "trees" and node.settings.file is not None):
             return Cost()
@@ -90,7 +88,7 @@ class Estimates:
         return Cost(written, seconds=_tenths_up(written / speed) if speed else None, gpu_hours=hours)
 
     def _parameters(self, name: str) -> float | None:
-        """How many weights of a model a token uses: by its files, else by its name (72B, of 30B-A3B 3B)."""
+        """A model's active parameters per token: from its files, else from its name (72B; 30B-A3B has 3B)."""
         model = self.recipe.models[self.recipe.root_model(name)]
         called = model.weights or model.model
         if model.weights is not None:
@@ -101,7 +99,7 @@ class Estimates:
         return None
 
     def _count(self, node: Node[Any]) -> int:
-        """How many questions a node asks; where they are not here, as many as the recipe names."""
+        """The number of questions of a node; if they are not downloaded, the recipe's count."""
         with suppress(UsageError):
             return len(self.fingerprints.questions(node))
         return sum(node.settings.questions.values())
@@ -126,8 +124,8 @@ class Estimates:
         return round(questions * settings.samples * each)
 
     def _tokens_of_trees(self, node: Node[Trees], state: str = "new") -> int:
-        """Measured tokens a tree for those that are left, where this node has trees of its settings; else what its
-        patterns write."""
+        """Tokens for the missing trees: measured tokens per tree if this node has trees of its settings, else from its
+        patterns."""
         settings = node.settings
         questions = self._count(node)
         if settings.tokens_of is not None:
@@ -143,8 +141,8 @@ class Estimates:
         return round(questions * min(tree, settings.stop.tokens or tree))
 
     def _cost_of_training(self, node: Node[Student]) -> Cost:
-        """The memory and disk that a student's shapes take, and the tokens and time of its rows; before these are here,
-        the tokens if every tree gives all the rows that it may."""
+        """Memory and disk from the student's shapes, tokens and time from its rows; before the dataset exists, tokens
+        if every tree gave its maximum number of rows."""
         config, parameters = student_shapes(self.recipe, node)
         from cotree.train.memory import training_memory
         from cotree.train.plan import plan as plan_training
@@ -172,8 +170,8 @@ class Estimates:
         )
 
     def _tokens_of_rows(self, node: Node[Dataset]) -> int | None:
-        """About the tokens of a dataset's rows before they are there, if every tree gives all that it may; None for the
-        rows of a file, unless another dataset says how many tokens."""
+        """Estimated tokens of a dataset not built yet, if every tree gave its maximum number of rows; None for rows of
+        a file, unless `size_of` tells."""
         settings = node.settings
         if settings.size_of is not None and (settings.trees or settings.size_in == "tokens"):
             return self._tokens_of_rows(self.recipe.nodes[f"datasets/{settings.size_of}"])
@@ -187,10 +185,10 @@ class Estimates:
 
 
 def student_shapes(recipe: Recipe, node: Node[Student]) -> tuple[Any, int]:
-    """The transformers config of the weights that a student starts from, and how many they are.
+    """The transformers config of a student's initial weights, and their number of parameters.
 
     Raises:
-        UsageError: they are not here and their shapes are not known, or torch is not installed.
+        UsageError: missing weights of unknown shape, or torch is not installed.
     """
     if find_spec("torch") is None:
         raise UsageError("torch is not installed; pip install 'cotree[train]'")
@@ -201,30 +199,30 @@ def student_shapes(recipe: Recipe, node: Node[Student]) -> tuple[Any, int]:
 
 
 def disk_bytes(parameters: int, settings: Optimizer, steps: int | None) -> int:
-    """About the disk that training needs at its peak: when the model is stored beside the checkpoints, each of them its
-    weights and two moments of each; later its GGUF.
+    """Estimated peak disk use of training: the saved model beside the checkpoints (weights and Adam moments), and later
+    its GGUF.
 
-    steps: how many there are; None where that is not known.
+    steps: optimizer steps; None if unknown.
     """
     if settings.lora:
-        kept = 0  # their weights are the adapter's
+        kept = 0  # checkpoints hold the adapter only
     elif settings.probe and settings.probe.keep == "best":
-        kept = 3  # the last two and the best
+        kept = 3  # the last two checkpoints and the best
     else:
         kept = 2 if steps is None else min(2, (steps - 1) // settings.save_steps)
     return max(4 + 12 * kept, 4 + 1) * parameters
 
 
 def _tokens_of_chain(search: Search) -> float:
-    """About how many tokens a whole chain has: thoughts of a line each, or as models write solutions."""
+    """Estimated tokens of a whole chain, for thoughts in lines or in paragraphs."""
     if search.ends == "paragraph":
         return search.max_chain_tokens * _FILL
     return fmean(len(pattern) for pattern in search.patterns.values()) * search.max_thought_tokens * _FILL
 
 
 def _thoughts_of_tree(pattern: Matrix, rollouts: int) -> float:
-    """About how many thoughts a tree has: its first rollout writes one row of each type on the way to an answer, every
-    other one a row where it parts from the others, and the answer."""
+    """Estimated thoughts of a tree: the first rollout writes the pattern's row of each type on the way to an answer,
+    each later one a row where it branches, and the answer."""
     kind, first, rows = "root", 0, list[int]()
     while kind in pattern and len(rows) < 10:
         kind, n = next(iter(pattern[kind].items()))
@@ -234,12 +232,12 @@ def _thoughts_of_tree(pattern: Matrix, rollouts: int) -> float:
 
 
 def _tokens_a_second(done: Sequence[NodeRecord]) -> float | None:
-    """The speed at which models wrote what is done."""
+    """Measured generation speed in tokens per second, or None."""
     counts: list[Mapping[str, Any]] = [record.result.get("counts", record.result).get("tokens", {}) for record in done]
     tokens, seconds = sum(each.get("completion", 0) for each in counts), sum(record.seconds for record in done)
     return tokens / max(seconds, _LEAST_SECONDS) if tokens else None
 
 
 def _tenths_up(seconds: float) -> float:
-    """Seconds rounded up to a tenth: what costs something never shows as nothing."""
+    """Round seconds up to a tenth, so that no cost shows as 0."""
     return math.ceil(10 * seconds) / 10

@@ -1,8 +1,8 @@
-"""Fingerprints: what decides the content of a node, as one hash. Equal fingerprints are equal content; nothing else is.
+"""Fingerprints: one hash per node of everything that affects its content. Equal fingerprints mean equal content.
 
-A fingerprint is made of the node's own content-deciding settings (`hashed_settings`), of the content of its
-inputs that are no nodes (questions, weights, files), and of the fingerprints of the nodes that it reads. Names play no
-part, so renaming a model, a node or a run changes nothing; neither do settings that are marked `NOT_CONTENT`.
+A fingerprint covers the node's settings (`hashed_settings`, without those marked `NOT_CONTENT`), the content of its
+external inputs (questions, weights, files), and the fingerprints of the nodes that it reads. Names are not part of it,
+so renaming a model, a node or a run changes nothing.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ CONTENT_VERSION: Mapping[Kind, int] = {"trees": 2, "datasets": 3, "students": TR
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The hashes of what decides a node's content.
+    """The hashes of everything that affects a node's content.
 
-    of: of all of it. base: of all but the set of questions, as trees and answers are kept by question. parts: what was
-    hashed, `a.b` -> value, to say which key changed.
+    of: the fingerprint. base: the same without the questions, because trees and answers are stored by question. parts:
+    the hashed values, {`a.b`: value}, to report which key changed.
     """
 
     of: str
@@ -54,16 +54,16 @@ class Fingerprint:
 
 
 class Fingerprints:
-    """The fingerprints of a recipe's nodes, computed once each; reads questions and files, asks no server."""
+    """Computes and caches the fingerprints of a recipe's nodes; reads questions and files, calls no server."""
 
     def __init__(
         self, recipe: Recipe, shard: Shard | None = None, *, run: Path | None = None, whole: Fingerprints | None = None
     ) -> None:
-        """Of a shard, trees and evaluations have its questions only; what is made of all questions is that of `whole`.
+        """With a shard, trees and evaluations cover its questions only; other nodes are taken from `whole`.
 
         Args:
-            run: the folder that has the annotations of its trees, if there are any.
-            whole: the fingerprints of all questions, where they are known already.
+            run: the run folder with annotations, if any.
+            whole: fingerprints over all questions, if computed already.
         """
         self.recipe, self.shard, self._run = recipe, shard, run
         self.whole: Fingerprints = self if shard is None else whole or Fingerprints(recipe, run=run)
@@ -73,10 +73,10 @@ class Fingerprints:
         self._annotations: dict[tuple[str, ...], dict[Key, ChainAnnotation]] = {}
 
     def of(self, node_id: str, model: str | None = None) -> Fingerprint:
-        """The fingerprint of a node; of an evaluation, that of one model's cell.
+        """The fingerprint of a node, or of one model's cell of an evaluation.
 
         Raises:
-            UsageError: an input is not here (questions, weights, a file).
+            UsageError: an input is missing (questions, weights, a file).
         """
         key = (node_id, model)
         if key not in self._found:
@@ -98,14 +98,14 @@ class Fingerprints:
 
     def _trees(self, node: Node[Trees]) -> Fingerprint:
         settings = node.settings
-        if settings.file is not None:  # its rollouts are a part of its questions
+        if settings.file is not None:  # its questions contain a hash of the rollouts
             parts = hashed_settings(settings)
             del parts["file"]
             parts |= {"tokenizer": self._tokenizer(str(settings.tokenizer)), "version": CONTENT_VERSION["trees"]}
             return self._with_questions(node, parts)
         named = ("questions", "roles", "split", "tokens_of", "reward", "patterns")
         parts = _flatten(hashed_settings(settings), leave_out=named)
-        for name, matrix in settings.patterns.items():  # the order of a row is that in which its thoughts are written
+        for name, matrix in settings.patterns.items():  # the order within a row matters: thoughts are generated in it
             parts |= {
                 f"patterns.{name}.{kind}": [[*next_type] for next_type in row.items()] for kind, row in matrix.items()
             }
@@ -122,14 +122,14 @@ class Fingerprints:
         return self._with_questions(node, parts)
 
     def _with_questions(self, node: Node[Any], parts: dict[str, Any], model: str | None = None) -> Fingerprint:
-        """Of trees or answers, which are kept question by question: without the questions, `parts` is their base."""
+        """Add the questions to `parts`; without them, `parts` gives the base, as results are stored by question."""
         base = dict(parts)
         if node.settings.tokens_of is not None:
             other = self.of(f"{node.kind}/{node.settings.tokens_of}", model)
             parts["tokens_of"], base["tokens_of"] = other.of, other.base
-        asked = sorted(self.questions(node), key=lambda each: each[0].name)  # whatever the order of the tasks
+        asked = sorted(self.questions(node), key=lambda each: each[0].name)  # not the recipe's order
         parts["questions"] = _hash([task.content_of(question) for task, question in asked])
-        parts["verdicts"] = VERDICT_VERSION  # kept answers are judged again
+        parts["verdicts"] = VERDICT_VERSION  # stored answers are judged again
         return Fingerprint(_hash(parts), _hash(base), parts)
 
     def _dataset(self, node: Node[Dataset]) -> Fingerprint:
@@ -143,7 +143,7 @@ class Fingerprints:
             if settings.annotations is not None:
                 made = self.annotations(node).items()
                 parts["annotations.made"] = _hash(sorted([*key, *astuple(said)] for key, said in made))
-            if settings.judges_again:  # what was changed is judged again
+            if settings.judges_again:  # changed texts are verified again
                 parts["verdicts"] = VERDICT_VERSION
         elif settings.file is not None:
             parts["file"] = _file_hash(settings.file)
@@ -156,13 +156,13 @@ class Fingerprints:
                 parts[key] = self.of(f"datasets/{name}").of
         if settings.gates.contamination and settings.trees:
             parts["contaminated"] = _hash(sorted(self.contaminated(node)))
-        elif settings.gates.contamination:  # what is left out of a file depends on all held-out questions
+        elif settings.gates.contamination:  # rows of a file are checked against all held-out questions
             held_out = [json.dumps([question.task, question.id, question.messages]) for question in self.held_out]
             parts["contaminated"] = _hash(sorted(held_out))
         return Fingerprint(_hash(parts), _hash(parts), parts)
 
     def annotations(self, node: Node[Dataset]) -> dict[Key, ChainAnnotation]:
-        """What annotators say of the chains of a dataset's trees, as it stood when it was first asked for."""
+        """The annotations of a dataset's trees; cached at the first call, so that later edits do not matter."""
         configs = tuple(self.of(f"trees/{name}").base for name in node.settings.trees)
         if configs not in self._annotations:
             self._annotations[configs] = {} if self._run is None else chain_annotations(self._run, configs)
@@ -180,23 +180,23 @@ class Fingerprints:
         return Fingerprint(_hash(parts), _hash(parts), parts)
 
     def _tokenizer(self, name: str) -> str:
-        """What decides the tokens of a model or a student."""
+        """The identity of a model's or student's tokenizer."""
         counting = identity(self.recipe.models[self.recipe.root_model(name)])
         return str(counting.get("tokenizer") or counting["weights"])
 
     def _writer(self, name: str, gguf: GGUFType | None = None) -> dict[str, Any]:
-        """What decides the text of a model or a student: weights and how they are served, or a served model's name."""
+        """The identity of a model or student as a writer: weights and serving settings, or a served model's name."""
         root = self.recipe.models[self.recipe.root_model(name)]
         if name in self.recipe.models:
             return identity(root, gguf)
         return {"student": self.of(f"students/{name}").of} | serving(root, gguf)
 
     def questions(self, node: Node[Trees] | Node[Evaluation]) -> list[Asked]:
-        """The questions of a trees or evaluations node, each with its task; of trees in the order of the tasks' names,
-        which is the order of the rows that are made of them.
+        """The questions of a trees or evaluations node, each with its task; for trees sorted by task name, which fixes
+        the order of dataset rows.
 
         Raises:
-            UsageError: a task has fewer, its rows are not here, or two questions have one name.
+            UsageError: a task has fewer, its data is missing, or two questions have the same name.
         """
         settings, counts = node.settings, node.settings.questions
         if isinstance(settings, Trees):
@@ -212,7 +212,7 @@ class Fingerprints:
         return self._questions[key]
 
     def dealt(self, node: Node[Trees] | Node[Evaluation], world_size: int) -> list[list[Asked]]:
-        """The questions of a node, those of each shard apart."""
+        """The questions of a node, split by shard."""
         if (node.id, world_size) not in self._dealt:
             shards: list[list[Asked]] = [[] for _ in range(world_size)]
             for task, question in self.questions(node):
@@ -222,13 +222,13 @@ class Fingerprints:
 
     @cached_property
     def held_out(self) -> list[Question]:
-        """Every dev or test question that an evaluation of the recipe asks."""
+        """All dev and test questions of the recipe's evaluations."""
         held_out = [node for node in self.recipe.of_kind("evaluations") if node.settings.split != "train"]
         asked = [question for node in held_out for _, question in self.questions(node)]
         return list({(question.task, question.id): question for question in asked}.values())
 
     def contaminated(self, node: Node[Dataset]) -> set[tuple[str, str]]:
-        """(task, id) of the questions of a dataset's trees that repeat a question of an evaluation."""
+        """(task, id) of a dataset's tree questions that overlap with an evaluation."""
         found: set[tuple[str, str]] = set()
         for name in node.settings.trees:
             for task, asked in groupby(self.questions(self.recipe.nodes[f"trees/{name}"]), key=lambda each: each[0]):
@@ -239,7 +239,7 @@ class Fingerprints:
 
 
 def _flatten(settings: Mapping[str, Any], at: str = "", leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Nested settings by dotted keys: {"stop": {"correct": 3}} -> {"stop.correct": 3}."""
+    """Flatten nested settings to dotted keys: {"stop": {"correct": 3}} -> {"stop.correct": 3}."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if key in leave_out:
@@ -252,7 +252,7 @@ def _flatten(settings: Mapping[str, Any], at: str = "", leave_out: tuple[str, ..
 
 
 def _file_hash(path: str) -> str:
-    if not os.path.isfile(path):  # False as well for what can be no path
+    if not os.path.isfile(path):  # also False for impossible paths
         raise UsageError(f"no file at {path}")
     return file_sha256(Path(path))
 

@@ -1,8 +1,7 @@
-"""Run the shards of a recipe on many processes: of this machine, of a Slurm cluster, or of a Ray cluster.
+"""Run the shards of a recipe in many processes: on this machine, on a Slurm cluster, or on a Ray cluster.
 
-Which process has which shard, and what becomes of one that died, is the business of Slurm or Ray, or here of a pool of
-threads that wait for one process each. What is done is in the shards' records and nowhere else, so a shard may be
-started any number of times: it resumes, or sees in a moment that nothing is left.
+Slurm, Ray or a local thread pool schedules shards and restarts failed ones. Progress is recorded only in the shards'
+folders, so a shard may be started any number of times: it resumes, or exits at once if nothing is left.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from cotree.base.settings import Section, parse_section
 from cotree.base.shards import Shard
 from cotree.experiment.shard_states import ShardStates
 
-_ATTEMPTS = 3  # of a shard whose process died or whose work failed; bad input fails once
+_ATTEMPTS = 3  # for a shard whose process died or whose work failed; bad input is not retried
 _LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What is to be run: nodes of the recipe in a run folder.
+    """The nodes to run in shards.
 
-    options: more words for `cotree run`. work: does the same in this process, called with `rank` and `output`.
+    options: further arguments for `cotree run`. work: runs a shard in this process, called with `rank` and `output`.
     """
 
     run: RunFolder
@@ -57,14 +56,14 @@ class Fleet:
 
 
 def run_shards(fleet: Fleet, where: str) -> bool:
-    """Run all shards that are not done; returns whether they are (under Slurm they are only begun).
+    """Run all unfinished shards; returns whether they are finished (with Slurm they are only submitted).
 
     Args:
-        where: `local:PROCESSES`, `ray:ADDRESS` (`ray:local` starts one here) or `slurm:FILE.yaml`.
+        where: `local:PROCESSES`, `ray:ADDRESS` (`ray:local` starts a local cluster) or `slurm:FILE.yaml`.
 
     Raises:
-        UsageError: it is none of these, or what it needs is not here.
-        CotreeError: some shards are not done; the same call goes on with them.
+        UsageError: invalid `where`, or its software is missing.
+        CotreeError: some shards failed; the same call resumes them.
     """
     kind, _, place = where.partition(":")
     if kind == "local" and place.isdigit() and int(place) > 0:
@@ -81,7 +80,7 @@ def run_shards(fleet: Fleet, where: str) -> bool:
 
 
 def _run_here(fleet: Fleet, place: str) -> bool:
-    """Run shards in processes of this machine, so many at once."""
+    """Run shards in local processes, `place` at a time."""
     running: set[subprocess.Popen[str]] = set()
     stopped = threading.Event()
 
@@ -122,7 +121,7 @@ def _wait_for_threads(futures: Sequence[Any]) -> Sequence[Any]:
 
 
 def _run_on_ray(fleet: Fleet, place: str) -> bool:
-    """Run shards as tasks of a Ray cluster, which starts those again whose worker or node died."""
+    """Run shards as Ray tasks; Ray restarts tasks whose worker or node died."""
     try:
         import ray
     except ModuleNotFoundError:
@@ -154,12 +153,12 @@ def _run_on_ray(fleet: Fleet, place: str) -> bool:
 
 
 def _work_on_ray(work: Callable[..., Any], rank: int) -> str:
-    """Run one shard in a worker; returns why its input is bad, which no other attempt would change."""
+    """Run one shard in a worker; returns the error for bad input, which a retry would not fix."""
     try:
         work(rank=rank, output=Output(quiet=True))
     except UsageError as error:
         return str(error)
-    except CotreeError as error:  # of its own kind, which any process can read back
+    except CotreeError as error:  # only this base class, which unpickles everywhere
         raise CotreeError(str(error)) from None
     return ""
 
@@ -170,12 +169,12 @@ def _watch(
     wait_for: Callable[[Sequence[Any]], Sequence[Any]],
     result: Callable[[Any], str],
 ) -> None:
-    """Show how far all shards are in one line, until each has ended.
+    """Show the progress of all shards in one line until they end.
 
     Args:
-        futures: of each shard, with its rank.
-        wait_for: waits a while for one of them; returns those that have ended.
-        result: of one that has ended, why it failed, "" if it did not.
+        futures: {future of a shard: rank}.
+        wait_for: waits for a while; returns the finished futures.
+        result: returns why a finished future failed, "" if it did not.
 
     Raises:
         CotreeError: shards failed.
@@ -202,9 +201,9 @@ def _watch(
 class SlurmJob(Section):
     """The file of `--on slurm:FILE.yaml`.
 
-    sbatch: options of sbatch by their long names ({partition: cpu, time: "24:00:00"}); of one without a value `true`.
-    setup: lines of shell before the command, to activate an environment for example.
-    at_once: how many shards run at the same time. array_size: how many a job array of this cluster may have.
+    sbatch: long options of sbatch ({partition: cpu, time: "24:00:00"}); `true` for one without a value.
+    setup: shell lines before the command, for example to activate an environment.
+    at_once: maximum shards running at a time. array_size: maximum tasks of a job array on this cluster.
     """
 
     sbatch: Mapping[str, str | int | bool] = {}
@@ -214,7 +213,7 @@ class SlurmJob(Section):
 
 
 def _submit(fleet: Fleet, place: str) -> bool:
-    """Submit the shards to Slurm as job arrays, of at most `array_size` tasks each."""
+    """Submit the shards to Slurm as job arrays of at most `array_size` tasks."""
     try:
         written = yaml.safe_load(Path(place).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -243,7 +242,7 @@ def _submit(fleet: Fleet, place: str) -> bool:
 
 
 def sbatch_file(fleet: Fleet, job: SlurmJob, ranks: Sequence[int], first: int) -> str:
-    """The script of a job array whose task n runs the shard `first` + n; one that ends badly is sent again twice."""
+    """The sbatch script of a job array whose task n runs shard `first` + n; a failed task is requeued twice."""
     at_once = f"%{job.at_once}" if job.at_once else ""
     options: dict[str, str | int | bool] = {
         "job-name": f"cotree-{fleet.run.path.name}",

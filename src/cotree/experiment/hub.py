@@ -1,4 +1,4 @@
-"""What a recipe takes from the hub is known by id and commit: an id without one is pinned once, in its run."""
+"""Pin the hub models and datasets of a recipe to commits, once per run; and offline mode for the hub's libraries."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cotree.experiment.recipe import Recipe, build_recipe
 from cotree.models.weights import HUB_WEIGHTS
 from cotree.report.summary import read_recipe
 
-# Where a recipe names what may be on the hub: section -> key of its entries.
+# {section of a recipe: key that may name a hub repository}
 _NAMED_IN = {"models": "weights", "datasets": "hub"}
-# What huggingface_hub and datasets read, once, when they are loaded.
+# Environment variables that huggingface_hub and datasets read once, at import.
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
-    """The recipe with a revision for every model and dataset of the hub: the run's own, else (if `ask`) the newest.
+    """Add a revision to every hub model and dataset of a recipe: the run's, else (if `ask`) the newest.
 
     Raises:
-        UsageError: the hub is not reached, or has nothing of that name.
+        UsageError: the hub is unreachable, or the repository does not exist.
     """
     kept = cache(partial(_revisions, folder))  # read only where a name without a revision needs it
 
@@ -45,7 +45,7 @@ def pinned(recipe: Recipe, folder: RunFolder, *, ask: bool = True) -> Recipe:
 
 
 def _revisions(folder: RunFolder) -> dict[tuple[str, str], str]:
-    """The revisions that the run's own recipe names: (section, repository) -> revision."""
+    """{(section, repository): revision} from the run's own recipe."""
     known: dict[tuple[str, str], str] = {}
 
     def remember(section: str, word: str) -> str:
@@ -59,7 +59,7 @@ def _revisions(folder: RunFolder) -> dict[tuple[str, str], str]:
 
 
 def _with_hub_names(written: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """A written recipe in which `change(section, name)` stands for every name that may be one of the hub."""
+    """A copy of a recipe's data with every possible hub name replaced by `change(section, name)`."""
     changed = copy.deepcopy(dict(written))
     for section, key in _NAMED_IN.items():
         entries = [entry for entry in (changed.get(section) or {}).values() if isinstance(entry, dict)]
@@ -72,7 +72,7 @@ def _with_hub_names(written: Mapping[str, Any], change: Callable[[str, str], str
 
 
 def _newest_commit(section: str, repo: str) -> str:
-    """The newest commit of a model or dataset; where the hub is not reached, that of what was downloaded last."""
+    """The newest commit of a model or dataset; offline, the last one downloaded."""
     from huggingface_hub import HfApi, snapshot_download
 
     kind = section.removesuffix("s")
@@ -88,7 +88,7 @@ def _newest_commit(section: str, repo: str) -> str:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """While the block runs, the hub's libraries use what is in their caches and ask no network."""
+    """While the block runs, the hub's libraries use their caches only."""
     before = {name: os.environ.get(name) for name in _OFFLINE}
     _set_offline(dict.fromkeys(_OFFLINE, "1"))
     try:
@@ -98,7 +98,7 @@ def offline() -> Iterator[None]:
 
 
 def _set_offline(values: Mapping[str, str | None]) -> None:
-    """Set the variables, and what loaded modules of the hub's libraries have read from them."""
+    """Set the environment variables, and the constants that imported hub libraries derived from them."""
     for name, value in values.items():
         os.environ[name] = value or ""
         if value is None:

@@ -1,4 +1,4 @@
-"""`cotree import`: what others wrote, as rows of a dataset, or as the trees of a run."""
+"""`cotree import`: convert files from elsewhere to dataset rows, or rollouts to the trees of a run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def import_as(
     held_out: Sequence[str] = (),
     max_tokens: int | None = None,
 ) -> list[str]:
-    """Import a file; returns lines that say what was written and left out.
+    """Import a file; returns report lines about what was written and left out.
 
     Args:
-        kind: `rows`: chains or pairs, into a Parquet file; `trees`: rollouts, into a run folder whose recipe has them.
-        student: whose tokens count, or are shared: a packaged name, a `.gguf`, a folder or a hub id.
-        task: judges what has a gold answer. held_out, max_tokens: of rows only.
+        kind: `rows`: chains or pairs, to a Parquet file; `trees`: rollouts, to a run folder with a recipe.
+        student: its tokenizer counts or shares tokens: a packaged name, a `.gguf`, a folder or a hub id.
+        task: verifies texts with a gold answer. held_out, max_tokens: for rows only.
 
     Raises:
-        UsageError: nothing of the file can be read.
+        UsageError: nothing in the file is usable.
     """
     if kind == "rows":
         counts = import_file(file, student, out, task=task, held_out=held_out, max_tokens=max_tokens or 16_384)

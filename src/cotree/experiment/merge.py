@@ -1,4 +1,4 @@
-"""`cotree merge`: the trees of many stores in one store, or the completions of many journals in one journal."""
+"""`cotree merge`: merge several tree stores, or several journals, into one."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _STORE = "trees.db"
 
 
 def merge(sources: Sequence[str | Path], out: str | Path) -> str:
-    """Copy what is in several stores of trees (or journals of requests) into one; returns what was done, in a line.
+    """Merge several tree stores (or journals) into one; returns a report line.
 
-    Calling it again copies nothing twice, and goes on where a kill stopped it. Sources are not changed.
+    Idempotent, and resumes after a kill. Sources are not changed.
 
     Args:
         sources: files, or folders with a `trees.db`: those of shards are runs/NAME/shards/K-of-N/trees/NODE.
-        out: the store, made if it is not there; what it has already stays.
+        out: the target store, created if missing; its content stays.
 
     Raises:
-        UsageError: before anything is written: a source is missing or no store, or trees were grown under other
-            settings than those of the others or of `out`. Which questions were asked is no such setting.
-        CotreeError: a tree or completion is damaged; what was copied before it stays.
+        UsageError: before anything is written: a source is missing or not a store, or its trees have other search
+            settings than those of the other sources or `out` (the questions may differ).
+        CotreeError: a tree or completion is damaged; what was copied before stays.
     """
     paths, target = [_file(Path(source)) for source in sources], _file(Path(out))
     if target in paths:
@@ -49,7 +49,7 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> str:
 
 
 def _file(path: Path) -> Path:
-    """The store that a path means: its own, or that in it."""
+    """The store at a path, or inside the folder at that path."""
     return path / _STORE if path.is_dir() else path
 
 
@@ -57,7 +57,7 @@ def _is_journal(path: Path) -> bool:
     """Whether a file is a journal.
 
     Raises:
-        UsageError: it is neither a journal nor a store of trees.
+        UsageError: it is neither a journal nor a tree store.
     """
     try:
         with TreeStore(path, reading=True):
@@ -71,7 +71,7 @@ def _is_journal(path: Path) -> bool:
 
 
 def _check_settings(paths: Sequence[Path]) -> None:
-    """Refuse stores whose trees were not all grown under the same settings."""
+    """Raise UsageError if the stores' trees have different search settings."""
     first: tuple[Path, str] | None = None
     for path in paths:
         with TreeStore(path, reading=True) as store:

@@ -1,4 +1,4 @@
-"""A run for reading: its nodes, trees, rows, students and tables in Python, and the rows of `cotree preview`."""
+"""Read-only Python access to a run: its nodes, trees, dataset rows, students and tables; and `cotree preview`."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Run:
 
     @property
     def nodes(self) -> Mapping[str, NodeRecord]:
-        """What is known of each trees, datasets and students node, by id: "students/dpo"."""
+        """The records of trees, datasets and students nodes by id ("students/dpo")."""
         return self._folder.nodes()
 
     @property
     def cells(self) -> Mapping[tuple[str, str], NodeRecord]:
-        """What is known of each evaluated model, by (evaluation, model)."""
+        """The records of evaluated models, by (evaluation, model)."""
         return self._folder.cells()
 
     def trees(self, name: str) -> Iterator[StoredTree]:
-        """The trees of a trees node, one at a time; `node.verdict` is correct, wrong, no_answer or None.
+        """Iterate over the trees of a trees node; `node.verdict` is correct, wrong, no_answer, undecided or None.
 
         Raises:
             UsageError: the run has no such trees.
@@ -55,7 +55,7 @@ class Run:
         return _trees_in(stores, self._record(node).base)
 
     def dataset(self, name: str) -> Iterator[Row]:
-        """The rows of a dataset, one at a time.
+        """Iterate over the rows of a dataset.
 
         Raises:
             UsageError: the run has no such dataset.
@@ -63,7 +63,7 @@ class Run:
         return read_rows(self._content(f"datasets/{name}", "train.parquet"))
 
     def student(self, name: str) -> Path:
-        """A trained student as a transformers folder.
+        """The transformers folder of a trained student.
 
         Raises:
             UsageError: the run has no such student.
@@ -91,16 +91,16 @@ def open_run(path: str | Path) -> Run:
     """Open a run folder for reading.
 
     Raises:
-        UsageError: there is no run, or one of an older cotree.
+        UsageError: not a run, or one of an older version.
     """
     return Run(find_run(Path(path)))
 
 
 def preview_dataset(recipe: Recipe, runs_dir: Path, name: str, rows: int) -> Text:
-    """The first rows of a dataset node as its trainer sees them, token by token.
+    """Render the first rows of a dataset node as the trainer sees them, token by token.
 
     Raises:
-        UsageError: the recipe has no such dataset, or it has not been made yet.
+        UsageError: the recipe has no such dataset, or it is not built yet.
     """
     from cotree.data.preview import preview
 

@@ -1,7 +1,7 @@
-"""`cotree plan`: every node's state and what bringing it up to date would cost, before anything is spent.
+"""`cotree plan`: every node's state and the estimated cost of bringing it up to date.
 
-No server is asked, no model is loaded, no network is reached and nothing is written. Tokens and seconds are estimates
-from what was measured in the run so far, or from the recipe; what cannot be known is None.
+Calls no server, loads no model, uses no network and writes nothing. Tokens and seconds are estimated from measurements
+in the run so far, or from the recipe; unknown values are None.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LEAST_HOURS = 0.1  # of a GPU that are worth a word
 
 @dataclass(frozen=True)
 class Cell:
-    """One model of an evaluation."""
+    """The state of one model's cell of an evaluation."""
 
     model: str
     state: str
@@ -43,9 +43,8 @@ class Cell:
 class NodePlan(Cost):
     """A node's state (done, partial, new, changed; why), and the cost of bringing it up to date.
 
-    reads: the nodes that it needs. cells: of evaluations only. shards: how far they are, for each N that there is of
-    them. engines: what would serve the weights that it asks, by
-    the names of models and students.
+    reads: the nodes that it needs. cells: of evaluations only. shards: progress, for each number of shards found.
+    engines: {model or student: engine} that would serve its weights.
     """
 
     name: str
@@ -57,16 +56,16 @@ class NodePlan(Cost):
     engines: dict[str, Engine] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; `cells`, `shards` and `engines` only where there are any."""
+        """As plain data; without empty `cells`, `shards` and `engines`."""
         optional = ("cells", "shards", "engines")
         return {key: value for key, value in asdict(self).items() if key not in optional or value}
 
 
 def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
-    """The plan of a recipe's run as it stands, a node each, in order.
+    """Plan a recipe's run: one entry per node, in order.
 
     Raises:
-        UsageError: the run folder is something else.
+        UsageError: the run folder is not a run.
     """
     folder = run_folder(recipe, runs_dir)
     recipe = pinned(recipe, folder, ask=False)
@@ -87,14 +86,14 @@ def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
         sizes = sorted({part.shard.world_size for part in shards_of(folder)})
         for index, each in enumerate(planned):
             if sizes and each.state != "done" and recipe.nodes[each.name].kind in DEALT:
-                with suppress(UsageError):  # an input is not here, as its `why` says
+                with suppress(UsageError):  # a missing input, reported in `why`
                     seen = [ShardStates(folder, fingerprints, [each.name], n).look() for n in sizes]
                     planned[index] = replace(each, shards=seen)
         return planned
 
 
 def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
-    """The plan for the terminal: a line a node, and below it a line for each cell that is not as the node is."""
+    """Terminal lines of a plan: one per node, and below it one per cell whose state differs from the node's."""
     width = max(len(plan.name) for plan in plans)
     lines, said = [], dict[str, str]()
     for each in plans:
@@ -109,7 +108,7 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
         why = [
             reason if said.setdefault(reason, each.name) == each.name else f"as {said[reason]}" for reason in each.why
         ]
-        reasons = each.why if each.state != "new" else why  # what is not here often holds many nodes up
+        reasons = each.why if each.state != "new" else why  # one missing input often blocks many nodes
         lines.append(f"{each.name:<{width}}  {_with_reasons(each.state, reasons)}{'; ' if cost else ''}{cost}")
         lines += [f"{'':<{width}}    {seen}" for seen in each.shards or () if seen.done or seen.begun]
         for cell in each.cells or ():
@@ -129,7 +128,7 @@ def plan_lines(plans: Sequence[NodePlan]) -> list[str]:
 
 
 def _memory(gigabytes: float, processes: int) -> str:
-    """The memory of each process, and whether a large card has less."""
+    """Memory per process, with a note if it exceeds a large GPU's."""
     each = f" in each of {processes} processes" if processes > 1 else ""
     fix = "lora" if processes > 1 else "gpus=8 and shard, or lora"
     fits = f" (more than a card of {_CARD} GB has: {fix})" if gigabytes > _CARD else ""
@@ -150,14 +149,14 @@ def _plan_of(node: Node[Any], states: Sequence[State], estimates: Estimates) -> 
     planned = NodePlan(name=node.id, state=states[0].state if alike else "partial", why=[], reads=list(node.reads))
     if node.kind == "evaluations":
         planned = replace(planned, cells=[Cell(str(each.model), each.state, list(each.why)) for each in states])
-    if alike:  # else each cell has its own reasons
+    if alike:  # else each cell reports its own reasons
         why = dict.fromkeys(reason for state in states for reason in state.why)
         regrow = [
             f"{each.regrow} finished trees would be grown again: needs --regrow" for each in states if each.regrow
         ]
         planned = replace(planned, why=[*why, *regrow])
     if node.kind == "datasets" and node.settings.annotations is not None:
-        with suppress(CotreeError):  # its trees' inputs are not here
+        with suppress(CotreeError):  # inputs of its trees are missing
             planned = replace(planned, why=[*planned.why, _annotations(node, planned.state, estimates)])
     if planned.state == "done":
         return planned
@@ -174,7 +173,7 @@ def _plan_of(node: Node[Any], states: Sequence[State], estimates: Estimates) -> 
 
 
 def _annotations(node: Node[Dataset], state: str, estimates: Estimates) -> str:
-    """How many annotated chains a dataset has used, or is about to look at."""
+    """The number of annotated chains that a dataset has used, or will consider."""
     record = estimates.records.get(node.id)
     if state == "done" and record is not None:
         return annotated_chains(record.result["counts"]["annotated"])

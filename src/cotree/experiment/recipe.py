@@ -1,7 +1,7 @@
-"""The recipe: one YAML file that describes an experiment of named trees, datasets, students and evaluations.
+"""Load a recipe: one YAML file that describes an experiment of named trees, datasets, students and evaluations.
 
-A recipe that loads is complete and consistent: defaults are filled in, every name is known, nothing needs itself. It is
-a graph: `Recipe.nodes` has every node after those that it reads.
+A loaded recipe is complete and consistent: defaults are filled in, all names are known, and there are no cycles.
+`Recipe.nodes` is topologically sorted.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from cotree.tasks import TASKS, is_own_task
 from cotree.train.settings import METHODS, Optimizer
 
 _OLD_KEYS = ("tasks", "search", "build", "train", "eval", "roles")
-_OF_TREES = ("thoughts", "patterns", "rollouts", "questions")  # settings that are easily written one level too high
-# The keys whose values may be paths, beside the names of tasks in `questions`.
+_OF_TREES = ("thoughts", "patterns", "rollouts", "questions")  # of trees, often written one level too high
+# Keys whose values may be paths; so may the task names in `questions`.
 _PATHS = {"models": ("weights", "tokenizer"), "trees": ("function", "file"), "datasets": ("file",), "evaluations": ()}
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class Student:
-    """A `students` node: a model or another student (`from`), trained by a method on a dataset.
+    """A `students` node: trains a model or another student (`from`) with a method on a dataset.
 
-    training: the settings of the method (`train.settings`).
+    training: the method's settings (`train.settings`).
     """
 
     parent: str
@@ -52,10 +52,10 @@ class Student:
 
 @dataclass(frozen=True)
 class Node(Generic[S]):
-    """A node of the experiment.
+    """A node of the experiment's graph.
 
     kind, name: together its id, "students/dpo". entry: its name in the recipe, without swept values and seed. like: the
-    entry that it copies. settings: a Trees, Dataset, Student or Evaluation, as its kind is. reads: the ids of the nodes
+    entry that it copies. settings: a Trees, Dataset, Student or Evaluation, by its kind. reads: the ids of the nodes
     that it needs ("trees/train").
     """
 
@@ -77,8 +77,8 @@ class Node(Generic[S]):
 class Recipe:
     """An experiment.
 
-    nodes: by id, each after those that it reads. written: the recipe as it was given, overrides applied and paths
-    absolute: what the run folder keeps. home: the run folder that the recipe was read from, None elsewhere.
+    nodes: {id: node}, topologically sorted. written: the recipe as given, with overrides and absolute paths, as saved
+    in the run folder. home: the run folder that it was read from, else None.
     """
 
     name: str
@@ -93,19 +93,19 @@ class Recipe:
         return [node for node in self.nodes.values() if node.kind == kind]
 
     def root_model(self, name: str) -> str:
-        """The model whose weights a student descends from; of a model itself."""
+        """The model that a student's training started from, through all parents; a model itself."""
         while name not in self.models:
             name = self.nodes[f"students/{name}"].settings.parent
         return name
 
     def with_needed(self, wanted: Iterable[str]) -> list[str]:
-        """The ids of the wanted nodes and of all that they need, in order.
+        """The ids of the wanted nodes and all their dependencies, in order.
 
         Args:
             wanted: ids, entries ("students/alpha": all its nodes), or kinds ("trees").
 
         Raises:
-            UsageError: one names nothing; the nearest name is said.
+            UsageError: an unknown name; the message suggests the nearest.
         """
         found: set[str] = set()
         for name in wanted:
@@ -122,7 +122,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe (a YAML file, or a run folder, whose own recipe it then is) and apply `a.b.c=value` overrides.
+    """Read a recipe (a YAML file, or a run folder with its saved recipe) and apply `a.b.c=value` overrides.
 
     Raises:
         UsageError: one line that names the file, the key and the fix.
@@ -130,7 +130,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if path.is_dir():
         if (path / "manifest.json").is_file():
-            find_run(path)  # which says how to go on
+            find_run(path)  # raises a helpful error
         if not (path / "recipe.yaml").is_file():
             raise UsageError(f"{path} is a folder without a recipe.yaml; name a recipe file, or a run folder")
         path = path / "recipe.yaml"
@@ -138,7 +138,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; `cotree init` writes one to start from") from None
-    except yaml.MarkedYAMLError as error:  # without the line itself, in which a key may be
+    except yaml.MarkedYAMLError as error:  # without quoting the line, which may contain a key
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}: " if mark else ""
         raise UsageError(f"cannot read {path}: {place}{error.problem or error.context}; correct it") from None
@@ -155,11 +155,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _make_paths_absolute(raw, Path.cwd(), strict=False)
         return build_recipe(raw, home)
     except UsageError as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None  # names may hold line breaks
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None  # names may contain line breaks
 
 
 def build_recipe(raw: Mapping[str, Any], home: Path | None = None) -> Recipe:
-    """A recipe from plain data, as YAML gives it.
+    """Build a recipe from plain data, as YAML gives it.
 
     Raises:
         UsageError: one line that names the key and the fix.
@@ -200,15 +200,15 @@ def build_recipe(raw: Mapping[str, Any], home: Path | None = None) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """What the run folder keeps: the recipe as it was given, overrides applied, paths absolute, revisions pinned."""
+    """The YAML saved in the run folder: the recipe as given, with overrides, absolute paths and pinned revisions."""
     return yaml.safe_dump(dict(recipe.written), sort_keys=False, allow_unicode=True)
 
 
 def write_starter(path: Path) -> str:
-    """Write a commented recipe to start from, with every kind of node; returns what to do next.
+    """Write a commented starter recipe with every kind of node; returns a line about next steps.
 
     Raises:
-        UsageError: there is a file already.
+        UsageError: the file exists.
     """
     if path.exists():
         raise UsageError(f"{path} is there already; name another file")
@@ -219,7 +219,7 @@ def write_starter(path: Path) -> str:
 
 
 def _node(entry: Entry, seed: int) -> Node[Any]:
-    """A node with its settings checked, each for itself."""
+    """Build a node and validate its settings, without other nodes."""
     where = f"{entry.kind}.{entry.name}"
     if len(folder_name(entry.name)) > LONGEST_NAME:
         where = f"{entry.kind}.{entry.entry}"
@@ -251,8 +251,8 @@ def _student(values: Mapping[str, Any], where: str) -> Student:
 
 
 def _check_fit(recipe: Recipe, node: Node[Any]) -> None:
-    """That a node fits what it reads: every model can write, score or be trained as it is asked to, and rows are of the
-    kind that is trained on."""
+    """Check a node against those that it reads: models can generate, score or be trained as required, and the rows are
+    of the kind that the method trains on."""
     where, settings = f"{node.kind}.{node.name}", node.settings
     writers: list[str] = []
     if isinstance(settings, Trees):
@@ -284,8 +284,7 @@ def _check_fit(recipe: Recipe, node: Node[Any]) -> None:
 
 
 def _with_tokenizer(recipe: Recipe, node: Node[Any]) -> Node[Any]:
-    """The node; a dataset's with the model whose tokens count: the one that it names, that of its students, or the only
-    one that has weights."""
+    """Fill in a dataset's `tokenizer`: as set, else the model of its students, else the only model with weights."""
     if node.kind != "datasets":
         return node
     readers = [student.name for student in recipe.of_kind("students") if student.settings.data == node.name]
@@ -303,7 +302,7 @@ def _with_tokenizer(recipe: Recipe, node: Node[Any]) -> Node[Any]:
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
-    """Change one value of a written recipe; entries that are like the changed one follow."""
+    """Apply one `a.b.c=value` override to a recipe's data, before `like` is resolved."""
     key = override.partition("=")[0]
     if key == override and override.partition("/")[0] in KINDS:
         raise UsageError(f"`{override}` is a node or a kind, no setting; write --only before each: --only {override}")
@@ -315,7 +314,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _make_paths_absolute(raw: dict[str, Any], folder: Path, *, strict: bool) -> None:
-    """Make the paths of a written recipe absolute: what exists in `folder`, and (strict) what can only be a path."""
+    """Make paths in a recipe's data absolute: those that exist in `folder`, and (strict) values that must be paths."""
 
     def absolute(value: Any, key: str) -> Any:
         if not isinstance(value, str) or not value or "://" in value:

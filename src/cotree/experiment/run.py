@@ -1,7 +1,7 @@
-"""Run an experiment: every node that is not up to date, each after those that it reads.
+"""Run an experiment: bring all nodes up to date in topological order.
 
-Whether a node is up to date is decided by its fingerprint and nothing else. Content that other settings made is kept in
-the run's `older/` and found again when the settings go back; finished trees are never grown again in silence.
+Only a node's fingerprint decides whether it is up to date. Content of other settings is moved to the run's `older/`
+and restored when the settings return; finished trees are regrown only with the user's consent.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from cotree.train.processes import first_process
 
 @dataclass(frozen=True)
 class _How:
-    """How a run works: options of `run`."""
+    """Options of `run`."""
 
     regrow: bool
-    scratch: str | None  # as it was given: a variable in it is read where a shard runs
+    scratch: str | None  # unexpanded: environment variables are expanded where a shard runs
     output: Output
 
     @property
     def disk(self) -> Path | None:
-        """The folder for scratch on this machine.
+        """The scratch folder on this machine, with environment variables expanded.
 
         Raises:
-            UsageError: a variable in its name is not set here.
+            UsageError: a variable is not set.
         """
         if self.scratch is None:
             return None
@@ -79,26 +79,26 @@ def run(
     scratch: str | Path | None = None,
     output: Output | None = None,
 ) -> RunFolder:
-    """Bring the nodes of a recipe up to date; calling it again resumes.
+    """Bring the nodes of a recipe up to date; the same call resumes.
 
-    Of the processes of torchrun the first does so, and the others train with it.
+    Works under torchrun.
 
     Args:
-        runs_dir: where the run's folder is made (a recipe that was read from a run folder stays in that).
-        only: ids of nodes ("students/dpo"), entries, or kinds ("trees"); what they read is included.
-        source: another run, whose content of equal fingerprints is taken over.
-        regrow: allow that finished trees are grown again because their settings changed.
-        shard: grow trees and ask evaluations of this part of the questions only, in a folder of its own.
-        on: where trees and evaluations of `only` are made first, in so many `shards`: `local:PROCESSES`,
-            `slurm:FILE.yaml` (where this returns once they are submitted) or `ray:ADDRESS` (docs/scale.md).
-        scratch: a folder on a local disk where stores and journals are worked on, and copied from now and then, for a
-            run on a file system of several machines.
-        output: where progress is shown.
+        runs_dir: parent of the run folder (a recipe that was read from a run folder stays there).
+        only: ids of nodes ("students/dpo"), entries, or kinds ("trees"), with their dependencies.
+        source: another run, from which content with equal fingerprints is copied.
+        regrow: allow growing finished trees again because their settings changed.
+        shard: run the trees and evaluations for this part of the questions only, in a folder of its own.
+        on: run trees and evaluations of `only` first, in `shards` parts: `local:PROCESSES`, `slurm:FILE.yaml`
+            (returns after submission) or `ray:ADDRESS` (docs/scale.md).
+        scratch: a folder on a local disk for stores and journals, with periodic copies to the run folder; for run
+            folders on network file systems.
+        output: shows progress.
 
     Raises:
-        UsageError: found before any work: something is missing, the folder is not a run's or is in use, or finished
-            trees would be grown again.
-        CotreeError: work failed after it had started; the same call resumes it.
+        UsageError: before any work: something is missing, the folder is not a run or in use, or finished trees would be
+            grown again.
+        CotreeError: work failed after it started; the same call resumes it.
     """
     only = [only] if isinstance(only, str) else only
     source = None if source is None else Path(source)
@@ -127,18 +127,18 @@ def search_shard(
     scratch: str | Path | None = None,
     output: Output | None = None,
 ) -> Path:
-    """Grow the trees, or ask the evaluations, of one part of the questions; returns the part's folder.
+    """Run trees or evaluations for one shard of the questions; returns the shard's folder.
 
-    Each of `world_size` calls, in any order, at once or not, on any machine that sees the run folder, has the questions
-    that a hash deals to its `rank` (from 0). Together they are what one run makes. Calling it again resumes.
+    A hash assigns questions to ranks 0 to `world_size` - 1. The calls may run in any order, concurrently, and on any
+    machine with the run folder; together they give the result of one run. The same call resumes.
 
     Args:
-        recipe: or the path of one, or of a run folder.
+        recipe: a recipe, its path, or a run folder.
         node: ids of nodes: "trees/train", "evaluations/test". The other arguments are those of `run`.
 
     Raises:
-        UsageError: found before any work.
-        CotreeError: work failed after it had started; the same call resumes it.
+        UsageError: before any work.
+        CotreeError: work failed after it started; the same call resumes it.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     shard = Shard(world_size, rank)
@@ -160,7 +160,7 @@ def _run(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, s
     taken = equal_content(folder, source, states)
     _check_disk(folder, states, how)
     _look_ahead(fingerprints, states, [s for s in states if s.name not in taken], regrow=how.regrow, output=output)
-    reading = ExitStack()  # while content is taken from another run, nothing works there
+    reading = ExitStack()  # locks the other run while content is copied from it
     if taken and source is not None and source.resolve() != folder.path.resolve():
         reading.enter_context(locked(source, fcntl.LOCK_SH))
     with reading, locked(folder.path):
@@ -177,7 +177,7 @@ def _run(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, s
 
 
 def _run_fleet(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, on: str, shards: int) -> bool:
-    """Run all shards; returns whether they are done, so that the run can go on with what is made of them."""
+    """Run all shards; returns whether they are finished, so that the run can continue with later nodes."""
     from cotree.experiment.fleet import Fleet, run_shards
 
     recipe = with_engines(pinned(recipe, folder), folder)
@@ -194,10 +194,10 @@ def _run_fleet(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How
 
 
 def _dealt_nodes(recipe: Recipe, only: Sequence[str]) -> list[str]:
-    """The ids of the wanted nodes and of what they read, where their questions can be dealt to shards.
+    """The ids of the wanted nodes and their dependencies, checked to be shardable.
 
     Raises:
-        UsageError: they cannot.
+        UsageError: a node cannot be run in shards.
     """
     wanted = recipe.with_needed(only) if only else []
     nodes = [recipe.nodes[name] for name in wanted]
@@ -210,21 +210,21 @@ def _dealt_nodes(recipe: Recipe, only: Sequence[str]) -> list[str]:
 
 
 def _make_folder(run: RunFolder) -> None:
-    """Make a run's folder with the lock by which it is known, which many may do at once."""
+    """Create a run folder with its lock file; safe for concurrent processes."""
     with explain_write_errors(run.path, "set --runs-dir"):
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / ".lock").touch()
 
 
 def _write_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """Write a run's recipe, if it is not there as it is."""
+    """Write a run's recipe file, if it differs."""
     text, kept = recipe_yaml(recipe), run.path / "recipe.yaml"
     if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
         write_text(kept, text)
 
 
 def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _How) -> None:
-    """Bring the trees and evaluations of a shard up to date; what they read must be there."""
+    """Bring the trees and evaluations of a shard up to date; their dependencies must be finished."""
     output, run, shard = how.output, folder.whole, folder.shard
     recipe = with_engines(pinned(recipe, run), run)
     fingerprints = Fingerprints(recipe, shard, run=run.path)
@@ -249,7 +249,7 @@ def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _H
         worker = Worker(recipe, folder, fingerprints, output, scratch=how.disk)
         for state in states:
             whole = run.node(state.node.id, state.model)
-            if whole.record() is None and not whole.without_record():  # so that all can see that it has begun
+            if whole.record() is None and not whole.without_record():  # marks it as started
                 of = before[state.name].fingerprint
                 assert of is not None
                 whole.write(NodeRecord(of.of, of.base, parts=of.parts, reads=state.node.reads))
@@ -258,10 +258,10 @@ def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _H
 
 
 def _check_disk(folder: RunFolder, states: Sequence[State], how: _How) -> None:
-    """Refuse to grow trees where their store would not be safe, and say where locks are seen by one machine only.
+    """Check that SQLite is safe at the run folder, and warn if its file locks work on one machine only.
 
     Raises:
-        UsageError: the folder is on a file system of several machines, and `scratch` is not on a local disk.
+        UsageError: the folder is on a network file system, and `scratch` is not on a local disk.
     """
     if option := one_machine_locks(folder.path):
         how.output.print(
@@ -280,10 +280,10 @@ def _check_disk(folder: RunFolder, states: Sequence[State], how: _How) -> None:
 def _look_ahead(
     fingerprints: Fingerprints, states: Sequence[State], ahead: Sequence[State], *, regrow: bool, output: Output
 ) -> None:
-    """Find what would fail before anything is begun, and say what will be done.
+    """Run the preflight checks, and print what will be done.
 
     Args:
-        ahead: the states of all that is to be made, done ones among them.
+        ahead: the states of all wanted nodes, finished ones included.
 
     Raises:
         UsageError: something is missing, or finished trees would be grown again.
@@ -292,7 +292,7 @@ def _look_ahead(
         if state.fingerprint is None:
             raise UsageError(f"{state.name}: {state.why[0].removeprefix('unresolved: ')}")
     recipe, ahead = fingerprints.recipe, [state for state in ahead if state.state != "done"]
-    for state in ahead:  # trees are paid work
+    for state in ahead:  # trees cost tokens
         if state.regrow:
             what = (
                 f"{state.name}: {state.regrow} finished trees would be grown again (changed: {', '.join(state.why)}); "
@@ -311,28 +311,28 @@ def _look_ahead(
 
 
 def report_again(path: Path, out: Path | None = None) -> Path:
-    """Write summary and report of a run from its files, the page to `out` if one is named; returns the page's path.
+    """Write summary and HTML report of a run from its files; returns the report's path (`out`, if given).
 
     Raises:
-        UsageError: the folder is no run, or its files cannot be read.
+        UsageError: the folder is not a run, or its files cannot be read.
     """
     return _write_results(find_run(path), load_recipe(path), Output(quiet=True), out)
 
 
 def _write_results(folder: RunFolder, recipe: Recipe, output: Output, out: Path | None = None) -> Path:
-    """Write and show the summary of a run, and write its report."""
+    """Write and print the summary of a run, and write its report."""
 
     summary = summarize_run(folder, nodes_of(recipe))
-    if out is None or os.access(folder.path, os.W_OK):  # a run may be there to be read only
+    if out is None or os.access(folder.path, os.W_OK):  # the run folder may be read-only
         write_summary(folder, summary)
-    page = write_report(folder, summary, out)  # before anything is printed, which a closed pipe ends
+    page = write_report(folder, summary, out)  # before printing, which fails on a closed pipe
     for line in summary_lines(summary):
         output.print(line)
     return page
 
 
 def nodes_of(recipe: Recipe) -> list[NodeReads]:
-    """The nodes of a recipe with what they read; of an evaluation its models and students as written, then the rest."""
+    """The nodes of a recipe with their dependencies; for an evaluation first its models in written order."""
     found: list[NodeReads] = []
     for node in recipe.nodes.values():
         models = node.settings.models if node.kind == "evaluations" else ()
@@ -342,10 +342,10 @@ def nodes_of(recipe: Recipe) -> list[NodeReads]:
 
 
 def view_run(path: Path, **options: Any) -> None:
-    """Show a run in the browser until Ctrl-C; options: those of `view.server.view`.
+    """Serve the viewer of a run until Ctrl-C; options: those of `view.server.view`.
 
     Raises:
-        UsageError: the folder is no run, its recipe does not load, or nothing can listen there.
+        UsageError: the folder is not a run, its recipe does not load, or the address cannot be bound.
     """
     from cotree.view.server import view
 
@@ -353,7 +353,7 @@ def view_run(path: Path, **options: Any) -> None:
 
 
 def _bring_up_to_date(worker: Worker, state: State) -> None:
-    """Make the content of a node or cell, unless it is complete or comes back from `older/`."""
+    """Compute the content of a node or cell, unless it is complete or can be restored from `older/`."""
     wanted, output = state.fingerprint, worker.output
     folder = worker.run.node(state.node.id, state.model)
     assert wanted is not None
@@ -375,9 +375,9 @@ def _bring_up_to_date(worker: Worker, state: State) -> None:
 
 
 def _mend_stores(folder: RunFolder, output: Output) -> None:
-    """Rescue what can be read of damaged stores of trees. A node that has lost some of its trees is not done.
+    """Recover the readable trees of damaged stores. A node that lost trees is no longer done.
 
-    Where SQLite's WAL is not safe nothing is written.
+    Writes nothing on file systems where SQLite's WAL is not safe.
     """
     if shared_file_system(folder.path):
         return
@@ -396,7 +396,7 @@ def _mend_stores(folder: RunFolder, output: Output) -> None:
 
 
 def _mark_outdated(folder: RunFolder, states: Sequence[State]) -> None:
-    """Note of all content in the run whether it is of the recipe's settings, so that no table mixes the two."""
+    """Mark in the records which content has outdated settings, so that tables do not mix both."""
     wanted = {(state.node.id, state.model): state.fingerprint for state in states}
     for place, record in records_of(folder).items():
         fingerprint = wanted.get(place)
@@ -405,7 +405,7 @@ def _mark_outdated(folder: RunFolder, states: Sequence[State]) -> None:
 
 
 def _names_asked(states: Sequence[State]) -> list[str]:
-    """The models and students that will write or be evaluated, each once."""
+    """The distinct models and students that will generate or be evaluated."""
     names: list[str] = []
     for state in states:
         names += state.node.settings.writers if state.node.kind == "trees" else [state.model] if state.model else []
@@ -415,7 +415,7 @@ def _names_asked(states: Sequence[State]) -> list[str]:
 def _take_over(
     taken: Mapping[str, NodeFolder], run: RunFolder, source: Path | None, *, states: Sequence[State], output: Output
 ) -> None:
-    """Bring content of equal fingerprints into the run: files are linked where the file system can, stores copied."""
+    """Copy content with equal fingerprints into the run: files are hard-linked if possible, stores are copied."""
     draft = run.path / ".taken"  # copied there first, so that a kill leaves no part of something in a node's folder
     for state in states:
         if state.name not in taken:
@@ -430,7 +430,7 @@ def _take_over(
                 merge_stores(shards, draft / "trees.db")
                 record = replace(record, files={"trees.db": ""})
             folder.begin(replace(record, done=False))
-            # What shows that the content is whole comes last.
+            # The record, which marks the content as complete, comes last.
             for entry in sorted(draft.iterdir(), key=lambda entry: entry.name in record.files):
                 remove(folder.path / entry.name)
                 entry.rename(folder.path / entry.name)
@@ -450,8 +450,8 @@ def _take_over(
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file or a folder, without its node.json; a file that is never written to again is linked where that can
-    be. A store is copied with the log of its last changes, which SQLite applies when the copy is opened."""
+    """Copy a file or folder without its node.json; files that never change are hard-linked if possible. A store is
+    copied with its WAL, which SQLite applies when the copy is opened."""
     if source.is_dir():
         target.mkdir(parents=True)
         for entry in source.iterdir():
@@ -459,7 +459,7 @@ def _copy(source: Path, target: Path) -> None:
                 _copy(entry, target / entry.name)
     elif source.suffix in (".db", ".db-wal", ".jsonl"):
         with atomic_draft(target) as draft:
-            shutil.copyfile(source, draft)  # not its mode: the source may be read-only
+            shutil.copyfile(source, draft)  # without its mode: the source may be read-only
     else:
         try:
             os.link(source, target)

@@ -1,7 +1,7 @@
-"""Prove that a server writes as the search needs it: it continues text exactly, stops, counts, and gives n samples.
+"""Test that a server generates as the search needs it: exact continuation, stop strings, usage, and n samples.
 
-A search writes a chain in pieces, each request continuing the assistant's words; a server that begins anew, repeats
-what it was given or writes past a stop string would spoil every tree without an error.
+A search generates a chain in pieces, each continuing the assistant's text; a server that starts a new turn, echoes the
+given text or ignores stop strings would silently spoil every tree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cotree.models.client import Client, Completion, Request
 from cotree.models.endpoints import Endpoint
 
 QUESTION = {"role": "user", "content": "Count from one to thirty in words, separated by commas."}
-# No reply to the question begins like this, so only a server that reads it goes on from it; it ends amid a word.
+# An unlikely start of a reply that ends inside a word, so only a server that reads it continues correctly.
 _FOREIGN = "Zq41: eleven, twelve, thirt"
 _NEW_TURN = re.compile(
     r"\W*(<\||<start_of_turn|\[/?INST|assistant\b|user\b|sure\b|certainly\b|of course\b|hello\b)", re.I
@@ -23,9 +23,9 @@ _MAX_TOKENS = 48
 
 
 class ServerProbe:
-    """The requests that test one server: each method returns a remark, or raises UsageError with problem and fix.
+    """Tests of one server: each method returns a remark, or raises UsageError with problem and fix.
 
-    `template` and `usage` come first: the others compare with their text.
+    Call `template` and `usage` first: the other tests use their results.
     """
 
     def __init__(self, endpoint: Endpoint, client: Client) -> None:
@@ -35,7 +35,7 @@ class ServerProbe:
     async def ask(
         self, prefix: str = "", *, n: int = 1, max_tokens: int = _MAX_TOKENS, temperature: float = 0.0, stop: str = ""
     ) -> Completion:
-        """Continue `prefix` as the assistant's first words."""
+        """Request a continuation of `prefix` as the start of the assistant's turn."""
         prompt = self.endpoint.prompt([QUESTION])
         stops = (stop,) if stop else ()
         words = prompt.text + prompt.opened + prefix
@@ -43,7 +43,7 @@ class ServerProbe:
         return await self.client.complete(request)
 
     async def template(self) -> str:
-        """The conversation renders and holds what was said."""
+        """Test that the template renders the conversation with all its texts."""
         prompt = self.endpoint.prompt([QUESTION])
         if prompt.messages:
             return "the server renders it"
@@ -53,7 +53,7 @@ class ServerProbe:
         return f"renders, {len(prompt.text)} characters before the assistant's turn"
 
     async def usage(self) -> str:
-        """There is a text, and its tokens are counted as this side counts them."""
+        """Test that a text comes back, and that its reported token count matches the local tokenizer's."""
         done = await self.ask()
         choice = done.choices[0]
         # A character that max_tokens cut in half is no text to be continued.
@@ -73,7 +73,7 @@ class ServerProbe:
         return f"{done.prompt_tokens} prompt and {choice.tokens} completion tokens"
 
     async def continues(self) -> str:
-        """Words that the model would not have chosen are gone on from, not begun anew or repeated."""
+        """Test that an unlikely prefix is continued, without a new turn or an echo."""
         reply = (await self.ask(_FOREIGN)).choices[0].text
         start = self.fresh.strip()[:16]
         if _FOREIGN in reply or QUESTION["content"] in reply:
@@ -84,9 +84,9 @@ class ServerProbe:
         return f"{_quote(_FOREIGN[-12:])} goes on with {_quote(reply)}"
 
     async def exact(self) -> str:
-        """The first half of its own greedy reply is completed to the same reply."""
+        """Test that the first half of the model's greedy reply is completed to the same reply."""
         spaces = [i for i, c in enumerate(self.fresh) if c == " " and self.fresh[:i].strip()]
-        # Before a space a cut does not change how the text falls into tokens.
+        # Cut before a space, which does not change the tokens.
         cut = min(spaces, key=lambda i: abs(i - len(self.fresh) // 2), default=len(self.fresh) // 2)
         agreed, reply = await self._agreement(cut)
         wanted = len(_squash(self.fresh[cut:]))
@@ -100,13 +100,14 @@ class ServerProbe:
         return f"its greedy reply cut in two is completed to itself, cut amid a word {'too' if same else 'not'}"
 
     async def _agreement(self, cut: int) -> tuple[int, str]:
-        """How many characters of the greedy reply after `cut` come back, whitespace aside, and what came."""
+        """The number of characters after `cut` on which the continuation agrees with the greedy reply (ignoring white
+        space), and the continuation."""
         reply = (await self.ask(self.fresh[:cut])).choices[0].text
         pairs = zip(_squash(self.fresh[cut:]), _squash(reply), strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)), reply
 
     async def stops(self) -> str:
-        """A stop string ends the text and is not in it."""
+        """Test that a stop string ends the text and is not part of it."""
         words = self.fresh.split()
         stop = words[len(words) // 3] if len(words) > 2 else self.fresh.strip()[-1:]
         choice = (await self.ask(stop=stop)).choices[0]
@@ -120,7 +121,7 @@ class ServerProbe:
         return f"{_quote(stop)} ended the text"
 
     async def samples(self) -> str:
-        """A request for n samples brings n."""
+        """Test that a request for n samples returns n."""
         try:
             done = await self.ask(n=3, max_tokens=16, temperature=1.0)
         except CotreeError as error:
@@ -141,5 +142,5 @@ def _squash(text: str) -> str:
 
 
 def _quote(text: str) -> str:
-    """The beginning of a text in one line, quoted; models' words must not drive the terminal."""
+    """The start of a text, quoted in one line, without control characters."""
     return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -1,4 +1,4 @@
-"""How far the shards of a run are, from the records that they keep: no store is opened, so it costs little anywhere."""
+"""Progress of a run's shards, read from their records without opening stores, so it is cheap on any file system."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cotree.experiment.fingerprints import Fingerprints
 
 @dataclass(frozen=True)
 class ShardsSeen:
-    """How far they are.
+    """Counts of a run's shards and questions.
 
-    of: how many shards there are to be. done, begun: how many are finished, and how many others have content.
-    questions, wanted: how many questions are finished, and of how many; each is counted once for each node and model.
+    of: number of shards. done, begun: finished ones, and others with content. questions, wanted: finished questions and
+    their total, counted per node and model.
     """
 
     of: int
@@ -30,20 +30,20 @@ class ShardsSeen:
 
 
 class ShardStates:
-    """Looks at the shards of some nodes again and again; what is done is looked at once.
+    """Polls the shards of some nodes; skips those found finished.
 
-    left: the ranks of those that were not done when they were last looked at.
+    left: the ranks of shards unfinished at the last poll.
     """
 
     def __init__(self, run: RunFolder, fingerprints: Fingerprints, wanted: Iterable[str], world_size: int) -> None:
-        """wanted: ids of nodes; only trees and evaluations are looked at.
+        """wanted: ids of nodes; only trees and evaluations count.
 
         Raises:
-            UsageError: an input is not here.
+            UsageError: an input is missing.
         """
         nodes = [fingerprints.recipe.nodes[name] for name in wanted]
         cells = [(n, m) for n in nodes if n.kind in DEALT for m in (n.settings.models if n.kind != "trees" else [None])]
-        # Of each rank its folders, each with the fingerprint that it is to have and how many questions that is.
+        # {rank: [(folder, expected fingerprint, number of questions)]}
         self._wanted: dict[int, list[tuple[NodeFolder, str, int]]] = {}
         for rank in range(world_size):
             own = Fingerprints(fingerprints.recipe, Shard(world_size, rank), whole=fingerprints)
@@ -55,7 +55,7 @@ class ShardStates:
         self._world_size, self.left = world_size, [*range(world_size)]
 
     def look(self) -> ShardsSeen:
-        """Look at all that were not done the last time."""
+        """Poll all shards that were unfinished last time."""
         total = sum(count for wanted in self._wanted.values() for *_, count in wanted)
         begun, missing = 0, 0
         for rank in [*self.left]:

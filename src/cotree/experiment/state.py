@@ -1,4 +1,4 @@
-"""What of an experiment is done: each node's state, from its fingerprint and what stands in the run folder."""
+"""Determine each node's state (done, partial, new, changed) from its fingerprint and the run folder's content."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cotree.experiment.recipe import Node, Recipe
 from cotree.search.store import count_trees
 
 StateName = Literal["done", "partial", "new", "changed"]
-# Parts of a fingerprint that stand for what a node reads, not for a setting of its own.
-_REPLIES = ("trees.db", "journal.jsonl")  # what is paid for
-_BEFORE_WORK = {".lock", "shards"}  # what is made in a run's folder before it is known that the run can begin
+# Parts of a fingerprint that stand for dependencies, not for settings of the node.
+_REPLIES = ("trees.db", "journal.jsonl")  # files that cost tokens
+_BEFORE_WORK = {".lock", "shards"}  # created in a run folder before the preflight checks
 _READ = ("trees", "data", "from", "model", "size_of", "questions_of", "tokens_of")
 
 
@@ -25,10 +25,10 @@ _READ = ("trees", "data", "from", "model", "size_of", "questions_of", "tokens_of
 class State:
     """The state of a node, or of one model's cell of an evaluation.
 
-    state: `done`; `partial` (begun, or some questions are there); `new`; `changed` (content is of other settings).
-    why: what is missing, which keys changed, or what is unresolved. fingerprint: None where an input is not here.
-    regrow: so many finished trees would be grown again. asks: whether its models may be asked; not where only what is
-        made of their replies is gone.
+    state: `done`; `partial` (started, or some questions are finished); `new`; `changed` (content of other settings).
+    why: missing content, changed keys, or unresolved inputs. fingerprint: None if an input is missing.
+    regrow: number of finished trees that would be grown again. asks: whether models may be called; False if only files
+        derived from their replies are missing.
     """
 
     node: Node[Any]
@@ -41,20 +41,20 @@ class State:
 
     @property
     def lost(self) -> str:
-        """What is gone or damaged of content that was there: "train.parquet is damaged"."""
+        """The finished content that is missing or damaged now: "train.parquet is damaged"."""
         return ", ".join(why for why in self.why if why.endswith((" is gone", " is damaged")))
 
     @property
     def name(self) -> str:
-        """The node's id, of a cell with its model: "evaluations/test/dpo"."""
+        """The node's id, with the model for a cell: "evaluations/test/dpo"."""
         return self.node.id if self.model is None else f"{self.node.id}/{self.model}"
 
 
 def run_folder(recipe: Recipe, runs_dir: str | Path) -> RunFolder:
-    """The folder of a recipe's run: the one that it was read from, or `runs_dir/NAME`; it may not be there yet.
+    """The folder of a recipe's run: the one that it was read from, or `runs_dir/NAME`; it may not exist yet.
 
     Raises:
-        UsageError: there is something else, or a run of an older cotree.
+        UsageError: the folder is not a run, or one of an older version.
     """
     runs_dir = Path(runs_dir)
     if recipe.home is not None:
@@ -71,13 +71,13 @@ def run_folder(recipe: Recipe, runs_dir: str | Path) -> RunFolder:
 
 
 def records_of(run: RunFolder) -> dict[tuple[str, str | None], NodeRecord]:
-    """The records of all content of a run by node id and, of an evaluation's cell, model."""
+    """{(node id, model or None): record} of all content of a run; a model for evaluation cells."""
     found: dict[tuple[str, str | None], NodeRecord] = {(node, None): record for node, record in run.nodes().items()}
     return found | {(f"evaluations/{name}", model): record for (name, model), record in run.cells().items()}
 
 
 def states_of(run: RunFolder, fingerprints: Fingerprints, wanted: Iterable[str]) -> list[State]:
-    """The states of the wanted nodes, of evaluations those of their cells, in the recipe's order."""
+    """The states of the wanted nodes, and of the cells of evaluations, in the recipe's order."""
     nodes = [fingerprints.recipe.nodes[node_id] for node_id in wanted]
     return [
         _state(run, fingerprints, node, model)
@@ -87,11 +87,11 @@ def states_of(run: RunFolder, fingerprints: Fingerprints, wanted: Iterable[str])
 
 
 def equal_content(run: RunFolder, source: Path | None, states: Iterable[State]) -> dict[str, NodeFolder]:
-    """For each state that is not done, by its name, a folder with finished content of its fingerprint: in the run at
+    """{state name: folder with finished content of the same fingerprint} for unfinished states, found in the run at
     `source`, or under another name in this run.
 
     Raises:
-        UsageError: there is no run at `source`, or it has nothing that any of the states wants.
+        UsageError: `source` is not a run, or has no content for any of the states.
     """
     wanted = {state.name: state.fingerprint.of for state in states if state.fingerprint is not None}
     there = _finished(run)
@@ -107,7 +107,7 @@ def equal_content(run: RunFolder, source: Path | None, states: Iterable[State]) 
 
 
 def _finished(run: RunFolder) -> dict[str, NodeFolder]:
-    """The folders of a run whose content is finished, by its fingerprint."""
+    """{fingerprint: folder} of a run's finished content."""
     found = {record.fingerprint: run.node(*place) for place, record in records_of(run).items()}
     return {fingerprint: node for fingerprint, node in found.items() if node.complete(fingerprint)}
 
@@ -147,7 +147,7 @@ def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: s
 
 
 def _trees_to_regrow(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], base: str) -> int:
-    """How many trees of earlier settings there are, in a run and its shards; 0 where all of today's are there too."""
+    """The number of trees of earlier settings in a run and its shards; 0 if all trees of the current settings exist."""
     stores = [part.node(node.id).path / "trees.db" for part in (run, *parts_beside(run))]
     wanted = sum(1 + len(question.later) for _, question in fingerprints.questions(node))
     if sum(count_trees(path, fingerprints.of(node.id).base) for path in stores[1:]) >= wanted:

@@ -1,7 +1,6 @@
-"""The work of one node of each kind: collects what its package needs from the recipe and the run folder.
+"""Do the work of one node: collect its inputs from the recipe and the run folder, and call its package.
 
-Every function fills `Work`: its result (the numbers that tables show) and its files (what must be there for the content
-to be whole).
+Every method fills `Work`: the result (numbers for tables) and the files that make the content complete.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ if TYPE_CHECKING:
 
 
 def tokenizer_of(recipe: Recipe, name: str, *, chats: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model of the recipe, or of the model that a student descends from.
+    """The tokenizer of a model of the recipe, or of a student's root model.
 
     Args:
-        chats: whether it needs a chat template.
+        chats: require a chat template.
 
     Raises:
-        UsageError: it is not here, or has no chat template.
+        UsageError: it is missing, or has no chat template.
     """
     source = tokenizer_source(recipe.models[recipe.root_model(name)])
     assert source is not None, "weights carry one, and a recipe that loads counts with no model that has none"
@@ -61,7 +60,7 @@ def tokenizer_of(recipe: Recipe, name: str, *, chats: bool = True) -> PreTrained
 
 
 def _without_folders(value: Any) -> Any:
-    """Plain data with the file's name alone in the place of each absolute path."""
+    """Replace each absolute path in plain data by its file name."""
     if isinstance(value, dict):
         return {_without_folders(key): _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -70,19 +69,19 @@ def _without_folders(value: Any) -> Any:
 
 
 class Worker:
-    """Works on the nodes of a recipe in its run folder."""
+    """Computes the nodes of a recipe in its run folder."""
 
     def __init__(
         self, recipe: Recipe, run: RunFolder, fingerprints: Fingerprints, output: Output, *, scratch: Path | None = None
     ) -> None:
-        """scratch: a folder on a local disk where stores and journals are worked on (`search.scratch`)."""
+        """scratch: a folder on a local disk for stores and journals (`search.scratch`)."""
         self.recipe, self.run, self.fingerprints, self.output, self.scratch = recipe, run, fingerprints, output, scratch
 
     def work(self, node: Node[Any], model: str | None, work: Work) -> None:
-        """Make the content of a node, or of one model's cell of an evaluation.
+        """Compute the content of a node, or of one model's cell of an evaluation.
 
         Raises:
-            CotreeError: it failed; what was done is kept, and the same call goes on.
+            CotreeError: it failed; partial work is kept, and the same call resumes.
         """
         if model is not None:
             self._evaluate(node, model, work)
@@ -92,8 +91,8 @@ class Worker:
             make[node.kind](node, work)
 
     def model(self, name: str, gguf: GGUFType | None = None) -> Model:
-        """A model of the recipe, or a student as a model, served by the engine of the model that it descends from: by
-        vLLM its folder, by llama.cpp its weights as GGUF, at the type that is asked for."""
+        """A model of the recipe, or a student as a model for its root model's engine: its folder for vLLM, a GGUF of
+        the given type for llama.cpp."""
         if name in self.recipe.models:
             model = self.recipe.models[name]
             return model if gguf is None or model.weights is None else model.model_copy(update={"gguf": gguf})
@@ -184,7 +183,7 @@ class Worker:
         work.add_files("trees.db")
 
     def _import(self, node: Node[Trees], work: Work) -> None:
-        """Make the trees of a file of rollouts that are not there yet."""
+        """Build the missing trees of a file of rollouts."""
         from cotree.data.rollouts import RolloutTask, read_rollouts
         from cotree.data.shared_tokens import tree_of_rollouts
         from cotree.search.index import TreeIndex
@@ -226,7 +225,7 @@ class Worker:
         work.add_files("trees.db")
 
     def trees(self, name: str) -> Iterator[StoredTree]:
-        """The trees of a trees node, of its questions only, one at a time; those in shards included."""
+        """Iterate over the trees of a trees node for its current questions, including those in shards."""
         from cotree.search.trees import trees_of
 
         node = self.recipe.nodes[f"trees/{name}"]
@@ -234,7 +233,7 @@ class Worker:
             yield from trees_of(store, self.fingerprints.questions(node), self.fingerprints.of(node.id).base)
 
     def _stores(self, node: str) -> list[Path]:
-        """Where trees of a node may be: its own store, and those of other parts of the run that are there."""
+        """The store of a node, and the existing ones in the run's other parts (shards)."""
         own, *others = (part.node(node).path / "trees.db" for part in (self.run, *parts_beside(self.run)))
         return [own, *filter(Path.is_file, others)]
 
@@ -271,7 +270,7 @@ class Worker:
         work.add_files("train.parquet", "README.md", "figures/*")
 
     def _about(self, sources: Sequence[Node[Trees]]) -> dict[str, Any]:
-        """What a dataset's card says of where it comes from, without the places of servers and files."""
+        """Provenance for a dataset's card, without addresses of servers and paths."""
         recipe = _without_folders(yaml.safe_load(yaml.safe_dump(dict(self.recipe.written))))
         for entry in (recipe.get("models") or {}).values():
             for key in ("url", "api_key_env"):
@@ -284,7 +283,7 @@ class Worker:
         }
 
     def _licence(self, name: str) -> str:
-        """The licence of a model or student that wrote trees, as far as its weights say it."""
+        """The licence recorded in the weights of a model or student that wrote trees."""
         model = self.recipe.models[self.recipe.root_model(name)]
         trained = "" if name in self.recipe.models else "a student of "
         if model.weights is None:
@@ -295,7 +294,7 @@ class Worker:
         return f"{trained}{Path(model.weights).name}, {licence}"
 
     def _judge(self, sources: Sequence[Node[Trees]]) -> Callable[[StoredTree, str], Verdict]:
-        """The verifier of the trees' questions, for chains whose text was changed."""
+        """A verifier for changed chain texts, by the trees' questions."""
         known = {(q.task, q.id): (t, q) for source in sources for t, q in self.fingerprints.questions(source)}
 
         def judge(tree: StoredTree, text: str) -> Verdict:
@@ -329,7 +328,7 @@ class Worker:
         work.result |= {"parent": settings.parent, "data": settings.data, "differs": self._differs(node)}
 
     def _differs(self, node: Node[Student]) -> dict[str, Any]:
-        """The entry that a student is like, and the keys in which it differs: {key: [the other's, its own]}."""
+        """The entry that a student is like, and the keys that differ: {key: [the other's value, its own]}."""
         other = next((n for n in self.recipe.of_kind("students") if n.entry == node.like and n.seed == node.seed), None)
         if other is None:
             return {}
@@ -357,7 +356,7 @@ class Worker:
 
 
 def _records_of_shards(parts: Sequence[RunFolder], node: str, model: str | None = None) -> list[NodeRecord]:
-    """What is known of a node in those of these parts of a run that are shards."""
+    """The records of a node in the shards among these parts of a run."""
     records = (part.node(node, model).record() for part in parts if isinstance(part, ShardFolder))
     return [record for record in records if record is not None and not record.outdated]
 
@@ -368,7 +367,7 @@ def _all_settings(student: Student) -> dict[str, Any]:
 
 
 def _show_search(update: Update, progress: Progress) -> None:
-    """Show how many trees are grown, the verdicts so far, the speed, the cost and the time that is left."""
+    """Show the number of trees, verdicts, speed, cost and remaining time."""
     verdicts = ", ".join(
         f"{n} {'cut or without answer' if kind == 'no_answer' else kind}" for kind, n in progress.verdicts.items()
     )
