@@ -1,1 +1,1 @@
-"""Asking models questions; accuracy with the no-answer ratio, intervals, paired comparisons, results files."""
+"""Evaluation: generate and judge replies; accuracy, no-answer ratio, intervals, paired comparisons, results files."""

@@ -1,8 +1,8 @@
-"""Ask a model every question and judge its replies, many at once, through whatever serves it.
+"""Generate a model's replies to all questions concurrently, and judge them.
 
-Every model gets the same plain prompt and max_tokens. A sample is in the journal as soon as it is judged, so an
-interrupted evaluation goes on where it stopped, and its numbers are those of an uninterrupted one. What is there is
-asked again only if its question's words changed; if only the verdict may have changed, it is judged again.
+Every model gets the same plain prompt and max_tokens. Each sample is journalled once judged, so an interrupted
+evaluation resumes and gives the numbers of an uninterrupted one. A stored sample is requested again only if its prompt
+changed, and judged again only if its verdict may have changed.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def ask(
     on_sample: Update = lambda done, wanted, remark: None,
     on_damage: Callable[[int], None] = lambda lines: None,
 ) -> tuple[list[EvalSample], int]:
-    """Ask a model every question and judge the replies; what the journal has is not asked again.
+    """Generate and judge the samples that the journal lacks.
 
-    Returns all samples, question by question and turn by turn, and how many tokens this call generated.
+    Returns all samples, ordered by question and turn, and the number of tokens that this call generated.
 
     In a conversation the model reads its own replies, without their thinking; every turn is a sample.
 
     Args:
-        model: entered only if something is left to ask.
+        model: entered only if a sample is missing.
         journal: JSON lines, read and appended to.
-        on_sample: called after each with how many samples are there, how many are wanted, and a remark.
-        on_damage: called before with how many lines of the journal are damaged, if any is.
+        on_sample: called after each sample with the number finished, the number wanted, and a remark.
+        on_damage: called first with the number of damaged journal lines, if any.
     """
     turns = [turn for _, question in questions for turn in turns_of(question)]
     wanted = [_sample_key(turn, number) for turn in turns for number in range(asking.samples)]
@@ -66,10 +66,9 @@ def ask(
 
 
 class _RunningEvaluation:
-    """Takes samples from the journal, and asks a model for those that the journal lacks.
+    """Takes samples from the journal, and requests missing ones from the model.
 
-    samples: those that count now, by key. new_tokens: generated for those that were asked for. damaged: lines of the
-    journal that cannot be read.
+    samples: {key: current sample}. new_tokens: generated in this run. damaged: unreadable lines of the journal.
     """
 
     def __init__(self, journal: Path, asking: AskSettings, wanted: int, on_sample: Update) -> None:
@@ -84,7 +83,7 @@ class _RunningEvaluation:
     async def ask_all(
         self, questions: Sequence[Asked], model: ModelContext, sampler_of: Callable[[Endpoint], Sampler]
     ) -> None:
-        """Get every sample of every turn of the questions; the model is opened for the first that the journal lacks."""
+        """Get all samples of all turns of the questions; opens the model at the first missing one."""
         opened: list[Sampler] = []
         opening = asyncio.Lock()
 
@@ -95,21 +94,21 @@ class _RunningEvaluation:
             return opened[0]
 
         async with AsyncExitStack() as exits, asyncio.TaskGroup() as group:
-            # Family after family, as the search: a slot then has most of the next prompt warm, examples above all.
+            # Sorted by family, as in the search, so that prefix caches hit: the prompts share worked examples.
             for task, question in sorted(questions, key=lambda asked: (asked[1].task, asked[1].family)):
                 group.create_task(self._ask_turn(task, question, range(self._asking.samples), sampler))
 
     async def _ask_turn(
         self, task: Task, question: Question, numbers: range, open_sampler: Callable[[], Awaitable[Sampler]]
     ) -> None:
-        """Get the samples of these numbers for one turn of a conversation, then for its later turns."""
+        """Get the samples with these numbers for one turn of a conversation, then for its later turns."""
         if not all([await self._recall(task, question, number) for number in numbers]):
             sampler = await open_sampler()
             async with asyncio.TaskGroup() as group:
                 for first in range(0, len(numbers), sampler.samples_per_call):
                     part = numbers[first : first + sampler.samples_per_call]
                     group.create_task(self._request(sampler, task, question, part))
-        # From here each sample's conversation goes its own way.
+        # After the first reply, each sample has its own conversation.
         async with asyncio.TaskGroup() as group:
             for number in numbers:
                 following = question.follow_up(visible_text(self.samples[_sample_key(question, number)].response))
@@ -117,7 +116,7 @@ class _RunningEvaluation:
                     group.create_task(self._ask_turn(task, following, range(number, number + 1), open_sampler))
 
     async def _request(self, sampler: Sampler, task: Task, question: Question, numbers: range) -> None:
-        """Have the sampler bring these samples, if any of them is missing; judge and journal the missing ones."""
+        """Request these samples if any is missing; judge and journal the missing ones."""
         missing = [number for number in numbers if _sample_key(question, number) not in self.samples]
         if not missing:
             return
@@ -150,7 +149,7 @@ class _RunningEvaluation:
             self._on_sample(len(self.samples), self._wanted, remark)
 
     async def _recall(self, task: Task, question: Question, number: int) -> bool:
-        """Take a sample from the journal if it has one for this prompt, judged by the present code; whether it has."""
+        """Take a sample from the journal, judging it again if needed; returns whether it has one for this prompt."""
         key, prompt_hash = _sample_key(question, number), content_hash(conversation(task, question, self._asking))
         sample = self._by_prompt.get((key, prompt_hash))
         if sample is None:
@@ -166,15 +165,15 @@ class _RunningEvaluation:
 
 
 def _sample_key(question: Question, number: int) -> SampleKey:
-    """What names one sample of one turn of a question."""
+    """The key of one sample of one turn of a question."""
     return question.task, question.id, question.turn, number
 
 
 async def _judge(task: Task, question: Question, sample: EvalSample) -> EvalSample:
-    """Judge a sample, or judge it again: a copy with its verdicts by the present code and reference answer."""
+    """Return a copy of a sample with verdicts by the current code and reference answer."""
     verdict = await task.judge_async(question, sample.response, sample.finish_reason)
     lenient = verdict
-    # A free text has one extraction, and where the strict one finds an answer the lenient one finds the same.
+    # Free texts have one extraction mode, and if strict extraction finds an answer, lenient finds the same.
     if lenient.kind == "no_answer" and task.answer_form != "text":
         lenient = await asyncio.to_thread(task.judge, question, sample.response, sample.finish_reason, "lenient")
     tree_correct = None
@@ -195,7 +194,7 @@ async def _judge(task: Task, question: Question, sample: EvalSample) -> EvalSamp
 
 
 async def _is_correct(task: Task, question: Question, answer: str | None) -> bool | None:
-    """Whether the answer of a tree's chain is correct; None where that could not be judged."""
+    """Whether the answer of a tree's chain is correct; None if undecided."""
     if answer is None:
         return False
     kind = (await asyncio.to_thread(task.verify, answer, question)).kind
@@ -203,18 +202,17 @@ async def _is_correct(task: Task, question: Question, answer: str | None) -> boo
 
 
 def _reference_hash(task: Task, question: Question) -> str:
-    """A hash of what a verdict depends on beside the reply and cotree's own code."""
+    """A hash of the verdict's inputs other than the reply and cotree's code: reference answer and verifier."""
     return content_hash([question.gold, question.family, sorted(question.spec.items()), task.verifier_version])[:16]
 
 
 def load_questions(
     counts: Iterable[tuple[str, int | None]], split: Split, *, data: str | Path | None = None, family: str | None = None
 ) -> list[Asked]:
-    """The first so many questions of each task (None: all of them), with their tasks; only those of a family if one is
-    named.
+    """The first `count` questions of each task (None: all), with their tasks; optionally of one family only.
 
     Raises:
-        UsageError: names every task that has fewer; or two questions of one task and id, by which files name them.
+        UsageError: tasks with fewer questions (names all of them), or two questions with the same task and id.
     """
     asked: list[Asked] = []
     problems = []
@@ -247,13 +245,13 @@ def check_lengths(
     *,
     name: str,
 ) -> int:
-    """The most tokens that a question and its replies may need, after a check that a model's context has room for them.
+    """The maximum tokens of a question with its replies, checked against the model's context length.
 
     Args:
-        context: the most tokens that the model takes, None where that is not known.
+        context: the model's context length in tokens, None if unknown.
 
     Raises:
-        UsageError: it has not; the longest question is named, and the model by its `name`.
+        UsageError: it is too short; names the longest question and the model (`name`).
     """
     needed = [tokens_needed(tokenizer, *asked, asking) for asked in questions]
     longest = max(needed)
@@ -267,15 +265,15 @@ def check_lengths(
 
 
 def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, question: Question, asking: AskSettings) -> int:
-    """The most tokens that a question's last turn can take, prompt and reply, if every reply is `max_tokens` long."""
+    """The maximum tokens of a question's last turn, prompt and reply, if every reply is `max_tokens` long."""
     *earlier, last = turns_of(question)
     prompt = render_prompt(tokenizer, conversation(task, last, asking))
-    # The server may add a token of beginning.
+    # The server may add a begin-of-sequence token.
     return token_counter(tokenizer)(prompt) + (len(earlier) + 1) * asking.max_tokens + 1
 
 
 def turns_of(question: Question) -> Iterator[Question]:
-    """Yield a question and its later turns, with empty replies in between: for counting, before a model replied."""
+    """Yield a question and its later turns with empty replies in between, to count before a model replies."""
     following: Question | None = question
     while following is not None:
         yield following

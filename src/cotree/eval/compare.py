@@ -1,8 +1,7 @@
-"""Two models on the same questions: which questions changed, and whether chance would do as much.
+"""Compare two models on the same questions: accuracy difference, changed questions, paired significance tests.
 
-What is compared was asked alike (the same questions in the same words, as many samples, one temperature, top_p and
-max_tokens); anything else is refused. Ways of decoding may differ: they are named. Tests and intervals are paired by
-question.
+Requires equal questions, prompts, number of samples, temperature, top_p and max_tokens; anything else is refused.
+Decoding strategies may differ and are named. Tests and intervals are paired by question.
 """
 
 from __future__ import annotations
@@ -29,17 +28,16 @@ from cotree.eval.journal import (
 from cotree.eval.settings import SAMPLING
 
 _DRAWS = 10_000
-SamplesOf = Mapping[str, Sequence[EvalSample]]  # of each question, by its id
+SamplesOf = Mapping[str, Sequence[EvalSample]]  # {question id: samples}
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """The second model minus the first on one row of the table; fractions.
 
-    row: the task (and turn), and both ways of decoding where they differ. n: questions.
-    low, high: 95% interval of `difference`. p_value: of `test`, two-sided. changed: both scores of every question on
-    which they differ. detectable: the least difference that would be found with probability 0.8, given how much the
-    questions changed.
+    row: the task (and turn), and both decoding strategies if they differ. n: questions.
+    low, high: 95% interval of `difference`. p_value: of `test`, two-sided. changed: {question: both scores} where they
+    differ. detectable: minimum detectable difference at power 0.8, given the variance of the changes.
     """
 
     row: str
@@ -59,7 +57,7 @@ class Difference:
         return self.second - self.first
 
     def lines(self) -> list[str]:
-        """The difference in words, then the ids of the questions that were gained and lost."""
+        """Report lines: the difference, then the ids of questions gained and lost."""
         gained, lost = list[str](), list[str]()
         for id_, (before, after) in self.changed.items():
             shown = id_ if abs(after - before) == 1 else f"{id_} ({before:.2f} -> {after:.2f})"
@@ -77,7 +75,7 @@ def compare_evaluations(first: str | Path, second: str | Path) -> list[Differenc
     """Compare two evaluations row by row: folders of `cotree eval`, or of one model in an evaluation of a run.
 
     Raises:
-        UsageError: one is no such folder, or they did not ask the same questions in the same way.
+        UsageError: not such folders, or different questions or sampling settings.
     """
     left, right = samples_by_row(Path(first)), samples_by_row(Path(second))
     names = (str(first), str(second))
@@ -85,7 +83,7 @@ def compare_evaluations(first: str | Path, second: str | Path) -> list[Differenc
 
 
 def samples_by_row(path: Path) -> Mapping[str, SamplesOf]:
-    """The samples of an evaluation's questions by row; its journal may have more, of earlier questions."""
+    """The samples of an evaluation's current questions, by row; its journal may have others."""
     journal = path / JOURNAL if path.is_dir() else path
     samples = read_samples(journal)
     if not samples:
@@ -101,21 +99,21 @@ def samples_by_row(path: Path) -> Mapping[str, SamplesOf]:
 
 
 def _questions_asked(folder: Path) -> set[tuple[str, str]] | None:
-    """(task, question id) of what the results in a folder are about; None where none are written yet."""
+    """(task, question id) of all questions in a folder's results; None without results."""
     for path in folder.glob("results_*.json"):
-        with suppress(KeyError, TypeError, AttributeError):  # of another program
+        with suppress(KeyError, TypeError, AttributeError):  # files of another program
             asked = (read_json(path) or {})["cotree"]["questions"]
             return {(task, id_) for task, ids in asked.items() for id_ in ids}
     return None
 
 
 def compare_row(row: str, first: SamplesOf, second: SamplesOf, names: Sequence[str]) -> Difference:
-    """Compare two models' samples of one row of the table; `names` are theirs, for errors.
+    """Compare two models' samples in one row of the table; `names` are for error messages.
 
-    Questions of which a reply could not be judged are left out.
+    Leaves out questions with an undecided reply.
 
     Raises:
-        UsageError: the questions differ, or how they were asked.
+        UsageError: the questions or sampling settings differ.
     """
     undecided = {id_ for side in (first, second) for id_ in side if any(s.verdict == "undecided" for s in side[id_])}
     first, second = ({id_: side[id_] for id_ in side if id_ not in undecided} for side in (first, second))
@@ -152,28 +150,27 @@ def compare_row(row: str, first: SamplesOf, second: SamplesOf, names: Sequence[s
         test=test,
         p_value=p_value,
         changed={id_: (old, new) for id_, old, new in zip(first, before, after, strict=True) if old != new},
-        detectable=max(detectable, 6 / len(first)),  # fewer changes are never significant, be they all one way
+        detectable=max(detectable, 6 / len(first)),  # fewer than 6 changes are never significant
     )
 
 
 def _settings(samples: Sequence[EvalSample]) -> dict[str, object]:
-    """How a question was asked; later turns hold the models' own replies, so their prompts differ."""
+    """The sampling settings and prompt hash of a question; no hash for later turns, as prompts contain replies."""
     first = samples[0]
     asked = {name: getattr(first, name) for name in SAMPLING}
     return {"samples": len(samples), **asked, "prompt": "" if first.turn else first.prompt_hash[:12]}
 
 
 def mcnemar_p_value(gained: int, lost: int) -> float:
-    """The two-sided exact McNemar test: the chance that a fair coin splits gains and losses at least as unevenly."""
+    """The p-value of the two-sided exact McNemar test."""
     n = gained + lost
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / (1 << n))
 
 
 def sign_flip_p_value(changes: Sequence[float], *, draws: int = _DRAWS, seed: int = 0) -> float:
-    """The two-sided permutation test of a mean change: each question's change could as well have the other sign.
+    """The p-value of a two-sided sign-flip permutation test of a mean paired change.
 
-    The share of all choices of signs whose sum is at least as far from 0; of `draws` random ones (seeded), the observed
-    one counted in, where there are more.
+    Exact if there are at most `draws` sign vectors, else over `draws` random ones (seeded) and the observed one.
     """
     import numpy as np
 
@@ -188,10 +185,10 @@ def sign_flip_p_value(changes: Sequence[float], *, draws: int = _DRAWS, seed: in
 
 
 def paired_interval(changes: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean paired change, of shares in [0, 1].
+    """The 95% interval of a mean paired change of shares in [0, 1].
 
-    Agresti and Min (2005): Wald's, after half an observation was added to each cell of the paired 2x2 table, that is a
-    gain, a loss and two more questions; so it has a width where nothing changed.
+    Agresti and Min (2005): Wald's interval after adding half an observation to each cell of the paired 2x2 table (a
+    gain, a loss and two more questions), so its width is positive even without changes.
     """
     n, total = len(changes) + 2, sum(changes)
     spread = math.sqrt(sum(c * c for c in changes) + 1 - total * total / n) / n * Z

@@ -1,6 +1,6 @@
-"""`cotree diagnose`: how many texts of a file, an evaluation or a run show formalistic thinking, and the worst of them.
+"""`cotree diagnose`: the share of texts in a file, evaluation or run with formalistic thinking, and the worst texts.
 
-Every row is read once and counted under one source and one language.
+Each row is read once and counted under one source and one language.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from cotree.tasks.diagnosis import diagnose
 from cotree.tasks.loading import HUB_ID
 
 _FLAGS = ("loop", "over_reflection", "instruction_failure", "no_answer")
-# Columns, in the order in which they are looked for.
+# Possible text columns, in order of preference.
 _TEXTS = ("completion", "response", "text", "output", "chosen", "solution", "messages", "conversations")
 _IDS = ("id", "question_id", "tree_id")
 _SOURCES = ("source", "task", "model", "benchmark")
-# The name of the file that a row stands in, its number there, and the row.
+# (file name, row number, row)
 NumberedRow = tuple[str, int, Mapping[str, Any]]
 
 
 def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -> Iterator[str]:
-    """Diagnose every text and give a report line by line: a table by source and language, then the worst texts.
+    """Diagnose all texts; yields report lines: a table by source and language, then the worst texts.
 
     Args:
-        where: a Parquet or JSON-lines file, a data set on the hub, an evaluation, or a whole run; of lm-eval's sample
-            files every response counts once.
-        field: the column of the text (a string, or messages whose last is read); by default the first that a row has of
+        where: a Parquet or JSON-lines file, a hub dataset, an evaluation, or a whole run; in lm-eval's sample files
+            each response counts once.
+        field: the text column (a string, or messages, of which the last is used); by default the first existing of
             completion, response, text, output, chosen, solution, messages, conversations.
-        shown: how many of the worst texts.
+        shown: number of worst texts to show.
 
     Raises:
-        UsageError: there is nothing of that name, or a row has no text.
+        UsageError: nothing of that name, or a row has no text.
     """
     counts: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     worst: list[tuple[int, float, int, str, str, str]] = []
     damaged: dict[Path, int] = {}
     for index, (file, number, row) in enumerate(_rows(where, damaged)):
         text = _text(row, field, f"{where}: row {number}")
-        verdict = row.get("verdict")  # None or another word where no verifier looked for an answer
+        verdict = row.get("verdict")  # None or another value without a verifier
         answered = verdict != "no_answer" if verdict in get_args(VerdictKind) else None
         found = diagnose(text, finish_reason=str(row.get("finish_reason") or "stop"), answered=answered)
         source = next((str(row[name]) for name in _SOURCES if isinstance(row.get(name), str)), file)
-        if Path(where).is_dir():  # several models or data sets
+        if Path(where).is_dir():  # several models or datasets
             source = f"{file}: {source}"
         flags = [flag for flag in _FLAGS if getattr(found, flag)]
         language = str(row.get("language") or main_script(text))
@@ -75,9 +75,9 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
 
 
 def _rows(where: str | Path, damaged: dict[Path, int]) -> Iterator[NumberedRow]:
-    """The rows of a file, of the files of a folder (an evaluation or a run), or of a data set on the hub.
+    """Iterate over the rows of a file, a folder (an evaluation or a run), or a hub dataset.
 
-    damaged: gets, by journal, how many lines cannot be read, if any.
+    damaged: filled with {journal: unreadable lines}.
     """
     path = Path(where)
     if path.is_dir():
@@ -95,14 +95,14 @@ def _rows(where: str | Path, damaged: dict[Path, int]) -> Iterator[NumberedRow]:
 
 
 def _rows_of_file(file: Path, name: str, damaged: dict[Path, int]) -> Iterator[NumberedRow]:
-    """The rows of one file; of a journal the samples that count."""
+    """The rows of one file; for a journal, its current samples."""
     if file.name == JOURNAL and (lines := read_all_lines(file)[1]):
         damaged[file] = lines
     yield from _one_response_a_row(name, map(asdict, read_samples(file)) if file.name == JOURNAL else read_rows(file))
 
 
 def _hub_rows(id_: str) -> Iterator[NumberedRow]:
-    """The rows of all splits of a data set on the hub, streamed.
+    """Stream the rows of all splits of a hub dataset.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -118,7 +118,7 @@ def _hub_rows(id_: str) -> Iterator[NumberedRow]:
 
 
 def _one_response_a_row(name: str, rows: Iterable[Any]) -> Iterator[NumberedRow]:
-    """The rows as they are, but those of lm-eval, which has all samples of a question in one, once for each filter."""
+    """Split lm-eval's rows, which hold all samples of a question once per filter, to one response per row."""
     first_filter = None
     for number, row in enumerate(rows):
         if not isinstance(row.get("resps"), list):
@@ -136,7 +136,7 @@ def _one_response_a_row(name: str, rows: Iterable[Any]) -> Iterator[NumberedRow]
 
 
 def _text(row: Mapping[str, Any], field: str | None, where: str) -> str:
-    """The text of a row: of the column `field`, or of the first that is known to hold one; of messages the last."""
+    """The text of a row, from column `field` or the first known text column; the last of several messages."""
     names = (field,) if field is not None else _TEXTS
     value = next((row[name] for name in names if row.get(name) is not None), None)
     if isinstance(value, list) and value and isinstance(value[-1], dict):

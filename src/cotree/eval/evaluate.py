@@ -1,6 +1,6 @@
-"""One model on some questions: asked, judged, computed and written.
+"""Evaluate one model: generate, judge, score, and write results files.
 
-`evaluate` is a cell of a run; `evaluate_model` is any one model without a recipe: `cotree eval` and `cotree.evaluate`.
+`evaluate` computes a cell of a run; `evaluate_model` any one model without a recipe (`cotree eval`, `cotree.evaluate`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ from cotree.tasks.base import VERDICT_VERSION, Asked, Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens of llama.cpp's memory. Narrow slots keep it small: 768 tokens are wide enough for most prompts, and where some
-# are longer, fewer slots share it.
+# llama.cpp's KV cache in tokens. 768 tokens per slot suffice for most prompts; longer ones get fewer slots.
 _SLOTS, _PROMPT_TOKENS, _MEMORY_TOKENS = 16, 768, 32_768
-FILES = (JOURNAL, "results_*.json", "samples_*.jsonl")  # of an evaluation; all but the journal are made of it
+FILES = (JOURNAL, "results_*.json", "samples_*.jsonl")  # of an evaluation; all are derived from the journal
 _OTHER = "choose another --out"
 _TIMEOUT = 600.0  # seconds; llama.cpp under load can take minutes for a batch
 
@@ -57,20 +56,20 @@ def evaluate(
     available: Mapping[str, int] | None = None,
     output: Output | None = None,
 ) -> ModelScores:
-    """Ask a model what the folder's journal lacks, judge by today's code, and write the results' files.
+    """Evaluate a model in a folder: request samples that its journal lacks, judge all, and write the results files.
 
-    Replies are kept by question: more questions ask the new ones only, a question whose words changed is asked again.
-    Where nothing is left to ask, no model is opened.
+    Replies are stored by question, so only new questions and changed prompts are requested. If nothing is missing, no
+    model is opened.
 
     Args:
-        folder: holds one model asked in one way: `journal.jsonl`, `results_*.json`, `samples_*.jsonl`.
+        folder: of one model with fixed settings: `journal.jsonl`, `results_*.json`, `samples_*.jsonl`.
         name: of the model, in tables.
-        budgets: for each question how many tokens its search may generate, in place of `asking.budget_tokens`.
-        available: how many questions each task has in all, for readers of the results.
+        budgets: token budget of each question's search; replaces `asking.budget_tokens`.
+        available: {task: number of all its questions}, recorded in the results.
 
     Raises:
-        UsageError: found before any question was asked.
-        CotreeError: work failed after it had started; the same call resumes it.
+        UsageError: before any request.
+        CotreeError: work failed after it started; the same call resumes it.
     """
     check_strategy(asking, questions, budgets)
     if model.weights is None or engine_of(model) == "vllm":
@@ -112,11 +111,11 @@ def evaluate(
 
 
 def local_model(model: Model, asking: AskSettings) -> tuple[Path, PreTrainedTokenizerBase]:
-    """What is served for an evaluation of weights, a GGUF in llama.cpp and a transformers folder in vLLM, and the
-    tokenizer that renders their prompts.
+    """The file to serve for an evaluation of weights (a GGUF for llama.cpp, a transformers folder for vLLM), and the
+    tokenizer.
 
     Raises:
-        UsageError: the weights are not here, or cannot be served.
+        UsageError: the weights are missing, or cannot be served.
     """
     source = tokenizer_source(model)
     assert model.weights, "only weights are served here"
@@ -126,7 +125,7 @@ def local_model(model: Model, asking: AskSettings) -> tuple[Path, PreTrainedToke
 
 
 def check_fit(model: Model, questions: Sequence[Asked], asking: AskSettings, *, name: str) -> None:
-    """Check that every question and its reply fit into the context of weights.
+    """Check that every question with its reply fits into the model's context.
 
     Raises:
         UsageError: one does not, or the weights cannot be served.
@@ -139,7 +138,7 @@ def check_fit(model: Model, questions: Sequence[Asked], asking: AskSettings, *, 
 
 @asynccontextmanager
 async def open_server(model: Model, name: str, logs: Path) -> AsyncIterator[Endpoint]:
-    """A model on servers, which are asked whether they are ready; those of vLLM are started and log into a folder."""
+    """Open a model on servers and check that they are ready; starts vLLM, with logs in a folder."""
     async with open_endpoints({name: model}, logs=logs) as endpoints:
         yield endpoints[name]
 
@@ -148,7 +147,7 @@ async def open_server(model: Model, name: str, logs: Path) -> AsyncIterator[Endp
 async def open_local(
     file: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Asked], asking: AskSettings, *, name: str
 ) -> AsyncIterator[Endpoint]:
-    """A GGUF served in this process, wide enough for the longest question and for the samples of one request.
+    """Serve a GGUF in this process, with context for the longest question and slots for the samples of one request.
 
     Raises:
         UsageError: a question is too long for the model.
@@ -158,7 +157,7 @@ async def open_local(
     slots = max(1, min(_SLOTS, _MEMORY_TOKENS // context))
     at_once = samples_of_a_request(asking)
     client_of = partial(Client, max_in_flight=max(1, slots // at_once), count_tokens=token_counter(tokenizer))
-    # The samples of a request share its prompt, if they share their memory.
+    # With a unified KV cache, the samples of a request share its prompt.
     with serve(file, slots=max(slots, at_once), context=context, shared=at_once > 1) as url:
         async with client_of(name, url, "default", timeout=_TIMEOUT) as client:
             yield Endpoint(name, (client,), tokenizer, str(file))
@@ -178,35 +177,35 @@ def evaluate_model(
     output: Output | None = None,
     **options: Any,
 ) -> ModelScores:
-    """Evaluate a model; calling it again resumes.
+    """Evaluate a model; the same call resumes.
 
     Args:
-        model: the URL of an OpenAI-compatible server, or weights as a recipe names them; a transformers folder is
-            written as GGUF first where llama.cpp serves it.
+        model: the URL of an OpenAI-compatible server, or weights as in a recipe; llama.cpp serves a transformers folder
+            after converting it to GGUF.
         tasks: names as in `cotree tasks`, or own tasks.
-        data: where the tasks' rows are, as in `cotree.task`.
+        data: source of the tasks' rows, as in `cotree.task`.
         split: train, dev or test.
-        family: only questions of this family: "3 blocks", "English", "Algebra". limit: the first so many of a task.
-        name: of the model, in tables. out: the folder, by default `runs/evals/NAME`. What other settings made there
-            moves to its `older/`, and comes back with these settings.
-        gguf: F32, F16 or Q8_0; by default a `.gguf` file is served as it is, and everything else as Q8_0.
+        family: only questions of this family: "3 blocks", "English", "Algebra". limit: the first questions of a task.
+        name: of the model, in tables. out: the folder, by default `runs/evals/NAME`. Results of other settings move to
+            its `older/`, and back when those settings return.
+        gguf: F32, F16 or Q8_0; by default a `.gguf` file is served as it is, everything else as Q8_0.
         options: how questions are asked, as in an `evaluations` entry of a recipe (`eval.settings.AskSettings`):
 
-            max_tokens (1024): the most tokens of a reply. samples (1): completions a question; more than one need a
-                temperature. temperature (0), top_p (1), seed (0): the default is one greedy completion.
-            examples (False): the search's worked examples stand before the question.
-            strategy: decode by search (`mcts`, `vote`, `best_of_n`, `beam`; docs/decoding.md) from its worked examples,
-                for about `budget_tokens` generated tokens a sample; `value` is what answers go by.
+            max_tokens (1024): of a reply. samples (1): completions per question; more than one need a temperature.
+                temperature (0), top_p (1), seed (0): the default is one greedy completion.
+            examples (False): put the search's worked examples before the question.
+            strategy: decode by search (`mcts`, `vote`, `best_of_n`, `beam`; docs/decoding.md) with its worked examples,
+                with about `budget_tokens` generated tokens per sample; `value` ranks answers.
 
-            And how the model is reached (`models.resolve.parse_model`):
+            And options of the model (`models.resolve.parse_model`):
 
-            served, tokenizer, chat, api_key_env, max_in_flight (16): of a server, as `model`, `tokenizer`,
+            served, tokenizer, chat, api_key_env, max_in_flight (16): for a server, as `model`, `tokenizer`,
                 `mode: chat`, `api_key_env` and `max_in_flight` of a recipe's model.
-            engine, engine_args: of weights, as of a recipe's model; each argument as `key=value`.
+            engine, engine_args: for weights, as of a recipe's model; arguments as `key=value`.
 
     Raises:
-        UsageError: found before any question was asked.
-        CotreeError: work failed after it had started; the same call resumes it.
+        UsageError: before any request.
+        CotreeError: work failed after it started; the same call resumes it.
     """
     settings = {key: options.pop(key) for key in AskSettings.model_fields if key in options}
     settings["gguf"] = gguf or (None if model.endswith(".gguf") and ":" not in model else "Q8_0")
@@ -222,14 +221,14 @@ def evaluate_model(
     if name is None:
         weights = Path(model)
         own_name = weights.resolve().parent.name if weights.name == "model" else weights.stem  # STUDENT/model
-        own_name = model if model in PACKAGED else own_name  # whose names have dots
+        own_name = model if model in PACKAGED else own_name  # these names contain dots
         name = source.model if source.weights is None else own_name
         folder_name = re.sub(r"[^\w.-]+", "_", name)
     folder = out or Path("runs") / "evals" / require_name(str(folder_name), "--name")
     check_strategy(asking, questions, None)
     node, output = NodeFolder(folder), output or Output()
     node.check_owned(JOURNAL, other=_OTHER)
-    with locked(folder, other=_OTHER) if folder.is_dir() else nullcontext():  # nothing is made before all is checked
+    with locked(folder, other=_OTHER) if folder.is_dir() else nullcontext():  # create nothing before the checks
         if source.weights is None:
             for line in asyncio.run(check_servers({name: source})):
                 output.print(line)
@@ -250,7 +249,7 @@ def evaluate_model(
 
 
 def _record(model: Model, questions: Sequence[Asked], asking: AskSettings) -> NodeRecord:
-    """What the folder will hold: replies are kept while model and asking are the same, whatever the questions."""
+    """The folder's record; its base, model and settings without questions, decides whether replies are kept."""
     parts: dict[str, Any] = {"model": identity(model), "asking": hashed_settings(asking)}
     base = content_hash(parts)[:16]
     asked = [task.content_of(question) for task, question in questions]

@@ -1,8 +1,8 @@
-"""The journal of an evaluation, a line a sample: its memory, and what every number is computed from.
+"""The journal of an evaluation: one JSON line per sample, from which all scores are computed.
 
-A line is written whole or not at all, so what was asked before a kill is asked once. Lines are only ever appended; of
-several about one sample (judged again by newer code, or asked again because its question was changed) the last counts.
-Each ends with its checksum, `crc32`; an older cotree's have none.
+Lines are appended atomically, so samples survive a kill. Of several lines of a sample (judged again by newer code, or
+requested again after its prompt changed) the last counts. Each line ends with its checksum, `crc32`; older versions
+wrote none.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from cotree.tasks.base import VerdictKind
 JOURNAL = "journal.jsonl"  # in the folder of an evaluation
 HAVE_JOURNALS = "give a folder of `cotree eval`, or a run's evaluations/NODE/MODEL"
 T = TypeVar("T")
-SampleKey = tuple[str, str, int, int]  # task, question id, turn, number of the sample
+SampleKey = tuple[str, str, int, int]  # (task, question id, turn, sample number)
 
 
 @dataclass(frozen=True, slots=True)
 class EvalSample:
-    """A model's reply to one question, and the verdict on it.
+    """A model's reply to one question, and its verdict.
 
-    prompt_tokens: of its request, counted with the request's first sample; 0 with the others.
-    seconds: wall time of the request or search that brought it, while others ran; None in an older cotree's journals.
-    verdict, lenient_verdict: under strict and lenient extraction. answer: what strict extraction found.
-    prompt_hash: sha256 of the conversation before any chat template, so it is the same for all models.
-    decoding: the search that chose the reply, "" for plain sampling.
-    tree_answers, tree_correct: of a tree the answer of each of its chains, in the order in which they ended, and
-        whether it is correct (None: it could not be judged).
-    verdict_version, reference_hash: the version of the code that judged, and the hash of the reference answer (and what
-        else of the question a verdict depends on) that it judged by.
+    prompt_tokens: of its request, stored with the request's first sample; 0 for the others.
+    seconds: wall time of its request or search, with others in flight; None in journals of older versions.
+    verdict, lenient_verdict: with strict and lenient extraction. answer: from strict extraction.
+    prompt_hash: SHA-256 of the conversation before the chat template, so it is equal for all models.
+    decoding: the search strategy; "" for plain sampling.
+    tree_answers, tree_correct: the answers of a search's chains, in the order in which they ended, and whether each is
+        correct (None: undecided).
+    verdict_version, reference_hash: version of the judging code, and hash of the reference answer and other inputs of
+        the verdict.
     """
 
     task: str
@@ -72,25 +72,25 @@ class EvalSample:
 
     @property
     def key(self) -> SampleKey:
-        """What names a sample in its evaluation."""
+        """The sample's key within its evaluation."""
         return self.task, self.id, self.turn, self.sample
 
     @property
     def task_turn(self) -> str:
-        """The row of the table in which it counts: its task, and apart each later turn of a conversation, so that a
-        row has the same number of samples for every question."""
+        """Its row of the table: the task, or task and turn for later turns of a conversation, so that each row has
+        equally many samples for every question."""
         return f"{self.task}, turn {self.turn + 1}" if self.turn else self.task
 
 
 _SAMPLE = TypeAdapter(EvalSample)
-_CHECKSUM = re.compile(rb', "crc32": (\d+)}$')  # of the line without it
+_CHECKSUM = re.compile(rb', "crc32": (\d+)}$')  # checksum of the line without it
 
 
 def read_samples(path: Path) -> list[EvalSample]:
-    """The samples of a journal, each once, as its last line has it; none where there is no file.
+    """The samples of a journal, by each one's last line; empty if the file is missing.
 
     Raises:
-        UsageError: it is another file.
+        UsageError: not a journal.
     """
     samples, damaged = read_all_lines(path)
     if damaged and not samples:
@@ -99,15 +99,13 @@ def read_samples(path: Path) -> list[EvalSample]:
 
 
 def read_all_lines(path: Path) -> tuple[list[EvalSample], int]:
-    """All samples of a journal in the order of its lines, also those that a later line replaces; and how many lines are
-    damaged."""
+    """The samples of all lines of a journal in order, including replaced ones, and the number of damaged lines."""
     return read_lines(path, _SAMPLE.validate_python)
 
 
 def read_lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], int]:
-    """What a file of JSON lines holds, nothing where there is no file, and how many of its lines are damaged: no JSON,
-    not as their checksum says, or refused by `parse` with a ValueError. A last line that a kill cut in half is left out
-    and not counted."""
+    """Parse a file of JSON lines (empty if missing); also returns the number of damaged lines: invalid JSON, a checksum
+    mismatch, or a ValueError from `parse`. An incomplete last line after a kill is skipped and not counted."""
     found, damaged = [], 0
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         try:
@@ -118,7 +116,7 @@ def read_lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], int]:
 
 
 def take_samples(sources: Iterable[Path], journal: Path, questions: Collection[tuple[str, str]]) -> None:
-    """Append to a journal what others have of these questions (task, id): replies to prompts that it has none to."""
+    """Append samples of these questions (task, id) from other journals, for prompts without samples here."""
     there = {(sample.key, sample.prompt_hash) for sample in read_all_lines(journal)[0]}
     for path in sources:
         for sample in read_all_lines(path)[0]:
@@ -128,10 +126,10 @@ def take_samples(sources: Iterable[Path], journal: Path, questions: Collection[t
 
 
 def _checked(line: bytes) -> bytes:
-    """A line without its checksum, if it has one.
+    """Verify and remove a line's checksum, if it has one.
 
     Raises:
-        ValueError: it is not as it was written.
+        ValueError: the checksum does not match.
     """
     kept = _CHECKSUM.search(line)
     if kept is None:
@@ -143,12 +141,12 @@ def _checked(line: bytes) -> bytes:
 
 
 def damaged_lines(count: int) -> str:
-    """How many lines are damaged, in words; "" where none is."""
+    """A message about damaged lines; "" if there are none."""
     return f"{count} damaged line{'s' * (count > 1)}" if count else ""
 
 
 def by_task_turn(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[EvalSample]]]:
-    """The samples of each row of the table (`EvalSample.task_turn`), by question id."""
+    """Group samples: {row of the table (`EvalSample.task_turn`): {question id: samples}}."""
     found: dict[str, dict[str, list[EvalSample]]] = {}
     for sample in samples:
         found.setdefault(sample.task_turn, {}).setdefault(sample.id, []).append(sample)
@@ -156,7 +154,7 @@ def by_task_turn(samples: Iterable[EvalSample]) -> dict[str, dict[str, list[Eval
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line with its checksum, whole or not at all; half a line that a kill left at the end is removed.
+    """Append one JSON line with its checksum, atomically, after removing an incomplete last line of a killed process.
 
     Raises:
         CotreeError: it cannot be written (disk full, no permission).
@@ -170,13 +168,13 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
                 end = path.read_bytes().rfind(b"\n") + 1
                 file.truncate(end)
-            # A nearly full disk takes a part of the bytes and shows it only by their count.
+            # A nearly full disk writes fewer bytes without an error.
             if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def content_hash(content: Any) -> str:
-    """The sha256 of a text, or of plain data as JSON, in hex."""
+    """SHA-256 in hex of a text, or of plain data as JSON."""
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Compute the scores of an evaluation from its samples: a row for each task, and for each later turn of a conversation.
+"""Compute the scores of an evaluation from its samples: one row per task, and per later turn of a conversation.
 
-A row has the same number of samples for every question, all greedy or all sampled, and its interval is over questions,
-never over samples. Nothing here asks a model. Shares are fractions in [0, 1]; None where nothing defines a number.
+A row has equally many samples for every question, all greedy or all sampled, and its intervals are over questions,
+never over samples. Shares are fractions in [0, 1]; None if undefined.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from cotree.tasks.instructions import GROUPS, InstructionResults, instruction_re
 
 # The paper's Test@1, Test@8, Test@32.
 _TEST_AT = (1, 8, 32)
-# Those of prompts and of instructions that were followed, and the mean of these four, as Multi-IF reports it.
+# Shares of prompts and of instructions followed, strict and loose, and the mean of these four, as in Multi-IF.
 _SHARES = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose", "average")
 
 
 def score_samples(model: str, questions: Sequence[Asked], samples: Sequence[EvalSample], folder: Path) -> ModelScores:
-    """All scores of a model's samples; may wait for the math workers, where answers vote."""
+    """Compute all scores of a model; majority votes may wait for the math workers."""
     undecided = {(sample.task, sample.id) for sample in samples if not sample.turn and sample.verdict == "undecided"}
     judged = [(task, question) for task, question in questions if (question.task, question.id) not in undecided]
     return ModelScores(
@@ -56,7 +56,7 @@ def score_samples(model: str, questions: Sequence[Asked], samples: Sequence[Eval
 
 
 def score_tasks(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[TaskScores]:
-    """The scores of each task and later turn, in the order of the samples."""
+    """Compute the scores of each task and later turn, in the order of the samples."""
     asked = {(question.task, question.id): (task, question) for task, question in questions}
     return [_score_task(name, by_question, asked) for name, by_question in by_task_turn(samples).items()]
 
@@ -86,7 +86,7 @@ def _score_task(
     }
     numbers |= {name: getattr(first, name) for name in ("decoding", *SAMPLING)}
     accuracy, low, high = _estimate([fmean(s.verdict == "correct" for s in found) for found in by_question.values()])
-    # A text without a strict answer may have a lenient one that could not be judged.
+    # Lenient extraction may find an answer that is undecided where strict finds none.
     lenient = without_undecided({id_: [_leniently(s) for s in found] for id_, found in by_question.items()})
     majority = None
     if n > 1 and task.comparable:
@@ -114,23 +114,23 @@ def _score_task(
 
 
 def _percentile(values: Sequence[float], percent: int) -> float | None:
-    """The least of the values that so many percent of them do not exceed; None where there are none."""
+    """The percentile of values (nearest rank); None if empty."""
     return sorted(values)[math.ceil(len(values) * percent / 100) - 1] if values else None
 
 
 def without_undecided(by_question: Mapping[str, Sequence[EvalSample]]) -> dict[str, Sequence[EvalSample]]:
-    """The samples by question, without the questions of which a sample could not be judged."""
+    """Drop questions with an undecided sample."""
     return {id_: found for id_, found in by_question.items() if all(sample.verdict != "undecided" for sample in found)}
 
 
 def _leniently(sample: EvalSample) -> EvalSample:
-    """The sample with its lenient verdict in place of the strict one."""
+    """A copy of a sample with its lenient verdict as the verdict."""
     return replace(sample, verdict=sample.lenient_verdict or sample.verdict)
 
 
 class _KindOfReply(NamedTuple):
-    """A reply's verdict "correct" or "wrong", or why it has no answer: a loop, cut off by max_tokens, or finished; and
-    whether it shows the two other kinds of formalistic thinking (`tasks.diagnosis.Diagnosis`)."""
+    """A reply's verdict, or why it has no answer (loop, cut off by max_tokens, or finished), and the two other kinds of
+    formalistic thinking (`tasks.diagnosis.Diagnosis`)."""
 
     verdict_or_reason: str
     over_reflection: bool
@@ -146,7 +146,7 @@ class _KindOfReply(NamedTuple):
 
 
 def _test_at(questions: Sequence[Sequence[EvalSample]]) -> dict[str, Estimate]:
-    """Test@k over questions: of independent samples by the formula, of trees by their first k judged chains."""
+    """Test@k (pass@k) over questions: the unbiased estimator for samples; for trees, their first k judged chains."""
     first = questions[0]
     if first[0].tree_correct is not None:
         trees = [[[c for c in s.tree_correct or () if c is not None] for s in found] for found in questions]
@@ -159,22 +159,22 @@ def _test_at(questions: Sequence[Sequence[EvalSample]]) -> dict[str, Estimate]:
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
-    """The mean over questions; Wilson's interval where each is all or nothing, as one sample a question is."""
+    """Mean over questions with interval; Wilson's if all values are 0 or 1 (one sample a question)."""
     if all(value in (0, 1) for value in values):
         return fmean(values), *statistics.wilson_interval(sum(values), len(values))
     return fmean(values), *statistics.clustered_interval(values)
 
 
 def _vote(task: Task, question: Question, samples: Sequence[EvalSample]) -> float:
-    """1.0 if the answer that most samples give is right; of two that are as frequent, the one that came first."""
+    """1.0 if the samples' majority answer is correct; the first of equally frequent ones."""
     found = group_answers(task, question, [sample.answer for sample in samples])
-    # A counter lists equal counts in the order of their first answers.
+    # A Counter lists equal counts in order of first occurrence.
     most = Counter(group for group in found if group is not None).most_common(1)
     return float(samples[found.index(most[0][0])].verdict == "correct") if most else 0.0
 
 
 def _families(task: Task, samples: Sequence[EvalSample]) -> dict[str, FamilyScores]:
-    """By family where there are several, and always of plans."""
+    """Scores by family, if there are several, and always for planning tasks."""
     names, plans = sorted({sample.family for sample in samples}), isinstance(task, Blocksworld)
     rows: dict[str, FamilyScores] = {}
     for family in names if plans or len(names) > 1 else ():
@@ -190,7 +190,7 @@ def _families(task: Task, samples: Sequence[EvalSample]) -> dict[str, FamilyScor
 
 
 def constant_baselines(questions: Sequence[Asked]) -> list[ConstantBaseline]:
-    """For each task what the best constant answer scores on the first turns; a free text has no such answer."""
+    """The accuracy of each task's best constant answer on first turns; none for free-text tasks."""
     golds: dict[str, list[str]] = {}
     for task, question in questions:
         if task.answer_form != "text":
@@ -200,8 +200,8 @@ def constant_baselines(questions: Sequence[Asked]) -> list[ConstantBaseline]:
 
 
 def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]) -> list[InstructionScores]:
-    """The paper's IF(Zh), IF(En) and IF(Other) by turn, for each task that has instructions; from the replies alone."""
-    # What was replied between two turns decides no instruction.
+    """The paper's IF(Zh), IF(En) and IF(Other) by turn, for each task with instructions."""
+    # Earlier replies do not affect instructions, so turns use empty ones.
     asked = {(turn.task, turn.id, turn.turn): turn for _, first in questions for turn in turns_of(first)}
     rows: list[InstructionScores] = []
     for name in dict.fromkeys(sample.task for sample in samples):
@@ -212,7 +212,7 @@ def instruction_scores(questions: Sequence[Asked], samples: Sequence[EvalSample]
 
 
 def scores_by_group(task: str, results: Sequence[InstructionResults]) -> list[InstructionScores]:
-    """A row for each group and turn, and after a group of several turns their mean; groups in the paper's order."""
+    """A row per group and turn, then the mean of a group's turns; groups in the paper's order."""
     rows: list[InstructionScores] = []
     for group in GROUPS:
         of_group = [result for result in results if result.group == group]
@@ -226,7 +226,7 @@ def scores_by_group(task: str, results: Sequence[InstructionResults]) -> list[In
 
 
 def _turn_scores(task: str, results: Sequence[InstructionResults]) -> InstructionScores:
-    """The shares of prompts and of instructions that one group's replies to one turn follow, strictly and loosely."""
+    """Shares of prompts and instructions followed in one group and turn, strict and loose."""
     strict, loose = [result.strict for result in results], [result.loose for result in results]
     shares = [share for rows in (strict, loose) for share in (fmean(map(all, rows)), fmean(chain(*rows)))]
     return InstructionScores(

@@ -1,8 +1,7 @@
-"""The files of an evaluation: `results_*.json` and `samples_*.jsonl` with the keys of lm-evaluation-harness.
+"""Write an evaluation's `results_*.json` and `samples_*.jsonl` in the format of lm-evaluation-harness.
 
-Whatever reads lm-eval's output reads these files (keys, shapes, hashes and file names are those of its 0.4 series);
-what lm-eval has no key for is under `cotree`. Both are made anew from the journal, under the date of the first time, so
-an evaluation that is run again replaces them.
+Tools for lm-eval's output can read these files (keys, shapes, hashes and file names of its 0.4 series); other values
+are under `cotree`. Both are regenerated from the journal, keeping the date of the first run, so later runs replace them.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from cotree.models.tokenizer import load_tokenizer
 from cotree.tasks.base import Asked, Question, Task
 from cotree.tasks.extract import ExtractionMode, visible_text
 
-# Ours, by the names of the filters that lm-eval's GSM8K has for the same two things; of free texts there is one.
+# Our extraction modes by the filter names of lm-eval's GSM8K; free texts have only one.
 _FILTERS: Mapping[str, ExtractionMode] = {"strict-match": "strict", "flexible-extract": "lenient", "none": "strict"}
-_DATE = "%Y-%m-%dT%H-%M-%S.%f"  # in the files' names
+_DATE = "%Y-%m-%dT%H-%M-%S.%f"  # in file names
 
 
 def write_results(
@@ -42,11 +41,11 @@ def write_results(
     available: Mapping[str, int],
     seconds: float,
 ) -> None:
-    """Write both kinds of files into `scores.folder`, in place of those of an earlier time.
+    """Write results and samples files to `scores.folder`, replacing earlier ones.
 
     Args:
-        available: how many questions a task has in all, by task; by default as many as were asked.
-        seconds: the time that the evaluation took, earlier attempts included.
+        available: {task: number of all its questions}; by default the number asked.
+        seconds: duration of the evaluation over all attempts.
     """
     folder, arguments = scores.folder, _generation_arguments(asking)
     before = [*folder.glob("results_????-??-??T*.json"), *folder.glob("samples_*_????-??-??T*.jsonl")]
@@ -108,10 +107,10 @@ def write_results(
 def _rows_by_name(
     questions: Sequence[Asked], samples: Sequence[EvalSample], asking: AskSettings
 ) -> dict[str, list[Row]]:
-    """The rows of lm-eval's sample files by the names of their tasks, one for each question, turn and filter.
+    """{task name: rows of lm-eval's sample files}, one row per question, turn and filter.
 
-    The samples of a first turn are repeats of one request; a later turn is a request for each sample, because each
-    conversation has gone its own way. A name is fit for a file: `multi_if, turn 2` is `multi_if_turn_2`.
+    Samples of a first turn are repeats of one request; later turns have a request per sample, as conversations differ.
+    Names are made safe for files: `multi_if, turn 2` is `multi_if_turn_2`.
     """
     by_key = {sample.key: sample for sample in samples}
     rows: defaultdict[str, list[Row]] = defaultdict(list)
@@ -132,7 +131,7 @@ def _rows_by_name(
 
 
 def _question_columns(task: Task, question: Question, prompts: Sequence[str], asking: AskSettings) -> Row:
-    """The columns of a row that say what was asked, with lm-eval's hashes of it."""
+    """The question's columns of a row, with lm-eval's hashes."""
     doc = {
         "id": question.id,
         "task": task.name,
@@ -154,9 +153,9 @@ def _question_columns(task: Task, question: Question, prompts: Sequence[str], as
 
 
 def _reply_columns(task: Task, requests: Sequence[Sequence[EvalSample]], filter_name: str) -> Row:
-    """The columns of a row that say what was replied, and what a filter extracts from it.
+    """The reply's columns of a row, and the answers that a filter extracts.
 
-    `exact_match` is None, and in no metric, where a sample could not be judged, as in `TaskScores`.
+    `exact_match` is None, and excluded from metrics, if a sample is undecided, as in `TaskScores`.
     """
     mode = _FILTERS[filter_name]
     samples = [sample for request in requests for sample in request]
@@ -177,7 +176,7 @@ def _reply_columns(task: Task, requests: Sequence[Sequence[EvalSample]], filter_
 
 
 def _metrics(name: str, rows: Sequence[Row], scores: ModelScores) -> dict[str, Any]:
-    """lm-eval's metrics of one task, each by filter: "exact_match,strict-match"."""
+    """lm-eval's metrics of one task, by metric and filter: "exact_match,strict-match"."""
     found: dict[str, Any] = {"name": name, "alias": name, "sample_len": len({row["doc_id"] for row in rows})}
     for filter_name in dict.fromkeys(row["filter"] for row in rows):
         exact = [row["exact_match"] for row in rows if row["filter"] == filter_name]
@@ -198,7 +197,7 @@ def _metrics(name: str, rows: Sequence[Row], scores: ModelScores) -> dict[str, A
 
 
 def _chat_template_hash(model: Model) -> str | None:
-    """The sha256 of the template that rendered the prompts; None where a server did, or the model has none."""
+    """SHA-256 of the chat template; None if a server renders prompts or the model has none."""
     source = tokenizer_source(model)
     if source is None or model.mode == "chat":
         return None
@@ -207,6 +206,6 @@ def _chat_template_hash(model: Model) -> str | None:
 
 
 def _generation_arguments(asking: AskSettings) -> dict[str, Any]:
-    """`gen_kwargs` as lm-eval names them."""
+    """lm-eval's `gen_kwargs`."""
     sampled = {"do_sample": asking.temperature > 0, "temperature": asking.temperature, "top_p": asking.top_p}
     return {"until": [], "max_gen_toks": asking.max_tokens, **sampled}

@@ -1,7 +1,6 @@
-"""Ways to answer a question: plain completions of its prompt, or decoding by search.
+"""Samplers for evaluation: plain completions, or decoding by search.
 
-A sampler brings some samples of one question at a time. `asking.ask` takes any of them, so another way to answer is one
-more class with these two members.
+A `Sampler` generates some samples of one question at a time; implement this protocol to add another decoding method.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from cotree.search.settings import Search, Stop, Thought, Writer
 from cotree.search.thoughts import search_messages
 from cotree.tasks.base import Asked, Message, Question, Task
 
-# They share the request's prompt, and a server decodes them side by side.
+# Samples per request: they share its prompt, and a server decodes them in parallel.
 _SAMPLES_PER_REQUEST = 16
 _LONGEST_THOUGHT = 256  # tokens
-# Generated tokens for each question, by (task, question id).
+# {(task, question id): budget of generated tokens}
 Budgets = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
 class SampledReplies:
-    """The replies to one question: a choice for each sample, whose `tokens` are all that was generated for it.
+    """The replies to one question: one choice per sample, whose `tokens` count all that was generated for it.
 
-    seconds: wall time of the request that brought them, or of the whole search.
-    decoding: the search that chose it, for readers; "" for plain sampling.
-    tree_answers: of a tree the answers of all its chains, in the order in which they ended.
+    seconds: wall time of the request, or of the whole search.
+    decoding: description of the search; "" for plain sampling.
+    tree_answers: the answers of all chains of a search, in the order in which they ended.
     """
 
     choices: Sequence[Choice]
@@ -46,23 +45,23 @@ class SampledReplies:
 
 
 class Sampler(Protocol):
-    """A way to answer questions. samples_per_call: the most samples that one call brings."""
+    """Generates samples of questions. samples_per_call: maximum samples per call."""
 
     samples_per_call: int
 
     async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
-        """The samples of these numbers, in their order; a number decides the seed of its sample."""
+        """Generate the samples with these numbers, in order; the number sets a sample's seed."""
 
 
 def conversation(task: Task, question: Question, asking: AskSettings) -> list[Message]:
-    """What the model is asked, before its chat template: the question, after worked examples if the settings say so."""
+    """The messages of a question, with worked examples first if set."""
     if asking.strategy is not None:
         return search_messages(task, question, ends=search_settings(asking).ends)
     return search_messages(task, question, shown=3 if asking.examples else 0)
 
 
 class PlainSampler:
-    """The samples of a question are independent completions of its prompt."""
+    """Samples independent completions of the prompt."""
 
     samples_per_call = _SAMPLES_PER_REQUEST
 
@@ -70,7 +69,7 @@ class PlainSampler:
         self.endpoint, self.asking = endpoint, asking
 
     async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
-        """One request for all of them."""
+        """Send one request for all samples."""
         prompt = self.endpoint.prompt(conversation(task, question, self.asking))
         request = Request(
             prompt=prompt.text + prompt.opened,
@@ -86,22 +85,22 @@ class PlainSampler:
 
 
 class SearchSampler:
-    """A sample is the answer of a search of its own, with a seed of its own, so samples are independent."""
+    """Runs one search per sample, each with its own seed, so samples are independent."""
 
     samples_per_call = 1
 
     def __init__(self, endpoint: Endpoint, asking: AskSettings, budgets: Budgets | None) -> None:
         self.endpoint, self.asking, self.budgets = endpoint, asking, budgets
         self.models = SearchModels({endpoint.name: endpoint})
-        # A search has requests enough to keep a server busy; thousands at once would only wait.
+        # A few searches keep a server busy; more would only queue.
         self._running = asyncio.Semaphore(search_settings(asking).trees_in_flight)
 
     async def sample(self, task: Task, question: Question, numbers: range) -> SampledReplies:
-        """One search."""
+        """Run one search."""
         strategy, budget = self.asking.strategy, self.asking.budget_tokens
         shown = f"{budget} tokens"
         if self.budgets is not None:
-            # The budget of a conversation is spread over its turns.
+            # The budget of a conversation is divided over its turns.
             turns = question.turn + 1 + len(question.later)
             budget, shown = self.budgets[question.task, question.id] // turns, "tokens of another evaluation"
         assert strategy, "settings without one ask a plain sampler"
@@ -127,17 +126,17 @@ class SearchSampler:
 
 
 def make_sampler(endpoint: Endpoint, asking: AskSettings, budgets: Budgets | None) -> Sampler:
-    """The sampler that the settings ask for."""
+    """Create the sampler for the settings."""
     return PlainSampler(endpoint, asking) if asking.strategy is None else SearchSampler(endpoint, asking, budgets)
 
 
 def samples_of_a_request(asking: AskSettings) -> int:
-    """The most samples that one request of a sampler asks for."""
+    """The largest `n` of a sampler's requests."""
     return min(asking.samples, _SAMPLES_PER_REQUEST) if asking.strategy is None else search_settings(asking).widest
 
 
 def search_settings(asking: AskSettings, budget_tokens: int = 1) -> Search:
-    """How the search of an evaluation is done: for about so many generated tokens, chains as long as plain replies."""
+    """Search settings for an evaluation with a token budget; chains may be as long as plain replies."""
     return Search(
         rollouts=budget_tokens,
         examples=3,
@@ -151,10 +150,10 @@ def search_settings(asking: AskSettings, budget_tokens: int = 1) -> Search:
 
 
 def check_strategy(asking: AskSettings, questions: Sequence[Asked], budgets: Budgets | None) -> None:
-    """That the strategy has a budget for every question and can decide between answers of its kind.
+    """Check that the strategy has a budget for every question and can rank answers of the tasks' form.
 
     Raises:
-        UsageError: it has not, or cannot.
+        UsageError: it does not.
     """
     if asking.strategy is None:
         return

@@ -1,6 +1,6 @@
-"""What an evaluation found: the scores of one model, as they stand in node.json, results_*.json and summary.json.
+"""The scores of an evaluation as stored in node.json, results_*.json and summary.json.
 
-Shares are fractions in [0, 1]; None where nothing defines a number.
+Shares are fractions in [0, 1]; None if undefined.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Estimate = Sequence[float]  # a mean over questions, and the two ends of its 95% interval
+Estimate = Sequence[float]  # (mean over questions, low, high) with a 95% interval
 
 
 class StrictModel(BaseModel):
-    """Immutable, with strict types ("0.5" is no number); keys that it does not declare are kept as they are."""
+    """Immutable, with strict types ("0.5" is no number); undeclared keys are kept."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
 
 class FamilyScores(StrictModel):
-    """The questions of one family of a task. optimal: the share of shortest plans among the correct ones, of plans."""
+    """Scores of one family of a task's questions. optimal: for plans, the share of shortest ones among the correct."""
 
     n: int
     accuracy: float
@@ -31,25 +31,24 @@ class FamilyScores(StrictModel):
 
 
 class TaskScores(StrictModel):
-    """One model on the questions of one task, or of one later turn of its conversations: a row of the table.
+    """Scores of one model on one task, or on one later turn of its conversations: a row of the table.
 
-    task: `EvalSample.task_turn`. n, samples: questions, and samples of each.
+    task: `EvalSample.task_turn`. n, samples: questions, and samples per question.
     temperature, top_p, decoding, max_tokens: as in `EvalSample`.
-    undecided: samples that could not be judged; their questions are in no other number of the row.
-    accuracy: the share of correct samples (avg@n), with its 95% interval `low` to `high`; `lenient` is that under
-        lenient extraction, `accuracy_answered` that of the samples with an answer.
+    undecided: samples that could not be judged; their questions are excluded from all other numbers.
+    accuracy: share of correct samples (avg@n), with 95% interval `low` to `high`; `lenient`: with lenient extraction;
+        `accuracy_answered`: of the samples with an answer.
     no_answer: `loop` (the text repeats itself) plus `truncated` (no loop, cut off by max_tokens) plus
         `finished_without_answer`.
-    over_reflection, instruction_failure: shares of samples that show the paper's two other kinds of formalistic
-        thinking, by the rules of `cotree diagnose`.
-    commonest: the answer given most often, with its share of the samples with an answer: near 1, a model has learnt a
-        constant.
-    test_at: the paper's Test@k for each k up to `samples`, of sampled answers only; of trees for each k up to the
-        chains of the largest one, if there are enough trees.
-    majority: how often the answer that most samples give is right; None where answers do not vote.
+    over_reflection, instruction_failure: shares of samples with the paper's two other kinds of formalistic thinking, by
+        the rules of `cotree diagnose`.
+    commonest: the most frequent answer and its share of answered samples; near 1, the model has learnt a constant.
+    test_at: the paper's Test@k (pass@k) for k up to `samples`, sampled answers only; for trees, k up to the chains of
+        the largest one, if there are enough trees.
+    majority: accuracy of the majority vote; None if answers cannot vote.
     mean_tokens, tokens_p50, ...: mean and percentiles of generated tokens.
-    seconds_p50, seconds_p95: of the wall time of a reply, while others were asked at the same time.
-    detectable: the least difference that two such rows can show.
+    seconds_p50, seconds_p95: wall time of a reply, with others in flight.
+    detectable: minimum detectable difference between two such rows.
     """
 
     task: str
@@ -86,9 +85,9 @@ class TaskScores(StrictModel):
 
 
 class InstructionScores(StrictModel):
-    """Shares of prompts and of single instructions that one model followed, in one language group of a task.
+    """Shares of prompts and of single instructions that a model followed, in one language group of a task.
 
-    turn: from 1; None for the mean of the group's turns. average: of the four shares, as Multi-IF reports it.
+    turn: from 1; None for the mean of the group's turns. average: of the four shares, as in Multi-IF.
     """
 
     group: str
@@ -104,7 +103,7 @@ class InstructionScores(StrictModel):
 
 
 class ConstantBaseline(StrictModel):
-    """The best constant answer to a task's questions and its accuracy: what a model gets that ignores the question."""
+    """The best constant answer to a task's questions and its accuracy: the score of ignoring the question."""
 
     task: str
     answer: str
@@ -112,17 +111,16 @@ class ConstantBaseline(StrictModel):
 
 
 class TokensUsed(StrictModel):
-    """Tokens of all samples of an evaluation: read as prompts, and generated."""
+    """Prompt and generated tokens of all samples of an evaluation."""
 
     prompt: int
     completion: int
 
 
 class ModelScores(StrictModel):
-    """One model's scores.
+    """All scores of one model.
 
-    repeats: requests that were sent again after a failure, when last asked. folder: where their files are; it is in
-        none of them.
+    repeats: retries in the last run. folder: of the results files; not stored in them.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""The `evaluations` section of a recipe: which models are asked which questions, and how."""
+"""The `evaluations` section of a recipe: models, questions, sampling and decoding settings."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cotree.tasks.base import Split
 
 StrategyName = Literal["mcts", "vote", "best_of_n", "beam"]
 ValueName = Literal["vote", "likelihood"]
-# The settings that a request and its samples carry.
+# Sampling settings, recorded in each sample.
 SAMPLING = ("max_tokens", "temperature", "top_p")
 
 
 class AskSettings(Section):
-    """How every question is asked; the same for every model of an evaluation.
+    """Prompt, sampling and decoding settings, equal for all models of an evaluation.
 
-    max_tokens: the most tokens of a reply. samples: completions a question; more than one need a temperature.
-    examples: the search's worked examples stand before the question; with a strategy they always do.
-    strategy: decode by search (docs/decoding.md), for about `budget_tokens` generated tokens a sample; `value` is what
-        answers go by (default: votes where answers can vote, else likelihood).
-    gguf: the type at which weights are served; None serves a `.gguf` file as it is.
+    max_tokens: of a reply. samples: completions per question; more than one need a temperature.
+    examples: put the search's worked examples before the question; always on with a strategy.
+    strategy: decode by search (docs/decoding.md), with about `budget_tokens` generated tokens per sample; `value` ranks
+        answers (default: votes if answers can vote, else likelihood).
+    gguf: quantization type of weights; None serves a `.gguf` file as it is.
     """
 
     max_tokens: int = Field(1024, ge=1)
@@ -48,16 +48,16 @@ class AskSettings(Section):
         return self
 
     def sampling(self) -> dict[str, Any]:
-        """The settings that a request and its samples carry."""
+        """The sampling settings, recorded in each sample."""
         return {name: getattr(self, name) for name in SAMPLING}
 
 
 class Evaluation(AskSettings):
-    """An `evaluations` node: a cell for each of `models` (names of models and students).
+    """An `evaluations` node: one cell for each of `models` (models and students).
 
-    questions: {task: how many}, the first so many of `split`; a `split: dev` evaluation is for tuning.
-    tokens_of: another evaluation, whose tokens for the same model and question are this one's `budget_tokens`.
-    gguf: the type at which weights are served, the same for all models.
+    questions: {task: count}, the first of `split`; use `split: dev` for tuning.
+    tokens_of: another evaluation, whose tokens for the same model and question replace `budget_tokens`.
+    gguf: quantization type of weights, the same for all models.
     """
 
     models: tuple[str, ...] = Field(min_length=1)
