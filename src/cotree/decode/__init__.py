@@ -1,1 +1,1 @@
-"""Answering by search at inference: strategies, one question, and an OpenAI-compatible server."""
+"""Decoding by search at inference: strategies, answers to single questions, and an OpenAI-compatible server."""

@@ -1,7 +1,6 @@
-"""Decode with search from the command line or a script: which models, which settings, one question answered.
+"""`cotree decode`: answer one question with search, given models and settings on the command line or in Python.
 
-Whatever can be wrong with models, settings and question is found before a token is spent, by the checks that a recipe
-gets.
+Models, settings and question are validated like a recipe before any request.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _ROLLOUTS = 16
 
 
 class Decoding(SearchWithRoles):
-    """The search settings of a recipe's `trees` node, together with all models that they may name."""
+    """The search settings of a recipe's `trees` node plus a `models` section."""
 
     models: dict[str, Model]
 
@@ -44,7 +43,7 @@ class Decoding(SearchWithRoles):
         return self
 
     def asked_models(self, *also: str) -> dict[str, Model]:
-        """The models that a search asks, and those of these names too."""
+        """The models that a search uses, plus those with these names."""
         return {name: self.models[name] for name in (*self.writers, *also)}
 
 
@@ -60,20 +59,20 @@ def read_settings(
     budget_tokens: int | None = None,
     rollouts: int | None = None,
 ) -> Decoding:
-    """The checked settings of a search by these models, which come first in `models` of the settings.
+    """Build and validate the settings of a search with these models.
 
     Args:
-        models: URLs, packaged names, GGUF files, ... (`resolve.parse_model`); the first is the thinker. A server's is
-            called by its name there, others by these words.
+        models: URLs, packaged names, GGUF files, ... (`resolve.parse_model`); the first is the thinker. A server's
+            model is named as at the server, others as given.
         overrides: `a.b=c`, settings of the search (`temperature=0.6`, `reward.judge=NAME`), of its roles
             (`roles.reflector=NAME`) and of more models (`models.NAME.url=...`).
-        served, tokenizer, api_key_env: of servers, as `model`, `tokenizer` and `api_key_env` of a recipe's model;
+        served, tokenizer, api_key_env: for servers, as `model`, `tokenizer` and `api_key_env` of a recipe's model;
             without a tokenizer the server renders the prompts.
-        engine, engine_args: of weights, as of a recipe's model; each argument as `key=value`.
-        budget_tokens, rollouts: what a search may spend; 16 rollouts if neither is given.
+        engine, engine_args: for weights, as of a recipe's model; arguments as `key=value`.
+        budget_tokens, rollouts: limits of the search; 16 rollouts if neither is given.
 
     Raises:
-        UsageError: a model or a setting is wrong.
+        UsageError: an invalid model or setting.
     """
     of_server: dict[str, Any] = {"tokenizer": tokenizer, "chat": tokenizer is None, "api_key_env": api_key_env}
     of_weights: dict[str, Any] = {"engine": engine, "engine_args": engine_args}
@@ -108,24 +107,24 @@ def decode(
     output: Output | None = None,
     **options: Any,
 ) -> Decoded:
-    """Answer one question by search that knows no gold answer; prints the answer, its chain, the votes and the tokens.
+    """Answer one question by search without a gold answer; prints the answer, its chain, the votes and the tokens.
 
     Args:
-        question: its words; or none, and `task` with the `question_id` of one of its questions.
+        question: its text; or None, and `task` with the `question_id` of one of its questions.
         model: a server's URL, a packaged name, a `.gguf` file, `REPO_ID:FILE.gguf` or a transformers folder.
-        boxed: the answer is short and stands in a box, so that answers can vote; else it is free text. Not for a
-            question of a task, whose form of answer is known.
+        boxed: expect a short answer in a box, so that answers can vote; else free text. Not for a question of a task,
+            which has its own answer form.
         strategy: `mcts`, `vote`, `best_of_n` or `beam`. value: `vote`, `likelihood` or `verifier` (docs/decoding.md).
-        seed: another seed is another search.
+        seed: of the search.
         options: of `read_settings`:
 
-            budget_tokens: about how many tokens to generate. rollouts: at most so many chains (16 without a budget).
+            budget_tokens: approximate tokens to generate. rollouts: maximum chains (16 without a budget).
             overrides: `a.b=c`, of the search's settings, `roles` and `models`.
-            served, tokenizer, api_key_env: of a server, as `model`, `tokenizer` and `api_key_env` of a recipe's model.
-            engine, engine_args: of weights, as of a recipe's model; each argument as `key=value`.
+            served, tokenizer, api_key_env: for a server, as `model`, `tokenizer` and `api_key_env` of a recipe's model.
+            engine, engine_args: for weights, as of a recipe's model; arguments as `key=value`.
 
     Raises:
-        UsageError: found before any work.
+        UsageError: before any work.
         CotreeError: a model failed, or no chain has an answer.
     """
     settings, output = read_settings((model,), **options), output or Output()
@@ -163,7 +162,7 @@ def decode(
 
 
 def _find_question(words: str | None, task: str | None, question_id: str | None, *, boxed: bool) -> Asked:
-    """The question to be answered, and its task: an open one for a user's words."""
+    """The question to answer and its task: a task's question by id, or the user's text with an `OpenTask`."""
     if task is None:
         if not words or question_id is not None:
             raise UsageError("give a question in quotes, or --task with --id")

@@ -1,7 +1,7 @@
-"""OpenAI's HTTP protocol as the decoding server takes and gives it: request bodies, refusals, replies. No I/O.
+"""OpenAI's HTTP protocol for the decoding server: request bodies, errors, replies. No I/O.
 
-Every parameter that is taken changes the outcome, any other is refused unless its value asks for nothing or labels a
-request. The reported usage is what was really generated and read.
+Every accepted parameter has an effect; others are refused unless their value is a no-op or labels a request. Usage
+reports all tokens that were read and generated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cotree.search.settings import Search, Thought
 from cotree.tasks.base import Message
 from cotree.tasks.extract import visible_text
 
-# The values by which clients ask for nothing, in a body, a message or stream_options.
+# No-op values of parameters in a body, a message or stream_options.
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs", "min_p", "min_tokens", "mirostat"), (0,)),
     **dict.fromkeys(("logprobs", "echo", "store", "ignore_eos", "include_obfuscation"), (False,)),
@@ -37,12 +37,12 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "top_k": (-1, 0),
 }
-# They label a request, a message or what a cache keeps; the answer is the same.
+# Parameters that label a request, a message or a cache entry, without effect on the answer.
 _LABELS = {"metadata", "user", "safety_identifier", "prompt_cache_key", "cache_control", "name"}
 
 
 def _has_effect(key: str, value: Any) -> bool:
-    """Whether a parameter asks for something; 0 is not False here."""
+    """Whether a parameter's value is not a no-op; distinguishes 0 from False."""
     neutral = _NO_EFFECT.get(key, ())
     if value is None or key in _LABELS:
         return False
@@ -50,12 +50,12 @@ def _has_effect(key: str, value: Any) -> bool:
 
 
 def _shortened(text: str) -> str:
-    """Both ends of a text: names that a client made up can be as long as its request."""
+    """Shorten a text in the middle, because a client's names can be arbitrarily long."""
     return text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one with a key twice means one thing here and another to the next reader, so it is refused."""
+    """Build a JSON object; refuse duplicate keys, because parsers disagree about them."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -65,7 +65,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Refusal(Exception):  # noqa: N818 - not every refusal is an error
-    """A refusal in OpenAI's form: HTTP `status` and JSON `body`."""
+    """An error in OpenAI's format: HTTP `status` and JSON `body`."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -118,7 +118,7 @@ _Float = Annotated[float, BeforeValidator(_check_number)]
 
 
 class _Parameters(BaseModel, extra="forbid"):
-    """Parameters of which those that ask for nothing are left out."""
+    """Request parameters; those with no-op values are dropped."""
 
     @model_validator(mode="before")
     @classmethod
@@ -136,7 +136,7 @@ class _TextPart(_Parameters):
 class _ChatMessage(_Parameters):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[_TextPart], BeforeValidator(_text_parts)]
-    # Clients send an answer of this server back with the next turn; the thinking in it is left out.
+    # Clients send an earlier answer back with the next turn; its thinking is dropped.
     reasoning_content: str | None = None
 
     def as_message(self) -> Message:
@@ -149,10 +149,10 @@ class _StreamOptions(_Parameters):
 
 
 class _Body(_Parameters):
-    """What both addresses take.
+    """Parameters of both endpoints.
 
-    max_tokens: bounds the answer that is returned, without the reasoning before it.
-    max_completion_tokens: the search's budget; it bounds all that is generated, the reasoning included.
+    max_tokens: limits the returned answer, without the reasoning before it.
+    max_completion_tokens: the search's budget; limits all generated tokens, including reasoning.
     """
 
     model: str
@@ -197,18 +197,17 @@ Body = ChatBody | TextBody
 
 
 async def read_body(request: web.Request, kind: type[Body]) -> Body:
-    """The body of a request.
+    """Parse a request's body.
 
     Raises:
-        Refusal: it is no JSON object, or a parameter is not supported or has a wrong value.
+        Refusal: not a JSON object, or an unsupported or invalid parameter.
     """
     try:
         data = await request.read()
-        # Without a type it is octet-stream.
+        # A missing content type reads as octet-stream.
         if not request.content_type.endswith(("json", "octet-stream")):
             raise Refusal(400, f"the body must be application/json, not {request.content_type}")
-        # Unlike Python's parser, which alone sees a key that stands twice, it refuses halves of characters and NaN, and
-        # bounds depth.
+        # pydantic's parser refuses lone surrogates, NaN and deep nesting; only Python's parser detects duplicate keys.
         from_json(data, allow_inf_nan=False)
         return kind.model_validate(json.loads(data, object_pairs_hook=_object_of))
     except ValidationError as error:
@@ -223,7 +222,7 @@ async def read_body(request: web.Request, kind: type[Body]) -> Body:
 
 
 def settings_for_request(settings: Decoding, body: Body) -> Search:
-    """The server's search settings with a request's own; its budget can be lowered, not raised."""
+    """Merge a request's parameters into the server's search settings; the budget can only be lowered."""
     changes: dict[str, Any] = body.model_dump(include={"temperature", "top_p"}, exclude_none=True)
     if body.max_tokens is not None:
         answer = settings.thoughts.get("answer", Thought()).model_copy(update={"max_tokens": body.max_tokens})
@@ -235,9 +234,9 @@ def settings_for_request(settings: Decoding, body: Body) -> Search:
 
 
 def reply_json(body: Body, found: Sequence[Decoded], *, boxed: bool) -> dict[str, Any]:
-    """The whole reply: an answer for each search, and what all of them generated and read.
+    """The reply's JSON: one choice per search, and the usage of all.
 
-    boxed: an answer's text is the line with its box; of a free text it is what follows the answer tag.
+    boxed: the answer's text is the line with the box; else the text after the answer tag.
     """
     prefix, kind = "cmpl", "text_completion"
     if isinstance(body, ChatBody):
@@ -262,7 +261,7 @@ def reply_json(body: Body, found: Sequence[Decoded], *, boxed: bool) -> dict[str
 
 
 def _choice(body: Body, best: Decoded, boxed: bool) -> dict[str, Any]:
-    """An answer, up to the first stop string, and what is not OpenAI's: the votes and why the search stopped."""
+    """A choice with the answer up to the first stop string, and extra fields: the votes and the stop reason."""
     text = best.answer_text if boxed else visible_text(best.answer_text)
     text = text[: min((text.index(stop) for stop in body.stop if stop in text), default=len(text))]
     content: dict[str, Any] = {"text": text, "reasoning": best.reasoning, "logprobs": None}

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server whose answers are decoded with search, in front of any backend.
+"""An OpenAI-compatible server that answers with search, in front of any backend.
 
-Invariant: a client that leaves takes its search and the backend's requests with it. A page in a browser cannot reach a
-loopback server through a name of its own (Host and Origin are checked), and beyond loopback a token is needed.
+Invariant: when a client disconnects, its search and backend requests are cancelled. Host and Origin are checked against
+DNS rebinding from a browser page, and a token is required beyond loopback.
 """
 
 from __future__ import annotations
@@ -31,23 +31,22 @@ from cotree.search.journal import SearchModels
 from cotree.search.settings import Role, Writer
 
 _BODY_BYTES = 1 << 20
-# Seconds. A comment now and then keeps proxies from closing a stream in which nothing is sent yet.
+# Seconds between comments that keep proxies from closing a stream without data.
 _HEARTBEAT = 10.0
 Searches = Coroutine[Any, Any, list[Decoded]]
 
 
 class _UnrenderedEndpoint(Endpoint):
-    """A model whose prompt is the text that the client sent."""
+    """An endpoint whose prompt is the client's text, without a chat template (for `/v1/completions`)."""
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
         return Prompt(messages[-1]["content"])
 
 
 class Server:
-    """The handlers of HTTP requests. `at_once` searches run, as many as `queue` wait, the next is asked to come again
-    (429).
+    """HTTP request handlers. `at_once` searches run, up to `queue` wait, further ones get status 429.
 
-    endpoints: set by whoever serves, before the first request. searches: how many run or wait.
+    endpoints: to be set before the first request. searches: number running or waiting.
     """
 
     endpoints: Mapping[str, Endpoint]
@@ -87,7 +86,7 @@ class Server:
 
     @web.middleware
     async def _refuse_in_openai_form(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Check who asks, and turn every refusal and failure into OpenAI's JSON."""
+        """Middleware: check the sender, and convert all errors to OpenAI's JSON."""
         try:
             self._check_sender(request)
             with first_cotree_error():
@@ -102,7 +101,7 @@ class Server:
         return web.json_response(refusal.body, status=refusal.status, headers=headers)
 
     def _check_sender(self, request: web.Request) -> None:
-        """Refuse names of the server that a page made up, pages of other hosts, and a wrong token."""
+        """Refuse an unknown Host, a foreign Origin, or a wrong token."""
         if is_foreign(self.host, request.host, request.headers.get("Origin")):
             raise Refusal(403, f"this server answers to {self.host} by no other name, and to no other server's pages")
         if not self.token or request.path == "/health":
@@ -115,7 +114,7 @@ class Server:
         return web.json_response({"status": "ok", "searches": self.searches})
 
     async def _models(self, request: web.Request) -> web.Response:
-        """All models, or the one that the address names."""
+        """List all models, or describe the one in the path."""
         about = {"object": "model", "created": self._started, "owned_by": "cotree"}
         if (name := request.match_info.get("name")) is not None:
             self._require_model(name)
@@ -128,7 +127,7 @@ class Server:
             raise Refusal(404, what, "model", "model_not_found")
 
     async def _answer(self, kind: type[Body], request: web.Request) -> web.StreamResponse:
-        """Answer a request by its searches, when a slot is free."""
+        """Run a request's searches when a slot is free, and reply."""
         body = await read_body(request, kind)
         self._require_model(body.model)
         roles = {**self.settings.roles, "thinker": (Writer(model=body.model),)}
@@ -146,10 +145,10 @@ class Server:
             self.searches -= 1
 
     def _unrendered(self, roles: Mapping[str, Role]) -> dict[str, Endpoint]:
-        """All endpoints; the models of these roles get a client's prompt as it is, without a chat template.
+        """All endpoints, with those of these roles as `_UnrenderedEndpoint`s.
 
         Raises:
-            Refusal: a model takes conversations only.
+            Refusal: a model's server accepts chat requests only.
         """
         endpoints = dict(self.endpoints)
         for name in {writer.model for role in roles.values() for writer in role}:
@@ -160,7 +159,7 @@ class Server:
         return endpoints
 
     async def _search(self, body: Body, roles: Mapping[str, Role], models: SearchModels) -> list[Decoded]:
-        """A request's n searches, each with a seed of its own."""
+        """Run a request's n searches, each with its own seed."""
         settings, question = settings_for_request(self.settings, body), self.task.question_of(body.conversation())
         search = partial(search_answer, self.task, question, models, settings, roles=roles)
         search = partial(search, strategy=self.strategy, value=self.value)
@@ -170,7 +169,7 @@ class Server:
         return [searched.result() for searched in found]
 
     async def _stream(self, request: web.Request, body: Body, searches: Searches) -> web.StreamResponse:
-        """Server-sent events. Nothing is known before the search has ended, so until then only comments go out."""
+        """Reply with server-sent events: comments until the search ends, then the answer."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
 
@@ -199,14 +198,14 @@ class Server:
 
 
 def _refusal_of(error: CotreeError) -> Refusal:
-    """What a client is told of a search that failed: 400 where its own request is at fault, else 502."""
+    """The HTTP error for a failed search: 400 if the client's request is at fault, else 502."""
     if isinstance(error, RefusedError):
         return Refusal(400, f"the model's server refuses this request: {error.words}")
     return Refusal(400 if isinstance(error, UsageError) else 502, str(error))
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a line of aiohttp's log is about a fault of this server, and not about what a client sent."""
+    """Log filter: whether a record of aiohttp is about a fault of this server, not about a bad request."""
     return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
 
 
@@ -220,7 +219,7 @@ def serve(
         options: strategy, value, boxed, seed and at_once, as in `Server`, and those of `read_settings`.
 
     Raises:
-        UsageError: the models or settings are wrong, or `host` is not loopback and there is no token.
+        UsageError: invalid models or settings, or `host` is not loopback and there is no token.
     """
     server, output = Server(models, host=host, **options), output or Output()
     listening, address = listen(host, port)
@@ -236,6 +235,6 @@ def serve(
     logging.getLogger("aiohttp.server").addFilter(_is_ours)
     app = server.app()
     app.cleanup_ctx.append(open_models)
-    # A handler ends when its client leaves, and the search with it.
+    # Cancel a handler, and its search, when the client disconnects.
     web.run_app(app, sock=listening, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, print=show)
     output.print("closed")

@@ -1,8 +1,8 @@
-"""Answer a question whose answer nobody knows: by the tree search, or by whole chains and beams at equal tokens.
+"""Decoding strategies without a gold answer: tree search, whole chains (self-consistency, best-of-n), and beams.
 
-Invariant: nothing here sees a gold answer. The question that is worked on is a copy without gold, spec and later turns,
-so an answer is valued by what the model (or a verifier model) writes alone. The same seed and completions give the same
-answer whatever the latency.
+Invariant: the gold answer is never used: strategies get a copy of the question without gold, spec and later turns, and
+rank answers by model output (or a verifier model) only. The same seed and completions give the same answer, whatever
+the latency.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cotree.tasks.math_verdicts import check_math_answer
 
 
 class OpenTask(Task):
-    """Questions that belong to no task, answered in a box (such answers can vote) or as free text; nothing verifies."""
+    """The task of user questions without gold: answers in a box (these can vote) or free text; no verifier."""
 
     name = "open"
     description = "any question, answered in a box or as free text"
@@ -41,20 +41,20 @@ class OpenTask(Task):
         self.comparable = boxed
 
     def question_of(self, messages: Sequence[Message]) -> Question:
-        """The question that a conversation asks; its id is a hash of the conversation."""
+        """Make a question from a conversation; its id is a hash of it."""
         content = json.dumps(messages, ensure_ascii=True)
         return Question(hashlib.sha256(content.encode()).hexdigest()[:16], self.name, tuple(messages), "")
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """None: they come from users."""
+        """Always empty: questions come from users."""
         return []
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """None."""
+        """Always empty."""
         return ()
 
     def same_answer(self, left: str, right: str, question: Question) -> bool:
-        """The same words, or by math-verify the same number or formula."""
+        """Whether two answers are the same text, or by math-verify the same number or formula."""
         if left.casefold().split() == right.casefold().split():
             return True
         return any(c.isdigit() for c in left + right) and check_math_answer(right, left)[0] is True
@@ -62,14 +62,14 @@ class OpenTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The best answer that a search has so far, with its chain, the votes, and what was spent.
+    """The best answer of a search so far, with its chain, the votes, and the cost.
 
-    answer: what was extracted; None as long as no chain has one.
-    answer_text, answer_tokens: the last thought of its chain, which holds the answer, and how many tokens that has;
-        `reasoning` is the thoughts before. cut_off: it has no answer because max_tokens came first.
-    votes: how many each answer (in its first wording) has: one a leaf, or the sum of the leaves' values.
-    answers: what each chain that came to an end answers, in that order.
-    stopped: rollouts, tokens or deadline; "" as long as it goes on.
+    answer: extracted; None if no chain has one.
+    answer_text, answer_tokens: the chain's last thought with the answer, and its tokens; `reasoning`: the thoughts
+        before. cut_off: no answer because of max_tokens.
+    votes: {answer (in its first wording): votes}: one per leaf, or the sum of the leaves' values.
+    answers: the answers of finished chains, in the order in which they ended.
+    stopped: rollouts, tokens or deadline; "" while it runs.
     """
 
     answer: str | None
@@ -84,34 +84,34 @@ class Decoded:
 
     @property
     def chains(self) -> int:
-        """How many came to an end."""
+        """The number of finished chains."""
         return len(self.answers)
 
     @property
     def text(self) -> str:
-        """The whole chain."""
+        """The whole chain's text."""
         apart = "" if self.answer_text.startswith("\n") or not self.reasoning else "\n"
         return f"{self.reasoning}{apart}{self.answer_text}"
 
 
 class GoldFreeScorer:
-    """Scores answers without knowing the right one; a reflection should follow those that disagree with the majority.
+    """Scores answers without a gold answer; those that disagree with the majority get a reflection.
 
-    `vote`: the share of the answered leaves that say the same, counted anew over the whole tree after each round.
-    `likelihood`: the geometric mean of the probabilities of the chain's tokens. `verifier`: the settings' `reward`.
+    `vote`: share of answered leaves with the same answer, recomputed over the whole tree after each round.
+    `likelihood`: geometric mean of the chain's token probabilities. `verifier`: the settings' `reward`.
     """
 
     def __init__(self, value: str) -> None:
         self.value, self.needs_logprobs = value, value == "likelihood"
 
     async def score_answer(self, growth: Growth, answer: Node) -> tuple[Verdict | None, float]:
-        """A verdict only where there is no answer; the value of the chain."""
+        """The chain's value as reward; a verdict (no_answer) only if there is no answer."""
         if growth.task.extract(chain_text(answer.chain()), answer.finish_reason, "strict") is None:
             return Verdict("no_answer", 0.0), 0.0
         return None, await self.chain_value(growth, answer)
 
     async def chain_value(self, growth: Growth, node: Node) -> float:
-        """The value of the chain down to a node, be that its end or not; 0 until votes are counted."""
+        """The value of the chain down to a node, finished or not; 0 with `vote` (counted after the round)."""
         chain = node.chain()
         if self.value == "verifier":
             return await chain_reward(growth, chain, None)
@@ -119,7 +119,7 @@ class GoldFreeScorer:
         return math.exp(mean) if self.value == "likelihood" else 0.0
 
     async def answers_to_reflect_on(self, growth: Growth, new: Sequence[Node]) -> Sequence[Node]:
-        """The leaves that disagree with the answer of most votes; with `vote` all leaves get new rewards as well."""
+        """Select the leaves that disagree with the majority; with `vote` also update the rewards of all leaves."""
         if not growth.task.comparable:
             return []
         leaves = growth.search.leaves
@@ -132,9 +132,9 @@ class GoldFreeScorer:
         return [leaf for leaf, group in zip(leaves, group_of, strict=True) if group not in (None, winner)]
 
     def votes(self, leaves: Sequence[Node], group_of: Sequence[int | None]) -> dict[int, float]:
-        """The votes of each group of equal answers, by its number, in the order in which the groups appeared.
+        """{group of equal answers: votes}, in order of first appearance.
 
-        group_of: the number of each leaf's group; None for a leaf without an answer, which has no vote.
+        group_of: each leaf's group number; None without an answer (no vote).
         """
         votes: dict[int, float] = {}
         for leaf, group in zip(leaves, group_of, strict=True):
@@ -158,16 +158,16 @@ async def search_answer(
     """Search for the answer to a question until the budget is spent; returns the best one.
 
     Args:
-        settings: `stop.tokens` is the budget of generated tokens, met to the nearest round (chain, beam); `rollouts`
-            bounds the chains, where there is a budget only if it was set; `stop.seconds` is a deadline. The rest of
-            `stop` needs verdicts and does not count.
+        settings: `stop.tokens` is the budget of generated tokens, to the nearest round (chain, beam); `rollouts` limits
+            the chains (with a token budget only if set explicitly); `stop.seconds` is a deadline. The rest of `stop`
+            needs verdicts and is ignored.
         strategy: `mcts`; `vote` (self-consistency) and `best_of_n` over independent whole chains; `beam` over thoughts,
             `leaves_per_round` wide.
-        value: vote, likelihood or verifier; by default as `choose_value` says.
-        on_round: called with the best answer so far after each round.
+        value: vote, likelihood or verifier; by default from `choose_value`.
+        on_round: called after each round with the best answer so far.
 
     Raises:
-        UsageError: the strategy and the task do not go with the value.
+        UsageError: the value does not fit the strategy or the task.
     """
     value = choose_value(task, strategy, value, settings)
     budget = settings.stop.tokens
@@ -189,10 +189,10 @@ async def search_answer(
 
 
 def choose_value(task: Task, strategy: str, value: str | None, settings: Search) -> str:
-    """What answers are valued by: `value` if it is given, else a verifier, votes or likelihood, the first that can be.
+    """Choose how answers are valued: `value` if given, else the first possible of verifier, vote and likelihood.
 
     Raises:
-        UsageError: strategy, value and task do not go together; the message says what does.
+        UsageError: strategy, value and task do not fit; the message says which do.
     """
     if strategy not in _ROUNDS:
         raise UsageError(f"unknown strategy `{strategy}`; strategies are {', '.join(_ROUNDS)}")
@@ -209,7 +209,7 @@ def choose_value(task: Task, strategy: str, value: str | None, settings: Search)
 
 
 async def _grow_tree(growth: Growth) -> AsyncIterator[list[Node]]:
-    """The leaves of one tree after each round. Where nothing is left to grow the root is expanded again."""
+    """Grow one tree; yields all its leaves after each round. An exhausted tree gets more children at the root."""
     search, budget, rounds = growth.search, growth.settings.stop.tokens, 0
     while search.rollouts_left and (
         budget is None or rounds == 0 or repeats_within(budget, growth.spent.completion_tokens, rounds) > 0
@@ -222,7 +222,7 @@ async def _grow_tree(growth: Growth) -> AsyncIterator[list[Node]]:
 
 
 async def _sample(growth: Growth) -> AsyncIterator[list[Node]]:
-    """The ends of independent whole chains after each request."""
+    """Sample independent whole chains; yields all leaves after each request."""
     leaves: list[Node] = []
     async for sampled in sample_chains(growth, budget=growth.settings.stop.tokens, most=growth.settings.rollouts):
         leaves += sampled
@@ -230,10 +230,10 @@ async def _sample(growth: Growth) -> AsyncIterator[list[Node]]:
 
 
 async def _search_beams(growth: Growth) -> AsyncIterator[list[Node]]:
-    """The ends of beam searches over thoughts, after each; one follows another while the budget pays for one more.
+    """Run beam searches over thoughts one after another while the budget suffices; yields all leaves after each.
 
-    Every kept chain goes on by the first type of its pattern's row, in at least `width` samples; of the new chains the
-    `width` of the highest value so far are kept.
+    Each kept chain is continued with the first type of its pattern's row, in at least `width` samples; the `width` new
+    chains with the highest value are kept.
     """
     assert isinstance(growth.scorer, GoldFreeScorer)
     leaves: list[Node] = []
@@ -252,14 +252,14 @@ async def _search_beams(growth: Growth) -> AsyncIterator[list[Node]]:
 
 
 async def _write_next(growth: Growth, node: Node, width: int) -> list[Node]:
-    """The thoughts that the model writes after a chain, at least `width` if they are no answers."""
+    """Generate the next thoughts of a chain, at least `width` unless they are answers."""
     first = growth.search.child_slots(node)[0]
     n = first.n if first.type == "answer" else max(first.n, width)
     request = growth.search.thought_request(node, Slot(first.type, n, first.index))
     return distinct_thoughts(await growth.write_thoughts(request, ahead=False))
 
 
-# How each strategy finds leaves: they yield all of them after each round that the budget pays for.
+# {strategy: async generator that yields all leaves after each round within the budget}
 _ROUNDS: Mapping[str, Callable[[Growth], AsyncIterator[list[Node]]]] = {
     "mcts": _grow_tree,
     "vote": _sample,
@@ -269,7 +269,7 @@ _ROUNDS: Mapping[str, Callable[[Growth], AsyncIterator[list[Node]]]] = {
 
 
 async def _answers(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | None], list[int | None]]:
-    """Each leaf's answer, and the number of the group of equal answers that it is in."""
+    """Each leaf's answer, and its group number among equal answers."""
     task = growth.task
     texts = [chain_text(leaf.chain()) if leaf.verdict is None else "" for leaf in leaves]
     answers = [task.extract(text, "stop", "strict") if text else None for text in texts]
@@ -279,7 +279,7 @@ async def _answers(growth: Growth, leaves: Sequence[Node]) -> tuple[list[str | N
 
 
 async def _best_answer(growth: Growth, scorer: GoldFreeScorer, leaves: Sequence[Node], *, by_vote: bool) -> Decoded:
-    """The chain of the highest value among those that give the answer of most votes (`by_vote`), or among all."""
+    """The chain with the highest value among those with the majority answer (`by_vote`), or among all."""
     answers, group_of = await _answers(growth, leaves)
     votes = scorer.votes(leaves, group_of)
     winner = max(votes, key=votes.__getitem__) if votes and by_vote else None
