@@ -1,1 +1,1 @@
-"""Summary, tables of evaluations, trees in the terminal, and one self-contained HTML page for a run."""
+"""Summary, evaluation tables, trees in the terminal, and a self-contained HTML report of a run."""

@@ -1,6 +1,6 @@
-"""A grid of cells, written for the terminal (rich), Markdown, LaTeX and HTML.
+"""Tables rendered for the terminal (rich), Markdown, LaTeX and HTML.
 
-No name of a model, task or answer can be taken for markup or drive a terminal: every form escapes every cell.
+Every format escapes every cell, so names of models, tasks or answers cannot inject markup or control the terminal.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 _LATEX_WORDS = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
 _LATEX = {sign: rf"\text{word}{{}}" for sign, word in _LATEX_WORDS.items()}
-# What each form, written by the template `table.FORM.jinja`, has instead of its special characters.
+# {format, rendered by `table.FORMAT.jinja`: {special character: its escape}}
 _ESCAPES = {
-    # Outside of code spans these begin emphasis, links, tags, cells or maths.
+    # Characters that start emphasis, links, tags, cells or maths.
     "markdown": str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]<>|$#~&"}),
     "latex": str.maketrans(_LATEX | {sign: f"\\{sign}" for sign in "{}$&#_%"}),
     "html": {},  # its template escapes
@@ -31,11 +31,11 @@ _ESCAPES = {
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows of cells under sections. A row may be shorter than the head; its last cells are empty.
+    """A table of rows grouped in sections. A row may be shorter than the head; its last cells are empty.
 
-    title: said above, "" for none. head: of the columns, the first of them that of a row's name; `\\n` where a narrow
-    head may break. sections: by name; a grid without sections has one, whose name is "".
-    named: what a section is, for the forms in which it is a column ("task").
+    title: "" for none. head: column names, the first for the rows' names; `\\n` marks possible line breaks.
+    sections: {name: rows}; a table without sections has one named "".
+    named: the name of the section column in formats that have one ("task").
     """
 
     head: Row
@@ -44,10 +44,10 @@ class Grid:
     named: str = ""
 
     def to_rows(self, written: Callable[[str], str] = one_line) -> list[Row]:
-        """The head and the rows, with the section as the first column where there are several.
+        """Head and rows, with the section as the first column if there are several.
 
         Args:
-            written: how a form writes the text of a cell.
+            written: escapes a cell for the format.
         """
         rows = [(self.named, *self.head), *((name, *row) for name, rows in self.sections.items() for row in rows)]
         rows = [row if any(self.sections) else row[1:] for row in rows]
@@ -56,13 +56,13 @@ class Grid:
 
 
 def write_grids(grids: Sequence[Grid], notes: Sequence[str], form: str) -> RenderableType:
-    """Grids one below the other, then the notes.
+    """Render grids one below the other, then the notes.
 
     Returns:
-        A string; for the form `terminal` something that rich prints.
+        A string; for `terminal` a rich renderable.
 
     Raises:
-        UsageError: no such form.
+        UsageError: unknown format.
     """
     if form == "terminal":
         return _terminal(grids, notes)
@@ -77,7 +77,7 @@ def write_grids(grids: Sequence[Grid], notes: Sequence[str], form: str) -> Rende
 
 
 def _terminal(grids: Sequence[Grid], notes: Sequence[str]) -> RenderableType:
-    """Rich tables that fit 80 columns where their cells do; sections are bold lines."""
+    """Render as rich tables, within 80 columns if possible; sections are bold lines."""
     from rich.console import Group
     from rich.text import Text  # a Text, so that brackets in a name are no markup
 
@@ -99,9 +99,9 @@ def _terminal(grids: Sequence[Grid], notes: Sequence[str]) -> RenderableType:
 
 
 def terminal_table(head: Sequence[str], left: int, vertical: Literal["bottom", "top"] = "bottom") -> Table:
-    """An empty rich table without a frame. left: so many of its first columns are not of numbers.
+    """Create an empty rich table without a frame. left: number of left-aligned (text) columns.
 
-    vertical: where the short cells of a row stand: "bottom" suits heads of several lines, "top" rows of several.
+    vertical: alignment of short cells: "bottom" for multi-line heads, "top" for multi-line rows.
     """
     from rich import box
     from rich.table import Table

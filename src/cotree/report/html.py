@@ -1,8 +1,8 @@
-"""The pages: one self-contained report.html for a run, and one page for two runs compared.
+"""Write the HTML report of a run, and the comparison page of two runs, as self-contained files.
 
-Invariant: a page loads nothing, and says nothing that is not in the run folders. Model text is untrusted: the templates
-escape everything but our own drawings, and a content security policy forbids requests and every script but the one that
-draws the trees (`web/src/report.ts`), which it knows by its hash.
+Invariant: a page loads nothing, and shows only data from the run folders. Model output is untrusted: templates escape
+everything but our own SVG, and a content security policy forbids requests and all scripts but the one that draws the
+trees (`web/src/report.ts`), by its hash.
 """
 
 from __future__ import annotations
@@ -35,17 +35,15 @@ from cotree.search.index import looping_leaves
 
 PAPER = "https://arxiv.org/abs/2503.01461"
 _TREES_SHOWN = 3
-_BUILT = Path(__file__).parents[1] / "view" / "static"  # what `make web` writes
+_BUILT = Path(__file__).parents[1] / "view" / "static"  # output of `make web`
 
 
 def write_report(run: RunFolder, summary: Summary | None = None, out: Path | None = None) -> Path:
-    """Write the report of a run, by default `report.html` in its folder, and return its path.
-
-    The page is replaced in one step: a kill leaves the old one or the new one.
+    """Write the report of a run atomically, by default to `report.html` in its folder; returns its path.
 
     Args:
-        summary: of the run; by default it is read from its node.json files.
-        out: the page's file, if it is to be another.
+        summary: of the run; by default read from its node.json files.
+        out: another output file.
 
     Raises:
         UsageError: a file cannot be read, or is of another version.
@@ -76,15 +74,15 @@ def write_report(run: RunFolder, summary: Summary | None = None, out: Path | Non
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
-    """Write one page that compares two runs and return its path: what changed in the recipe, the rows of both with
-    their differences and the questions that were gained and lost, and the graphs.
+    """Write a page that compares two runs: changed settings, accuracies with paired differences, questions gained and
+    lost, and both graphs; returns its path.
 
     Args:
         paths: two run folders.
-        out: the file.
+        out: the output file.
 
     Raises:
-        UsageError: they are not two run folders, or a file of them cannot be read.
+        UsageError: not two run folders, or a file cannot be read.
     """
     if len(paths) != 2:
         raise UsageError(f"name two runs to compare, not {len(paths)}, or one whose report.html is written again")
@@ -112,7 +110,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
 
 
 def _changed_settings(runs: Sequence[RunFolder], names: Sequence[str]) -> Grid:
-    """The settings of two recipes that differ, by their keys in dots; "–" where a recipe has none."""
+    """The settings that differ between two recipes, by dotted keys; "–" if a recipe lacks one."""
     written = [_flat(yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))) for run in runs]
     keys = [key for key in dict.fromkeys([*written[0], *written[1]]) if key != "name"]
     rows: list[Row] = [(key, *(each.get(key, "–") for each in written)) for key in keys]
@@ -120,7 +118,7 @@ def _changed_settings(runs: Sequence[RunFolder], names: Sequence[str]) -> Grid:
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:
-    """A value of a recipe by the keys in it, in dots: {"students.dpo.beta": "0.1"}."""
+    """Flatten a recipe's value to dotted keys: {"students.dpo.beta": "0.1"}."""
     if isinstance(value, Mapping) and value:
         parts = (_flat(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items())
         return {name: text for part in parts for name, text in part.items()}
@@ -130,10 +128,10 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
 def _comparison(
     runs: Sequence[RunFolder], names: Sequence[str], summaries: Sequence[Summary]
 ) -> tuple[Grid, list[str], list[tuple[str, list[str]]]]:
-    """The rows of two runs by task, each with the accuracies of both and the paired difference; why some have none; and
-    of each row its difference in words, with the questions that were gained and lost.
+    """Compare two runs: a table by task with both accuracies and the paired difference, reasons for missing
+    differences, and report lines per row with the questions gained and lost.
 
-    A row is one model (of a seeded student each seed) in the evaluation of one name.
+    A row is one model (or seed of a student) in evaluations of the same name.
     """
     rows: dict[str, dict[tuple[str, str], dict[int, EvalRow]]] = {}
     for place, summary in enumerate(summaries):
@@ -170,13 +168,13 @@ def _accuracy(row: EvalRow | None) -> str:
 
 
 def _graph(summary: Summary) -> str:
-    """The drawing of a run's nodes."""
+    """The SVG graph of a run's nodes."""
     return draw_graph(summary.nodes, {node.name: sentence("caption", summary, node.name) for node in summary.nodes})
 
 
 @contextmanager
 def _one_line_for_another_version(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in the block, because a run's files lack a number, into a UsageError."""
+    """Convert errors in the block about missing values in a run's files to a one-line UsageError."""
     import jinja2
 
     try:
@@ -188,16 +186,16 @@ def _one_line_for_another_version(path: Path) -> Iterator[None]:
 
 @cache
 def built(name: str) -> str:
-    """A file that `make web` has built for pages."""
+    """Read a file built by `make web`."""
     return (_BUILT / name).read_text(encoding="utf-8")
 
 
 def _in_a_script(value: Any) -> str:
-    """JSON that no text in it can end as the content of a <script>."""
+    """JSON escaped for use inside a <script> element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _write_page(path: Path, page: str) -> Path:
-    # A model may write half a surrogate pair, which has no UTF-8.
+    # Model output may contain lone surrogates, which have no UTF-8 encoding.
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path

@@ -1,7 +1,6 @@
-"""The report's training curves, drawn by matplotlib.
+"""The report's training curves, drawn with matplotlib as SVG.
 
-A drawing is one <svg> element without scripts, links or colours of its own; colours are CSS variables of the page, so
-light, dark and print need one drawing.
+Each is one <svg> element without scripts, links or fixed colours: CSS variables adapt it to light, dark and print.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import yaml
 
 from cotree.report.summary import LogLine
 
-Point = tuple[float, float]  # a step, and a value
-# matplotlib wants colours, the page wants variables: these stand for each other.
+Point = tuple[float, float]  # (step, value)
+# {placeholder colour for matplotlib: CSS variable}
 _STYLE = Path(__file__).with_name("curves.mplstyle")
 COLORS = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)"}
 SERIES = {f"#0a0a0{place}": f"var(--c{place})" for place in range(1, 7)}
@@ -32,7 +31,7 @@ _NO_METRICS = ("step", "total_steps", "seconds")
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its title and the names of its curves, each with a CSS colour."""
+    """An SVG drawing with its title, and its curves' names and CSS colours."""
 
     title: str
     keys: list[tuple[str, str]]
@@ -41,15 +40,15 @@ class Figure:
 
 
 def training_figures(logs: Mapping[str, Sequence[LogLine]], methods: Mapping[str, str]) -> list[Figure]:
-    """Curves over optimizer steps, a figure for each metric and method with a curve for each student.
+    """Draw training curves: one figure per metric and method, with one curve per student.
 
-    Methods are not mixed, because their losses are not comparable; where a method has more students than there are
-    colours, it has several figures of each metric. A figure without any point is left out. Logs longer than 300 points
-    are averaged over equal spans, and the figure says so.
+    Methods are not mixed, because their losses are not comparable; a method with more students than colours gets
+    several figures per metric. Figures without points are left out. Logs longer than 300 points are averaged over equal
+    spans, as the figure notes.
 
     Args:
-        logs: of each student its log.
-        methods: of each student its method, where it is known.
+        logs: {student: log}.
+        methods: {student: method}, if known.
     """
     by_method: dict[str, list[str]] = {}
     for student in logs:
@@ -68,7 +67,7 @@ def training_figures(logs: Mapping[str, Sequence[LogLine]], methods: Mapping[str
 
 
 def _metrics(logs: Sequence[Sequence[LogLine]]) -> dict[str, list[str]]:
-    """The figures of a method: their titles and metrics, with those that only this method has."""
+    """{title: metrics} of a method's figures."""
     known = {*_NO_METRICS, *chain(*_FIGURES.values())}
     logged = (item for log in logs for line in log for item in line.items())
     further = [key for key, value in logged if key not in known and isinstance(value, int | float)]
@@ -82,7 +81,7 @@ def _points(log: Sequence[LogLine], key: str) -> list[Point]:
 def _draw(
     title: str, keys: Sequence[str], curves: Mapping[tuple[str, str], Sequence[Point]], colors: Mapping[str, str]
 ) -> Figure:
-    """A figure of curves, by student and metric; a second metric is dashed."""
+    """Draw one figure of curves by student and metric; a second metric is dashed."""
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import MaxNLocator
@@ -112,13 +111,13 @@ def _draw(
 
 
 def _averaged(points: Sequence[Point], span: int) -> list[Point]:
-    """The means of each `span` points in a row."""
+    """Average each `span` consecutive points."""
     groups = [zip(*points[start : start + span], strict=True) for start in range(0, len(points), span)]
     return [(fmean(steps), fmean(values)) for steps, values in groups]
 
 
 def _inline(svg: str, title: str) -> str:
-    """matplotlib's file as an element of a page: no prolog, metadata, size or fonts, and ids unique in the page."""
+    """Convert matplotlib's SVG file to an inline element: without prolog, metadata, size and fonts, with unique ids."""
     unwanted = r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->| xmlns(:\w+)?=\"[^\"]*\"| font-family: [^;\"]*;?"
     svg = re.sub(unwanted, "", svg[svg.index("<svg") :], flags=re.DOTALL)
     head, rest = svg.split(">", 1)

@@ -1,6 +1,6 @@
-"""`cotree show`: the trees of a run as a list, and one tree drawn in the terminal.
+"""`cotree show`: list the trees of a run, or draw one tree in the terminal.
 
-No text of a model can drive the terminal: control characters are replaced, and nothing is read as markup.
+Control characters in model output are replaced, and nothing is parsed as markup.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _TYPES |= {"double_check": "cyan", "reclarify": "bright_blue"}
 _OWN_TYPE = "bright_magenta"
 _VERDICTS = {"correct": ("✓", "green"), "wrong": ("✗", "red"), "no_answer": ("∅", "yellow")}
 _UNDECIDED = ("?", "yellow")
-_ROLES = {"rejected": "red", "process-reward row": "default"}  # the others are what a student learns to write
+_ROLES = {"rejected": "red", "process-reward row": "default"}  # other roles are shown as accepted text
 _TYPE_WIDTH, _WRITER_WIDTH = 14, 16  # of "double_check" and a mark; of a model's name, which the head has in full
 
 
 def show_run(
     run: RunFolder, trees: str | None = None, question: str | None = None, best: bool = False
 ) -> RenderableType:
-    """The list of a run's trees, or the trees of one question, as something that rich prints.
+    """Render the list of a run's trees, or the trees of one question, for rich.
 
     Args:
         trees: the name of a trees node; by default all of the run's.
         question: the id of a question.
-        best: in place of a question, the tree that shows most: with correct and wrong chains, and chains in datasets.
+        best: instead of a question, pick the most instructive tree (`tree_view.trees_to_show`).
 
     Raises:
         UsageError: the run has no such trees, or no tree of that question.
@@ -76,13 +76,13 @@ def show_run(
 
 
 def _sort_key(view: TreeView) -> tuple[str, str, list[tuple[float, str]], int]:
-    """The order of trees: by node, task, question and turn."""
+    """Sort key: node, task, question and turn."""
     return view.trees, view.tree.task, natural_sort_key(view.tree.question_id), view.tree.turn
 
 
 def _tree_list(name: str, views: Iterable[TreeView]) -> RenderableType:
-    """The trees of one node as a table, a row for each."""
-    # Only what is shown is kept, so that a store of any size can be listed.
+    """A table of one node's trees, one row per tree."""
+    # Keeps only the cells in memory, so that a store of any size can be listed.
     rows = sorted((_sort_key(view), bool(view.uses), view.tree.question_id, _list_row(view)) for view in views)
     taken = [question for _, used, question, _ in rows if used]
     counts = f"{sentence('counted', len(rows), 'tree')}, {number(len(taken))} with chains in datasets"
@@ -100,14 +100,14 @@ def _tree_list(name: str, views: Iterable[TreeView]) -> RenderableType:
 
 
 def _list_row(view: TreeView) -> tuple[str, ...]:
-    """The cells of a tree in the list."""
+    """A tree's cells in the list."""
     chains = (view.verdicts[verdict] for verdict in _VERDICTS)
     counts = (view.thoughts, *chains, view.tree.rollouts, view.tree.completion_tokens)
     return (view.name, view.tree.task, *map(number, counts), ", ".join(view.datasets) or "–")
 
 
 def drawn_tree(view: TreeView) -> RenderableType:
-    """One tree: its question, then its thoughts, a line of type, words, v/n and visits for each; branches indented."""
+    """Draw one tree: its question, then a line per thought with type, text, v/n and visits; branches are indented."""
     tree = view.tree
     title = Text.assemble((one_line(view.name), "bold"), f"  {one_line(tree.task)}, trees/{view.trees}")
     about = Text(one_line(sentence("about_tree", view)), style="dim")
@@ -122,7 +122,7 @@ def drawn_tree(view: TreeView) -> RenderableType:
 
 
 def _draw(into: Tree, block: Block, show_writer: bool) -> None:
-    """Add thoughts and what branches off: columns of type, words, writer (where there are several), v/n and visits."""
+    """Add a block's thoughts and branches: columns of type, text, writer (if there are several), v/n and visits."""
     table = Table.grid(expand=True, padding=(0, 1, 0, 0))
     table.add_column(width=_TYPE_WIDTH, no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
@@ -151,6 +151,6 @@ def _draw(into: Tree, block: Block, show_writer: bool) -> None:
 
 
 def _wrapped(words: Text) -> Text:
-    """Words that wrap also where output is no terminal: inside of a frame rich would cut them."""
+    """Text that wraps even if the output is not a terminal, where rich would truncate it inside a frame."""
     words.no_wrap, words.overflow = False, "fold"
     return words

@@ -1,7 +1,7 @@
-"""`summary.json`: every number of a run that a table or the report shows, collected from the node.json of its nodes.
+"""`summary.json`: all numbers of a run for tables and the report, collected from its node.json files.
 
-Fractions are in [0, 1], tokens and rows are counts; what is absent stays absent (None), and is shown as a dash. The
-rows of evaluations are checked, and a wrong value is an error that names the file and the key.
+Fractions are in [0, 1], tokens and rows are counts; missing values are None, shown as a dash. Evaluation rows are
+validated; an invalid value is an error that names the file and the key.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from cotree.base.run_folder import KINDS, NodeRecord, RunFolder
 from cotree.eval.journal import damaged_lines, read_lines
 from cotree.eval.scores import ConstantBaseline, InstructionScores, StrictModel, TaskScores
 
-# One optimizer step of a training's log: `step`, and whatever its method measured.
+# One optimizer step of a training log: `step` and the method's metrics.
 LogLine = dict[str, Any]
 _LOG_LINE = TypeAdapter(Annotated[LogLine, AfterValidator(lambda line: line | {"step": int(line.get("step", "none"))})])
-# A node's id ("students/dpo") and the ids of the nodes that it reads.
+# (node id ("students/dpo"), ids of the nodes that it reads)
 NodeReads = tuple[str, Sequence[str]]
 
 
 class EvaluatedModel(StrictModel):
-    """Whose scores a row has. evaluation: its node. model: a model, or a student's node ("sft@seed=1").
+    """The evaluation and model of a table row. model: a model, or a student's node ("sft@seed=1").
 
-    student: the same without its seed ("sft"), so rows that differ in the seed alone have it in common.
-    fingerprint: of the evaluation of this model.
+    student: the same without seed ("sft"), shared by the rows of all seeds. fingerprint: of the evaluation's cell.
     """
 
     evaluation: str
@@ -44,38 +43,38 @@ class EvaluatedModel(StrictModel):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that it may be called by: the student, the model, and the recipe's entry of both."""
+        """All names that select this row: student, model, and their recipe entries."""
         return self.student, self.model, self.student.partition("@")[0]
 
 
 class EvalRow(TaskScores, EvaluatedModel):
-    """One model's scores on one task or later turn. cut_off: `truncated`, under the name that tables have for it."""
+    """One model's scores on one task or later turn. cut_off: `truncated`, as tables name it."""
 
     cut_off: float | None = None
 
     @property
     def section(self) -> str:
-        """The section of the table in which it stands: its task."""
+        """Its section of the table: the task."""
         return self.task
 
 
 class InstructionRow(InstructionScores, EvaluatedModel):
-    """The instructions that one model followed, in one of the paper's IF groups."""
+    """One model's instruction-following scores in one of the paper's IF groups."""
 
     @property
     def section(self) -> str:
-        """The section of the table in which it stands: "multi_if IF(En), turn 2"."""
+        """Its section of the table: "multi_if IF(En), turn 2"."""
         return group_name(self.task, self.group, self.turn or 0)
 
 
 class Baseline(ConstantBaseline):
-    """The best constant answer of a task that an evaluation asks."""
+    """The constant-answer baseline of a task in an evaluation."""
 
     evaluation: str
 
 
 class NodeState(BaseModel):
-    """A node of the experiment: whether it is finished, and the seconds of work on it."""
+    """A node's state: whether it is finished, and the seconds of work on it."""
 
     model_config = StrictModel.model_config
 
@@ -86,14 +85,14 @@ class NodeState(BaseModel):
 
 
 class Summary(BaseModel):
-    """`summary.json`; sections of kinds of nodes that there are none of are empty.
+    """The content of `summary.json`.
 
-    evaluations: how each evaluation asks (`eval.settings.AskSettings`, and its questions and split).
-    search: the counts of each trees node. compared: trees nodes at equal tokens (`search.summary.MethodResult`).
-    data: the counts of each dataset, and whether its chains are `unverified`.
-    train: of each student what it was trained from, on what and how, and the result.
-    damaged: nodes and cells whose node.json cannot be read, so that they are in nothing else.
-    tokens: by node those of its prompts (`prompt` evaluated, `cached` not), `completion` (generated) and `trained`.
+    evaluations: settings of each evaluation (`eval.settings.AskSettings`, questions and split).
+    search: counts of each trees node. compared: trees nodes at equal tokens (`search.summary.MethodResult`).
+    data: counts of each dataset, and whether its chains are `unverified`.
+    train: parent, data, settings and result of each student.
+    damaged: nodes and cells with an unreadable node.json, missing from all else.
+    tokens: {node: `prompt` (uncached), `cached`, `completion` (generated) and `trained` tokens}.
     """
 
     model_config = StrictModel.model_config
@@ -117,25 +116,25 @@ class Summary(BaseModel):
     tokens: dict[str, dict[str, int]] = {}
 
     def names(self, kind: str) -> list[str]:
-        """Of the nodes of a kind, without the kind."""
+        """The names of the nodes of a kind."""
         return [node.name.partition("/")[2] for node in self.nodes if node.name.startswith(f"{kind}/")]
 
     def tokens_per_second(self, node: str) -> float | None:
-        """Generated tokens (trained ones where nothing is generated) over all the seconds of work on a node."""
+        """Generated (else trained) tokens per second of work on a node."""
         tokens, seconds = self.tokens.get(node, {}), self.seconds.get(node)
         made = tokens.get("completion") or tokens.get("trained")
         return made / seconds if made and seconds else None
 
 
 def summarize_run(run: RunFolder, nodes: Sequence[NodeReads] | None = None) -> Summary:
-    """The numbers of a run, from its node.json files; content of other settings than the recipe's is left out.
+    """Summarize a run from its node.json files, without content of outdated settings.
 
     Args:
-        nodes: the experiment's nodes in order with what they read, the models of evaluations included ("models/small");
-            by default those that the folder's recipe names and that have content.
+        nodes: the experiment's nodes in order with their dependencies, including models of evaluations
+            ("models/small"); by default the nodes of the folder's recipe that have content.
 
     Raises:
-        UsageError: a file is damaged, or its numbers are not those of this version.
+        UsageError: a file is damaged, or of another version.
     """
     recipe = read_recipe(run)
     records = {name: record for name, record in run.nodes().items() if not record.outdated}
@@ -178,14 +177,14 @@ def summarize_run(run: RunFolder, nodes: Sequence[NodeReads] | None = None) -> S
 
 
 def summarize_model(evaluation: str, model: str, record: NodeRecord, file: Path) -> Summary:
-    """A summary of one evaluated model alone, from what its evaluation left (`eval.scores.ModelScores` as plain data).
+    """Summarize one evaluated model, from its record (`eval.scores.ModelScores` as plain data).
 
     Args:
-        evaluation: its node; "" for an evaluation of its own (`cotree eval`).
-        file: where the numbers are from, for errors.
+        evaluation: its node; "" for `cotree eval`.
+        file: source of the numbers, for errors.
 
     Raises:
-        UsageError: names the file and the key of a wrong value.
+        UsageError: an invalid value; names file and key.
     """
     student, seed = split_seed(model) if evaluation else (model, None)
     named = {"evaluation": evaluation, "model": model, "student": student, "seed": seed}
@@ -234,7 +233,7 @@ def _validated(content: Mapping[str, Any], file: Path) -> Summary:
 
 
 def read_recipe(run: RunFolder) -> dict[str, Any]:
-    """The recipe of a run as it is written there: its name, its seed, and a section for each kind of entry.
+    """Read a run's recipe as plain data: name, seed, and a section per kind of entry.
 
     Raises:
         UsageError: it cannot be read.
@@ -250,9 +249,9 @@ def read_recipe(run: RunFolder) -> dict[str, Any]:
 def _nodes_with_content(
     records: Mapping[str, NodeRecord], cells: Mapping[tuple[str, str], NodeRecord], recipe: Mapping[str, Any]
 ) -> list[NodeReads]:
-    """The nodes that have content and whose entry is in the recipe, in the order in which it is written."""
+    """The recipe's nodes that have content, in written order."""
     reads: dict[str, Sequence[str]] = {name: record.reads for name, record in records.items()}
-    for (evaluation, _), record in cells.items():  # records do not name models
+    for (evaluation, _), record in cells.items():  # records do not list models
         models = [f"models/{model}" for model in recipe["models"] if (evaluation, model) in cells]
         reads[f"evaluations/{evaluation}"] = [*models, *record.reads]
     places = [f"{kind}/{entry}" for kind in KINDS for entry in recipe[kind]]
@@ -262,7 +261,7 @@ def _nodes_with_content(
 
 
 def natural_sort_key(name: str) -> list[tuple[float, str]]:
-    """A sort key by which "q-9" comes before "q-10"."""
+    """A key for natural sorting: "q-9" before "q-10"."""
     parts = re.split(r"(\d+(?:\.\d+)?)", name)
     return [(float(part), "") if part[:1].isdigit() else (0.0, part) for part in parts if part]
 
@@ -281,9 +280,9 @@ def write_summary(run: RunFolder, summary: Summary) -> Path:
 
 
 def read_log(path: Path) -> list[LogLine]:
-    """A trainer's `log.jsonl`, one line a step, empty when there is none; first a warning, where lines are damaged.
+    """Read a trainer's `log.jsonl`, one line per step; empty if missing; starts with a warning if lines are damaged.
 
-    A resumed training repeats the steps since its last checkpoint: the later line counts.
+    A resumed training repeats steps after its last checkpoint; the later line counts.
     """
     lines, damaged = read_lines(path, _LOG_LINE.validate_python)
     by_step = {line["step"]: line for line in lines}

@@ -1,7 +1,7 @@
-"""The table of evaluations: of one run, or of several runs and evaluations side by side.
+"""The table of evaluations, of one run or of several runs and evaluations together.
 
-A row is a model or a student (over its seeds) on one task. Accuracies of one seed have their 95% interval; of several
-seeds the table has mean and standard deviation. What the numbers rest on stands in notes below.
+A row is a model or a student (over its seeds) on one task. One seed shows a 95% interval, several seeds mean and
+standard deviation. Notes below give sampling settings and caveats.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from cotree.report.templates import lines, listed, sentence
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# A run's name and its summary.
+# (run name, summary)
 NamedSummary = tuple[str, Summary]
 _NUMBERS = ("accuracy", "no_answer", "loop", "cut_off", "finished_without_answer", "accuracy_answered", "lenient")
 _HEAD = ("model", "accuracy\n%", "95%\ninterval", "no\nanswer\n%", "cut\noff\n%", "if\nanswered\n%", "tokens", "n")
 _COSTS = ("mean_tokens", "seconds_p50", "seconds_p95")
-_SECONDS = ("seconds\np50", "seconds\np95")  # where a strategy stands in the table
+_SECONDS = ("seconds\np50", "seconds\np95")  # only if some row uses a decoding strategy
 _SHARES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "average")
 _INSTRUCTIONS_HEAD = ("model", "prompts\nstrict", "prompts\nloose", "single\nstrict", "single\nloose", "mean\nof these")
-# The columns of the paper's tables; a task that it does not have keeps its own name.
+# {task: column of the paper's tables}; other tasks keep their name.
 PAPER_COLUMNS = {"gsm8k": "GSM8K", "math500": "MATH", "aime24": "AIME", "aime25": "AIME", "blocksworld": "Plan."}
 _PAPER_ORDER = (*dict.fromkeys(PAPER_COLUMNS.values()), "IF(Zh)", "IF(En)", "IF(Other)")
 _PAPER_TITLE = "In the paper's form: accuracy in %, in parentheses the ratio of outputs without an answer"
@@ -42,10 +42,10 @@ _PAPER_TITLE = "In the paper's form: accuracy in %, in parentheses the ratio of 
 
 @dataclass(frozen=True)
 class TableRow:
-    """What one model or student has on one task of one evaluation: its accuracy, or the instructions that it followed.
+    """The scores of one model or student (over seeds) on one task of one evaluation.
 
-    label: its name in the table. run: the run or evaluation that it is of. rows: `EvalRow` or `InstructionRow`, one for
-    each of its seeds. relatives: what it was trained from, and the student that it is like.
+    label: its name in the table. run: its run or evaluation folder. rows: an `EvalRow` or `InstructionRow` per seed.
+    relatives: its parent, and the student that it is like.
     """
 
     label: str
@@ -55,41 +55,41 @@ class TableRow:
 
     @property
     def first(self) -> Any:
-        """Its first seed's row: what all of them have in common."""
+        """The first seed's row, for values that all seeds share."""
         return self.rows[0]
 
     def mean(self, key: str) -> float | None:
-        """The mean over seeds of a number; None where no seed has it."""
+        """The mean of a number over seeds; None if no seed has it."""
         found = [value for row in self.rows if (value := getattr(row, key)) is not None]
         return fmean(found) if found else None
 
     @property
     def accuracy(self) -> float:
-        """The mean over its seeds."""
+        """The mean accuracy over seeds."""
         return fmean(row.accuracy for row in self.rows)
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation of the accuracy over seeds; None of a single one."""
+        """The standard deviation of the accuracy over seeds; None for one seed."""
         return stdev(row.accuracy for row in self.rows) if len(self.rows) > 1 else None
 
     @property
     def low(self) -> float:
-        """The low end of the 95% interval; of several seeds the lowest, so that a claim holds for each of them."""
+        """The low end of the 95% interval; the lowest over seeds, so that a claim holds for each."""
         return min(map(float, (row.low for row in self.rows)))
 
     @property
     def high(self) -> float:
-        """The high end of the 95% interval; of several seeds the highest."""
+        """The high end of the 95% interval; the highest over seeds."""
         return max(map(float, (row.high for row in self.rows)))
 
     @property
     def constants(self) -> list[str]:
-        """What to say of seeds that give nearly one answer to everything."""
+        """Notes about seeds that give almost the same answer to everything."""
         return [f"{self.label} {words}" for row in self.rows if (words := sentence("constant", row))]
 
     def cells(self, *, seconds: bool = False) -> Row:
-        """Its cells in the table of accuracies, those of the seconds of a reply only if they are asked for."""
+        """The row's cells in the accuracy table; `seconds`: with latency columns."""
         spread = interval(self.low, self.high) if self.deviation is None else f"±{percent(self.deviation)}"
         ratios = (percent(self.mean(key)) for key in ("no_answer", "truncated", "accuracy_answered"))
         seeds = f"{len(self.rows)} × " if len(self.rows) > 1 else ""
@@ -99,7 +99,7 @@ class TableRow:
         return (self.label, percent(self.accuracy), spread, *ratios, tokens, *times, f"{seeds}{number(self.first.n)}")
 
     def to_json(self) -> dict[str, Any]:
-        """The row's numbers; those of one seed whole, of several seeds their means."""
+        """The row's numbers as plain data: all of one seed, or means over several."""
         same = self.first.model_dump(include={"evaluation", "student", "task", "n", "samples", "max_tokens"})
         low, high = (self.low, self.high) if self.deviation is None else (None, None)
         named = {"model": self.label, "run": self.run, **same}
@@ -109,9 +109,9 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Evaluations as a table. rows: one for each model and task, task after task, in the order of the experiment.
+    """A table of evaluations. rows: one per model and task, grouped by task, in the experiment's order.
 
-    instruction_rows: those of instructions. notes: what a reader must know.
+    instruction_rows: instruction-following scores. notes: sampling settings and caveats.
     """
 
     rows: tuple[TableRow, ...]
@@ -120,22 +120,22 @@ class Table:
     notes: tuple[str, ...]
 
     def tasks(self) -> dict[str, list[TableRow]]:
-        """The rows by task, in order."""
+        """{task: rows}, in order."""
         return {task: list(rows) for task, rows in groupby(self.rows, key=lambda row: str(row.first.task))}
 
     def limits(self) -> list[str]:
-        """The least difference that each task's questions can show, of tasks with several rows."""
+        """Notes on each task's minimum detectable difference, for tasks with several rows."""
         return [f"{task}: {detectable_difference(rows)}" for task, rows in self.tasks().items() if len(rows) > 1]
 
     def claims(self) -> dict[str, list[str]]:
-        """What the numbers of each task allow to be said, in a few sentences."""
+        """{task: sentences on which differences are significant}."""
         return {
             task: lines("claims", rows, pairs_to_compare(rows), self.baselines, detectable_difference(rows))
             for task, rows in self.tasks().items()
         }
 
     def accuracies(self) -> Grid:
-        """Models under their task, with the best constant answer as its last row."""
+        """The accuracy table: models grouped by task, with the best constant answer as last row."""
         seconds = any(row.first.decoding for row in self.rows)
         sections = {task: [row.cells(seconds=seconds) for row in rows] for task, rows in self.tasks().items()}
         for best in self.baselines:
@@ -144,7 +144,7 @@ class Table:
         return Grid((*_HEAD[:-1], *_SECONDS, _HEAD[-1]) if seconds else _HEAD, sections, named="task")
 
     def instructions(self) -> Grid:
-        """Shares of instructions that were followed, strictly and loosely, under the paper's groups."""
+        """The table of instructions followed, strict and loose, by the paper's groups."""
         sections: dict[str, list[Row]] = {}
         for row in self.instruction_rows:
             shares = (percent(row.mean(key)) for key in _SHARES)
@@ -152,10 +152,10 @@ class Table:
         return Grid(_INSTRUCTIONS_HEAD, sections, title="Instructions followed, %", named="group")
 
     def paper(self) -> Grid:
-        """Accuracy in percent, with the ratio of outputs without an answer in parentheses: the form of the paper.
+        """The table in the paper's format: accuracy in percent with the no-answer ratio in parentheses.
 
-        Tasks of one column are pooled, each weighed by its questions. Of instructions it has the mean of the four
-        shares, over all turns where there are several.
+        Tasks of one column are pooled, weighted by questions. Instruction groups show the mean of the four shares, over
+        all turns.
         """
         followed = {row.first.task for row in self.instruction_rows}
         groups = Counter(group for _, group in {(row.first.task, row.first.group) for row in self.instruction_rows})
@@ -179,14 +179,14 @@ class Table:
         return Grid(("model", *columns), {"": rows}, title=_PAPER_TITLE)
 
     def grids(self) -> list[Grid]:
-        """What was measured; without the paper's form of it."""
+        """All tables, except the one in the paper's format."""
         return [self.accuracies(), self.instructions()] if self.instruction_rows else [self.accuracies()]
 
     def render(self, form: str = "terminal") -> RenderableType:
-        """The table with all notes as text: `markdown`, `latex` or `html`; `terminal` is something that rich prints.
+        """Render tables and notes as `markdown`, `latex` or `html`; `terminal` gives a rich renderable.
 
         Raises:
-            UsageError: no such form.
+            UsageError: unknown format.
         """
         details = [sentence("behind_row", row.label, each) for row in self.rows for each in row.rows]
         return write_grids([*self.grids(), self.paper()], [*self.notes, *self.limits(), *details], form)
@@ -206,7 +206,7 @@ class Table:
 
 
 def summary_lines(summary: Summary) -> Iterator[RenderableType]:
-    """What a run came to, for the terminal: its table with its notes, then a line or two for each node."""
+    """Terminal output of a run's results: its table with notes, then a line or two per node."""
     if summary.eval:
         table = make_table([(summary.name, summary)])
         yield write_grids(table.grids(), (*table.notes, *table.limits()), "terminal")
@@ -218,14 +218,14 @@ def summary_lines(summary: Summary) -> Iterator[RenderableType]:
 
 
 def table_of(paths: str | Path | Sequence[str | Path]) -> Table:
-    """The table of runs and of evaluations side by side; what two of them have in common comes once.
+    """Make the table of several runs and evaluations; equal cells appear once.
 
     Args:
-        paths: run folders, `RUN:STUDENT` for one student or model of a run (of a swept or seeded entry all its nodes),
-            and folders of `cotree eval`.
+        paths: run folders, `RUN:STUDENT` for one student or model of a run (all nodes of a sweep or of seeds), and
+            folders of `cotree eval`.
 
     Raises:
-        UsageError: there is no such folder, evaluation or student.
+        UsageError: no such folder, evaluation or student.
     """
     if not paths:
         raise UsageError("name a run folder, RUN:STUDENT, or a folder of `cotree eval`")
@@ -236,14 +236,14 @@ def table_of(paths: str | Path | Sequence[str | Path]) -> Table:
 
 
 def unique_names(folders: Collection[Path]) -> dict[Path, str]:
-    """What each folder is called in tables: by its last part, or by its whole path where two of them share that."""
+    """{folder: name in tables}: its last part, or the whole path if that is ambiguous."""
     names = {folder: folder.resolve().name for folder in folders}
     counts = Counter(names.values())
     return {folder: name if counts[name] == 1 else str(folder) for folder, name in names.items()}
 
 
 def _read_evaluations(path: str) -> tuple[Path, Summary]:
-    """The folder in an argument (a run, RUN:STUDENT, or a folder of `cotree eval`), and its evaluations."""
+    """Parse an argument (a run, RUN:STUDENT, or a folder of `cotree eval`); returns the folder and its evaluations."""
     folder, student = Path(path), ""
     if not folder.exists() and ":" in path:
         parent, _, student = path.rpartition(":")
@@ -266,7 +266,7 @@ def _read_evaluations(path: str) -> tuple[Path, Summary]:
 
 
 def _rows_of_student(summary: Summary, student: str, folder: Path) -> Summary:
-    """The summary with the rows of one student or model only."""
+    """Reduce a summary to the rows of one student or model."""
     scores = [row for row in summary.eval if student in row.names]
     if not scores:
         known = dict.fromkeys(name for row in summary.eval for name in row.names)
@@ -276,7 +276,7 @@ def _rows_of_student(summary: Summary, student: str, folder: Path) -> Summary:
 
 
 def make_table(summaries: Sequence[NamedSummary]) -> Table:
-    """The table of summaries, each with the name of its run, in their order."""
+    """Make a table from (run name, summary) pairs, in their order."""
     found = table_rows(summaries)
     rows = tuple(row for row in found if isinstance(row.first, EvalRow))
     baselines = {(best.task, best.answer, best.accuracy): best for _, s in summaries for best in s.baselines}
@@ -301,7 +301,8 @@ def make_table(summaries: Sequence[NamedSummary]) -> Table:
 
 
 def _asked_notes(summary: Summary) -> list[str]:
-    """How each evaluation asked: "test: held-out questions, greedy, max_tokens 128"; equal ones in one line."""
+    """Notes on sampling settings: "test: held-out questions, greedy, max_tokens 128"; evaluations with equal ones share
+    a line."""
     by_words: dict[str, dict[str, None]] = {}
     for row in summary.eval:
         words = sentence("asked", row, summary.evaluations.get(row.evaluation, {}))
@@ -312,8 +313,8 @@ def _asked_notes(summary: Summary) -> list[str]:
 
 
 def _difference_notes(summary: Summary) -> list[str]:
-    """In what students differ from the one that they are like, if in few settings; and who was trained on unverified
-    chains."""
+    """Notes on the settings in which students differ from the one that they are like, if few, and on students trained
+    on unverified chains."""
     notes = []
     for model in dict.fromkeys(row.model for row in summary.eval):
         trained = summary.train.get(model, {})
@@ -324,8 +325,8 @@ def _difference_notes(summary: Summary) -> list[str]:
 
 
 def table_rows(summaries: Sequence[NamedSummary]) -> list[TableRow]:
-    """The rows of summaries, of accuracies and of instructions: task after task, a student's rows of several
-    evaluations one below the other; cells that an earlier summary has are left out."""
+    """The accuracy and instruction rows of summaries: grouped by task, then by student over evaluations; cells that
+    occur in an earlier summary are dropped."""
     groups: dict[tuple[int, str, str], list[Any]] = {}
     shown: set[str] = set()
     for place, (_, summary) in enumerate(summaries):
@@ -350,8 +351,8 @@ def table_rows(summaries: Sequence[NamedSummary]) -> list[TableRow]:
 
 
 def _labels(summary: Summary) -> dict[tuple[str, str], str]:
-    """What the rows of one run are called, by evaluation and student: by the student's name, with the evaluation's in
-    parentheses where an earlier evaluation asks one of its tasks too."""
+    """{(evaluation, student): row label} of one run: the student's name, with the evaluation in parentheses if an
+    earlier evaluation has one of its tasks too."""
     first_to_ask: dict[str, str] = {}
     again: set[str] = set()
     for row in summary.eval:
@@ -364,8 +365,7 @@ def _labels(summary: Summary) -> dict[tuple[str, str], str]:
 
 
 def pairs_to_compare(rows: Sequence[TableRow]) -> list[tuple[TableRow, TableRow]]:
-    """Pairs of rows of one task whose difference the experiment is about: a row and its relatives in the same
-    evaluation; a row without one, and the first row."""
+    """Pairs of a task's rows to compare: a row with its relatives in the same evaluation, or with the first row."""
     pairs = []
     for row in rows:
         same = [other for other in rows if (other.run, other.first.evaluation) == (row.run, row.first.evaluation)]
@@ -375,7 +375,7 @@ def pairs_to_compare(rows: Sequence[TableRow]) -> list[tuple[TableRow, TableRow]
 
 
 def detectable_difference(rows: Sequence[TableRow]) -> str:
-    """The least difference between rows of one task that can be expected to show, at the accuracy nearest to 1/2."""
+    """A note on the minimum detectable difference between a task's rows, at the accuracy nearest to 1/2."""
     n: int = min(row.first.n for row in rows)
     nearest_to_half = min((row.accuracy for row in rows), key=lambda share: abs(share - 0.5))
     return sentence("detectable_difference", n, minimum_detectable_difference(n, nearest_to_half))

@@ -1,4 +1,4 @@
-"""The templates of this package (`*.jinja`): layouts, and the sentences that numbers stand in."""
+"""Render this package's jinja templates: layouts, and sentences with numbers."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def _environment() -> Environment:
 
 
 def rendered(template: str, **values: Any) -> str:
-    """A template with its values filled in; text is escaped in those for HTML and SVG, and nowhere else."""
+    """Render a template; HTML and SVG templates escape their values."""
     return _environment().get_template(template).render(values)
 
 
 def sentence(macro: str, *values: Any) -> str:
-    """What a macro of `sentences.txt.jinja` writes."""
+    """Render a macro of `sentences.txt.jinja`."""
     return str(getattr(_environment().get_template("sentences.txt.jinja").module, macro)(*values))
 
 
 def lines(macro: str, *values: Any) -> list[str]:
-    """The lines that such a macro writes, those without words left out."""
+    """Render a macro of `sentences.txt.jinja` to its non-empty lines."""
     return [line.rstrip() for line in sentence(macro, *values).split("\n") if line.strip()]
 
 
@@ -61,18 +61,18 @@ def _visible(value: Any) -> Any:
 
 
 def share(values: tuple[float, float, float]) -> str:
-    """A share with its 95% interval, in percent: "25.0% (4.6–69.9)"."""
+    """Format a share with its 95% interval, in percent: "25.0% (4.6–69.9)"."""
     value, low, high = values
     return f"{numbers.percent(value)}% ({numbers.interval(low, high)})"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as a sentence has them: "a", "a and b", "a, b and c"."""
+    """Join names for a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def setting(value: Any) -> str:
-    """A setting as a recipe writes it."""
+    """Format a setting as in a recipe."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""One tree with all that is known of it, as the JSON that pages draw: the viewer's, and the report's."""
+"""Serialize one tree with its dataset rows to the JSON that the viewer and the report draw."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LEAVES = {"leaf_id": "chain", "chosen_leaf": "chosen", "rejected_leaf": "reject
 
 
 def tree_json(view: TreeView, looping: Collection[int]) -> dict[str, Any]:
-    """A tree as plain data: its question, its thoughts as rows of `columns`, the root first and parents before their
-    children, and what datasets made of its chains.
+    """A tree as plain data: its question, its thoughts as rows of `columns` (parents before children), and the dataset
+    rows of its chains.
 
-    looping: the leaves whose chains repeat themselves (`search.index.looping_leaves`).
+    looping: leaf ids of chains that repeat themselves (`search.index.looping_leaves`).
     """
     tree = view.tree
     chosen: dict[str, list[dict[str, Any]]] = {}
@@ -73,7 +73,7 @@ def _thoughts(view: TreeView, looping: Collection[int]) -> Iterator[list[Any]]:
 
 
 def _ucb(node: StoredNode, above: StoredNode | None, exploration: float) -> float | None:
-    """v/n + C sqrt(ln N / n) as it stands at the end of the search; None of the root and what was never judged."""
+    """A node's UCB, v/n + C sqrt(ln N / n), at the end of the search; None for the root and nodes without visits."""
     if above is None or not node.visits:
         return None
     return node.value / node.visits + exploration * math.sqrt(math.log(max(above.visits, 1)) / node.visits)

@@ -1,4 +1,4 @@
-"""Trees as the terminal and the report show them: thoughts, verdicts, and which chains went into datasets."""
+"""Trees prepared for the terminal and the report: blocks of thoughts, verdicts, and uses of chains in datasets."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cotree.report.templates import sentence
 from cotree.search.store import StoredNode, StoredTree
 from cotree.search.stores import TreeStores
 
-# The columns of datasets that hold texts; the others say which chain a row is, and why it was taken.
+# Text columns of datasets, skipped here; the others identify a row's chain and why it was selected.
 _TEXTS = {"prompt", "completion", "completions", "chosen", "rejected", "prefix", "chosen_step", "rejected_step"}
-# Of each node so many trees are looked at to find the few that a page shows.
+# Trees per node to search for the few that the report shows.
 _CANDIDATES = 500
 _LARGE = 40  # thoughts; a larger tree is hard to read on a page
 
 
 @dataclass(frozen=True)
 class DatasetUse:
-    """What a dataset made of a chain. role: "SFT row", "chosen", "rejected", ...; why: in a few words."""
+    """A chain's use in a dataset. role: "SFT row", "chosen", "rejected", ...; why: a short reason."""
 
     dataset: str
     role: str
@@ -35,19 +35,19 @@ class DatasetUse:
 
 @dataclass(frozen=True)
 class ShownThought:
-    """A thought, with what datasets made of the chain that ends in it."""
+    """A thought, with the dataset uses of the chain that ends in it."""
 
     node: StoredNode
     uses: Sequence[DatasetUse]
 
     @property
     def prefix(self) -> str:
-        """The words that it was made to begin with, "" where they are not its beginning; its model wrote the others."""
+        """The prefix that the search forced, "" if the text does not start with it."""
         return self.node.prefix if self.node.text.startswith(self.node.prefix) else ""
 
     @property
     def remark(self) -> str:
-        """That max_tokens ended it, why it is wrong or undecided, or (a mini-step) that its line goes on."""
+        """A remark: cut by max_tokens, why it is wrong or undecided, or (a mini-step) that its line continues."""
         if self.node.verdict not in ("correct", "wrong", None) and self.node.finish_reason == "length":
             return "cut by max_tokens"
         if self.node.verdict in ("wrong", "undecided") and self.node.detail:
@@ -57,7 +57,7 @@ class ShownThought:
 
 @dataclass(frozen=True)
 class Block:
-    """Thoughts that follow each other without a branch, then the branches after the last of them."""
+    """A run of thoughts without branches, then the branches after its last thought."""
 
     thoughts: tuple[ShownThought, ...]
     branches: tuple[Block, ...]
@@ -65,7 +65,7 @@ class Block:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A row that a dataset took from a tree: its columns, the settings by which it was chosen, and its number."""
+    """A dataset row from a tree: its columns, the dataset's selection settings, and the row number."""
 
     dataset: str
     settings: Mapping[str, Any]
@@ -74,19 +74,19 @@ class DatasetRow:
 
     @property
     def length(self) -> str:
-        """By which length chains were chosen first."""
+        """The relative length by which the dataset selects chains first."""
         return str(self.settings.get("length", "shortest" if "chosen_leaf" in self.columns else "longest"))
 
     @property
     def place(self) -> tuple[str, int]:
-        """A sort key: by dataset, and in it the chain first that was to be chosen first."""
+        """Sort key: dataset, then order of selection."""
         tokens: int = self.columns.get("chosen_tokens") or self.columns.get("length_tokens") or 0
         return self.dataset, -tokens if self.length == "longest" else tokens
 
 
 @dataclass(frozen=True)
 class TreeView:
-    """A stored tree with the rows that datasets took from it. trees, settings: of its node, the name and settings."""
+    """A stored tree with the dataset rows made from it. trees, settings: name and settings of its node."""
 
     trees: str
     tree: StoredTree
@@ -95,14 +95,14 @@ class TreeView:
 
     @cached_property
     def verdicts(self) -> Counter[str]:
-        """Judged chains by verdict; the usual three are always there."""
+        """Counts of judged chains by verdict; always has the usual three."""
         found = Counter(correct=0, wrong=0, no_answer=0)
         found.update(node.verdict for node in self.tree.nodes if node.verdict is not None)
         return found
 
     @cached_property
     def uses(self) -> dict[int, list[DatasetUse]]:
-        """What datasets made of its chains, by the id of the leaf."""
+        """{leaf id: dataset uses of its chain}."""
         places: Counter[str] = Counter()
         found: defaultdict[int, list[DatasetUse]] = defaultdict(list)
         for row in sorted(self.rows, key=lambda row: row.place):
@@ -117,26 +117,26 @@ class TreeView:
 
     @property
     def name(self) -> str:
-        """The question's id, with the turn of a later turn."""
+        """The question's id, plus the turn if it is a later one."""
         return self.tree.question_id + (f", turn {self.tree.turn + 1}" if self.tree.turn else "")
 
     @property
     def thoughts(self) -> int:
-        """How many there are."""
+        """The number of thoughts."""
         return len(self.tree.nodes) - 1
 
     @property
     def writers(self) -> list[str]:
-        """The models that wrote its thoughts, in the order of their first ones."""
+        """The models that wrote its thoughts, in order of first appearance."""
         return list(dict.fromkeys(node.model for node in self.tree.nodes if node.model))
 
     @property
     def datasets(self) -> list[str]:
-        """The datasets that have a chain of it."""
+        """The datasets that contain a chain of it."""
         return sorted({use.dataset for uses in self.uses.values() for use in uses})
 
     def blocks(self) -> list[Block]:
-        """Its thoughts, one block for each branch below the root."""
+        """Its thoughts as blocks, one per branch below the root."""
         children: defaultdict[int | None, list[StoredNode]] = defaultdict(list)
         for node in self.tree.nodes:
             children[node.parent_id].append(node)
@@ -152,7 +152,7 @@ class TreeView:
 
 
 def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = None) -> Iterator[TreeView]:
-    """The trees of some trees nodes, one at a time, in the order of their ids; of one question only where it is given.
+    """Iterate over the trees of some trees nodes, ordered by id; optionally of one question only.
 
     Args:
         trees: names of nodes.
@@ -170,7 +170,7 @@ def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = Non
 
 
 def dataset_rows(run: RunFolder, tree_id: str | None = None) -> defaultdict[str, list[DatasetRow]]:
-    """The rows of all datasets of a run that come from trees (or from one of them), by the tree's id."""
+    """{tree id: rows of all datasets of a run made from it}; optionally for one tree."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -192,8 +192,8 @@ def dataset_rows(run: RunFolder, tree_id: str | None = None) -> defaultdict[str,
 
 
 def trees_to_show(run: RunFolder, trees: Iterable[str], number: int) -> list[TreeView]:
-    """A few trees that show what the run did: of each task in turn those that most datasets took chains of; then those
-    with correct and wrong chains and a reflection; none that is too large to read, where there are others."""
+    """Pick a few instructive trees, from each task in turn: first those used by most datasets, then those with correct
+    and wrong chains and a reflection; very large trees last."""
     best: dict[str, list[TreeView]] = {}
     for name in trees:
         for view in islice(views_of(run, [name]), _CANDIDATES):
@@ -203,7 +203,7 @@ def trees_to_show(run: RunFolder, trees: Iterable[str], number: int) -> list[Tre
 
 
 def _interest(view: TreeView) -> tuple[bool, int, bool, bool, str]:
-    """Greater for a tree that shows more."""
+    """Sort key for `trees_to_show`, greater for more instructive trees."""
     both = min(view.verdicts["correct"], view.verdicts["wrong"]) > 0
     reflects = any(node.type == "reflection" for node in view.tree.nodes)
     return view.thoughts <= _LARGE, len(view.datasets), both, reflects, view.tree.tree_id
