@@ -1,1 +1,1 @@
-"""A local page that shows a run, its trees above all, and takes annotations of chains."""
+"""The viewer: a local web page that shows a run and its trees, and takes annotations of chains."""

@@ -1,4 +1,4 @@
-"""What a run came to, for the page: its nodes and their states, training curves, tables, and replies side by side."""
+"""Results of a run for the viewer's page: node states, training curves, tables, and replies side by side."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from cotree.report.table import make_table
 Changed = Literal["gained", "lost", "same", "all"]
 Reply = dict[str, Any]
 _BOX = 190, 46  # pixels of a node in the experiment's graph
-_WORKS = 30.0  # seconds since a node.json was written
+_WORKS = 30.0  # seconds since the last write of node.json
 
 
 def about_run(run: RunFolder, nodes: Sequence[NodeReads]) -> dict[str, Any]:
     """A run's name, recipe and version, its nodes in order with their states and counts, and where a drawing
     has them.
 
-    nodes: of the experiment, also those that are still to be made.
+    nodes: of the experiment, including those without content.
     """
     summary = summarize_run(run, nodes)
     counts = {"trees": summary.search, "datasets": summary.data, "students": summary.train}
@@ -56,20 +56,20 @@ def about_run(run: RunFolder, nodes: Sequence[NodeReads]) -> dict[str, Any]:
 
 
 def _about_student(run: RunFolder, name: str) -> dict[str, Any]:
-    """A student's name, and what it is trained from and how, None before that has begun."""
+    """A student's name, and its parent and settings (None before training starts)."""
     record = run.node(f"students/{name}").record() or NodeRecord("", "")
     method = record.result.get("method") or record.parts.get("method")
     return {"name": name, "parent": record.result.get("parent"), "method": method}
 
 
 def _is_growing(run: RunFolder, node: str) -> bool:
-    """Whether a process works on a node: it writes the seconds of its work every few seconds."""
+    """Whether a process works on a node, by the time of its record, which is saved every few seconds."""
     files = run.node(node).path.glob("**/node.json")
     return any(time.time() - file.stat().st_mtime < _WORKS for file in files)
 
 
 def curves(run: RunFolder) -> list[dict[str, Any]]:
-    """The log of each student's training: what each step measured."""
+    """The training log of each student, with the metrics of each step."""
     names = [node.partition("/")[2] for node in run.nodes() if node.startswith("students/")]
     names.sort(key=natural_sort_key)
     logs = {name: read_log(run.node(f"students/{name}").path / "log.jsonl") for name in names}
@@ -77,14 +77,14 @@ def curves(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _without_nan(line: LogLine) -> LogLine:
-    """A step of a log with None where a number is none that JSON knows."""
+    """Replace NaN and infinities in a log line by None, for JSON."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
     }
 
 
 def tables(run: RunFolder, nodes: Sequence[NodeReads]) -> list[dict[str, Any]]:
-    """The tables of the report as titles, heads and rows of text; the notes are those of all, with the first."""
+    """The report's tables as titles, heads and rows of text; the first also carries the notes."""
     summary = summarize_run(run, nodes)
     if not summary.eval:
         return []
@@ -107,11 +107,11 @@ def replies(
     offset: int = 0,
     limit: int = 50,
 ) -> dict[str, Any]:
-    """A page of a model's replies in an evaluation, each with that of another model to the same question.
+    """A page of a model's replies in an evaluation, next to another model's replies to the same questions.
 
     Args:
-        beside: by default what the student was trained from.
-        show: `gained`: only questions that the other model has not right, `lost`: those that only it has.
+        beside: the other model; by default the student's parent.
+        show: `gained`: only questions that the other model gets wrong, `lost`: only those that only it gets right.
 
     Raises:
         NotFoundError: the evaluation has no such model, or no replies of it yet.
@@ -137,7 +137,7 @@ def replies(
 
 
 def _replies_of(run: RunFolder, evaluation: str, model: str) -> dict[tuple[str, str, int, int], Reply]:
-    """A model's replies by task, question, turn and number of the sample."""
+    """{(task, question id, turn, sample number): reply} of a model."""
     folder = run.node(f"evaluations/{evaluation}", model).path
     found = {}
     for path in sorted(folder.glob("samples_*.jsonl")):

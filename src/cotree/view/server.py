@@ -1,8 +1,8 @@
-"""`cotree view`: a local server of one page and what it reads, as JSON.
+"""`cotree view`: a local web server for the viewer's page and its JSON data.
 
-Invariant: a page in a browser cannot reach it through a name of its own, and beyond loopback a token is needed. Its own
-page runs its own script and nothing else (content security policy), and asks no other host. A run is read in one thread
-of its own, so that a large tree holds up nobody's connection.
+Invariant: Host and Origin are checked against DNS rebinding, and a token is required beyond loopback. A content
+security policy allows the page's own script only, and no other host. Runs are read in a separate thread, so that a
+large tree blocks no connection.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _MOST_ROWS = 1_000
-_Number = Annotated[int, Field(ge=0, lt=2**63)]  # that SQLite can hold
+_Number = Annotated[int, Field(ge=0, lt=2**63)]  # fits an SQLite integer
 _TOTALS = {"questions": "trees", "thoughts": "thoughts"}
 
 
 class _Asked(BaseModel):
-    """What a request gives, checked; nothing else is taken."""
+    """Validated parameters of a request; unknown ones are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class _Page(_Asked):
-    """A page of the list of trees."""
+    """Parameters of a page of the list of trees."""
 
     offset: _Number = 0
     limit: _Number = 100
@@ -73,7 +73,7 @@ class _Page(_Asked):
 
 
 class _Chain(_Asked):
-    """A chain, its annotator, and the version of the last annotation that this browser has seen."""
+    """A chain, its annotator, and the version of the last annotation that the browser showed."""
 
     node: str
     tree: str
@@ -83,7 +83,7 @@ class _Chain(_Asked):
 
 
 class _Saved(_Chain):
-    """An annotation to be saved."""
+    """An annotation to save."""
 
     verdict: str
     note: str = ""
@@ -91,7 +91,7 @@ class _Saved(_Chain):
 
 
 class _Replies(_Asked):
-    """A page of replies."""
+    """Parameters of a page of replies."""
 
     evaluation: str
     model: str
@@ -105,11 +105,11 @@ _QUERY = TypeAdapter(TreeQuery)
 
 
 class Viewer:
-    """The handlers of HTTP requests about one run.
+    """HTTP request handlers for one run.
 
-    nodes: of its experiment, in order with what they read (`report.summary.summarize_run`).
-    annotator: whose annotations this browser makes; None: the page asks. read_only: none are taken. token: what whoever
-    asks must know, None on loopback.
+    nodes: of its experiment, in order with their dependencies (`report.summary.summarize_run`).
+    annotator: the annotator's name; None: the page asks. read_only: refuse annotations. token: required of clients;
+    None on loopback.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Viewer:
 
     @web.middleware
     async def _answer_in_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Check who asks, and turn every refusal and failure into one line of JSON."""
+        """Middleware: check the sender, and convert all errors to one line of JSON."""
         try:
             if refused := self._refusal(request):
                 return refused
@@ -181,7 +181,7 @@ class Viewer:
             return error if error.status < 400 else _error(error.status, error.reason)
 
     def _refusal(self, request: web.Request) -> web.Response | None:
-        """Refuse names of the server that a page made up, pages of other hosts, and who has no token."""
+        """Refuse an unknown Host, a foreign Origin, or a missing token."""
         if is_foreign(self.host, request.host, request.headers.get("Origin")):
             return _error(403, f"this server answers to {self.host} by no other name, and to no other server's pages")
         if self.token is None or is_same_secret(request.cookies.get(_COOKIE, ""), self.token):
@@ -232,7 +232,7 @@ class Viewer:
         return {"rows": rows, "agreement": agreement(found)}
 
     async def _change(self, kind: type[_Chain], request: web.Request) -> web.Response:
-        """Save an annotation, or take one back."""
+        """Save or withdraw an annotation."""
         if self.read_only:
             return _error(403, "this is read only: `cotree view` without --read-only takes annotations")
         if request.content_type != "application/json":
@@ -249,7 +249,7 @@ class Viewer:
 
 
 def _as_json(read: Callable[[web.Request], Any], request: web.Request) -> bytes:
-    # Half of a surrogate pair, which a model may write, stays an escape.
+    # Lone surrogates in model output stay escaped.
     return json.dumps(read(request), ensure_ascii=True, separators=(",", ":")).encode()
 
 
@@ -258,7 +258,7 @@ def _error(status: int, words: str) -> web.Response:
 
 
 def _first_fault(error: Exception) -> str:
-    """One line about a wrong request."""
+    """One line about an invalid request."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False, include_input=False)[0]
@@ -275,13 +275,13 @@ def view(
     output: Output | None = None,
     **options: Any,
 ) -> None:
-    """Show a run until Ctrl-C; prints the address when it listens.
+    """Serve a run's viewer until Ctrl-C; prints the address when it listens.
 
     Args:
-        port: 0 for a free one. browser: whether to open the page in one. nodes, options: those of `Viewer`.
+        port: 0 for a free one. browser: open the page in a browser. nodes, options: those of `Viewer`.
 
     Raises:
-        UsageError: it cannot listen there, or the run's trees cannot be read.
+        UsageError: the address cannot be bound, or the run's trees cannot be read.
     """
     viewer, output = Viewer(run, nodes, host=host, **options), output or Output()
     listening, address = listen(host, port)

@@ -1,4 +1,4 @@
-"""The trees of a run for the page: lists by the index of each store, and one tree with all that is known of it."""
+"""The trees of a run for the viewer's page: filtered lists from the index, and single trees with all their data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cotree.search.stores import TreeStores
 
 @dataclass(frozen=True)
 class _Opened:
-    """A node's open stores, one index of all of them, and the files that they are of."""
+    """A node's open stores, their common index, and the identities of their files."""
 
     store: TreeStores
     index: TreeIndex
@@ -30,10 +30,9 @@ class _Opened:
 
 
 class TreesOfRun:
-    """All trees of a run, also of one that is growing; use as a context manager, in one thread.
+    """All trees of a run, also while it is growing; use as a context manager, in one thread.
 
-    A store is opened when its trees are first asked for, and again after another file has taken its place, or its index
-    is deleted.
+    Stores are opened at first use, and reopened if the file was replaced or its index deleted.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -52,12 +51,12 @@ class TreesOfRun:
             kept.close()
 
     def names(self) -> list[str]:
-        """The trees nodes that have a store."""
+        """The names of trees nodes that have a store."""
         nodes = (name.partition("/")[2] for name in self.run.nodes() if name.startswith("trees/"))
         return [name for name in nodes if self._paths(name)]
 
     def open(self, name: str) -> _Opened:
-        """The open store of a node, its index filled with all trees that it has by now.
+        """The open stores of a node, with an up-to-date index.
 
         Raises:
             NotFoundError: the run has no such trees.
@@ -82,23 +81,23 @@ class TreesOfRun:
         return files_in_parts(self.run, f"trees/{name}", "trees.db")
 
     def record(self, name: str) -> NodeRecord:
-        """What is known of a node."""
+        """A node's record."""
         record = self.run.node(f"trees/{name}").record()
         if record is None:
             raise NotFoundError(f"{self.run.path} has no trees `{name}`, or its node.json is damaged")
         return record
 
     def totals(self, name: str) -> dict[str, dict[str, int]]:
-        """The number of trees and thoughts of a node by task."""
+        """Counts of a node's trees and thoughts by task."""
         return self.open(name).index.totals(self.record(name).base)
 
     def changes(self, name: str) -> int:
-        """A number that is another one after a tree or an annotation came."""
+        """A number that differs after a tree or an annotation was added."""
         annotations = self.annotations()
         return self.open(name).index.changes() + (annotations.saves() if annotations is not None else 0)
 
     def annotations(self) -> Annotations | None:
-        """The annotations of the run, kept open; None while there are none."""
+        """The run's annotations, kept open; None if there are none."""
         path = self.run.path / FILE
         file = _identity(path) if path.is_file() else None
         if file != self._annotated_in:
@@ -109,7 +108,7 @@ class TreesOfRun:
         return self._annotations
 
     def page(self, name: str, query: TreeQuery, offset: int, limit: int) -> dict[str, Any]:
-        """A page of the list of a node's trees."""
+        """One page of a node's list of trees."""
         index, base, annotations = self.open(name).index, self.record(name).base, self.annotations()
         annotated = {} if annotations is None else annotations.counts(name)
         total, rows = index.list(base, query, annotated, offset=offset, limit=limit)
@@ -119,7 +118,7 @@ class TreesOfRun:
         return {"total": total, "tasks": tasks, "rows": rows}
 
     def tree(self, name: str, tree_id: str) -> dict[str, Any]:
-        """One tree with its thoughts, the rows that datasets made of its chains, and its annotations."""
+        """One tree with its thoughts, the dataset rows of its chains, and its annotations."""
         opened, record = self.open(name), self.record(name)
         tree = opened.store.tree(tree_id)
         view = TreeView(name, tree, dataset_rows(self.run, tree_id)[tree_id], record.parts)
@@ -129,6 +128,6 @@ class TreesOfRun:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """What names a file wherever it is moved."""
+    """A file's device and inode, which identify it after a rename."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
