@@ -1,4 +1,4 @@
-"""Question sets, prompts, extraction and verifiers. `task(name)` gives one of them."""
+"""Tasks: question sets with prompts, answer extraction and verifiers. `task(name)` loads one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (*MATHEMATICS, *_OTH
 
 
 def task(name: str, data: str | Path | None = None) -> Task:
-    """A task by its name, or a user's own by its file: `task.yaml` or `file.py:Class`.
+    """Load a task by name, or a user's own from a file: `task.yaml` or `file.py:Class`.
 
     Args:
         name: one that `cotree tasks` lists, or a file.
-        data: where a benchmark's rows are (file, folder or hub id); by default the folder in COTREE_DATA, else the hub.
+        data: source of a benchmark's rows (file, folder or hub id); by default the folder in COTREE_DATA, else the hub.
 
     Raises:
-        UsageError: no such task (with the nearest name), or a fault in the file.
+        UsageError: no such task (suggests the nearest name), or an invalid file.
     """
     if is_own_task(name):
         from cotree.tasks.own_tasks import load_own_task
@@ -37,7 +37,7 @@ def task(name: str, data: str | Path | None = None) -> Task:
 
 
 def is_own_task(name: str) -> bool:
-    """Whether a name means a user's file: `task.yaml` or `file.py:Class`."""
+    """Whether a name refers to a user's file: `task.yaml` or `file.py:Class`."""
     return name.endswith((".yaml", ".yml")) or ".py:" in name
 
 

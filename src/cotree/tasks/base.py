@@ -1,7 +1,7 @@
-"""What a task is: questions with a prompt, an answer extractor and a verifier.
+"""The interface of a task: questions with a prompt, an answer extractor and a verifier.
 
-Invariant: a verdict is one of four kinds that are never merged, and extraction alone decides whether a completion has
-an answer, before the verifier sees it.
+Invariant: a verdict is one of four kinds that are never merged; extraction alone decides whether a completion has an
+answer, before verification.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cotree.tasks.extract import ExtractionMode, extract_answer, free_text_answe
 from cotree.tasks.loading import Source
 from cotree.tasks.math_text import same_number
 
-# Raise it when a change of extraction or of a verifier changes a verdict: kept completions are then judged again.
+# Increase it when a change of extraction or verification changes verdicts: stored completions are judged again.
 VERDICT_VERSION = 4
 
 VerdictKind = Literal["correct", "wrong", "no_answer", "undecided"]
@@ -31,7 +31,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A later turn of a conversation: the user's text, the reference answer, and what else the verifier needs."""
+    """A later turn of a conversation: the user's text, the reference answer, and further data for the verifier."""
 
     text: str
     gold: str
@@ -42,10 +42,9 @@ class Turn:
 class Question:
     """One item of a task.
 
-    id: the source's own id. messages: the plain chat prompt, as evaluation sends it. gold: the reference answer as
-    people read it. family: a subject, size or language to group results by. later: the turns of a conversation that
-    are still to come; turn: how many are already part of `messages`, the present one not counted. spec: what else the
-    verifier needs, such as instructions or a planning problem.
+    id: the source's own id. messages: the plain chat prompt, as in evaluation. gold: the human-readable reference
+    answer. family: a subject, size or language to group results by. later: later turns of the conversation; turn:
+    index of this one. spec: further data for the verifier, such as instructions or a planning problem.
     """
 
     id: str
@@ -58,7 +57,7 @@ class Question:
     spec: Mapping[str, Any] = field(default_factory=dict)
 
     def follow_up(self, reply: str) -> Question | None:
-        """The next turn's question after the assistant's `reply` (without its thinking); None after the last turn."""
+        """The next turn's question, given the assistant's `reply` (without thinking); None after the last turn."""
         if not self.later:
             return None
         following, *later = self.later
@@ -72,9 +71,9 @@ class Question:
 class Verdict:
     """The verifier's result.
 
-    kind: `correct`, `wrong`, `no_answer`, or `undecided` where an answer could not be judged (stopped at a limit, or
-    the gold cannot be read): that is in no rate and no dataset. reward: in [0, 1]; 1 exactly for `correct`. answer:
-    what was extracted, None when there was none. detail: why, for people; may be empty.
+    kind: `correct`, `wrong`, `no_answer`, or `undecided` if the answer could not be judged (stopped at a limit, or an
+    unreadable gold), which is excluded from all rates and datasets. reward: in [0, 1]; 1 exactly for `correct`. answer:
+    as extracted, or None. detail: a human-readable reason; may be empty.
     """
 
     kind: VerdictKind
@@ -84,17 +83,16 @@ class Verdict:
 
     @classmethod
     def of(cls, correct: bool | None, answer: str, detail: str = "") -> Verdict:
-        """The verdict on an answer that is right (reward 1), wrong (reward 0), or could not be judged (None)."""
+        """The verdict for an answer that is correct (reward 1), wrong (reward 0), or undecided (None)."""
         kind: VerdictKind = "undecided" if correct is None else "correct" if correct else "wrong"
         return cls(kind, float(correct or 0), answer, detail)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkedExample:
-    """A solved question for a search prompt: the question as a user asks it, thought type -> text, the answer.
+    """A solved question for a search prompt: the user's question, {thought type: text}, and the answer.
 
-    steps: `sub_task` and `thinking`, a line each; `solution`, if it is there, is shown instead where thoughts are
-        paragraphs.
+    steps: `sub_task` and `thinking`, one line each; an optional `solution` replaces them if thoughts are paragraphs.
     """
 
     question: str
@@ -103,16 +101,16 @@ class WorkedExample:
 
 
 class Task(ABC):
-    """A family of questions that can be judged. Subclass it for a task of your own (`docs/tasks.md` has an example).
+    """A family of questions with a verifier. Subclass it for your own task (example in `docs/tasks.md`).
 
-    name, description: for tables. prompt_version: changes whenever a prompt does.
-    verifier_version: changes whenever a verdict may; of the shipped tasks VERDICT_VERSION does.
+    name, description: for tables. prompt_version: change it with a prompt.
+    verifier_version: change it when verdicts may change; shipped tasks use VERDICT_VERSION.
     source: a benchmark's published rows; None for a generated task, whose splits use disjoint parameters.
-    generated: its training questions come from templates, so only a whole one repeats an evaluation question.
-    answer_form: `boxed`: an answer on one line in a box; `number`: the same, but it has no brace of its own, so the
-        first brace ends it; `text`: free text of several lines up to the end of the turn.
-    comparable: two answers can mean the same, so samples can vote; essays cannot.
-    waits: a verdict may take long or wait for another process, so it is given in a thread.
+    generated: training questions come from templates, so only equal whole questions count as contamination.
+    answer_form: `boxed`: a one-line answer in a box; `number`: the same without inner braces, so the first closing
+        brace ends it; `text`: free text of several lines up to the end of the turn.
+    comparable: answers can be compared for equality, so samples can vote; not for essays.
+    waits: judging may take long or wait for another process, so it runs in a thread.
     """
 
     name: str
@@ -126,31 +124,32 @@ class Task(ABC):
     waits: bool = True
 
     def __init__(self, data: str | Path | None = None) -> None:
-        """data: where a benchmark's rows are (`loading.load_rows`); UsageError for a generated task, which has none."""
+        """data: source of a benchmark's rows (`loading.load_rows`); UsageError for a generated task."""
         if data is not None and self.source is None:
             raise UsageError(f"{self.name} is generated and takes no data; leave out data={data}")
         self.data = data
 
     @abstractmethod
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """The first `limit` questions of a split (all by default), always the same in the same order."""
+        """The first `limit` questions of a split (all by default), in a fixed order."""
 
     @abstractmethod
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """Solved questions for this question's search prompt, itself never among them. Evaluation shows none."""
+        """Solved questions for this question's search prompt, never itself. Evaluation uses none by default."""
 
     def extract(self, completion: str, finish_reason: str, mode: ExtractionMode) -> str | None:
-        """The final answer in a completion, as written; None when there is none."""
+        """Extract the final answer of a completion as written, or None."""
         if self.answer_form == "text":
             return free_text_answer(completion, finish_reason)
         return extract_answer(completion, finish_reason, mode)
 
     def verify(self, answer: str, question: Question) -> Verdict:
-        """The verdict on an extracted answer, `correct` or `wrong`; by default it must be the gold number."""
+        """Judge an extracted answer as `correct` or `wrong`; by default by numeric equality with the gold."""
         return Verdict.of(same_number(answer, question.gold), answer)
 
     def _gold_problem(self, question: Question) -> str:
-        """Why no answer to a question can be judged; "" if it can. `verify` sees to it where there is an answer."""
+        """Why no answer to a question can be judged (a bad gold), or ""; for completions without an answer, as `verify`
+        reports it for the others."""
         return ""
 
     def same_answer(self, left: str, right: str, question: Question) -> bool:
@@ -162,8 +161,8 @@ class Task(ABC):
     ) -> Verdict:
         """Extract the answer of a completion, then verify it.
 
-        finish_reason: as servers give it; a completion cut by `length` has an answer only if it closed one.
-        mode: `lenient` also takes the last number of a text that states no answer.
+        finish_reason: from the server; a completion cut by `length` has an answer only in a closed form.
+        mode: `lenient` also takes the last number of a text without an explicit answer.
         """
         answer = self.extract(completion, finish_reason, mode)
         if answer is None and (problem := self._gold_problem(question)):
@@ -173,18 +172,18 @@ class Task(ABC):
         return self.verify(answer, question)
 
     async def judge_async(self, question: Question, completion: str, finish_reason: str = "stop") -> Verdict:
-        """Run `judge`, in a thread where the verdict may wait, which must not block the event loop."""
+        """Run `judge`, in a thread if it may block (`waits`)."""
         if not self.waits:
             return self.judge(question, completion, finish_reason)
         return await asyncio.to_thread(self.judge, question, completion, finish_reason)
 
     def content_of(self, question: Question) -> dict[str, Any]:
-        """All that decides what is asked for a question and how replies are judged, as plain data."""
+        """All data of a question that affects its prompt and verdicts, as plain data for fingerprints."""
         versions = {"prompt": self.prompt_version, "verifier": self.verifier_version}
         return {**versions, "examples": [*map(asdict, self.worked_examples(question))], **asdict(question)}
 
     def _first(self, questions: list[Question], split: Split | None, limit: int | None) -> list[Question]:
-        """The first `limit` of a split's questions; UsageError where there are fewer."""
+        """The first `limit` of a split's questions; UsageError if there are fewer."""
         if limit is not None and limit > len(questions):
             n, there = len(questions), f"in split `{split}`" if split else "in all"
             fix = "lower the number"
@@ -194,18 +193,18 @@ class Task(ABC):
         return questions[:limit]
 
 
-# A question with the task that asks and judges it.
+# (task, question)
 Asked = tuple[Task, Question]
 
 
 def group_answers(task: Task, question: Question, answers: Sequence[str | None]) -> list[int | None]:
-    """Group answers to one question by meaning, so that samples can vote. The gold answer is never read.
+    """Group equivalent answers to one question for majority votes, without the gold answer.
 
-    An answer joins the first group whose first member means the same by the task's verifier: `1/2` and `0.5` are one.
-    May wait for the math workers, so call it in a thread from an event loop.
+    An answer joins the first group whose first member is equal by the task's verifier: `1/2` equals `0.5`. May wait for
+    the math workers, so call it in a thread from an event loop.
 
     Returns:
-        The group number of each answer, from 0 in order of appearance; None where there is no answer.
+        Each answer's group number, from 0 in order of appearance; None for no answer.
 
     Raises:
         ValueError: the task's answers cannot be compared.
@@ -224,17 +223,17 @@ def group_answers(task: Task, question: Question, answers: Sequence[str | None])
 
 
 def user_prompt(text: str) -> tuple[Message, ...]:
-    """A conversation that begins with one message of the user."""
+    """A conversation with one user message."""
     return ({"role": "user", "content": text},)
 
 
 def without_question(examples: Iterable[WorkedExample], question: Question) -> list[WorkedExample]:
-    """The examples without the question itself, whose answer they would give away."""
+    """The examples except the question itself, whose answer would leak."""
     return [example for example in examples if example.question != question.messages[-1]["content"]]
 
 
 def hash_digit(key: str) -> int:
-    """A digit from 0 to 9, made from a question's id or parameters; the same on every machine."""
+    """A digit from 0 to 9 from the hash of a question's id or parameters; the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % 10
 
 

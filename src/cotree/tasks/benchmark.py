@@ -1,7 +1,7 @@
-"""A benchmark: a task whose questions are published rows, not generated ones.
+"""Base class of benchmarks: tasks whose questions are published rows.
 
-Invariant: ids and order are the source's own, and rows for training never come from the rows that evaluate. Whether a
-training row belongs to `dev` depends on its id alone.
+Invariant: ids and order are the source's own, and training rows are disjoint from evaluation rows. A training row's
+split (`train` or `dev`) depends on its id only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from cotree.tasks.loading import Source, load_rows, packaged_yaml
 class Benchmark(Task):
     """The rows of `source` (split `test`), and of `training` if there is one: nine tenths `train`, one tenth `dev`.
 
-    A task that has rows for training only sets `source` to the same object as `training`. id_field: the field of a
-    row's id, which rows that lack it get from `Source.id_prefix` and their number.
+    A task with training rows only sets `source` to the same object as `training`. id_field: the field with a row's id;
+    rows without it get `Source.id_prefix` and their number.
     """
 
     source: Source
@@ -31,7 +31,7 @@ class Benchmark(Task):
 
     @abstractmethod
     def question(self, row: Row) -> Question | None:
-        """The question of a row of the hub or of a local file; None for a row that belongs to another task."""
+        """Convert a row of the hub or of a local file to a question; None for a row of another task."""
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
         """The first `limit` questions (all by default). Without a split: all rows of `source`.
@@ -50,7 +50,7 @@ class Benchmark(Task):
         return self._first(questions, split, limit)
 
     def _read_questions(self, source: Source) -> list[Question]:
-        """Every row as a question; UsageError with the number of the first row that is not one of this task."""
+        """Convert all rows to questions; UsageError with the number of the first invalid row."""
         questions = []
         for index, row in enumerate(load_rows(source, self.data)):
             own_id = {} if row.get(self.id_field) is not None else {self.id_field: f"{source.id_prefix}{index}"}
@@ -62,9 +62,9 @@ class Benchmark(Task):
         return [question for question in questions if question is not None]
 
 
-@cache  # every tree looks at them twice
+@cache  # used twice per tree
 def shipped_examples(section: str, prompt: str = "{question}") -> tuple[WorkedExample, ...]:
-    """The worked examples of one section of `worked_examples.yaml`, each question put into `prompt`."""
+    """The worked examples of a section of `worked_examples.yaml`, with questions formatted by `prompt`."""
     return tuple(worked_example(fields, prompt) for fields in packaged_yaml("worked_examples.yaml")[section])
 
 
@@ -75,5 +75,5 @@ def worked_example(fields: Mapping[str, str], prompt: str) -> WorkedExample:
 
 
 def fill_prompt(prompt: str, fields: Mapping[str, object]) -> str:
-    r"""A prompt with each `{name}` that is a field replaced by its value; other braces, as in `\boxed{}`, stay."""
+    r"""Replace each `{name}` of a field in a prompt by its value; other braces, as in `\boxed{}`, stay."""
     return re.sub(r"\{(\w+)\}", lambda match: str(fields.get(match[1], match[0])), prompt)

@@ -1,7 +1,7 @@
-"""`blocksworld` and `blocksworld_one_shot`: PlanBench's plan generation, and new problems of the same kind to train on.
+"""`blocksworld` and `blocksworld_one_shot`: PlanBench's plan generation, with generated problems for training.
 
-Invariant: no training problem equals one of the benchmark, nor a dev problem one for training, under any renaming of
-blocks. A plan is judged by running it in a simulator, so any plan that works is correct.
+Invariant: under any renaming of blocks, no training problem equals a benchmark problem, and no dev problem a training
+problem. Plans are verified by simulation, so any valid plan is correct.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cotree.tasks.plan_text import extract_plan, facts_in_words, one_shot, parse
 from cotree.tasks.strips import Action, CanonicalForm, Problem, canonical_form, optimal_plan, plan_error, random_problem
 
 _BLOCKS, _SIZES, _DRAWS = "abcdefg", (3, 4, 5, 6, 7), 1000
-# PlanBench's problems have at most this many blocks, so those of six are none of its own.
+# PlanBench's problems have at most this many blocks, so worked examples with six cannot be among them.
 _MAX_BENCHMARK_SIZE = 5
 _EXAMPLE_PROBLEMS = (
     Problem({"a": "", "b": "", "c": "b", "d": "", "e": "d", "f": ""}, {"f": "a"}),
@@ -71,12 +71,12 @@ class Blocksworld(Benchmark):
     generated = True
 
     def question(self, row: Row) -> Question | None:
-        """The question of a row of the hub or of the local file: its prompt (`query`, `prompt_zero_shot`) says all."""
-        # The hub has logistics and obfuscated names beside blocks.
+        """Parse the question from the prompt (`query`, `prompt_zero_shot`) of a row of the hub or of the local file."""
+        # The hub also has logistics and obfuscated problems.
         if row.get("domain") not in (None, "blocksworld", "blocksworld_3"):
             return None
         problem = parse_problem(field_value(row, "query", "prompt_zero_shot"))
-        # The hub numbers the problems of three blocks from 1 again.
+        # The hub restarts numbering for problems of three blocks.
         group = "blocksworld_3" if len(problem.below) == 3 else "blocksworld"
         id_ = f"{group}-{row['instance_id']}" if "instance_id" in row else str(field_value(row, "id"))
         gold = field_value(row, "ground_truth_plan")
@@ -91,7 +91,8 @@ class Blocksworld(Benchmark):
         return self._first(questions, split, limit)
 
     def _generate(self, split: Split, known: Collection[CanonicalForm]) -> Iterator[Question]:
-        """New problems of a split, one of each size in turn, none of the `known` ones; the form decides the split."""
+        """Generate problems of a split, cycling through the sizes, without `known` ones; the canonical form decides the
+        split."""
         seen = set()
         for i in range(_DRAWS):
             for size in _SIZES:
@@ -104,7 +105,7 @@ class Blocksworld(Benchmark):
                     yield self._question(f"generated-{size}-{i}", problem)
 
     def _question(self, id_: str, problem: Problem, gold: Sequence[Action] = ()) -> Question:
-        """The question of a problem; its gold is a shortest plan, if none is given."""
+        """Make the question of a problem; the gold defaults to a shortest plan."""
         shortest = optimal_plan(problem)
         spec = {"problem": problem, "optimal_steps": len(shortest)}
         prompt, family = user_prompt(zero_shot(problem)), f"{len(problem.below)} blocks"
@@ -127,15 +128,15 @@ class Blocksworld(Benchmark):
         return Verdict.of(error is None, answer, error or length)
 
     def same_answer(self, left: str, right: str, question: Question) -> bool:
-        """Whether two plans have the same actions; a vote counts plans, not outcomes."""
+        """Whether two plans have the same actions."""
         return left == right
 
 
 class BlocksworldOneShot(Blocksworld):
     """The questions and the rule of `blocksworld`, by PlanBench's one-shot prompt, version 1.
 
-    The problem with the number before is shown with its plan; where it is not in the data (as for generated ones), one
-    of six blocks takes its place. For base models, and to compare with PlanBench's one-shot results.
+    The example is the problem with the previous number, or one with six blocks if that is not in the data (as for
+    generated problems). For base models, and for comparison with PlanBench's one-shot results.
     """
 
     name = "blocksworld_one_shot"
@@ -157,7 +158,7 @@ class BlocksworldOneShot(Blocksworld):
 
 
 def _worked_example(problem: Problem) -> WorkedExample:
-    """A problem with its shortest plan, thought by thought."""
+    """A worked example of a problem, with its shortest plan as thoughts."""
     plan, goal = plan_in_words(optimal_plan(problem)), facts_in_words(problem.goal_atoms())
     towers = facts_in_words([atom for atom in problem.init_atoms() if atom.startswith("on ")])
     steps = {

@@ -1,9 +1,8 @@
-"""Which training questions repeat an evaluation question (contamination).
+"""Find training questions that overlap with evaluation questions (contamination).
 
-Published questions are compared by 13-grams of words, as since GPT-3 (Brown et al. 2020, appendix C), and as a whole,
-which also finds those shorter than that. What all questions of a task begin and end with is its prompt, which is left
-out. Generated questions share their template's n-grams, so they repeat only as a whole; their generators keep the
-parameters of the splits apart.
+Published questions are compared by 13-grams of words, as in GPT-3 (Brown et al. 2020, appendix C), and as a whole,
+which also finds shorter ones. The common start and end of all questions of a task, its prompt, is ignored. Generated
+questions share n-grams of their template, so they are compared only as a whole; their splits have disjoint parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import regex
 from cotree.tasks.base import Question
 from cotree.tasks.instructions.languages import WORD
 
-# In whole questions operators count: `7 - 2` is not `7 + 2`. N-grams have words only, as in the literature; in Chinese
+# Whole questions include operators: `7 - 2` is not `7 + 2`. N-grams have words only, as in the literature; in Chinese
 # and Japanese each character is a word.
 _OPERATORS = "-+*/^<>="
 _WORD = regex.compile(rf"{WORD.pattern}|[{_OPERATORS}]", regex.V1)
@@ -26,13 +25,13 @@ Words = tuple[str, ...]
 def contaminated(
     training: Sequence[Question], evaluation: Sequence[Question], n: int = 13, generated: Collection[str] = ()
 ) -> dict[str, str]:
-    """{training id: evaluation id} of each training question that repeats an evaluation question.
+    """{training id: evaluation id} of training questions that overlap with an evaluation question.
 
     Args:
-        training: the questions to look at.
+        training: the questions to check.
         evaluation: the questions that must not be trained on.
-        n: how many words in a row make a repetition. A few innocent ones, common phrases of a subject, are found too.
-        generated: names of tasks whose training questions come from templates; they repeat only as a whole.
+        n: length of a common n-gram of words. Common phrases of a subject give a few false positives.
+        generated: names of tasks with template questions, which are compared only as a whole.
     """
     by_words: dict[Words, str] = {}
     by_body: dict[Words, str] = {}
@@ -53,26 +52,26 @@ def contaminated(
 
 
 def _split_words(questions: Sequence[Question]) -> Iterable[tuple[Question, Words, Words]]:
-    """Each question with its words, lower case and without punctuation, and the same without its task's prompt."""
+    """Yield each question with its words (lower case, no punctuation), and the same without its task's prompt."""
     by_task: dict[str, list[tuple[Question, Words]]] = {}
     for question in questions:
         text = " ".join(message["content"] for message in question.messages if message["role"] == "user")
         by_task.setdefault(question.task, []).append((question, tuple(_WORD.findall(text.casefold()))))
     for asked in by_task.values():
         texts = {words for _, words in asked}
-        # One text alone does not show which part of it is the prompt.
+        # A single text does not show which part is the prompt.
         start = _common_start(texts) if len(texts) > 1 else 0
         end = _common_start({words[start:][::-1] for words in texts}) if len(texts) > 1 else 0
         yield from ((question, words, words[start : len(words) - end]) for question, words in asked)
 
 
 def _common_start(texts: Collection[Words]) -> int:
-    """The number of words that all texts begin with."""
+    """The length in words of the texts' common prefix."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
 
 
 def _ngrams(words: Words, n: int) -> Iterable[int]:
-    """The hash of each run of n words, operators left out."""
+    """The hashes of all n-grams of words, without operators."""
     words = tuple(word for word in words if word not in _OPERATORS)
     # Hashes, because a tuple for each position of 10,000 questions would take gigabytes.
     return (hash(words[start : start + n]) for start in range(len(words) - n + 1))

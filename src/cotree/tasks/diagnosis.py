@@ -1,8 +1,8 @@
-"""Formalistic thinking in a text: does it loop, question itself without end, or never answer (paper, Core Problem).
+"""Detect formalistic thinking in a text: loops, endless reflection, or no answer (paper, Core Problem).
 
-The rules only count; no model is asked, no text raises, and 150 kB of UTF-8 take less than 20 ms. Each threshold below
-was measured on worked solutions and on real long chains: no false alarm on more than 2,000 good texts, while at least
-47 of the 71 wrong long chains without a boxed answer are found to loop.
+Rules on counts only: no model is used, no text raises, and 150 kB of UTF-8 take less than 20 ms. Thresholds were tuned
+on worked solutions and real long chains: no false alarm on more than 2,000 good texts, while at least 47 of the 71
+wrong long chains without a boxed answer are detected as loops.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# A token is a word, or one character of a script that puts no space between words (Thai, Lao, Myanmar, Khmer, Japanese,
+# Token: a word, or one character in scripts without spaces between words (Thai, Lao, Myanmar, Khmer, Japanese,
 # Chinese). Long runs without spaces are split into pieces, so that an endless "aaaa" repeats a token too.
 _UNSEGMENTED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -28,23 +28,23 @@ _UNSEGMENTED = (
 _TOKEN = re.compile(rf"[{_UNSEGMENTED}]|[^\s{_UNSEGMENTED}]{{1,20}}")
 _HASH_MULTIPLIER = 0x9E3779B97F4A7C15
 
-# Content repetition. At the end of real chains that loop less than 10% of the 8-grams are new, in good texts over 50%.
+# Loops. At the end of real looping chains less than 10% of the 8-grams are new, in good texts over 50%.
 LONG_TEXT = 1_500  # characters; a shorter text repeats itself by chance
 TAIL_TOKENS = 400
 MIN_NEW_8GRAMS = 0.10
 # Solutions had at most 0.30 and correct long chains 0.39, even those full of formulas.
 MAX_DUPLICATE_4GRAMS = 0.50
-# A short text loops if it was cut while its end repeated itself.
+# A short text loops if it was cut off while its end repeated.
 MIN_TAIL_REPEATS = 4
 MIN_REPEATED_CHARACTERS = 20  # "= 10000" is no loop
 
-# Over-reflection. A correct chain reflects too (up to 17 markers in 1,000 tokens): it counts only without an answer.
+# Over-reflection. Correct chains reflect too (up to 17 markers in 1,000 tokens), so it counts only without an answer.
 MIN_MARKER_DENSITY = 0.010  # markers a token
 MIN_MARKERS = 5
 MARKERS: Mapping[str, Sequence[str]] = packaged_yaml("languages.yaml")["reflection_markers"]
-# Where a final answer is looked for: at the end. Searching all of a long text takes half of the time.
+# Search for a final answer only at the end; searching a whole long text would take half of the time.
 ANSWER_CHARACTERS = 20_000
-# Single words are looked up among the tokens; phrases, and words of scripts without spaces, in the text.
+# Single words are matched against tokens; phrases, and words of scripts without spaces, against the text.
 _ALL_MARKERS = sorted({marker for markers in MARKERS.values() for marker in markers})
 _PHRASES = [marker for marker in _ALL_MARKERS if " " in marker or _TOKEN.sub("", marker, count=1)]
 _WORDS = frozenset(_ALL_MARKERS).difference(_PHRASES)
@@ -53,12 +53,12 @@ _PUNCTUATION = "\"'“”‘’«»¡¿.,:;!?…()[]*_-–—।"
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The numbers from which a diagnosis is made.
+    """The statistics behind a diagnosis.
 
-    tokens: their count. new_8grams: the fraction of the last 400 8-grams of tokens that occur for the first time.
-    duplicate_4grams: the fraction of 4-grams that occurred before. repeats_at_its_end: a short text was cut while it
-    repeated itself. zlib_ratio: UTF-8 bytes by compressed bytes; over 6 in loops, below 4.2 in prose and mathematics,
-    and never a flag by itself. reflection_markers: their count. thinking_closed: no thinking tag is left open.
+    tokens: their count. new_8grams: fraction of the last 400 token 8-grams that occur for the first time.
+    duplicate_4grams: fraction of 4-grams that occurred before. repeats_at_its_end: a short text was cut off while
+    repeating. zlib_ratio: UTF-8 bytes / compressed bytes; over 6 in loops, below 4.2 in prose and mathematics; only
+    informative. reflection_markers: their count. thinking_closed: no thinking tag is left open.
     """
 
     tokens: int
@@ -72,10 +72,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Which kinds of formalistic thinking a text shows, and the evidence.
+    """The kinds of formalistic thinking in a text, and the evidence.
 
-    loop: it repeats itself. over_reflection: it doubts itself densely and gives no answer. instruction_failure: no
-    final answer, or thinking that was never closed. no_answer: no final answer.
+    loop: it repeats itself. over_reflection: a high density of reflection markers and no answer. instruction_failure:
+    no final answer, or unclosed thinking. no_answer: no final answer.
     """
 
     loop: bool
@@ -90,10 +90,10 @@ def diagnose(text: str, *, finish_reason: str = "stop", answered: bool | None = 
 
     Args:
         text: the completion, thinking included.
-        finish_reason: as servers give it; `length` for a text cut by its token limit.
-        answered: whether a verifier found an answer. By default an explicit answer (a box, "####", "the answer is 4")
-            counts, and so does whatever follows the thinking of a text that ended by itself, as a plain reply is its
-            own answer, unless the text loops or is dense with reflection markers.
+        finish_reason: from the server; `length` for a text cut by its token limit.
+        answered: whether a verifier found an answer. By default, whether there is an explicit answer (a box, "####",
+            "the answer is 4"), or any text after the thinking of a finished completion (a plain reply), unless it loops
+            or has a high density of reflection markers.
     """
     import numpy as np
 
@@ -128,7 +128,7 @@ def diagnose(text: str, *, finish_reason: str = "stop", answered: bool | None = 
 
 
 def _repetition_rates(ids: NDArray[np.uint64]) -> tuple[float, float]:
-    """`Evidence.new_8grams` and `Evidence.duplicate_4grams` of a text's tokens, each token as a number."""
+    """`Evidence.new_8grams` and `Evidence.duplicate_4grams`, from token numbers."""
     import numpy as np
 
     if len(ids) < 8:
@@ -147,7 +147,7 @@ def _repetition_rates(ids: NDArray[np.uint64]) -> tuple[float, float]:
 
 
 def _repeats_at_its_end(text: str) -> bool:
-    """Whether the text ends with some string at least 4 times in a row, where the last one may be cut anywhere."""
+    """Whether the text ends with some string at least 4 times in a row; the last one may be incomplete."""
     for period in range(1, len(text) // MIN_TAIL_REPEATS + 1):
         stretch = max(period * MIN_TAIL_REPEATS, MIN_REPEATED_CHARACTERS)
         if len(text) >= stretch and text.endswith(text[-stretch:-period]):
@@ -156,7 +156,7 @@ def _repeats_at_its_end(text: str) -> bool:
 
 
 def _count_markers(lower: str, ids: NDArray[np.uint64], number_of: Mapping[str, int]) -> int:
-    """How many reflection markers a lower-case text has; `number_of` gives the number of each distinct token."""
+    """Count the reflection markers of a lower-case text; `number_of`: {distinct token: its number in `ids`}."""
     import numpy as np
 
     words = [number for token, number in number_of.items() if token.strip(_PUNCTUATION) in _WORDS]

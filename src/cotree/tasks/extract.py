@@ -1,10 +1,10 @@
 r"""Find the final answer in a completion, before a verifier sees it.
 
 `strict` accepts closed forms only: a balanced `\boxed{}`, `#### x`, "the answer is x" in Multi-IF's eight languages; so
-a text that was cut or states no answer has none. `lenient` adds the last number in the text. Only what follows the last
-thinking close tag counts, and thinking that was opened and never closed means no answer.
+a text that was cut off or has no explicit answer has none. `lenient` adds the last number in the text. Only text after
+the last thinking close tag counts; unclosed thinking means no answer.
 
-Invariant: time grows linearly with the length of any text, because models that loop write 150 kB of anything.
+Invariant: linear time in the length of any text, because looping models write 150 kB of anything.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from cotree.tasks.math_text import SCALE
 
 ExtractionMode = Literal["strict", "lenient"]
 
-# The line before an answer that is a free text. Thoughts never contain these words, so the first such line is the tag.
+# The line before a free-text answer. Thoughts never contain these words, so the first such line is the tag.
 ANSWER_TAG = "The answer is:"
 _ANSWER_TAG_LINE = re.compile(rf"^{ANSWER_TAG}[ \t]*+\n", re.MULTILINE)
-# The tags around thinking and around an answer; one that opens an answer closes thinking too.
+# Tags of thinking and of answers; one that opens an answer also closes thinking.
 _THINKING_OPENS = ("<think>", "<thinking>", "<|begin_of_thought|>", "<Thought>", "[THINK]")
 _THINKING_CLOSES = ("</think>", "</thinking>", "<|end_of_thought|>", "</Thought>", "[/THINK]")
 _ANSWER_OPENS = ("<|begin_of_solution|>", "<Output>")
 _ANSWER_MARKUP = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:Output|answer)>")
-# Special tokens that leak into a text behind the end of a turn.
+# Special tokens that leak into a text after the end of a turn.
 _END_OF_TURN = re.compile(
     r"<\|(?:im_end|im_start|eot_id|eom_id|start_header_id|end_of_text|endoftext|end_of_turn|end|return|user)\|>|</s>"
     r"|<(?:end|start)_of_turn>|<\|END_OF_TURN_TOKEN\|>|<｜(?:end▁of▁sentence|User)｜>|\[\|endofturn\|\]|\[INST\]"
 )
 _BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*+\{|\\\\(?=[{}])|\\[{}]|[{}]")
-# What joins two boxes to one answer: `\boxed{1}$ and $x = \boxed{2}`, `\boxed{3} apples and \boxed{4}`.
+# Text that joins two boxes to one answer: `\boxed{1}$ and $x = \boxed{2}`, `\boxed{3} apples and \boxed{4}`.
 _GAP = r"(?:[\s$~]|\\(?:[()\[\] ,;:!]|q?quad))*"
 _JOIN = re.compile(
     rf"{_GAP}(?:[,;、，]{_GAP})?(?:[,;、，]|(?:[a-z]+\s+)?(?:\\text\{{\s*)?(?:and|or|和|或)\b(?:\s*\}})?)"
@@ -43,7 +43,7 @@ _UNBRACED_BOX = re.compile(r"\\boxed ([^${}\n]{1,100})\$")
 
 _NUMBER = r"[-−]?[$€£¥₹]?(?:\d++(?:,\d{3})*+(?:\.\d++)?+|\.\d++)(?:/\d++)?+"
 _HASHES = re.compile(r"####[ \t]*+([^\n]++)")
-# A heading of the fourth level is no answer: `#### Step 2`, `#### 1. Add the numbers`.
+# Fourth-level headings are not answers: `#### Step 2`, `#### 1. Add the numbers`.
 _HEADING = re.compile(r"\d++[.)][ \t]|[*_]*+[^\W\d_]{2}")
 
 _ANSWER_IS = "|".join(packaged_yaml("languages.yaml")["answer_is"].values())
@@ -52,7 +52,7 @@ _MATHS = (
     r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{[^{}\n]{0,80}\}|\\[A-Za-z]++|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
 _SIGNS = r"[\d+*/=×·÷^_(){}\[\]|!<>,、.;:∶'’% \u00a0\u2009\u202f−–±~π√∛∜∞≤≥≠≈¼-¾⅐-⅞²³¹⁰⁴-⁹⁺⁻₀-₉-]|[$€£¥₹](?=[\d.])"
-# What makes the number before it a part of a longer value, on the same line: `5 million`, `3 or 4`, `6 feet 3 inches`.
+# Words that make the number before them part of a longer value: `5 million`, `3 or 4`, `6 feet 3 inches`.
 _S = r"[^\S\n]"
 _MORE = r"[$€£¥₹(]?[-−–]?(?:\.?\d|\\(?!text)|[√π])"
 _OR_MORE = rf"or{_S}++(?:more|less|fewer|greater|higher|lower)\b|and{_S}++(?:a|one)[ -]half\b"
@@ -66,7 +66,7 @@ _GOES_ON = rf"""[_^({{[$²³¹⁰⁴-⁹⁺⁻₀-₉]|[:∶：~'’]\d|[A-Za-z]
        |(?:[-+*/=×·÷−–]|[<>]=?)(?={_S}*+(?:{_MORE}|[A-Za-z](?![A-Za-z>]))))
       |{_CHANGED_BY_WORDS}"""
 _WORDS_INSIDE = rf"(?<=\d[ ])(?:{SCALE}|squared|cubed|pi)\b|(?:or|and|to|或者?|和){_S}*+(?={_MORE})|{_OR_MORE}"
-# What may follow "answer is": a number, delimited maths, bold words, or maths without delimiters.
+# Accepted after "answer is": a number, delimited maths, bold words, or maths without delimiters.
 _VALUE = re.compile(
     rf"""  \$\$?(?P<dollars>(?!\s)(?:\\\$|[^$\n]){{1,300}}(?<!\s))\$(?!\d|{_CHANGED_BY_WORDS})
          | \\\(\s*+(?P<inline>[^\n]{{1,300}}?)\s*\\\)(?!{_CHANGED_BY_WORDS})
@@ -77,7 +77,7 @@ _VALUE = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# A computation, but no mixed number.
+# A computation, but not a mixed number.
 _COMPUTATION = re.compile(r"(?![-−–]?\d+\s\d+/\d+$)[\d\s.,+*/=×·÷−–-]*\d\s*[-+*/=×·÷−–]\s*\d[\d\s.,+*/=×·÷−–-]*")
 _LETTER = re.compile(r"\(?[A-Za-z]\)?")
 
@@ -85,9 +85,9 @@ _LETTER = re.compile(r"\(?[A-Za-z]\)?")
 def extract_answer(completion: str, finish_reason: str = "stop", mode: ExtractionMode = "strict") -> str | None:
     r"""The final answer of a completion as written, or None.
 
-    The first of these that the text has: the last `\boxed{}`, the last `####`, the last "answer is", and, if `lenient`,
-    the last number. A text cut by its token limit (`finish_reason` "length") has an answer only in a closed form: a
-    balanced box, or one of the others followed by more text.
+    The first match of: the last `\boxed{}`, the last `####`, the last "answer is", and, if `lenient`, the last number.
+    In a text cut by its token limit (`finish_reason` "length") only closed forms count: a balanced box, or one of the
+    others followed by more text.
     """
     text = after_thinking(completion)
     if text is None:
@@ -105,33 +105,33 @@ def extract_answer(completion: str, finish_reason: str = "stop", mode: Extractio
 
 
 def free_text_answer(completion: str, finish_reason: str = "stop") -> str | None:
-    """The answer of a completion whose answer is free text: None if it is empty, cut, or thinking was never closed."""
+    """The free-text answer of a completion; None if it is empty, cut off, or thinking is unclosed."""
     return None if finish_reason == "length" else visible_text(completion) or None
 
 
 def visible_text(completion: str) -> str:
-    """The part of a completion that the user sees: after thinking, and after the answer tag if it has one; or ""."""
+    """The part of a completion shown to the user: after thinking, and after the answer tag if any; or ""."""
     text = after_thinking(completion) or ""
     tag = _ANSWER_TAG_LINE.search(text)
     return text[tag.end() if tag else 0 :].strip()
 
 
 def opened_thinking(prompt: str) -> str:
-    """The tag with which a prompt opens the assistant's thinking, and the white space behind it; "" if it does not."""
+    """The tag with which a prompt opens the assistant's thinking, with following white space; or ""."""
     stripped = prompt.rstrip()
     tag = next((tag for tag in _THINKING_OPENS if stripped.endswith(tag)), "")
     return prompt[len(stripped) - len(tag) :] if tag else ""
 
 
 def has_answer_tag(text: str) -> bool:
-    """Whether a line says that a free text follows as the answer."""
+    """Whether a line is the tag before a free-text answer."""
     return _ANSWER_TAG_LINE.search(text) is not None
 
 
 def after_thinking(completion: str) -> str | None:
-    """The text after the last tag that closes thinking, without tags around the answer; None if thinking is open.
+    """The text after the last thinking close tag, without answer tags; None if thinking is unclosed.
 
-    Nothing behind the end of the model's turn is read.
+    Ignores text after the end of the model's turn.
     """
     completion = _END_OF_TURN.split(completion, maxsplit=1)[0]
     closes = (*_THINKING_CLOSES, *_ANSWER_OPENS)
@@ -143,9 +143,9 @@ def after_thinking(completion: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` (`\fbox`, `\framebox`) whose braces balance, or None.
 
-    Boxes before it that a comma, "and" or "or" joins to it belong to the same answer: "1, 2".
+    Earlier boxes joined to it by a comma, "and" or "or" belong to the same answer: "1, 2".
     """
-    # A stack of open braces: where a box and its content begin, None for any other brace.
+    # A stack of open braces: (start of the box, start of its content), None for other braces.
     opened: list[tuple[int, int] | None] = []
     boxes: list[tuple[int, int, int]] = []
     for match in _BRACES.finditer(text):
@@ -186,7 +186,7 @@ def _last_after_answer_is(text: str) -> tuple[str, int] | None:
             continue
         answer = match[match.lastgroup].strip()
         if match.lastgroup == "maths":
-            # Only up to the end of the sentence; then words like "a", half computations and cut LaTeX are no answers.
+            # Only up to the end of the sentence; words like "a", half computations and cut LaTeX are rejected below.
             answer = re.split(r"[.;](?:\s|$)", answer)[0].strip(" ,、.;:*'")
             follows = text[match.start("maths") + len(answer) :][:1]
             part = re.fullmatch(_NUMBER, answer)  # of a value that cannot be read as a whole

@@ -1,7 +1,8 @@
-r"""`arithmetic` and `letters`: generated questions that a 135M model answers right sometimes, so that trees hold both.
+r"""`arithmetic` and `letters`: generated questions that a 135M model sometimes answers correctly, so that trees have
+correct and wrong chains.
 
-Invariant: a question is a pure function of its parameters, and their hash decides its split, so that no question of one
-split appears in another. The prompt names the answer format: "Put the final answer in \boxed{}."
+Invariant: a question is a pure function of its parameters, whose hash decides its split, so splits are disjoint. The
+prompt gives the answer format: "Put the final answer in \boxed{}."
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ANSWER_FORMAT = "Put the final answer in \\boxed{}."
 _DRAWS = 20_000
 _LETTER_COUNTS = (1, 2, 3)
 
-# The question, what to do, the computation, its check, the answer.
+# (question, sub_task, thinking, double_check, answer)
 Exercise = tuple[str, str, str, str, int]
 
 
@@ -62,12 +63,12 @@ class Arithmetic(Task):
     description = "sums, differences, products, the largest of three numbers"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """`limit` questions (all by default: as many as the smallest family gives), the four families in turn."""
+        """`limit` questions (by default as many as the smallest family allows), alternating between four families."""
         families = [islice(self._draw(family, split), limit) for family in _FAMILIES]
         return self._first(list(chain.from_iterable(zip(*families, strict=False))), split, limit)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """Three of the question's family, drawn by other seeds."""
+        """Three of the question's family, with other seeds."""
         examples = []
         for i in range(3):
             rng = random.Random(f"example-{question.family}-{i}")
@@ -78,11 +79,11 @@ class Arithmetic(Task):
         return without_question(examples, question)
 
     def _draw(self, family: str, split: Split | None) -> Iterator[Question]:
-        """The different questions of a family that belong to a split."""
+        """Yield the distinct questions of a family in a split."""
         seen: set[str] = set()
         for i in range(_DRAWS):
             text, *_, answer = _FAMILIES[family](random.Random(f"{family}-{i}"))
-            # The same numbers in another order are nearly the same question, so they go to the same split.
+            # Permuted numbers are nearly the same question, so they go to the same split.
             numbers = sorted(map(int, re.findall(r"\d+", text)))
             if text in seen or (split is not None and split_of(f"{family}/{numbers}") != split):
                 continue
@@ -92,7 +93,7 @@ class Arithmetic(Task):
 
 
 def _letter_question(word: str, letter: str) -> str:
-    # Spelled out, because a token hides its letters from the model.
+    # Spelled out, because tokens hide their letters from the model.
     return f"How many times does the letter {letter} appear in {' '.join(word)}? {ANSWER_FORMAT}"
 
 
@@ -112,7 +113,7 @@ class Letters(Task):
     description = "count a letter in a spelled-out word, counts drawn balanced"
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """`limit` questions (all by default: as many as the words give with balanced golds)."""
+        """`limit` questions (by default as many as the words allow with balanced golds)."""
         usable = [word for word in packaged_text("words.txt").split() if split in (None, split_of(word))]
         by_count = []
         for n in _LETTER_COUNTS:

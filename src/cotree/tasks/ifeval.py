@@ -1,6 +1,6 @@
-r"""`ifeval`, `multi_if`, `m_ifeval`: instructions that a program can check, in one turn or three, in many languages.
+r"""`ifeval`, `multi_if`, `m_ifeval`: verifiable instructions, in one or three turns, in many languages.
 
-Invariant: arguments that no checker takes are found when rows are read, before any text is judged.
+Invariant: invalid arguments of instructions are detected when rows are read, before any text is judged.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from cotree.tasks.loading import Source, field_value
 def instruction_spec(
     names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None], language: str
 ) -> dict[str, Any]:
-    """A turn's `Question.spec`: `instructions`, pairs of an id and its arguments, and `language`.
+    """Build a turn's `Question.spec`: `instructions`, pairs of an id and its arguments, and `language`.
 
-    Falsy arguments are dropped: the hub's rows hold a null for each argument of every other instruction.
+    Falsy arguments are dropped, because the hub's rows have nulls for the arguments of all other instructions.
 
     Raises:
-        UsageError: an unknown instruction, with the nearest known; arguments that it does not take.
+        UsageError: an unknown instruction (suggests the nearest), or invalid arguments.
     """
     if not names or len(names) != len(arguments):
         wanted = "name one or more, with kwargs for each"
@@ -70,7 +70,7 @@ class IFEval(Benchmark):
         return Question(id_, self.name, prompt, first.gold, family=language, later=tuple(later), spec=first.spec)
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """Two invented prompts; the same for all, so that their beginning stays warm in a server's cache."""
+        """Two invented prompts, the same for all questions, so that servers' prefix caches hit."""
         return shipped_examples("instructions")
 
     def verify(self, answer: str, question: Question) -> Verdict:
@@ -125,7 +125,7 @@ def _hub_turns(row: Row) -> list[Row]:
     turns = []
     for n in (1, 2, 3):
         prompt, names, kwargs = (row[f"turn_{n}_{column}"] for column in ("prompt", "instruction_id_list", "kwargs"))
-        # A conversation of two turns has the word None in the third's place.
+        # In a conversation of two turns, the third is the word None.
         if prompt and prompt != "None":
             turn = {"prompt": json.loads(prompt)["content"], "instruction_id_list": json.loads(names)}
             turns.append(turn | {"kwargs": [json.loads(arguments) for arguments in json.loads(kwargs)]})

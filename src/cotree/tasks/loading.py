@@ -1,7 +1,7 @@
-"""Where a benchmark's rows come from: the hub, a file, or a folder of files.
+"""Load a benchmark's rows from the hub, a file, or a folder of files.
 
-Invariant: rows are plain dicts in the order of their origin, and no field is renamed here. A task reads the fields that
-it needs with `field_value`, which takes the names of the hub and of the local files.
+Invariant: rows are plain dicts in the source's order, without renamed fields. Tasks read fields with `field_value`,
+which accepts the hub's and the local files' names.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
 
 
 def packaged_text(name: str) -> str:
-    """The text of a file that lies beside this module."""
+    """Read a text file beside this module."""
     return files("cotree.tasks").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
 def packaged_yaml(name: str) -> Any:
-    """The content of a YAML file that lies beside this module."""
+    """Read a YAML file beside this module."""
     return yaml.safe_load(packaged_text(name))
 
 
@@ -39,8 +39,8 @@ def packaged_yaml(name: str) -> Any:
 class Source:
     """One published set of rows: its file name in a data folder, and its id on the hub.
 
-    size: rows of the full set, as published. configs: hub configurations, joined in this order; none: the only one.
-    split: the hub's split; None: all of them. id_prefix: a row without an id gets this and its number from 0.
+    size: number of rows as published. configs: hub configurations, concatenated; empty: the only one.
+    split: the hub's split; None: all. id_prefix: rows without an id get this plus their number from 0.
     """
 
     file: str
@@ -53,16 +53,16 @@ class Source:
 
 
 def load_rows(source: Source, data: str | Path | None = None) -> list[Row]:
-    """The rows of a source.
+    """Load the rows of a source.
 
     Args:
         source: which rows.
-        data: a JSONL, JSONL.gz or Parquet file; a folder that holds `source.file` (or its `.gz`) or a data set in the
-            hub's layout; a hub id. By default the folder that the environment variable COTREE_DATA names, where the
-            file is in it, and else the hub.
+        data: a JSONL, JSONL.gz or Parquet file; a folder with `source.file` (or its `.gz`) or a dataset in the hub's
+            layout; a hub id. By default the folder in the environment variable COTREE_DATA, if it has the file, else
+            the hub.
 
     Raises:
-        UsageError: nothing there, or not readable; one line that names the file, the hub id and COTREE_DATA.
+        UsageError: missing or unreadable; one line that names the file, the hub id and COTREE_DATA.
     """
     place = os.environ.get(DATA_VARIABLE) if data is None else data
     if place:
@@ -78,7 +78,7 @@ def load_rows(source: Source, data: str | Path | None = None) -> list[Row]:
 
 
 def field_value(row: Row, *names: str) -> Any:
-    """The value of the first of these fields that the row has; UsageError with the row's fields where it has none."""
+    """The value of the first of these fields that the row has; UsageError if it has none."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -87,21 +87,21 @@ def field_value(row: Row, *names: str) -> Any:
 
 
 def _data_hint(source: Source) -> str:
-    """A hint for error lines: the ways to say where the rows are."""
+    """A hint for error messages on how to give the rows' source."""
     other = f"a file, a folder or a hub id ({source.hub}) with --data, or data= in Python"
     return f"set {DATA_VARIABLE} to a folder with {source.file}, or name {other}"
 
 
 @cache
 def _load_hub_rows(source: Source, hub: str) -> list[Row]:
-    """The rows of a hub id, or of a folder in the hub's layout; UsageError for whatever goes wrong."""
+    """Load the rows of a hub id, or of a folder in the hub's layout; all errors become UsageErrors."""
     import huggingface_hub
     from datasets import get_dataset_config_names, load_dataset
 
     rows: list[Row] = []
     try:
         if not Path(hub).is_dir() and not huggingface_hub.is_offline_mode():
-            # One request first: without a network `datasets` itself retries for half a minute before it gives up.
+            # Check the connection first: without a network `datasets` would retry for half a minute.
             huggingface_hub.HfApi().dataset_info(hub, timeout=10)
         there = get_dataset_config_names(hub)
         configs = [name for name in source.configs if name in there] or there

@@ -1,7 +1,7 @@
-r"""Mathematical answers in one spelling: `\$1,204.`, `1\,204.0`, `1204 apples` and `\frac{2408}{2}` are all 1204.
+r"""Normalize mathematical answers: `\$1,204.`, `1\,204.0`, `1204 apples` and `\frac{2408}{2}` are all 1204.
 
-`normalize_answer` writes an answer in plain LaTeX with ASCII digits. `parse_number` reads what is one number and
-nothing else; anything more, such as `2\pi`, is for math-verify.
+`normalize_answer` converts an answer to plain LaTeX with ASCII digits. `parse_number` parses single numbers; anything
+else, such as `2\pi`, is left to math-verify.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fractions import Fraction
 from cotree.tasks.loading import packaged_yaml
 
 _SYMBOLS = str.maketrans(packaged_yaml("math_symbols.yaml"))
-# Fractions, powers and indices that are characters: `⅝`, `10⁻⁷`, `x₁`.
+# Unicode fractions, powers and indices: `⅝`, `10⁻⁷`, `x₁`.
 _FRACTION_SIGN = re.compile("[¼-¾⅐-⅞]")
 _RAISED = re.compile("(?P<power>[⁰¹²³⁴-⁹⁺⁻ⁿ]+)|(?P<index>[₀-₉]+)")
 # Digits of other scripts, such as Devanagari.
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
-# LaTeX's spaces are spaces, a negative one is none; `\\` ends a line, so its second half begins no command.
+# LaTeX spaces become spaces, negative ones nothing; the second half of `\\` starts no command.
 _SPACING = re.compile(r"(\\\\)|\\!\s*|\\(?:[ ,;:>]|q?quad|thinspace|enspace|hspace\*?\{[^{}]*\})|~")
 # Sizes, colours and weights.
 _LOOKS = re.compile(
@@ -36,7 +36,7 @@ _SCALES: dict[str, Fraction | int] = {
     **{part + end: Fraction(1, low) for part, low in _PARTS.items() for end in ("", "s")},
 }
 SCALE = "|".join(rf"{scale}(?![ ][A-Za-z])" if scale in _PARTS else scale for scale in _SCALES)
-# Words that are no unit: they change the value of the number before them, or say that the answer has more than one.
+# Words that are not units: they change the number's value, or say that there are several.
 _CHANGES_VALUE = (
     rf"(?<![\\A-Za-z])(?:(?<![A-Za-z][ ])(?:squared|cubed|factorial|pi|{SCALE})"
     r"|(?<!rounded )to(?! the nearest)|plus|minus|times (?:an?|one|two|three|four|five|six|seven|eight|nine|ten)"
@@ -52,7 +52,7 @@ _SPELLINGS = [
         (r"\\varnothing", r"\\emptyset "),
         (r"√(\[\d\])?\s*(\d+|[A-Za-z])", r"\\sqrt\1{\2}"),
         (r"(?:√(\[\d\])?\s*|(?<![A-Za-z\\])sqrt)\(([^()]*)\)", r"\\sqrt\1{\2}"),
-        # sympy takes a power with a decimal fraction for a rounded number.
+        # sympy treats a power with a decimal fraction as a rounded number.
         (r"\^(?:\{(-?\d*)\.(\d)\}|(\d*)\.(\d)(?!\d))", r"^{\\frac{\1\2\3\4}{10}}"),
         (r"\^\{(-?\d*)\.(\d\d)\}", r"^{\\frac{\1\2}{100}}"),
         (rf"{_WORD}pi\s*\}}", " pi"),
@@ -87,26 +87,26 @@ _UNIT_WORDS = re.compile(
 )
 _UNIT = r"(?:[mcdk]?m|[mk]?g|[md]?[lL]|in|ft|yd|mi|[mk]ph|s|sec|min|h|hrs?|lbs?|oz|k?(?:N|J|W|Pa|V|Hz)|mol|K|rpm|k?Ω)"
 _UNIT_POWER = rf"{_UNIT}(?:\^\{{?[0-9]\}}?)?"
-# A bare unit needs a space before it, else `2m` may be a product. What stands before it: a number, or one with roots.
+# A bare unit needs a space before it, else `2m` may be a product; before that a number, possibly with roots.
 _UNITS_AT_END = re.compile(
     rf"(?:(?<=[0-9A-Za-z}}]) {_UNIT_POWER}"
     rf"|(?<=[0-9A-Za-z}}]) ?\\(?:text|mathrm|textrm|mbox)\{{(?![^{{}}]*{_CHANGES_VALUE})[^{{}}]*\}}"
     r"(?:\^\{?[0-9]\}?)?)"
     rf"(?:/{_UNIT_POWER})?$"
 )
-# What makes of a number more than that, where a unit cannot: such a word, or a second number after words.
+# Text that makes an answer more than one number with a unit: such a word, or a second number after words.
 _MORE_THAN_A_NUMBER = re.compile(rf"{_CHANGES_VALUE}|[0-9}}]\\(?:text|mathrm|textrm|mbox)\{{[^{{}}]*\}}[ (]*[0-9]")
-# All that a number with roots, fractions and pi is made of.
+# The characters and commands of a number with roots, fractions and pi.
 _CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|cdot|times)(?![A-Za-z])|[0-9{}()^+*/., -]")
 
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)(?![A-Za-z])|[\s{}]")
-# One choice, and one with its text: `(B) 12`.
+# A choice, alone or with its text: `(B) 12`.
 _CHOICE = re.compile(r"(?:(?i:option|choice|answer):?)?\(?([A-Z])[.):]?")
 _CHOICE_AND_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])(?!.*\([A-Z]\))[^,;&].*", re.DOTALL)
 _WORDS_ONLY = re.compile(r"(?:[^\W\d_]{2,}[\d.,;:'-]*)+")
 
 _PLAIN = re.compile("[0-9]+")
-# A decimal fraction of so many places is taken for an approximation.
+# A decimal fraction with at least this many places counts as an approximation.
 _APPROXIMATE_PLACES = 3
 _NUMBER = re.compile(
     rf"(?:.*\\approx)?\s*(?P<sign>[+-]?)(?P<unsigned>.*?)(?: ?(?P<scale>{SCALE})(?: [A-Za-z ]+)?)?"
@@ -148,8 +148,8 @@ class Number:
 
 
 def normalize_answer(text: str) -> str:
-    """An answer in plain LaTeX with ASCII digits, without currency, sizing, needless spaces, a unit, or a final dot."""
-    if _PLAIN.fullmatch(text):  # most answers are such, and nothing below would change them
+    """Convert an answer to plain LaTeX with ASCII digits, without currency, sizing, extra spaces, unit or final dot."""
+    if _PLAIN.fullmatch(text):  # most answers need no change
         return text
     text = _FRACTION_SIGN.sub(_latex_fraction, _RAISED.sub(_latex_raised, text))
     text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
@@ -171,7 +171,7 @@ def normalize_answer(text: str) -> str:
 
 
 def parse_number(text: str) -> Number | None:
-    """The value of a normalized text that is one number, else None."""
+    """Parse a normalized text that is a single number, else None."""
     parts = _NUMBER.fullmatch(text)
     if parts is None or not any(sign.isdigit() for sign in parts["unsigned"][:60]):
         return None
@@ -197,12 +197,13 @@ def same_number(left: str, right: str) -> bool:
 
 
 def differ_in_words(left: str, right: str) -> bool:
-    r"""Whether words change the value of one only of two normalized answers, as of `5 or more` or `5\text{ feet }3`."""
+    r"""Whether words change the value of exactly one of two normalized answers, as in `5 or more` or
+    `5\text{ feet }3`."""
     return bool(_MORE_THAN_A_NUMBER.search(left)) != bool(_MORE_THAN_A_NUMBER.search(right))
 
 
 def same_words(left: str, right: str) -> bool:
-    r"""Whether two normalized answers are one choice, `A)` and `(A)`, or the same words, `\text{June 20}` and
+    r"""Whether two normalized answers are the same choice, `A)` and `(A)`, or the same words, `\text{June 20}` and
     `June 20`."""
     left, right = (_WRAPPERS.sub("", text) for text in (left, right))
     choices = _CHOICE.fullmatch(left), _CHOICE.fullmatch(right)
@@ -227,24 +228,24 @@ def _decimal(text: str) -> Fraction:
 
 
 def _mixed(whole: str | None, *digits: str | None) -> Fraction:
-    r"""Of `4 4/9`, `1\frac{1}{2}` or `\frac12`; of each pair of groups one has matched."""
+    r"""The value of `4 4/9`, `1\frac{1}{2}` or `\frac12`; one group of each pair has matched."""
     top, low = (int(each) for each in digits if each is not None)
     return int(whole or 0) + Fraction(top, low)
 
 
 def _scientific(decimal: str | None, *powers: str | None) -> Fraction:
-    r"""Of `3e8`, `3\times10^8` or `10^{-7}`."""
+    r"""The value of `3e8`, `3\times10^8` or `10^{-7}`."""
     power = next(int(each) for each in powers if each is not None)
     return _decimal(decimal or "1") * Fraction(10) ** power
 
 
 def _repeating(whole: str, fixed: str, *digits: str | None) -> Fraction:
-    r"""Of `33.\overline{3}` or `33.(3)`."""
+    r"""The value of `33.\overline{3}` or `33.(3)`."""
     again = next(each for each in digits if each)
     return _decimal(f"{whole}.{fixed}0") + Fraction(int(again), 10 ** len(fixed) * (10 ** len(again) - 1))
 
 
-# The forms of an unsigned number, each with what gives its value from the groups.
+# (pattern of an unsigned number, function from its groups to the value)
 _FORMS: list[tuple[re.Pattern[str], Callable[..., Fraction]]] = [
     (re.compile(rf"({_DECIMAL})"), _decimal),
     (re.compile(rf"({_DECIMAL})/({_DIGITS})"), lambda top, low: _decimal(top) / int(low)),

@@ -1,10 +1,10 @@
-r"""Whether an answer equals the gold one, as a number or as mathematics.
+r"""Verify mathematical answers: compare an answer with the gold, as numbers or with math-verify.
 
-A text that is one number is compared here, exactly and in some 10 µs (`math_text`); anything more, such as `2\pi`, is
-left to math-verify, which takes 10 ms (`math_worker`).
+Single numbers are compared here, exactly and in about 10 µs (`math_text`); anything else, such as `2\pi`, goes to
+math-verify, which takes 10 ms (`math_worker`).
 
-Invariant: a comparison is bounded in CPU time and memory and never fails the run, whatever the answer is. One that was
-stopped is tried once more and never remembered, and is undecided.
+Invariant: CPU time and memory of a comparison are bounded, and no answer can fail the run. A comparison stopped at a
+limit is retried once, not cached, and undecided.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from cotree.tasks.math_text import differ_in_words, normalize_answer, parse_numb
 from cotree.tasks.math_worker import CPU_SECONDS, LIMIT_BYTES, compare
 
 _NUMBER_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
-# `2,75` where the gold is a decimal fraction; with three places it is 2750 and no such number.
+# A decimal comma, as in `2,75`, if the gold is a decimal fraction; with three places it is a thousands separator.
 _DECIMAL_COMMA = re.compile(r"-?(?:0,[0-9]+|[0-9]+,(?:[0-9]{1,2}|[0-9]{4,}))")
-# `12'34'5` is no number; well-formed groups were read before.
+# Malformed digit groups such as `12'34'5`; well-formed ones were parsed before.
 _TORN_GROUPS = re.compile(r"-?[0-9]+(?:'[0-9]+)+")
-# Golds have up to a hundred characters; what is longer than this comes from a loop.
+# Golds have up to a hundred characters; longer answers come from loops.
 _MAX_CHARACTERS = 1000
-# What stands in the place of an answer that nobody can compare with: a word for none, or an object.
+# Golds that are placeholders and cannot be compared: a word for none, or an object.
 _NO_GOLD = re.compile(
     r"(?:\\text\{)?"
     r"(?:|pro(?:of|ve)\b.*|n/?a|none|null|nan|not applicable|no answer|see (?:the )?solution.*|[?.…—–-]+)\}?"
@@ -33,17 +33,17 @@ _STOPPED = f"not checked: stopped at {CPU_SECONDS:.0f} s of CPU time or {LIMIT_B
 
 
 class _StoppedError(Exception):
-    """A comparison that was stopped at a limit: an exception, because a cache keeps none."""
+    """A comparison was stopped at a limit; raised so that the cache does not store it."""
 
 
 def gold_problem(gold: str) -> str:
-    """Why no answer can be compared with a gold one; "" if it can."""
+    """Why a gold answer cannot be compared with; "" if it can."""
     gold = gold.strip()
     return f"the gold answer {gold[:40]!r} cannot be compared with" if _NO_GOLD.fullmatch(gold) else ""
 
 
 def check_math_answer(gold: str, answer: str) -> tuple[bool | None, str]:
-    """Whether an answer equals the gold one (None: not known), and why it was not compared ("" if it was).
+    """Whether an answer equals the gold (None: undecided), and the reason if it could not be compared, else "".
 
     Raises:
         CotreeError: no worker can be started.
@@ -58,7 +58,7 @@ def check_math_answer(gold: str, answer: str) -> tuple[bool | None, str]:
 
 @lru_cache(1 << 14)
 def compare_cached(gold: str, answer: str) -> tuple[bool, str]:
-    """As `check_math_answer`, but a comparison that was stopped raises, so that it is not kept."""
+    """As `check_math_answer`, cached; raises for a stopped comparison, so that it is not cached."""
     gold, answer = normalize_answer(gold), normalize_answer(answer)
     if answer.replace(", ", ",") == gold.replace(", ", ",") or same_words(gold, answer):
         return True, ""

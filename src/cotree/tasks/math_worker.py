@@ -1,13 +1,13 @@
-r"""Compare mathematical answers by math-verify in processes that can be killed. Both ends of the protocol are here.
+r"""Compare mathematical answers with math-verify in killable worker processes (client and server of the protocol).
 
-`compare` asks. The first call starts a server, a subprocess that loads math-verify once and forks a worker for each
-socket that it gets (`socket.send_fds` on its standard input). A worker takes JSON lines, `[gold, answer]`, and answers
-each with `true` or `false`. At a limit the kernel ends the worker, so that neither C code nor a number that fills the
-memory can delay it: the asking side then reads the end of the stream, and the next worker is forked in milliseconds.
-The limit is CPU time, so a verdict does not depend on what else the machine does; a long wall time stands behind it.
+`compare` is the client. The first call starts a server, a subprocess that imports math-verify once and forks a worker
+for each socket that it gets (`socket.send_fds` on its standard input). A worker reads JSON lines, `[gold, answer]`, and
+replies `true` or `false`. At a limit the kernel kills the worker, so that neither C code nor huge numbers can delay it:
+the client reads the end of the stream, and a new worker is forked in milliseconds. The limit is CPU time, so verdicts
+do not depend on machine load, plus a long wall-time limit.
 
-The server ends with the process that started it, and its workers with it. All of this works in threads, in notebooks
-and in scripts from stdin, and a forked child of the asking process starts a server of its own.
+The server ends with the process that started it, and the workers with the server. This works in threads, notebooks and
+scripts from stdin; a forked child of the client starts its own server.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _EXACT_PLACES = 12
 
 
 def compare(gold: str, answer: str) -> bool | None:
-    """Whether math-verify takes an answer for the gold; None when the comparison was stopped at a limit.
+    """Whether math-verify judges an answer equal to the gold; None if the comparison was stopped at a limit.
 
     Raises:
         CotreeError: the server does not start, or dies twice.
@@ -52,7 +52,7 @@ def compare(gold: str, answer: str) -> bool | None:
     for _ in range(2):
         with suppress(OSError):
             return _running_server().ask_worker(gold, answer)
-        # Somebody killed the processes, perhaps not all of them yet, whatever the answer is: once more.
+        # The processes were killed from outside: retry once.
         time.sleep(0.1)
     raise CotreeError("the math verifier died twice; is there enough memory?")
 
@@ -63,7 +63,7 @@ class _Server:
     def __init__(self) -> None:
         # The subprocess must find the same packages, also those that are only on this process's sys.path.
         path = os.pathsep.join([str(Path(cotree.__file__).parents[1]), *filter(None, sys.path)])
-        # -P: no file of the working directory, say a random.py, is imported instead of a library.
+        # -P: do not import files of the working directory, such as a random.py.
         command = [sys.executable, "-P", "-c", "from cotree.tasks.math_worker import serve; serve()"]
         self._control, server_end = socket.socketpair()
         with server_end:
@@ -71,18 +71,18 @@ class _Server:
             self.process = subprocess.Popen(command, stdin=server_end.fileno(), stdout=quiet, stderr=quiet, env=env)
         if not self._control.recv(1):
             raise CotreeError(f"the math verifier does not start; see what `{shlex.join(command)}` says")
-        # The sockets that nobody waits on; None in the place of a worker that is still to be forked.
+        # Sockets of idle workers; None for a worker that is not forked yet.
         self._idle: queue.LifoQueue[socket.socket | None] = queue.LifoQueue()
         for _ in range(usable_cores()):
             self._idle.put(None)
 
     def ask_worker(self, gold: str, answer: str) -> bool | None:
-        """Whether they are equal; None when the worker was stopped. OSError when it was lost with its server."""
+        """Whether they are equal; None if the worker was stopped. OSError if the server died."""
         worker, reply = self._idle.get(), b""
         try:
             worker = worker or self._fork_worker()
             worker.sendall(json.dumps([gold, answer]).encode() + b"\n")
-            # The worker sends its few bytes at once, so they arrive at once.
+            # A reply is a few bytes, so one recv gets all of it.
             reply = worker.recv(16)
         finally:
             # Without a reply the worker has ended, or this thread was interrupted and the reply may still come.
@@ -98,9 +98,9 @@ class _Server:
         return None
 
     def _fork_worker(self) -> socket.socket:
-        """A socket to a new worker."""
+        """Fork a worker; returns its socket."""
         own_end, worker_end = socket.socketpair()
-        own_end.settimeout(WALL_SECONDS + 10)  # of a worker that is not even ended at its limit
+        own_end.settimeout(WALL_SECONDS + 10)  # if even its limit does not end the worker
         with worker_end:
             socket.send_fds(self._control, [b"x"], [worker_end.fileno()])
         return own_end
@@ -111,7 +111,7 @@ _server: _Server | None = None
 
 
 def _running_server() -> _Server:
-    """The server of this process, started if there is none or it was killed."""
+    """The server of this process; starts it if there is none or it was killed."""
     global _server
     with _starting:
         if _server is None or _server.process.poll() is not None:
@@ -120,7 +120,7 @@ def _running_server() -> _Server:
 
 
 def _forget_server() -> None:
-    """In a forked child: it must not use its parent's sockets, whose copies close with the object."""
+    """After a fork: drop the parent's server, so that the child does not use its sockets."""
     global _starting, _server
     _starting, _server = threading.Lock(), None
 
@@ -129,18 +129,18 @@ os.register_at_fork(after_in_child=_forget_server)
 
 
 def serve() -> None:
-    """Run the server: fork a worker for each socket that comes through standard input, until that is closed."""
+    """Run the server: fork a worker for each socket received on standard input, until that is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Nobody waits for workers that have ended: the kernel takes them away.
+    # Let the kernel reap finished workers.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    # Without a handler the timers' signals end a worker, whatever it is doing.
+    # Default signal handlers, so that the timers' signals kill a worker in any state.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # A power tower or a factorial asks for all the memory there is.
+    # A power tower or a factorial could exhaust the memory.
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
-    # This loads the libraries, which all workers then have.
+    # Import the libraries before forking.
     math_equal("1", r"\frac{2}{2}")
     control = socket.socket(fileno=sys.stdin.fileno())
     control.sendall(b"1")
@@ -156,7 +156,7 @@ def serve() -> None:
 
 
 def _work(requests: socket.socket) -> None:
-    """Answer the lines of one socket until its other end is closed; ends the process at a limit."""
+    """Answer the lines of one socket until it is closed; the process dies at a limit."""
     for line in requests.makefile():
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
@@ -167,14 +167,14 @@ def _work(requests: socket.socket) -> None:
 
 
 def math_equal(gold: str, answer: str) -> bool:
-    """Whether a normalized answer equals the gold one: for math-verify, and to the last digit. False where it fails.
+    """Whether a normalized answer equals the gold by math-verify and to the last digit. False if math-verify fails.
 
     Raises:
         MemoryError: the comparison needs more than `LIMIT_BYTES`.
     """
     both_ways = (gold, answer), (answer, gold)
     if any(one.startswith("(") and other.startswith(r"\{") and "(" not in other for one, other in both_ways):
-        return False  # a set of numbers is no tuple, interval or point
+        return False  # a set of numbers is not a tuple, interval or point
     number = parse_number(gold)
     places = number.places if number is not None and number.approximate else None
     try:
@@ -187,9 +187,9 @@ def math_equal(gold: str, answer: str) -> bool:
 
 
 def _equal_readings(gold: Any, answer: Any, places: int | None) -> bool:
-    """Whether math-verify takes one reading of the answer for one of the gold, and their digits are equal.
+    """Whether one parse of the answer equals one of the gold by math-verify, with equal digits.
 
-    places: after the decimal point, where the gold is an approximation.
+    places: decimal places, if the gold is an approximation.
     """
     from math_verify import verify
 
@@ -204,10 +204,8 @@ def _equal_readings(gold: Any, answer: Any, places: int | None) -> bool:
 
 
 def _inequalities_as_set(answer: Any) -> Any:
-    """A list of inequalities as the set where all hold, x >= 0 and x < 9, or else any, x < 1 or x > 2; and |x| < 1.
-
-    Anything else as it is.
-    """
+    """Convert inequalities to a set: where all hold (x >= 0 and x < 9), or if none, where any holds (x < 1 or x > 2);
+    also |x| < 1. Other values are returned unchanged."""
     from sympy import Abs, Eq, FiniteSet, Intersection, Union
     from sympy.core.relational import Relational
 
@@ -223,8 +221,8 @@ def _inequalities_as_set(answer: Any) -> Any:
 
 
 def _equal_digits(gold: Any, answer: Any, places: int | None) -> bool:
-    """Whether two expressions without variables, which math-verify compares in 15 digits, are equal in 20, or to the
-    gold's decimal places where it is an approximation; True for anything else."""
+    """Whether two constant expressions agree in 20 digits (math-verify compares 15), or to the decimal places of an
+    approximate gold; True for anything else."""
     from sympy import Eq, Expr, Float, N
 
     gold, answer = (each.rhs if isinstance(each, Eq) and each.lhs.is_Symbol else each for each in (gold, answer))
@@ -241,7 +239,7 @@ def _equal_digits(gold: Any, answer: Any, places: int | None) -> bool:
 
 
 def _parse(text: str) -> list[Any]:
-    """The ways to read an answer, as sympy has it; its `i` is the imaginary unit."""
+    """Parse an answer to sympy expressions, all possible readings; `i` is the imaginary unit."""
     from math_verify import parse
     from sympy import Expr, I
 
@@ -254,5 +252,5 @@ def _parse(text: str) -> list[Any]:
     ]
 
 
-# Many answers to one question come one after another.
+# Cached, because many answers to the same question follow each other.
 _parse_gold = lru_cache(256)(_parse)

@@ -21,9 +21,9 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 
 
 class Mathematics(Benchmark):
-    """What these tasks have in common: the prompt, the fields of a row, the verifier.
+    """Base class of the mathematics tasks: prompt, row fields, verifier.
 
-    examples_section: that of `worked_examples.yaml` which has their worked examples.
+    examples_section: section of `worked_examples.yaml` with their worked examples.
     """
 
     examples_section = "competition"
@@ -38,7 +38,7 @@ class Mathematics(Benchmark):
         return str(field_value(row, "answer")).strip()
 
     def verify(self, answer: str, question: Question) -> Verdict:
-        """By math-verify. What it cannot compare in the time and memory that it gets is undecided."""
+        """Verify with math-verify; undecided if the comparison exceeds its time or memory limit."""
         correct, detail = check_math_answer(question.gold, answer)
         return Verdict.of(correct, answer, detail)
 

@@ -1,7 +1,7 @@
-"""A user's own task: a YAML file that names rows, fields, prompt, extractor and verifier, or a class in a Python file.
+"""Load a user's own task: a YAML file with rows, fields, prompt, extractor and verifier, or a class in a Python file.
 
-Invariant: a task that loads is complete; a fault in the file is one line that names the file and the key.
-`docs/tasks.md` has an example of each.
+Invariant: a loaded task is complete; an invalid file gives one error line with the file and the key. Examples are in
+`docs/tasks.md`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cotree.tasks.loading import Source, field_value
 from cotree.tasks.math_text import same_number
 from cotree.tasks.math_verdicts import check_math_answer, gold_problem
 
-# Each takes (gold, answer) and returns whether the answer is right (None: it could not be judged), and a detail.
+# verifier(gold, answer) -> (whether it is correct (None: undecided), detail)
 VERIFIERS: dict[str, Callable[[str, str], tuple[bool | None, str]]] = {
     "math": check_math_answer,
     "number": lambda gold, answer: (same_number(answer, gold), ""),
@@ -34,11 +34,11 @@ VERIFIERS: dict[str, Callable[[str, str], tuple[bool | None, str]]] = {
 class TaskFile(BaseModel):
     """The content of a task's YAML file; unknown keys are errors.
 
-    data: a file beside it, a folder or a hub id. fields: what the rows call the id, the question, the gold answer and
-    whatever else the prompt uses. prompt: each `{name}` in it stands for a field. extractor: `answer` as for the
-    shipped tasks, or `text` for all of the reply after its thinking and the answer tag. examples: solved questions for
-    the search prompt: `question` and whatever else the prompt shows, `sub_task`, `thinking`, `double_check`, `answer`,
-    and a `solution` in paragraphs.
+    data: a file beside it, a folder or a hub id. fields: the rows' field names of the id, the question, the gold answer
+    and other fields in the prompt. prompt: a template with `{name}` for a field. extractor: `answer` as in the shipped
+    tasks, or `text` for the whole reply after thinking and the answer tag. examples: solved questions for the search
+    prompt: `question` and other fields of the prompt, `sub_task`, `thinking`, `double_check`, `answer`, and a
+    `solution` in paragraphs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,10 +54,10 @@ class TaskFile(BaseModel):
 
 
 class YamlTask(Benchmark):
-    """The task of a YAML file. Its splits are 70, 10 and 20 of a hundred rows, by the hash of each row's id."""
+    """The task of a YAML file. Splits: 70% train, 10% dev, 20% test, by the hash of each row's id."""
 
     def __init__(self, path: Path, data: str | Path | None = None) -> None:
-        """data: other rows than those that the file names; as `loading.load_rows` takes them."""
+        """data: overrides the file's `data`; as in `loading.load_rows`."""
         self.file = _read_task_file(path)
         self.name, self.description = self.file.name, self.file.description
         self.prompt_version = f"{self.name}/{self.file.prompt_version}"
@@ -71,18 +71,18 @@ class YamlTask(Benchmark):
         super().__init__(place if data is None else data)
 
     def questions(self, split: Split | None = None, limit: int | None = None) -> list[Question]:
-        """The rows in their order; UsageError when a row lacks a field or there are fewer than `limit`."""
+        """The rows as questions, in order; UsageError if a row lacks a field or there are fewer than `limit`."""
         questions = [q for q in self._read_questions(self.source) if split in (None, split_of(q.id))]
         return self._first(questions, split, limit)
 
     def question(self, row: Row) -> Question:
-        """The question of a row, by the file's names of its fields."""
+        """Convert a row to a question, with the file's field names."""
         fields = {name: str(field_value(row, column)) for name, column in self.file.fields.items()}
         prompt = user_prompt(fill_prompt(self.file.prompt, fields))
         return Question(fields["id"], self.name, prompt, fields["gold"].strip())
 
     def verify(self, answer: str, question: Question) -> Verdict:
-        """By the file's verifier."""
+        """Verify with the file's verifier."""
         correct, detail = VERIFIERS[self.file.verifier](question.gold, answer)
         return Verdict.of(correct, answer, detail)
 
@@ -90,16 +90,16 @@ class YamlTask(Benchmark):
         return gold_problem(question.gold) if self.file.verifier == "math" else ""
 
     def worked_examples(self, question: Question) -> Sequence[WorkedExample]:
-        """The file's examples, asked by its prompt."""
+        """The file's examples, formatted by its prompt."""
         examples = (worked_example({"double_check": "", **fields}, self.file.prompt) for fields in self.file.examples)
         return without_question(examples, question)
 
 
 def load_own_task(name: str, data: str | Path | None) -> Task:
-    """The task that `task.yaml` or `file.py:Class` names. data: other rows than those that the file names.
+    """Load the task `task.yaml` or `file.py:Class`. data: overrides the file's `data`.
 
     Raises:
-        UsageError: the file is not there or does not hold a task.
+        UsageError: the file is missing or has no such task.
     """
     if name.endswith((".yaml", ".yml")):
         return YamlTask(Path(name), data)
@@ -116,7 +116,7 @@ def load_own_task(name: str, data: str | Path | None) -> Task:
 
 
 def _read_task_file(path: Path) -> TaskFile:
-    """The checked content of a task's YAML file; UsageError with the file and the key."""
+    """Read and validate a task's YAML file; UsageError with the file and the key."""
     try:
         file = TaskFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:

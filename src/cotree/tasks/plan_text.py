@@ -1,9 +1,9 @@
-"""Blocksworld in words: PlanBench's prompts from a problem, and a plan from whatever a model wrote.
+"""Blocksworld in text: render PlanBench's prompts from a problem, and extract plans from model output.
 
 The templates, the colours (`planbench.yaml`) and the order of facts are PlanBench's.
 
-Invariant: extraction takes time linear in a text's length and knows nothing of the problem, so a plan with an
-impossible action or an unknown block is still a plan, which the simulator refuses.
+Invariant: extraction takes linear time and does not use the problem, so a plan with an impossible action or an unknown
+block is extracted, and refused by the simulator.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ COLOUR_OF: dict[str, str] = dict(zip("abcdefghijkl", _PLANBENCH["colours"], stri
 _LETTER_OF = {colour: letter for letter, colour in COLOUR_OF.items()}
 _FACT = re.compile(r"the (\w+) block is (?:on top of the (\w+) block|on the table)")
 
-# An action in PDDL or in words, with what may stand before it in its line; groups: step number, verb, two blocks. A
-# block is a colour, a letter, "it", or "the ANYTHING block".
+# An action in PDDL or in words, with an optional line prefix; groups: step number, verb, two blocks. A block is a
+# colour, a letter, "it", or "the ANYTHING block".
 _BLOCK = (
     rf"(?:the[ \t]+)?(?:block[ \t]+)?((?:{'|'.join(_LETTER_OF)}|it|[a-l](?![ \t]+block))\b|(?<=the )\w++(?= block\b))"
     r"(?:[ \t]+block\b)?"
@@ -39,12 +39,12 @@ _VERBS = {"pick": "pick-up", "put": "put-down", "place": "put-down"}
 
 
 def plan_in_words(plan: Sequence[Action]) -> list[str]:
-    """A plan's actions (`("stack", "a", "b")`), or atoms in the same form, as PlanBench words them."""
+    """Render a plan's actions (`("stack", "a", "b")`), or atoms in the same form, in PlanBench's wording."""
     return [_PLANBENCH["sentences"][name].format(*(COLOUR_OF[block] for block in blocks)) for name, *blocks in plan]
 
 
 def facts_in_words(atoms: Sequence[str]) -> str:
-    """Atoms (`on a b`) as one enumeration, "..., ... and ..."."""
+    """Render atoms (`on a b`) as one enumeration, "..., ... and ..."."""
     *most, last = plan_in_words([tuple(atom.split()) for atom in atoms])
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -56,37 +56,37 @@ def zero_shot(problem: Problem) -> str:
 
 
 def one_shot(problem: Problem, example: Problem, plan: Sequence[Action]) -> str:
-    """PlanBench's one-shot prompt: `example` and its `plan`, then the problem; the model writes on after `[PLAN]`."""
+    """PlanBench's one-shot prompt: `example` and its `plan`, then the problem; the model continues after `[PLAN]`."""
     request, steps = "My plan is as follows:\n\n[PLAN]\n", "\n".join(plan_in_words(plan))
     solved = f"{_statement(example)}{request}{steps}\n[PLAN END]\n\n"
     return f"{_PLANBENCH['rules']}\n{solved}{_statement(problem)}{request}".rstrip("\n")
 
 
 def _statement(problem: Problem) -> str:
-    """The first state and the goal in words."""
+    """The initial state and the goal in words."""
     init, goal = facts_in_words(problem.init_atoms()), facts_in_words(problem.goal_atoms())
     return f"[STATEMENT]\nAs initial conditions I have that, {init}.\nMy goal is to have that {goal}.\n\n"
 
 
 def parse_problem(prompt: str) -> Problem:
-    """The problem that a PlanBench prompt ends with."""
+    """Parse the problem at the end of a PlanBench prompt."""
     init, _, goal = prompt.rpartition("[STATEMENT]")[2].partition("My goal")
     return Problem(_parse_facts(init), _parse_facts(goal))
 
 
 def _parse_facts(facts: str) -> dict[str, str]:
-    """What each block stands on, for the blocks of which these facts say it."""
+    """{block: what it stands on}, as far as these facts tell."""
     found = {_LETTER_OF[block]: _LETTER_OF[under] if under else TABLE for block, under in _FACT.findall(facts)}
     return dict(sorted(found.items()))
 
 
 def extract_plan(completion: str, finish_reason: str = "stop") -> list[Action] | None:
-    """The plan of a completion, or None where it has none.
+    """Extract the plan of a completion, or None.
 
-    What counts is the text after thinking and after the answer tag, up to the first `[PLAN END]`. Actions stand at the
-    beginning of a line (after a number, a bullet, "Step 1:" ...) or right after another one, in PDDL or in words. Of
-    several lists the last one is the plan: a list begins where numbers start again or a heading ("Final plan:") stands.
-    A completion cut by its token limit has a plan only if `[PLAN END]` closed it.
+    Reads the text after thinking and the answer tag, up to the first `[PLAN END]`. Actions are at the start of a line
+    (after a number, a bullet, "Step 1:" ...) or right after another action, in PDDL or in words. The last of several
+    lists is the plan; a list starts where numbering restarts or at a heading ("Final plan:"). A completion cut by its
+    token limit has a plan only if `[PLAN END]` closed it.
     """
     # Looking for the tag by a pattern takes a fifth of a verdict's time, and most texts have none.
     text = visible_text(completion) if ANSWER_TAG in completion else after_thinking(completion) or ""

@@ -1,7 +1,7 @@
-"""Blocksworld with four actions: a simulator that says why a plan fails, an optimal solver, and random problems.
+"""Blocksworld with four actions: a simulator that explains why a plan fails, an optimal solver, and random problems.
 
-Simulator and solver follow PlanBench's `blocksworld-4ops` domain to the letter: pick-up and put-down take one block,
-stack and unstack two, the hand holds one block, and the goal must hold at the end of the plan.
+Simulator and solver follow PlanBench's `blocksworld-4ops` domain exactly: pick-up and put-down take one block, stack
+and unstack two, the hand holds one block, and the goal must hold at the end of the plan.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ CanonicalForm = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A planning problem. below: what each block stands on at first, a block or TABLE. goal: the same for the end.
+    """A planning problem. below: {block: the block below it or TABLE} initially. goal: the same at the end.
 
-    The goal may leave blocks out, which may then stand anywhere.
+    Blocks that are not in the goal may stand anywhere.
     """
 
     below: Mapping[str, str]
     goal: Mapping[str, str]
 
     def init_atoms(self) -> list[str]:
-        """The first state in full, in PlanBench's order (sorted)."""
+        """The full initial state, in PlanBench's order (sorted)."""
         clear = [f"clear {block}" for block in self.below if block not in self.below.values()]
         return sorted([*clear, "handempty", *_support_atoms(self.below)])
 
@@ -76,7 +76,7 @@ def plan_error(problem: Problem, plan: Sequence[Action]) -> str | None:
 
 
 def optimal_plan(problem: Problem) -> list[Action]:
-    """A shortest plan, always the same one, by A* with `_min_steps`; UsageError for a goal that no state fulfils."""
+    """A shortest plan (deterministic), by A* with `_min_steps`; UsageError for an unreachable goal."""
     blocks = sorted(problem.below)
     start = tuple(problem.below[block] for block in blocks)
     done: set[tuple[str, ...]] = set()
@@ -91,7 +91,7 @@ def optimal_plan(problem: Problem) -> list[Action]:
         for action, following in _successors(blocks, state):
             if following not in done:
                 bound = len(plan) + 1 + _min_steps(blocks, following, problem.goal)
-                # Among equal bounds the longest plan comes first, so that the search runs straight to the goal.
+                # Break ties by the longest plan, so that the search goes straight to the goal.
                 heappush(queue, (bound, -len(plan), following, (*plan, action)))
     raise UsageError(f"blocksworld goal cannot be reached: {', '.join(problem.goal_atoms())}")
 
@@ -112,10 +112,11 @@ def _successors(blocks: list[str], state: tuple[str, ...]) -> Iterator[tuple[Act
 
 
 def _min_steps(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str]) -> int:
-    """A lower bound of the actions still needed. It falls by at most one a step, so A* need not visit a state twice.
+    """A lower bound of the remaining actions. It is consistent (falls by at most one per step), so A* visits no state
+    twice.
 
-    A block must move (two actions) if it stands where the goal does not want it, where the goal wants another, or above
-    one that must move; a held block must be set down (one action).
+    A block must move (two actions) if it is in a wrong place, in the place of another block, or above one that must
+    move; a held block must be put down (one action).
     """
     below = dict(zip(blocks, state, strict=True))
     wanted_on = {under: block for block, under in goal.items() if under}
@@ -132,7 +133,7 @@ def _min_steps(blocks: list[str], state: tuple[str, ...], goal: Mapping[str, str
 
 
 def canonical_form(problem: Problem) -> CanonicalForm:
-    """The problem without its blocks' names: equal for two problems exactly if renaming blocks makes them the same.
+    """A form independent of block names: equal for two problems exactly if a renaming of blocks makes them equal.
 
     Blocks are linked to what they stand on, now and in the goal, and to what stands on them: at most four neighbours,
     each of another kind, so a walk from one block numbers its connected component in exactly one way. Each component
@@ -168,9 +169,9 @@ def random_state(rng: random.Random, blocks: Sequence[str]) -> dict[str, str]:
 
 
 def random_problem(rng: random.Random, blocks: Sequence[str], complete_goal: bool) -> Problem:
-    """A uniform first state, and as its goal a second uniform state that does not hold yet.
+    """A problem with a uniformly random initial state, and another uniformly random state as its goal.
 
-    complete_goal: the goal says of every block where it stands; else, as in PlanBench, only what stands on what.
+    complete_goal: the goal places every block; else, as in PlanBench, it has no facts about the table.
     """
     while True:
         below, end = random_state(rng, blocks), random_state(rng, blocks)

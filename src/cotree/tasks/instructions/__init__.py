@@ -1,8 +1,7 @@
-"""Instruction following: which of a question's verifiable instructions a response follows.
+"""Instruction following: check which of a question's verifiable instructions a response follows.
 
-A verdict depends on the response and the instruction alone. Strict judges the response as it is; loose accepts any of
-IFEval's eight variants of it (without its first line, its last, both; each also without `*`). A completion without an
-answer follows nothing.
+Strict judges the response as it is; loose accepts any of IFEval's eight variants of it (without its first line, its
+last, both; each also without `*`). A completion without an answer follows nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ GROUPS = ("IF(Zh)", "IF(En)", "IF(Other)")
 
 @dataclass(frozen=True, slots=True)
 class InstructionResults:
-    """Which instructions of one turn a response follows, in the question's order.
+    """The results of a turn's instructions for a response, in the question's order.
 
     group: one of `GROUPS`. turn: from 1. answered: whether the completion has an answer.
     """
@@ -36,7 +35,7 @@ class InstructionResults:
 
 
 def follows_strictly(instruction: str, arguments: Mapping[str, Any], response: str) -> bool:
-    """Whether the response as it is follows an instruction; an empty one follows none."""
+    """Whether the unchanged response follows an instruction; an empty one follows none."""
     return bool(response.strip() and CHECKERS[instruction](response, **arguments))
 
 
@@ -49,7 +48,7 @@ def follows_loosely(instruction: str, arguments: Mapping[str, Any], response: st
 
 
 def instruction_results(question: Question, completion: str, finish_reason: str = "stop") -> InstructionResults:
-    """Check every instruction of the question's present turn, as `ifeval.instruction_spec` wrote them to its `spec`."""
+    """Check every instruction of the question's current turn (in its `spec`, from `ifeval.instruction_spec`)."""
     instructions = question.spec["instructions"]
     response = free_text_answer(completion, finish_reason) or ""
     return InstructionResults(

@@ -1,12 +1,11 @@
-"""The checkers of verifiable instructions: one table, filled by the functions below and by `patterns.yaml`.
+"""The checkers of verifiable instructions: a registry filled by the functions below and by `patterns.yaml`.
 
 Semantics are those of google-research's instruction_following_eval (Apache-2.0), with Multi-IF's and M-IFEval's
 additions. Keywords are literal text, never patterns; lines end at newlines only. A word occurs where no letter touches
 it; in scripts without spaces between words (Chinese, Japanese, Thai) it occurs wherever its characters do.
 
-Invariant: a checker is `(response, **arguments) -> bool`; it is pure, raises for no text, and takes time nearly linear
-in the text's length. An instruction's id is `family:name` (IFEval, Multi-IF), or that with a locale before it
-(`fr:family:name`, M-IFEval).
+Invariant: a checker is `(response, **arguments) -> bool`; it is pure, raises for no text, and takes nearly linear time.
+An instruction's id is `family:name` (IFEval, Multi-IF), with an optional locale in front (`fr:family:name`, M-IFEval).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from cotree.base.errors import UsageError
 from cotree.tasks.instructions.languages import CHARACTER_SCRIPTS, WORD_CHARACTER, detect_language, sentences, words
 from cotree.tasks.loading import packaged_yaml
 
-Checker = Callable[..., int]  # whether a response follows, or a count
+Checker = Callable[..., int]  # returns whether a response follows, or a count
 LOCALES = ("", "en", "es", "fr", "ja")
 CHECKERS: dict[str, Checker] = {}
 
@@ -52,7 +51,7 @@ _TOKEN = regex.compile(r"[^\s()\[\]{}<>\"“”«»„`*;:,@#$%&?!¿¡…'’]+(
 
 
 def check_arguments(instruction: str, arguments: Mapping[str, Any]) -> None:
-    """Try an instruction's checker on an empty text; UsageError if there is none or it does not take the arguments."""
+    """Run an instruction's checker on an empty text; UsageError if it does not exist or rejects the arguments."""
     if instruction not in CHECKERS:
         near = difflib.get_close_matches(instruction, CHECKERS, n=1, cutoff=0.0)
         raise UsageError(f"unknown instruction `{instruction}`; the nearest known is `{near[0]}`")
@@ -67,15 +66,15 @@ def checks(
 ) -> Callable[[Checker], Checker]:
     """Register the decorated function as the checker of an instruction.
 
-    It takes the response, the instruction's arguments by name, and `locale` if it depends on that.
+    It takes the response, the instruction's arguments by name, and optionally `locale`.
 
     Args:
         name: the instruction's id without a locale.
-        locales: those in which the function checks it, all by default.
-        number: for an instruction about how many of something there are: the argument with the number. The function
-            then returns the count, without this argument and the next.
-        relation: the argument that says how the count compares to the number: "at least", "less than", ...
-        default: the relation where no argument says it.
+        locales: supported locales, all by default.
+        number: for an instruction about a count, the argument with the number; the function then returns the count and
+            does not take this argument and the next.
+        relation: the argument with the comparison: "at least", "less than", ...
+        default: the relation if the argument is missing.
     """
 
     def register(function: Checker) -> Checker:
@@ -91,7 +90,7 @@ def checks(
 
 
 def _count_checker(count: Checker, number: str, relation: str, default: str) -> Checker:
-    """A checker from a function that counts; the arguments `number` and `relation` say how many are asked for."""
+    """Make a checker from a counting function; compares the count by the arguments `number` and `relation`."""
 
     def checker(response: str, **arguments: Any) -> bool:
         threshold, wanted = arguments.pop(number), arguments.pop(relation, default)
@@ -207,7 +206,7 @@ def _has_postscript(response: str, *, postscript_marker: str) -> bool:
 
 # How a response is laid out: lengths, paragraphs, sections, titles, JSON.
 def _without_list_marks(text: str, locale: str) -> str:
-    """The text in which words and sentences are counted: M-IFEval leaves the marks of Spanish lists out."""
+    """The text for counts of words and sentences: M-IFEval removes the markers of Spanish lists."""
     return _LIST_MARK.sub("", text) if locale == "es" else text
 
 
@@ -236,9 +235,9 @@ def _two_responses(response: str) -> bool:
 
 
 def _parts_between(response: str, mark: str, n: int) -> list[str] | None:
-    """The parts of a response between marks, None if there are not n or an inner one is empty.
+    """Split a response at marks; None if there are not n parts or an inner one is empty.
 
-    An empty text before the first mark or after the last is no part.
+    Ignores an empty text before the first mark or after the last.
     """
     parts = [part.strip() for part in response.split(mark)]
     filled = [part for part in parts if part]

@@ -1,6 +1,6 @@
-"""Words, sentences and the language of a text, in the scripts that the benchmarks use.
+"""Split text into words and sentences, and detect its language, in the scripts of the benchmarks.
 
-Invariant: nothing here depends on chance or the network.
+Invariant: deterministic and offline.
 
 A word is a run of letters, digits and their combining marks; each Han or kana character is one, as Multi-IF counts
 them. Sentences are split by Punkt with the language's model where a period is ambiguous, at the script's own marks
@@ -32,7 +32,7 @@ _SENTENCE = {
 }
 _PUNKT_MODELS = {"de": "german", "es": "spanish", "fr": "french", "it": "italian", "pt": "portuguese", "ru": "russian"}
 _HAS_WORD = regex.compile(r"[\p{L}\p{N}]")
-# Characters given to langdetect, which itself reads the first 10,000 once addresses are taken out.
+# Characters given to langdetect, which itself reads the first 10,000 after removing addresses.
 _MAX_DETECTED = 30_000
 
 
@@ -42,7 +42,7 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str, language: str = "") -> list[str]:
-    """The sentences of a text in a language, which is found by script and then by detection if it is not given."""
+    """The sentences of a text in a language; by default detected by script, then by langdetect."""
     language = language or _script(text) or detect_language(text) or "en"
     if language == "hi":
         # Few texts write Hindi with periods, and those do so throughout.
@@ -54,7 +54,7 @@ def sentences(text: str, language: str = "") -> list[str]:
 
 
 def _script(text: str) -> str:
-    """The script of most letters, as a name that `sentences` takes; "" where it does not decide how sentences end."""
+    """The majority script, as a language name for `sentences`; "" if the script does not decide how sentences end."""
     counts = Counter(str(match.lastgroup) for match in _SCRIPTS.finditer(text[:_MAX_DETECTED]))
     script = max(counts, key=counts.__getitem__, default="rest")
     return "" if script == "rest" else script
@@ -71,7 +71,7 @@ def _punkt(model: str) -> Any:
 def _detector() -> Any:
     from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
 
-    # Not the package's global factory: that one is seeded by chance, and other threads may read it half filled.
+    # Not the package's global factory, which is randomly seeded and not thread-safe while loading.
     factory = DetectorFactory()
     factory.load_profile(PROFILES_DIRECTORY)
     factory.seed = 0
@@ -80,7 +80,7 @@ def _detector() -> Any:
 
 @lru_cache(maxsize=64)
 def detect_language(text: str) -> str | None:
-    """The language code of a text by langdetect (`en`, `zh-cn`), always the same one; None where it finds none."""
+    """The language code of a text by langdetect (`en`, `zh-cn`), deterministic; None if it finds none."""
     if not _HAS_WORD.search(text):
         return None
     from langdetect.lang_detect_exception import LangDetectException
