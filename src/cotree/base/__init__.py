@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, files that a kill cannot tear, rows, progress, statistics."""
+"""Shared foundations: errors, atomic files, rows, progress, statistics, settings, run folders."""

@@ -1,9 +1,8 @@
-"""Files and folders that are written whole or not at all, and one-line errors where they cannot be written.
+"""Atomic writes of files and folders, checksum files, and one-line errors for failed writes.
 
-Invariant: what stands at a path is complete: it was made beside its place, held by the disk, and renamed. What a disk
-damages later is found where a file of sums was written (`write_sums`). Processes that write the same path at once, on
-whatever machines, do not disturb each other; drafts that a killed process of this machine left behind are removed by
-the next write of that path.
+Invariant: content at a path is complete: it is written to a draft beside it, synced, and renamed. Later damage is
+detected if there is a checksum file (`write_sums`). Concurrent writers of a path, also on other machines, do not
+interfere; drafts of processes killed on this machine are removed by the next write.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def atomic_draft(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
     Replaces a file (or an empty folder) at `path`.
 
     Args:
-        remedy: how the user chooses another place, for the error message.
+        remedy: advice on choosing another path, for the error message.
 
     Raises:
         UsageError: a part of the path is a file.
@@ -52,25 +51,25 @@ def atomic_draft(path: Path, remedy: str = _REMEDY) -> Iterator[Path]:
             draft.replace(path)
             sync(path.parent)
     finally:
-        with suppress(OSError):  # a file system that takes no draft may refuse this, too
+        with suppress(OSError):  # the file system may refuse this too
             remove(draft)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with atomic_draft(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def sync(*paths: Path) -> None:
-    """Wait until the disk holds the content of these files, and the names in these folders."""
+    """fsync files and folders."""
     for path in paths:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems of networks sync no folder
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some network file systems cannot sync folders
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -79,15 +78,15 @@ def sync(*paths: Path) -> None:
 
 
 def sums_of(path: Path) -> Path:
-    """The place of the sums of a file (beside it) or of a folder (in it)."""
+    """The path of the checksum file of a file (beside it) or of a folder (in it)."""
     return path / _SUMS if path.is_dir() else path.with_name(f"{path.name}.{_SUMS}")
 
 
 def write_sums(sums: Path, paths: Iterable[Path]) -> None:
-    """Write size and sha256 of files to a JSON file, whole or not at all, once the disk holds these files.
+    """Sync files, then write their sizes and SHA-256 to a JSON checksum file atomically.
 
     Args:
-        sums: the JSON file, in a folder that has all the others in it or below.
+        sums: the JSON file, in a folder that contains all the others.
         paths: the files; folders among them are only synced.
     """
     paths = sorted(paths)
@@ -97,9 +96,9 @@ def write_sums(sums: Path, paths: Iterable[Path]) -> None:
 
 
 def damage(sums: Path) -> str | None:
-    """What is not as it was when `write_sums` wrote its file: "x.pt has 3 bytes, not 800"; None if nothing is.
+    """Check files against their checksum file: "x.pt has 3 bytes, not 800", or None if intact.
 
-    The files are read anew, because a bit that flips on a disk changes neither size nor mtime.
+    Reads the files each time, because a flipped bit on a disk changes neither size nor mtime.
     """
     try:
         for name, (size, sha256) in json.loads(sums.read_text(encoding="utf-8")).items():
@@ -114,19 +113,19 @@ def damage(sums: Path) -> str | None:
 
 
 def content_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
+    """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def data_sha256(content: Any) -> str:
-    """The sha256 of plain data as JSON with sorted keys, in hex."""
+    """SHA-256 of plain data as JSON with sorted keys, in hex."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def explain_write_errors(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
-    """Turn a failure to write `path` in the block into a one-line UsageError or CotreeError, as in `atomic_draft`."""
+    """Convert a failed write of `path` in the block to a one-line UsageError or CotreeError, as in `atomic_draft`."""
     try:
         yield
     except Exception as error:
@@ -134,7 +133,7 @@ def explain_write_errors(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
             raise
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise UsageError(f"cannot write {path}: a part of its path is a file, no folder; {remedy}") from error
-        # What safetensors raises has no errno.
+        # Errors of safetensors have no errno.
         reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = f"free some space, or {remedy}, and run the same command again"
         raise CotreeError(f"cannot write {path}: {reason}; {fix}") from error
@@ -145,13 +144,13 @@ def _is_running(process: str) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except (ValueError, OverflowError, PermissionError):  # no draft of ours, or somebody else's process
+    except (ValueError, OverflowError, PermissionError):  # not our draft, or another user's process
         pass
     return True
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all its content; nothing where there is none."""
+    """Delete a file or a folder with its content, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,11 +1,11 @@
-"""What kind of file system a path is on, as Linux says it: SQLite's WAL and file locks need one of this machine."""
+"""Detect network file systems on Linux, where SQLite's WAL and file locks are not safe."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Those of several machines, among them what FUSE mounts; SQLite's shared memory is that of one machine only.
+# File systems that several machines may share, FUSE included; SQLite's shared memory works on one machine only.
 _SHARED = {
     "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "smbfs", "ceph", "beegfs", "beegfs_nodev", "glusterfs", "afs",
     "orangefs", "pvfs2", "panfs", "wekafs", "9p", "fuse.sshfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.glusterfs",
@@ -16,22 +16,20 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def shared_file_system(path: Path) -> str:
-    """The kind of the file system that a path is (or will be) on, if several machines may share it; else "".
-
-    "" as well where the system does not say.
-    """
+    """The type of a path's file system if several machines may share it; "" if not, or if unknown. The path need not
+    exist."""
     kind, _ = _mount_of(path)
     return kind if kind in _SHARED else ""
 
 
 def one_machine_locks(path: Path) -> str:
-    """The mount option by which `flock` at a path is not seen on other machines, "" where there is none."""
+    """The mount option that makes `flock` at a path local to this machine, or ""."""
     kind, options = _mount_of(path)
     return next(iter(sorted(_LOCAL_LOCKS & options)), "") if kind in _SHARED else ""
 
 
 def _mount_of(path: Path) -> tuple[str, set[str]]:
-    """Type and options of the mount that a path is below."""
+    """Type and options of a path's mount."""
     try:
         lines = _MOUNTS.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -39,9 +37,9 @@ def _mount_of(path: Path) -> tuple[str, set[str]]:
     place, found, depth = os.path.realpath(path), ("", set[str]()), -1
     for line in lines:
         before, _, after = line.partition(" - ")
-        point = before.split(" ")[4].encode().decode("unicode_escape")  # a space is written \040
+        point = before.split(" ")[4].encode().decode("unicode_escape")  # a space is \040
         kind, _, super_options = after.split(" ", 2)
         above = place == point or place.startswith(point.rstrip("/") + "/")
-        if above and len(point) >= depth:  # of two at one point the later one is on top
+        if above and len(point) >= depth:  # of two at the same point the later one is on top
             found, depth = (kind, {*before.split(" ")[5].split(","), *super_options.split(",")}), len(point)
     return found

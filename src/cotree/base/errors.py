@@ -1,7 +1,7 @@
-"""The errors that a user can cause or has to act on.
+"""Errors that a user can cause or must act on.
 
-Each has a message of one line that names the fault and the fix, and the command line turns it into its exit code. Any
-other exception that escapes is a bug of cotree and shows its traceback.
+Each has a one-line message with the fault and the fix, and an exit code for the command line. Any other exception is a
+bug of cotree and shows its traceback.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 
 
 class CotreeError(Exception):
-    """Work failed after it had started (exit code 1): a server died, the disk is full, training cannot go on."""
+    """Work failed after it started (exit code 1): a server died, the disk is full, training cannot continue."""
 
     exit_code = 1
 
 
 class RefusedError(CotreeError):
-    """A model's server refuses a request for what is in it, a prompt that is too long for example.
+    """A model's server refuses a request because of its content, for example a prompt that is too long.
 
-    words: the server's own.
+    words: the server's message.
     """
 
     def __init__(self, message: str, words: str) -> None:
@@ -28,7 +28,7 @@ class RefusedError(CotreeError):
 
 
 class UsageError(CotreeError):
-    """Bad input, found before any work started (exit code 2): nothing was called, written or lost."""
+    """Bad input, found before any work started (exit code 2): nothing was requested, written or lost."""
 
     exit_code = 2
 
@@ -39,9 +39,9 @@ class NotFoundError(UsageError):
 
 @contextmanager
 def first_cotree_error() -> Iterator[None]:
-    """Replace an ExceptionGroup, which concurrent tasks raise together, by the first CotreeError in it.
+    """Replace an ExceptionGroup raised in the block by the first CotreeError in it.
 
-    A group without one is raised as it is.
+    A group without one is re-raised.
     """
     try:
         yield

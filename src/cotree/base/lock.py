@@ -1,4 +1,4 @@
-"""One process at a time works in a folder; another one is refused in a line before it has done anything."""
+"""Lock a folder for one process; others are refused with a one-line error before they do anything."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cotree.base.errors import UsageError
 
 @contextmanager
 def locked(path: Path, mode: int = fcntl.LOCK_EX, *, other: str = "choose another name=") -> Iterator[None]:
-    """Have a folder for oneself, or share it with others that change nothing (`fcntl.LOCK_SH`).
+    """Lock a folder exclusively, or share it with other readers (`fcntl.LOCK_SH`).
 
-    To share a folder, which may be one that cannot be written, nothing is made in it.
+    A shared lock creates no file, because the folder may be read-only.
 
     Args:
-        other: how the user takes another folder, for errors.
+        other: advice on using another folder, for errors.
 
     Raises:
-        UsageError: another process works in it, or its file system has no locks.
-        CotreeError: it cannot be made.
+        UsageError: another process has locked it, or its file system has no locks.
+        CotreeError: the folder cannot be created.
     """
     place, shared = path / ".lock", mode == fcntl.LOCK_SH
-    if shared and not place.exists():  # nothing that locks has worked in it
+    if shared and not place.exists():  # never locked by a writer
         yield
         return
     with explain_write_errors(path):
@@ -42,7 +42,7 @@ def locked(path: Path, mode: int = fcntl.LOCK_EX, *, other: str = "choose anothe
         except BlockingIOError:
             raise UsageError(f"another cotree works in {path}; wait for it, or {other}") from None
         except OSError as error:
-            if not shared:  # who only reads goes on, as at a place that nothing has locked
+            if not shared:  # readers continue without a lock
                 why = f"the file system of {path} has no file locks ({error.strerror or error})"
                 raise UsageError(f"{why}, so two could write there at once; use a folder on a local disk") from None
         yield

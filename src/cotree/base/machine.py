@@ -1,4 +1,4 @@
-"""This machine and what is installed on it: the cores that a process may use, for tables the processor and versions."""
+"""Properties of this machine: usable cores, peak memory, processor class, and installed versions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PACKAGES = ("cotree", "torch", "transformers", "xllamacpp", "aiohttp", "trl")
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: fewer than the machine has under Slurm, a container or `taskset`."""
+    """The number of cores that this process may use, which Slurm, containers and `taskset` limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had since `forget_peak`, in bytes; 0 where there is no /proc.
+    """Peak memory of this process in bytes since `forget_peak`; 0 without /proc.
 
-    `ru_maxrss` would not do: it begins with what the parent had when this process started.
+    Not `ru_maxrss`, which starts with the parent's memory at fork.
     """
     with suppress(OSError):
         status = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
@@ -31,13 +31,13 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Begin to measure `peak_bytes` anew, where the system allows it."""
+    """Reset `peak_bytes`, if the system allows it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "utf-8")
 
 
 def machine_class() -> dict[str, Any]:
-    """The class of this machine, for tables: nothing that names it."""
+    """This machine's class for tables (processor, cores, memory), without identifying it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
     return {"cpu": _cpu(), "cores": usable_cores(), "memory_gb": round(memory, 1)}
 
@@ -50,7 +50,7 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, of cotree and of the packages that decide its numbers, and the commit of its checkout."""
+    """Versions of Python, cotree and the packages that affect its numbers, and the commit of cotree's checkout."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -61,10 +61,10 @@ def versions() -> dict[str, str]:
 
 
 def _git() -> str:
-    """The commit of cotree's own checkout, "" where it is none."""
+    """The commit of cotree's checkout, or ""."""
     here = Path(__file__).resolve().parent
     if not (here.parents[2] / "pyproject.toml").is_file():
-        return ""  # installed: the repository around it, if any, is the user's
+        return ""  # installed: any surrounding repository is the user's
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     with suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=False).stdout.strip()

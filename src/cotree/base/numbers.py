@@ -1,4 +1,4 @@
-"""Numbers as tables, pages and the terminal show them: percents for fractions, a dash for a number that is absent."""
+"""Format numbers for tables, pages and the terminal: fractions in percent, a dash for None."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ABSENT = "–"
 
 
 def percent(fraction: float | None) -> str:
-    """0.7417 -> "74.2", without the sign, which stands in the column's head."""
+    """0.7417 -> "74.2", without the percent sign, which is in the column head."""
     return ABSENT if fraction is None else f"{100 * fraction:.1f}"
 
 
@@ -26,7 +26,7 @@ def paper_form(accuracy: float, no_answer: float) -> str:
 
 
 def group_name(task: str, group: str, turn: int) -> str:
-    """Which instructions a score is about: "multi_if IF(En), turn 2"; without the turn for turn 0, the mean of all."""
+    """The name of an instruction group: "multi_if IF(En), turn 2"; without the turn for 0, the mean over turns."""
     return f"{task} {group}" + (f", turn {turn}" if turn else "")
 
 
@@ -55,7 +55,7 @@ def duration(seconds: float | None) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
-    """A plot of a series in one line of at most `width` characters, scaled from its least to its greatest: "▁▄▆█"."""
+    """A one-line plot of a series in at most `width` characters, scaled from minimum to maximum: "▁▄▆█"."""
     each = math.ceil(len(values) / width)
     means = [fmean(values[at : at + each]) for at in range(0, len(values), each)]
     low, span = min(means), max(means) - min(means)

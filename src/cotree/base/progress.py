@@ -1,7 +1,7 @@
 """Print lines and progress: a live bar on a terminal, a plain line every few seconds elsewhere, nothing with `quiet`.
 
-Invariant: no text of a model, a server or a file can drive the terminal, neither by `Output` nor by what is written to
-stderr (`SafeStream`). Lines are also kept in the run's `log.jsonl`.
+Invariant: text of models, servers and files cannot control the terminal, neither through `Output` nor through stderr
+(`SafeStream`). Lines also go to the run's `log.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
-Update = Callable[[int, int, str], None]  # done, total, a remark of a few lines
-_PLAIN_SECONDS = 15.0  # between two plain lines while something moves
-_SILENT_SECONDS = 60.0  # until a line says that work still goes on
-# Control characters but line feed and tab, other line ends, marks that turn the direction of writing, halves of
-# characters.
+Update = Callable[[int, int, str], None]  # (done, total, remark of a few lines)
+_PLAIN_SECONDS = 15.0  # between plain lines while progress changes
+_SILENT_SECONDS = 60.0  # without progress before a line says that work continues
+# Control characters except line feed and tab, other line ends, Unicode direction marks, lone surrogates.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _OF_PROGRESS_BARS = re.compile("\r|(\x1b\\[A)+\\Z")
 
 
 def terminal_safe(text: str) -> str:
-    """The text with every character replaced that could control a terminal."""
+    """Replace all characters that could control a terminal."""
     return _UNSAFE.sub("\ufffd", text)
 
 
 def one_line(text: str) -> str:
-    """The text on one line, without characters that could control a terminal."""
+    """Join the text to one line, without characters that could control a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 class SafeStream:
-    """A text stream through which nothing can drive a terminal: for errors, tracebacks, what libraries warn and log.
+    """Wraps stderr so that errors, tracebacks, warnings and logs cannot control the terminal.
 
-    What progress bars write passes: a carriage return before a line, and moves of the cursor alone.
+    Lets progress bars pass: a carriage return before a line, and cursor movements.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text, as `terminal_safe` has it."""
+        """Write `terminal_safe(text)`."""
         start = found.end() if (found := _OF_PROGRESS_BARS.match(text)) else 0
         return self._stream.write(text[:start] + terminal_safe(text[start:]))
 
@@ -61,7 +60,7 @@ class SafeStream:
 
 
 class _Safe:
-    """Something that rich prints, whose words cannot drive a terminal."""
+    """A rich renderable whose text is made `terminal_safe`."""
 
     def __init__(self, shown: RenderableType) -> None:
         self.shown = shown
@@ -72,10 +71,10 @@ class _Safe:
 
 
 class Output:
-    """Prints a command's lines and the progress of its work.
+    """Prints a command's lines and progress.
 
-    log: a file that keeps every line, as a JSON object with the time. on_update: called whenever a counter moves, with
-    how much is done, and of how much.
+    log: a file that receives every line as a JSON object with the time. on_update: called with (done, total) at each
+    change of a counter.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -84,7 +83,7 @@ class Output:
         self.on_update: Callable[[int, int], None] = lambda done, total: None
 
     def print(self, line: RenderableType = "") -> None:
-        """Print a text or a rich table; texts go to the log too, and one that cannot be written stops nothing."""
+        """Print a text or a rich table; texts also go to the log, whose write errors are ignored."""
         if isinstance(line, str):
             line = terminal_safe(line)
             if self.log is not None:
@@ -100,7 +99,7 @@ class Output:
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:
-        """Show a counter while the block runs; the yielded function sets done, total and a remark of a few lines."""
+        """Show a counter while the block runs; yields a function that sets done, total and a remark of a few lines."""
         if self.quiet:
             yield lambda done, total, remark: self.on_update(done, total)
         elif sys.stdout.isatty():

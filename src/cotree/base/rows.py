@@ -1,6 +1,6 @@
-"""Read and write rows: Parquet, JSON lines and JSON arrays.
+"""Read rows from Parquet, JSON lines and JSON arrays, and write JSON lines.
 
-Parquet and JSON lines are streamed, so a file of any size needs the memory of a batch.
+Parquet and JSON lines are streamed, so memory holds one batch only.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ ROWS_PER_BATCH = 1_024
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, one at a time, or of JSON lines or a JSON array (also .gz), whatever its name.
+    """Yield the rows of a Parquet, JSON-lines or JSON-array file (also gzipped); detects the format by content.
 
     Raises:
-        UsageError: there is no such file, or it is damaged; the message names the line.
+        UsageError: the file is missing or damaged; the message names the line.
     """
     if not path.is_file():
         raise UsageError(f"no file at {path}")
-    from cotree.base.run_folder import check_against_record  # it needs pydantic, which judging does without
+    from cotree.base.run_folder import check_against_record  # imports pydantic, which verifiers do not need
 
     check_against_record(path)
     if path.suffix == ".parquet":
@@ -53,7 +53,7 @@ def read_rows(path: Path) -> Iterator[Row]:
                     yield row
                 number += 1
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
-        number += getattr(error, "lineno", 1) - 1  # of an array
+        number += getattr(error, "lineno", 1) - 1  # within an array
         forms = "rows come as .parquet, .jsonl or .json (lines or an array), .gz"
         raise UsageError(f"{path}: line {number}: no JSON row ({error}); {forms}") from None
 
@@ -71,7 +71,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The notes that cotree left in a Parquet file's schema; empty for files that it did not write."""
+    """cotree's metadata in a Parquet file's schema; empty for other files."""
     if path.suffix != ".parquet":
         return {}
     import pyarrow.parquet as pq
@@ -81,6 +81,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSON lines, the file whole or not at all; returns how many rows it has."""
+    """Write rows as JSON lines, atomically; returns the number of rows."""
     with atomic_draft(path) as draft, draft.open("w", encoding="utf-8") as file:
         return sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))

@@ -1,4 +1,4 @@
-"""A run folder as it stands on disk: which nodes have content, of which fingerprint, and where it is.
+"""The run folder on disk: the files of each node, and its record (`node.json`) with fingerprint and results.
 
     runs/NAME/recipe.yaml  journal.db  annotations.db  summary.json  report.html  log.jsonl
     runs/NAME/trees/NODE/{node.json, trees.db, trees_index.db}
@@ -7,9 +7,8 @@
     runs/NAME/evaluations/NODE/MODEL/{node.json, journal.jsonl, results_*.json, samples_*.jsonl}
     runs/NAME/older/...     content of other fingerprints, by the same paths and then the fingerprint
 
-A `node.json` is written whole or not at all; content that another fingerprint replaces is moved to `older/`, and moved
-back when that fingerprint is wanted again. A node whose `node.json` was damaged is not done, and is made again of what
-is left in its folder.
+A `node.json` is written atomically; replaced content of another fingerprint moves to `older/`, and back when that
+fingerprint is wanted again. A node with a damaged `node.json` is not done, and resumes from the rest of its folder.
 """
 
 from __future__ import annotations
@@ -34,26 +33,26 @@ from cotree.base.machine import machine_class, versions
 Kind = Literal["trees", "datasets", "students", "evaluations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _BEAT_SECONDS = 5.0
-# Of these a node's record has the sha256; weights and stores have checks of their own.
+# Files whose SHA-256 is in the record; weights and stores have their own checksums.
 _HASHED = (".parquet", ".json", ".jsonl", ".md")
 
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """`node.json`: what is in a node's folder (of an evaluation: in the folder of one model, a cell).
+    """`node.json`: the record of a node's content, or of one model's cell of an evaluation.
 
-    fingerprint: of the whole content. base: of the content without the set of questions; while it is the same, what was
-        grown or answered before is kept, by question.
-    parts: what the fingerprint was made of, `a.b` -> value, to say which key changed.
-    reads: the nodes that it reads, by their ids ("trees/train").
-    done: the content is complete. seconds: of work, over all interruptions.
-    result: the numbers that the node left for tables (counts, tokens, ...), as its package defines them.
-    resolved: what `auto` settings became, so that an unfinished node goes on with them.
-    files: what must be there for the content to be whole, relative to the folder, each with its sha256 ("": not kept);
-        stores of other parts of the run that have some of the trees are among them ("../../shards/...").
-    origin: the run that it was taken from (`--from`), "" if it was made here.
-    progress: how much was done when this was written (trees, samples, steps), and of how much.
-    outdated: the run's recipe has other settings now, so the numbers of this content are in no table.
+    fingerprint: of the content. base: of the settings without the questions; while it is equal, existing trees and
+        samples are kept, by question.
+    parts: the hashed values, {`a.b`: value}, to report which key changed.
+    reads: the ids of the nodes that it reads ("trees/train").
+    done: the content is complete. seconds: of work, summed over resumes.
+    result: the node's numbers for tables (counts, tokens, ...), as its package defines them.
+    resolved: resolved `auto` settings, so that a resume uses the same.
+    files: {path relative to the folder: SHA-256, or "" if not recorded} of all files of complete content, including
+        shards' stores that hold some of the trees ("../../shards/...").
+    origin: the run that it was copied from (`--from`), or "".
+    progress: (done, total) at the last write: trees, samples or steps.
+    outdated: the run's recipe has other settings now, so tables skip this content.
     """
 
     fingerprint: str
@@ -77,25 +76,25 @@ _RECORD = TypeAdapter(NodeRecord)
 
 
 class NodeFolder:
-    """The folder of one node (or cell), with the place where its older contents are kept."""
+    """The folder of a node (or cell), and that of its older contents."""
 
     def __init__(self, path: Path, older: Path | None = None) -> None:
-        """`older` is by default a folder in `path` itself."""
+        """older: by default a subfolder of `path`."""
         self.path, self.older = path, older or path / "older"
 
     def record(self) -> NodeRecord | None:
-        """What is there now; None where nothing is, or its node.json is damaged."""
+        """Read node.json; None if it is missing or damaged."""
         return _read_record(self.path)
 
     def check_owned(self, *contents: str, other: str) -> None:
-        """Refuse a place that is no node's: what is there would move to `older/` with the node's content.
+        """Refuse a folder with foreign files, because they would move to `older/` with the node's content.
 
         Args:
-            contents: files that show that it is a node's, beside its record and its older contents.
-            other: how the user takes another folder, for errors.
+            contents: files that mark a node's folder, besides its record and older contents.
+            other: advice on using another folder, for errors.
 
         Raises:
-            UsageError: it is a file, or holds other files.
+            UsageError: the path is a file, or has foreign files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file; {other}")
@@ -104,40 +103,39 @@ class NodeFolder:
             raise UsageError(f"{self.path} holds other files; {other}")
 
     def without_record(self) -> str:
-        """Why there is content without a record: "node.json is damaged", or "is gone"; "" where there is a record, or
-        nothing."""
+        """Why content has no record: "node.json is damaged" or "is gone"; "" with a record or without content."""
         if self.record() is not None or not self._entries(self.path):
             return ""
         return f"node.json is {'damaged' if (self.path / 'node.json').exists() else 'gone'}"
 
     def taken_for(self, record: NodeRecord, what: str) -> str:
-        """A line about content without a record: what `begin(record)` does with it; "" where there is none."""
+        """A line about what `begin(record)` does with content without a record; "" if there is none."""
         lost, place = self.without_record(), self.older / record.base
         return lost and f"{self.path}: {lost}; {'moved to older/unknown' if place.is_dir() else f'taken for {what}'}"
 
     def complete(self, fingerprint: str) -> bool:
-        """Whether the content of this fingerprint is there, finished and with all its files as they were written."""
+        """Whether finished content of this fingerprint exists with all files intact."""
         record = self.record()
         if record is None or not record.done or record.fingerprint != fingerprint:
             return False
-        if (self.older / "moving.json").exists():  # a kill left a part of it there
+        if (self.older / "moving.json").exists():  # a killed move left some files there
             return False
         return not self.faults(record)
 
     def faults(self, record: NodeRecord) -> list[str]:
-        """The files of a record that are gone or damaged: "train.parquet is damaged"."""
+        """Messages about missing or damaged files of a record: "train.parquet is damaged"."""
         states = {name: _state_of(self.path / name, sha256) for name, sha256 in record.files.items()}
         return [f"{name} is {state}" for name, state in states.items() if state]
 
     def older_record(self, base: str) -> NodeRecord | None:
-        """The record of older content of this base fingerprint, None where none is kept."""
+        """The record of older content with this base fingerprint, or None."""
         return _read_record(self.older / base)
 
     def begin(self, record: NodeRecord) -> NodeRecord:
-        """Make the folder that of `record`'s fingerprint; returns the record to go on with.
+        """Prepare the folder for `record`'s fingerprint; returns the record to continue with.
 
-        Content of another base fingerprint moves to `older/`; content of this one moves back. Seconds and resolved
-        values of the same base go on.
+        Content of another base fingerprint moves to `older/`, content of this one moves back. Seconds and resolved
+        values of the same base are kept.
         """
         self._finish_move()
         now = self.record()
@@ -167,12 +165,12 @@ class NodeFolder:
         return record
 
     def _move(self, base: str, *, away: bool) -> None:
-        """Move the content to `older/BASE`, or back, one entry after the other: `older` may be in the folder itself."""
+        """Move the content to `older/BASE`, or back, entry by entry, because `older` may be inside the folder."""
         write_json(self.older / "moving.json", {"base": base, "away": away})
         self._finish_move()
 
     def _finish_move(self) -> None:
-        """Go on with a move that a kill interrupted, so that the contents of two fingerprints never mix."""
+        """Finish a move that was killed, so that contents of two fingerprints never mix."""
         moving = read_json(self.older / "moving.json")
         if moving is None:
             return
@@ -187,25 +185,25 @@ class NodeFolder:
         (self.older / "moving.json").unlink()
 
     def _entries(self, path: Path) -> list[Path]:
-        """What a node made in a folder: all but its older contents and the lock."""
+        """The files of a node in a folder: all but its older contents and the lock."""
         return [entry for entry in path.glob("*") if entry != self.older and entry.name != ".lock"]
 
     def mark_outdated(self, outdated: bool) -> None:
-        """Note whether the run's recipe still has the settings of what is there."""
+        """Record whether the content's settings differ from the run's recipe."""
         record = self.record()
         if record is not None and record.outdated != outdated:
             self.write(replace(record, outdated=outdated))
 
     def write(self, record: NodeRecord) -> None:
         """Write `node.json`."""
-        content = json.loads(json.dumps(asdict(record)))  # as it will be read: a key may be no text
+        content = json.loads(json.dumps(asdict(record)))  # as read back: JSON turns keys into strings
         write_json(self.path / "node.json", {**content, "sha256": data_sha256(content)})
 
     @contextmanager
     def working(self, record: NodeRecord) -> Iterator[Work]:
         """Work on the node: fill the yielded `Work`; the node is done when the block ends without an error.
 
-        The seconds of work are kept on the way (`Work.save_periodically`), so that a kill loses a few of them at most.
+        `Work.save_periodically` saves the elapsed seconds.
         """
         work = Work(self, record)
         try:
@@ -217,7 +215,7 @@ class NodeFolder:
 
 
 class Work:
-    """What a node's work leaves behind: its result, its files, and how long it took."""
+    """The output of work on a node: result, files and elapsed time."""
 
     def __init__(self, folder: NodeFolder, record: NodeRecord) -> None:
         self.path = folder.path
@@ -229,13 +227,13 @@ class Work:
         self._started = self._saved = time.monotonic()
 
     def add_files(self, *patterns: str) -> None:
-        """Note that the files of these patterns must be there for the content to be whole."""
+        """Record the files that match these patterns as parts of the content."""
         found = (path for pattern in patterns for path in sorted(self.path.glob(pattern)))
         self.files += [str(path.relative_to(self.path)) for path in found]
 
     @property
     def seconds(self) -> float:
-        """Of work on this node, earlier attempts and that of shards included."""
+        """Seconds of work on this node, including earlier attempts and shards."""
         counted = float(self.record.resolved.get("seconds_of_shards", 0))  # in the record's seconds already
         new = max(0.0, self.seconds_of_shards - counted)
         return round(self.record.seconds + new + time.monotonic() - self._started, 1)
@@ -249,20 +247,20 @@ class Work:
         self._folder.write(record)
 
     def save_periodically(self, done: int, wanted: int) -> None:
-        """Save every few seconds, so that a kill loses no more of them and others see how far it is."""
+        """Save elapsed time and progress every few seconds, for resumes and for other processes."""
         self.progress = done, wanted
         if time.monotonic() - self._saved >= _BEAT_SECONDS:
             self.save()
 
 
 class RunFolder:
-    """`runs/NAME/`, for reading; `experiment.run` fills it."""
+    """`runs/NAME/`, for reading; `experiment.run` writes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def node(self, node: str, model: str | None = None) -> NodeFolder:
-        """The folder of a node by its id ("students/dpo"); of an evaluation, that of one model's cell."""
+        """The folder of a node by its id ("students/dpo"), or of one model's cell of an evaluation."""
         kind, _, name = node.partition("/")
         place = Path(kind) / folder_name(name)
         if model is not None:
@@ -270,22 +268,22 @@ class RunFolder:
         return NodeFolder(self.path / place, self.path / "older" / place)
 
     def nodes(self) -> dict[str, NodeRecord]:
-        """The records of all trees, datasets and students that have content, by id, kind after kind."""
+        """{id: record} of all trees, datasets and students with content, ordered by kind."""
         found = (item for kind in KINDS for item in self._records(f"{kind}/*/node.json").items())
         return {f"{folder.parent.name}/{unquote(folder.name)}": record for folder, record in found}
 
     def cells(self) -> dict[tuple[str, str], NodeRecord]:
-        """The records of all evaluated cells, by (evaluation, model)."""
+        """{(evaluation, model): record} of all evaluation cells."""
         found = self._records("evaluations/*/*/node.json")
         return {(unquote(folder.parent.name), unquote(folder.name)): record for folder, record in found.items()}
 
     def damaged(self) -> list[str]:
-        """The nodes and cells whose node.json is damaged ("evaluations/test/dpo"); the other methods leave them out."""
+        """The nodes and cells with a damaged node.json ("evaluations/test/dpo"), which the other methods skip."""
         folders = (path.parent for kind in KINDS for path in sorted((self.path / kind).rglob("node.json")))
         return [unquote(str(path.relative_to(self.path))) for path in folders if _read_record(path) is None]
 
     def _records(self, pattern: str) -> dict[Path, NodeRecord]:
-        """The records in the files of a pattern, by their folders."""
+        """{folder: record} of all record files that match a pattern."""
         found = {path.parent: _read_record(path.parent) for path in sorted(self.path.glob(pattern))}
         return {folder: record for folder, record in found.items() if record is not None}
 
@@ -296,7 +294,7 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def folder_name(name: str) -> str:
-    """A node's name as a folder's: a slash in a swept value must not make a folder of its own."""
+    """A node's name as a folder name, with slashes of swept values escaped."""
     return quote(name, safe="@=,+ []{}\"'")
 
 
@@ -304,7 +302,7 @@ def find_run(path: Path) -> RunFolder:
     """The run folder at `path`.
 
     Raises:
-        UsageError: there is none, or one of an older cotree.
+        UsageError: not a run, or one of an older version.
     """
     if (path / "manifest.json").is_file():
         fix = "run its recipe in the new form under another name (docs/migration.md)"
@@ -319,17 +317,17 @@ def _read_record(path: Path) -> NodeRecord | None:
         content = read_json(path / "node.json")
         if content is None or content.pop("sha256", None) not in (None, data_sha256(content)):
             return None
-        if isinstance(files := content.get("files"), list):  # of a cotree that kept no hashes
+        if isinstance(files := content.get("files"), list):  # older versions recorded no hashes
             content["files"] = dict.fromkeys(files, "")
         return _RECORD.validate_python(content)
     return None
 
 
 def check_against_record(path: Path) -> None:
-    """Refuse a file whose content is not what the record of its node says.
+    """Check a file against the SHA-256 in its node's record.
 
     Raises:
-        UsageError: a bit of it was flipped, it was cut, or replaced.
+        UsageError: the file was damaged or replaced.
     """
     record = _read_record(path.parent)
     if record is not None and _state_of(path, record.files.get(path.name, "")) == "damaged":
@@ -337,7 +335,7 @@ def check_against_record(path: Path) -> None:
 
 
 def _state_of(path: Path, sha256: str) -> str:
-    """What is wrong with a file or folder of this sha256: gone, damaged, or nothing ("")."""
+    """Check a file or folder against a SHA-256: "gone", "damaged", or "" if intact."""
     if not path.exists():
         return "gone"
     empty = path.is_file() and not path.stat().st_size
@@ -345,7 +343,7 @@ def _state_of(path: Path, sha256: str) -> str:
 
 
 def _hash_of(path: Path) -> str:
-    """The sha256 of a file, "" of a folder and of what is of no kind whose sha256 is kept."""
+    """SHA-256 of a file; "" for folders and kinds of files that are not recorded."""
     if path.suffix not in _HASHED or not path.is_file():
         return ""
     status = path.stat()
@@ -354,12 +352,12 @@ def _hash_of(path: Path) -> str:
 
 @cache
 def _file_hash(path: Path, size: int, changed: int) -> str:
-    """The sha256 of a file as it is in this process until its size or mtime changes."""
+    """SHA-256 of a file, cached in this process by size and mtime."""
     return content_sha256(path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None when there is no such file.
+    """Read a JSON object from a file; None if the file is missing.
 
     Raises:
         UsageError: it is damaged.

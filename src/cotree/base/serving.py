@@ -1,7 +1,4 @@
-"""What every server of cotree needs: a port to listen on, and who may ask.
-
-A page in a browser cannot reach a loopback server through a name of its own (Host and Origin are checked).
-"""
+"""Helpers of cotree's HTTP servers: listening sockets, and Host and Origin checks against DNS rebinding."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """A listening socket and its address, "http://127.0.0.1:8000"; port 0 is a free one.
+    """Open a listening socket; returns it with its URL, "http://127.0.0.1:8000". Port 0 picks a free one.
 
     Raises:
-        UsageError: the host is none of this machine's, or the port is taken.
+        UsageError: the host is not of this machine, or the port is in use.
     """
     shown, family = (f"[{host}]", socket.AF_INET6) if ":" in host else (host, socket.AF_INET)
     try:
@@ -29,16 +26,15 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
 
 
 def is_foreign(host: str, asked: str, origin: str | None) -> bool:
-    """Whether a request comes under a name of the server that a page made up (DNS rebinding), or from another server's
-    page.
+    """Whether a request has an unknown host name (DNS rebinding), or comes from another server's page.
 
     Args:
-        host: that the server listens on. asked, origin: the request's headers Host and Origin.
+        host: the server's host. asked, origin: the request's headers Host and Origin.
     """
     from yarl import URL
 
     try:
-        # A proxy before this server may speak TLS where this server does not, so a page's scheme is taken.
+        # A proxy in front may add TLS, so the scheme of the page's origin is accepted.
         page = None if origin is None else URL(origin).origin()
         own = URL(f"{page.scheme if page else 'http'}://{asked}").origin()
     except ValueError:
@@ -48,5 +44,5 @@ def is_foreign(host: str, asked: str, origin: str | None) -> bool:
 
 
 def is_same_secret(sent: str, token: str) -> bool:
-    """Whether a client sent the token, compared in equal time whatever it sent."""
+    """Compare a client's token in constant time."""
     return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), token.encode())

@@ -1,7 +1,7 @@
-"""Settings as checked, frozen objects: sections of a recipe, read from plain data and `a.b=c` overrides.
+"""Validated, frozen settings: sections of a recipe, read from plain data and `a.b=c` overrides.
 
-A setting that changes speed, place or presentation only is marked where it is declared
-(`save_steps: Annotated[int, NOT_CONTENT] = 20`): it is no part of a fingerprint, so changing it repeats nothing.
+A setting that affects speed, location or presentation only is declared with `NOT_CONTENT`
+(`save_steps: Annotated[int, NOT_CONTENT] = 20`): it is not part of a fingerprint, so changing it recomputes nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cotree.base.errors import UsageError
 
 NOT_CONTENT: Final = "not content"
 _NAME = re.compile(r"[^\W_][\w.+-]*")
-LONGEST_NAME: Final = 200  # of the 255 bytes that a file's name may have, some are left for a draft's
+LONGEST_NAME: Final = 200  # of the 255 bytes of a file name; drafts need some
 S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """A part of a recipe. Unknown keys are errors that name the nearest known key; a loaded section never changes."""
+    """Base class of a recipe's sections: frozen; unknown keys are errors that suggest the nearest known key."""
 
-    # No error shows what was given: it may be a key in a wrong place.
+    # Errors never show the given value: it may be an API key in the wrong place.
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True, hide_input_in_errors=True
     )
@@ -40,10 +40,9 @@ class Section(BaseModel):
 
 
 def hashed_settings(section: Section) -> dict[str, Any]:
-    """The settings of a section that go into its fingerprint, as plain data: none that is marked `NOT_CONTENT`, and
-    none that has its default.
+    """The settings of a section for its fingerprint, as plain data, without `NOT_CONTENT` and default values.
 
-    Defaults are left out so that a new setting, whose default is what was done before, changes no fingerprint.
+    Defaults are left out so that adding a setting whose default keeps the old behaviour changes no fingerprint.
     """
     found = {}
     for name, field in type(section).model_fields.items():
@@ -65,24 +64,24 @@ def _plain(value: Any) -> Any:
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
-    """A hint for an unknown name: "did you mean `sft`?", or the list of what is known."""
+    """A hint for an unknown name: "did you mean `sft`?", or the list of known names."""
     names = [*map(str, known)]
     near = difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(names) or 'none'}"
 
 
 def require_known(fault: str, names: Iterable[object], known: Sequence[str]) -> None:
-    """Raise ValueError for the first of `names` that is not known: the fault, the name and the nearest known name."""
+    """Raise ValueError for the first unknown name: the fault, the name and the nearest known name."""
     for name in names:
         if name not in known:
             raise ValueError(f"{fault} `{name}`; {nearest(name, known)}")
 
 
 def require_name(name: str, where: str) -> str:
-    """The name, which can also be that of a folder.
+    """Check that a name is also a valid folder name, and return it.
 
     Raises:
-        UsageError: it cannot, or could lead out of the folder that it would be in.
+        UsageError: it is not, or could leave its parent folder.
     """
     if _NAME.fullmatch(name) and len(name.encode()) <= LONGEST_NAME:
         return name
@@ -92,10 +91,10 @@ def require_name(name: str, where: str) -> str:
 
 
 def parse_section(kind: type[S], raw: Any, where: str) -> S:
-    """Check plain data as a section; `where` names it in errors ("students.dpo").
+    """Validate plain data as a section; `where` names it in errors ("students.dpo").
 
     Raises:
-        UsageError: one line that names every faulty key, what is wrong with it, and the fix.
+        UsageError: one line with every invalid key, its fault and the fix.
     """
     try:
         return kind.model_validate(raw)
@@ -104,13 +103,12 @@ def parse_section(kind: type[S], raw: Any, where: str) -> S:
 
 
 def apply_override(raw: dict[str, Any], override: str, example: str) -> None:
-    """Set a value in nested plain data: `a.b=c` sets `raw["a"]["b"]` to the YAML value c; missing sections are made.
+    """Apply an override to nested plain data: `a.b=c` sets `raw["a"]["b"]` to the YAML value c, creating sections.
 
-    No value is repeated in an error: it may be a key.
+    Errors never show the value: it may be an API key.
 
     Raises:
-        UsageError: it is no override (the message shows the `example`), its value is no YAML, or a part of its path is
-            a value.
+        UsageError: not an override (the message shows the `example`), invalid YAML, or a part of the path is a value.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -124,7 +122,7 @@ def apply_override(raw: dict[str, Any], override: str, example: str) -> None:
 
 
 def set_value(place: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set `place["a"]["b"]` for the key `a.b`; sections that are missing are made.
+    """Set `place["a"]["b"]` for the key `a.b`, creating missing sections.
 
     Args:
         where: names the place in errors.
@@ -142,7 +140,7 @@ def set_value(place: dict[str, Any], key: str, value: Any, where: str) -> None:
     place[last] = value
 
 
-# How pydantic puts things, and how a recipe's writer does.
+# {pydantic's error type: a plainer message}
 _PLAIN = (
     ("^Value error, ", ""),
     ("^[A-Z][a-z]+ should ", "must "),
@@ -156,7 +154,7 @@ _PLAIN = (
 
 
 def _explain(where: str, problem: Any) -> str:
-    """One pydantic problem as `a.b: what is wrong`."""
+    """Format a pydantic error as `a.b: fault`."""
     key = ".".join(part for part in (where, *map(str, problem["loc"])) if part)
     if problem["type"] == "missing":
         return f"`{key}` is missing"

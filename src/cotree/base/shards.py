@@ -1,9 +1,9 @@
-"""The shards of a run: its questions dealt to N parts, each with a folder and a store of its own.
+"""The shards of a run: its questions split into N parts, each with its own folder and store.
 
     runs/NAME/shards/K-of-N/{journal.db, trees/NODE/{node.json, trees.db}, evaluations/NODE/MODEL/{node.json, ...}}
 
-K is the rank of a shard, from 0 to N-1. A hash of its name says in which shard a question is, whatever else is asked.
-What is made of all questions (datasets, students) is in the run's own folder, never in a shard's.
+K is the rank of a shard, from 0 to N-1. A hash of the question's name gives its shard, independent of other questions.
+Nodes that need all questions (datasets, students) are in the run's own folder, never in a shard's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import Kind, NodeFolder, RunFolder
 
-DEALT: tuple[Kind, ...] = ("trees", "evaluations")  # kinds of nodes that are kept by question
+DEALT: tuple[Kind, ...] = ("trees", "evaluations")  # kinds of nodes stored by question
 
 
 @dataclass(frozen=True, order=True)
@@ -27,7 +27,7 @@ class Shard:
     rank: int
 
     def __post_init__(self) -> None:
-        """Raises UsageError where there is no such part."""
+        """Raises UsageError if the rank is out of range."""
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
             last = f"0/{self.world_size} to {self.world_size - 1}/{self.world_size}" if self.world_size > 0 else "0/1"
             raise UsageError(f"there is no shard {self}; give one of {last}")
@@ -37,10 +37,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read "3/8".
+        """Parse "3/8".
 
         Raises:
-            UsageError: it is no shard.
+            UsageError: not a shard.
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if found is None:
@@ -49,13 +49,13 @@ class Shard:
 
 
 def rank_of(task: str, question_id: str, world_size: int) -> int:
-    """The rank of the shard that a question is in."""
+    """The rank of a question's shard."""
     digest = hashlib.sha256(f"{task}/{question_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % world_size
 
 
 class ShardFolder(RunFolder):
-    """`runs/NAME/shards/K-of-N/`: trees and evaluations of the shard's questions; all else is the run's."""
+    """`runs/NAME/shards/K-of-N/`: trees and evaluations of the shard's questions; other nodes are in the run folder."""
 
     def __init__(self, run: RunFolder, shard: Shard) -> None:
         super().__init__(run.path / "shards" / f"{shard.rank}-of-{shard.world_size}")
@@ -69,15 +69,15 @@ class ShardFolder(RunFolder):
 
 
 def shards_of(run: RunFolder) -> list[ShardFolder]:
-    """The shards that have a folder in a run, those of each N together and in the order of their ranks."""
+    """The existing shard folders of a run, ordered by N and rank."""
     names = [re.fullmatch(r"(\d+)-of-(\d+)", path.name) for path in (run.path / "shards").glob("*-of-*")]
     found = [Shard(int(name[2]), int(name[1])) for name in names if name and int(name[1]) < int(name[2])]
     return [ShardFolder(run, shard) for shard in sorted(found)]
 
 
 def parts_beside(folder: RunFolder) -> list[RunFolder]:
-    """The other parts of a run that may have content of the same questions: of the run itself all shards; of a shard
-    the run, and the shards of any other N."""
+    """The other folders of a run that may have content of the same questions: for the run all shards; for a shard the
+    run, and shards with another N."""
     if not isinstance(folder, ShardFolder):
         return [*shards_of(folder)]
     same = folder.shard.world_size
@@ -85,6 +85,6 @@ def parts_beside(folder: RunFolder) -> list[RunFolder]:
 
 
 def files_in_parts(run: RunFolder, node: str, name: str) -> list[Path]:
-    """The files of this name that a node has in a run and in its shards, the run's own first; those that are there."""
+    """The existing files of a node with this name in a run and its shards, the run's own first."""
     paths = [part.node(node).path / name for part in (run, *shards_of(run))]
     return [path for path in paths if path.is_file()]

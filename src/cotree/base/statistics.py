@@ -1,6 +1,6 @@
-"""The statistics of an evaluation: intervals, pass@k, detectable differences, the constant-answer baseline.
+"""Statistics of evaluations: intervals, pass@k, minimum detectable difference, constant-answer baseline.
 
-Pure functions. Shares are fractions in [0, 1], intervals are of 95%, and what is not defined raises ValueError.
+Pure functions. Shares are fractions in [0, 1], intervals are 95%, and undefined values raise ValueError.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a proportion (Wilson 1927), without continuity correction.
 
     Args:
-        successes: of `n` questions; of questions that were sampled several times, the sum of their shares.
+        successes: of `n` questions; with several samples per question, the sum of their shares.
 
-    Unlike p +- z·se it stays inside [0, 1] and has a width at 0 and at n successes. With z the normal quantile:
+    Unlike p +- z·se it stays inside [0, 1] and has positive width at 0 and n successes. With z the normal quantile:
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
     """
     if not 0 <= successes <= n or n < 1:
@@ -30,18 +30,17 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     center = p + Z * Z / (2 * n)
     spread = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     scale = 1 + Z * Z / n
-    # At the ends the formula is exactly 0 or 1 up to rounding.
+    # At the ends the formula gives 0 or 1 up to rounding.
     low = 0.0 if successes == 0 else (center - spread) / scale
     high = 1.0 if successes == n else (center + spread) / scale
     return low, high
 
 
 def clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean accuracy over questions that were sampled several times each.
+    """The 95% interval of mean accuracy with several samples per question.
 
-    The bootstrap interval over whole questions, because samples of one question resemble each other, widened where it
-    is narrower than Wilson's interval for as many single answers: a bootstrap of nothing but zeros is [0, 0] and proves
-    nothing.
+    A bootstrap over questions, because samples of one question are correlated, widened to at least Wilson's interval
+    for one sample per question, because a bootstrap of all zeros would be [0, 0].
 
     Args:
         shares: each question's share of correct samples.
@@ -52,21 +51,21 @@ def clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile-bootstrap interval of a mean: from the means of `draws` seeded samples with replacement."""
+    """The 95% percentile-bootstrap interval of a mean, from `draws` seeded resamples."""
     import numpy as np
 
     rng, found = np.random.default_rng(seed), np.array(values)
-    # Draw by draw, so that a thousand questions need no matrix of two million.
+    # One resample at a time, to save memory.
     means = [found[rng.integers(0, len(found), len(found))].mean() for _ in range(draws)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float], *, draws: int = 2_000) -> tuple[float, float]:
-    """The 95% percentile-bootstrap interval of sum(parts) / sum(wholes) over questions, such as pairs a token.
+    """The 95% percentile-bootstrap interval of sum(parts) / sum(wholes) over questions, such as pairs per token.
 
     Args:
-        parts, wholes: a number of each for every question.
+        parts, wholes: one number per question each.
     """
     import numpy as np
 
@@ -80,10 +79,10 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float], *, draws: in
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of "one of k samples is correct" from n samples with c correct (Chen et al. 2021).
+    """The unbiased pass@k estimate from n samples with c correct (Chen et al. 2021); the paper's Test@k.
 
-    1 - C(n-c, k) / C(n, k): the share of k-subsets of the n samples that hold a correct one. The paper's Test@k. The
-    samples are independent; the answers of one tree share thoughts and are not (`tree_test_at_k`).
+    1 - C(n-c, k) / C(n, k): the share of k-subsets of the n samples with a correct one. Assumes independent samples,
+    which the answers of one tree are not (`tree_test_at_k`).
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} is not defined for {c} correct of {n} samples")
@@ -91,13 +90,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def tree_test_at_k(trees: Sequence[Sequence[bool]], k: int) -> float:
-    """Test@k of search on one question: the share of its trees that have a correct one among their first k chains.
+    """Test@k of search on one question: the share of its trees with a correct chain among their first k.
 
-    The chains of one tree are not independent, so a tree is one draw: the mean is over whole trees, each grown with a
-    seed of its own. A tree with fewer than k chains counts with those that it has.
+    Chains of one tree are not independent, so each tree (with its own seed) is one draw. A tree with fewer than k
+    chains counts with those that it has.
 
     Args:
-        trees: of each tree, whether its chains are correct, in the order in which they ended.
+        trees: per tree, whether each chain is correct, in the order in which they ended.
     """
     if len(trees) < MIN_TREES or k < 1:
         raise ValueError(f"Test@{k} of {len(trees)} trees is not defined; it needs at least {MIN_TREES} trees")
@@ -105,16 +104,16 @@ def tree_test_at_k(trees: Sequence[Sequence[bool]], k: int) -> float:
 
 
 def minimum_detectable_difference(n: int, accuracy: float, *, z_power: float = Z_POWER) -> float | None:
-    """The smallest difference in accuracy that a comparison of two rows of n questions finds with probability 0.8.
+    """The minimum detectable difference in accuracy between two rows of n questions at power 0.8.
 
     The two-sided two-proportion z-test (Fleiss; the formula of R's `power.prop.test`), solved for d = q - p with
     p = `accuracy` and m = (p + q) / 2:
 
         d = z(0.975)·sqrt(2·m(1-m)/n) + z(0.8)·sqrt((p(1-p) + q(1-q))/n)
 
-    q lies on the side of 1/2, where the variance is larger, so the answer holds for both directions. Rows over the
-    same questions are paired, which this leaves out: the true figure is usually a little smaller. None when n is too
-    small to find any difference from `accuracy`.
+    q lies on the side of 1/2, where the variance is larger, so the result holds in both directions. Ignores that rows
+    over the same questions are paired, so the true value is usually a little smaller. None if n is too small to detect
+    any difference from `accuracy`.
     """
     if n < 1 or not 0 <= accuracy <= 1:
         raise ValueError(f"no difference is defined for accuracy {accuracy} of {n} questions")
@@ -125,7 +124,7 @@ def minimum_detectable_difference(n: int, accuracy: float, *, z_power: float = Z
         m = (p + q) / 2
         return Z * math.sqrt(2 * m * (1 - m) / n) + z_power * math.sqrt((p * (1 - p) + q * (1 - q)) / n) - d
 
-    # `missing` is concave and not negative at 0, so it crosses zero once, from above.
+    # `missing` is concave and non-negative at 0, so it crosses zero once, from above.
     low, high = 0.0, 1 - p
     if missing(high) > 0:
         return None
@@ -136,7 +135,7 @@ def minimum_detectable_difference(n: int, accuracy: float, *, z_power: float = Z
 
 
 def constant_baseline(golds: Sequence[str]) -> tuple[str, float]:
-    """The best constant answer and its accuracy: what a model scores that ignores the question.
+    """The best constant answer and its accuracy, the score of ignoring the question.
 
     Ties go to the answer that sorts first, so the order of `golds` does not matter.
     """
