@@ -7,7 +7,7 @@ Judge and diagnose what a model wrote:
     task = cotree.task("arithmetic")            # `cotree tasks` lists them; "mine.yaml" is a task of your own
     question = task.questions("test", 1)[0]
     verdict = task.judge(question, "It is \\boxed{7}.")
-    print(verdict.kind, verdict.answer)         # "correct", "wrong" or "no_answer", and what was extracted
+    print(verdict.kind, verdict.answer)         # "correct", "wrong" or "no_answer", and the extracted answer
     print(cotree.diagnose("Wait, let me check. " * 200).loop)
 
 Run an experiment, which is a recipe of named trees, datasets, students and evaluations; the same call resumes:
@@ -15,11 +15,11 @@ Run an experiment, which is a recipe of named trees, datasets, students and eval
     from pathlib import Path
 
     recipe = cotree.load_recipe(Path("recipes/laptop.yaml"), ["trees.train.rollouts=8"])
-    for node in cotree.plan(recipe):            # what would be done, and what it costs; spends nothing
+    for node in cotree.plan(recipe):            # each node's state and estimated cost; calls no model
         print(node.name, node.state)
     cotree.run(recipe)
 
-Read what it left:
+Read the results:
 
     run = cotree.open_run("runs/laptop")
     for tree in run.trees("train"):
@@ -30,9 +30,9 @@ Read what it left:
 Single steps: `evaluate` a model on tasks, `compare` two evaluations question by question, `train` a student on a file
 of rows, `decode` one question by search.
 
-A user's mistake is a `UsageError`, found before any work; work that fails later is a `CotreeError`. Each is one line.
-Importing cotree loads no heavy library: a name is imported when it is first used. `train` needs the extra
-`cotree[train]`, models in this process need `cotree[local]`.
+Bad input raises `UsageError` before any work; work that fails later raises `CotreeError`. Messages are one line.
+Importing cotree loads no heavy library: names are imported at first use. `train` needs the extra `cotree[train]`,
+models in this process need `cotree[local]`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ __all__ = [
     "task",
     "train",
 ]
-# Where the rest of the API is: name -> "module:attribute".
+# The API's lazily imported names: {name: "module:attribute"}.
 _LAZY = {
     "Question": "cotree.tasks:Question",
     "Task": "cotree.tasks:Task",
@@ -106,7 +106,7 @@ _LAZY = {
 
 
 class _LazyModule(ModuleType):
-    """The type of the module `cotree`, which imports a name of its API when it is first used."""
+    """The type of the module `cotree`, which imports names of its API at first use."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _LAZY:
@@ -120,7 +120,7 @@ class _LazyModule(ModuleType):
             raise AttributeError(f"cotree.{name} cannot be used: {missing}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the package `cotree.decode` would put it in the place of the function `cotree.decode`.
+        # Importing the package `cotree.decode` must not replace the function `cotree.decode`.
         if name not in _LAZY or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 

@@ -1,7 +1,7 @@
-"""The command line: each verb parses its words and calls one function.
+"""The command line: each command parses its arguments and calls one function; there is no other logic here.
 
-There is no logic here. A user's mistake ends in one line on stderr and exit code 2, failed work in one line and exit
-code 1; a traceback is always a bug of cotree.
+Bad input ends in one line on stderr and exit code 2, failed work in one line and exit code 1; a traceback is always a
+bug of cotree.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ RecipeArgument = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b.c=v", help="Overrides of recipe values.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/laptop.")]
-RunsDir = Annotated[Path, typer.Option(help="Where run folders are kept.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where it is written.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines: JSON on stdout.")]
+RunsDir = Annotated[Path, typer.Option(help="The parent of run folders.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The output file or folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Format = Annotated[str, typer.Option("--format", help="terminal, markdown, latex or html.")]
 Strategy = Literal["mcts", "vote", "best_of_n", "beam"]
-Budget = Annotated[int | None, typer.Option(min=1, help="About how many tokens to generate.")]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
+Budget = Annotated[int | None, typer.Option(min=1, help="Approximate tokens to generate.")]
+Seed = Annotated[int, typer.Option(help="Sampling seed.")]
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
 def takes(*groups: Callable[..., None]) -> Callable[[Verb], Verb]:
-    """Give a verb the options that some functions declare as their parameters; it gets them as its `**options`."""
+    """Add the parameters of other functions to a command's options; it gets them as `**options`."""
 
     def add(verb: Verb) -> Verb:
         declared: list[Callable[..., None]] = [verb, *groups]
@@ -58,57 +58,57 @@ def takes(*groups: Callable[..., None]) -> Callable[[Verb], Verb]:
 def _model_options(
     served: Annotated[str, typer.Option(help="The model's name at a server.")] = "default",
     tokenizer: Annotated[str | None, typer.Option(help="Renders a server's prompts: hub id or folder.")] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="The variable that holds a server's key.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the API key.")] = None,
     engine: Annotated[
-        Literal["llama.cpp", "vllm"] | None, typer.Option(help="Serves weights; vllm where it and a GPU are here.")
+        Literal["llama.cpp", "vllm"] | None, typer.Option(help="Engine for weights; default: vllm with a GPU.")
     ] = None,
     engine_args: Annotated[
         list[str] | None,
         typer.Option("--engine-arg", metavar="key=value", help="An argument of vllm serve; repeatable."),
     ] = None,
 ) -> None:
-    """How a model is reached (`models.resolve.parse_model`)."""
+    """Options of a model (`models.resolve.parse_model`)."""
 
 
 def _search_options(
     boxed: Annotated[
-        bool, typer.Option("--boxed", help="Answers are short, in a box, and can vote; else free text.")
+        bool, typer.Option("--boxed", help="Short answers in a box, which can vote; else free text.")
     ] = False,
-    strategy: Annotated[Strategy, typer.Option(help="How answers are searched for.")] = "mcts",
+    strategy: Annotated[Strategy, typer.Option(help="Search strategy.")] = "mcts",
     value: Annotated[
         Literal["vote", "likelihood", "verifier"] | None,
-        typer.Option(help="What answers go by; verifier: reward=..."),
+        typer.Option(help="How answers are ranked; verifier: reward=..."),
     ] = None,
     budget_tokens: Budget = None,
-    rollouts: Annotated[int | None, typer.Option(min=1, help="At most so many chains.")] = None,
+    rollouts: Annotated[int | None, typer.Option(min=1, help="Maximum number of chains.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """How an answer is searched for (`decode.answer.decode`)."""
+    """Options of decoding (`decode.answer.decode`)."""
 
 
 def _evaluation_options(
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 1024,
-    samples: Annotated[int, typer.Option(min=1, help="Completions a question.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a reply.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per question.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
     seed: Seed = 0,
     examples: Annotated[
         bool, typer.Option("--examples", help="Put the task's worked examples before the question.")
     ] = False,
-    data: Annotated[str | None, typer.Option(help="Where the rows are: file, folder or hub id.")] = None,
-    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which questions.")] = "test",
-    family: Annotated[str | None, typer.Option(help='Only these questions: "3 blocks", English, ...')] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of a task.")] = None,
-    name: Annotated[str | None, typer.Option(help="What tables call the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Source of the rows: file, folder or hub id.")] = None,
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Split of the questions.")] = "test",
+    family: Annotated[str | None, typer.Option(help='Only this family of questions: "3 blocks", English, ...')] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N questions of each task.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in tables.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the results; runs/evals/NAME by default.")] = None,
-    gguf: Annotated[str | None, typer.Option(help="F32, F16 or Q8_0 instead of a file as it is.")] = None,
+    gguf: Annotated[str | None, typer.Option(help="Convert weights to F32, F16 or Q8_0 before serving.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The server renders the prompts.")] = False,
-    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests to a server at once.")] = 16,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Concurrent requests per server.")] = 16,
     strategy: Annotated[Strategy | None, typer.Option(help="Decode by search.")] = None,
-    value: Annotated[Literal["vote", "likelihood"] | None, typer.Option(help="What answers go by.")] = None,
+    value: Annotated[Literal["vote", "likelihood"] | None, typer.Option(help="How answers are ranked.")] = None,
     budget_tokens: Budget = None,
 ) -> None:
-    """How questions are asked (`eval.evaluate.evaluate_model`)."""
+    """Options of evaluation (`eval.evaluate.evaluate_model`)."""
 
 
 @app.callback(invoke_without_command=True)
@@ -128,29 +128,29 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="A node (students/dpo) or kind (trees), with what it reads.")
+        list[str] | None, typer.Option(help="A node (students/dpo) or kind (trees), with its dependencies.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Take over this run's content of equal settings.")
+        Path | None, typer.Option("--from", help="Copy content with equal settings from this run.")
     ] = None,
     regrow: Annotated[
         bool, typer.Option("--regrow", help="Grow finished trees again if their settings changed.")
     ] = False,
     shard: Annotated[
-        str | None, typer.Option(metavar="K/N", help="Only this part of the questions: 0/8 is the first of eight.")
+        str | None, typer.Option(metavar="K/N", help="Only this shard of the questions: 0/8 is the first of eight.")
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option(metavar="WHERE", help="local:PROCESSES, slurm:FILE.yaml or ray:ADDRESS."),
+        typer.Option(metavar="WHERE", help="Run shards on local:PROCESSES, slurm:FILE.yaml or ray:ADDRESS."),
     ] = None,
-    shards: Annotated[int | None, typer.Option(min=1, help="Into how many parts questions are dealt.")] = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="Number of shards.")] = None,
     scratch: Annotated[
-        str | None, typer.Option(metavar="DIR", help="On a local disk: where stores are worked on if runs are on NFS.")
+        str | None, typer.Option(metavar="DIR", help="A folder on a local disk for databases, if runs are on NFS.")
     ] = None,
     runs_dir: RunsDir = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Make every node of a recipe that is not up to date, in order. The same command resumes."""
+    """Run a recipe: compute every node that is not up to date, in order. The same command resumes."""
     from cotree.base.shards import Shard
 
     cotree.run(
@@ -171,7 +171,7 @@ def run(
 def plan(
     recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False, runs_dir: RunsDir = Path("runs")
 ) -> None:
-    """Show each node's state, which setting changed, and what a run would cost. Spends nothing, asks no network."""
+    """Show each node's state, changed settings, and the estimated cost of a run. Calls no model, uses no network."""
     from cotree.experiment.plan import plan_lines
 
     nodes = cotree.plan(cotree.load_recipe(recipe, overrides or ()), runs_dir)
@@ -185,7 +185,7 @@ def plan(
 def check(
     recipe: RecipeArgument, overrides: Overrides = None, runs_dir: RunsDir = Path("runs"), quiet: Quiet = False
 ) -> None:
-    """Ask a recipe's models and servers, look at questions, packages and disk, before anything is spent."""
+    """Test a recipe's models and servers, and check questions, packages and disk, before a run."""
     from cotree.experiment.check import check as check_recipe
 
     check_recipe(cotree.load_recipe(recipe, overrides or ()), Output(quiet=quiet), runs_dir)
@@ -194,9 +194,9 @@ def check(
 @app.command(epilog="Example: cotree show runs/laptop --question sum-17")
 def show(
     run: RunArgument,
-    question: Annotated[str | None, typer.Option(help="The id of a question: its tree is drawn.")] = None,
-    trees: Annotated[str | None, typer.Option(help="The trees node, where a run has several.")] = None,
-    best: Annotated[bool, typer.Option("--best", help="Draw the tree that shows most.")] = False,
+    question: Annotated[str | None, typer.Option(help="The id of a question whose tree to draw.")] = None,
+    trees: Annotated[str | None, typer.Option(help="The trees node, if a run has several.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Draw the most instructive tree.")] = False,
 ) -> None:
     """Show the trees of a run: a list, or one tree with its thoughts, verdicts, values and chosen chains."""
     from cotree.base.run_folder import find_run
@@ -209,12 +209,12 @@ def show(
 def view(
     run: RunArgument,
     annotator: Annotated[str | None, typer.Option(help="Your name, for annotations; else the page asks.")] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="Take no annotations.")] = False,
-    host: Annotated[str, typer.Option(help="Beyond loopback the address has a token.")] = "127.0.0.1",
+    read_only: Annotated[bool, typer.Option("--read-only", help="Disable annotations.")] = False,
+    host: Annotated[str, typer.Option(help="Beyond loopback the URL has a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Show a run in the browser: its trees, their chains, annotations, datasets, students and tables."""
+    """Show a run in the browser: trees, chains, annotations, datasets, students and tables."""
     from cotree.experiment.run import view_run
 
     view_run(run, host=host, port=port, browser=browser, read_only=read_only, annotator=annotator)
@@ -251,9 +251,9 @@ def eval_(
 @app.command(epilog="Example: cotree compare runs/laptop/evaluations/test/sft runs/laptop/evaluations/test/dpo")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="runs/NAME/evaluations/NODE/MODEL or runs/evals/NAME.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another, asked the same questions.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, with the same questions.")],
 ) -> None:
-    """Compare two models on the same questions: paired tests, who gained and who lost."""
+    """Compare two models on the same questions: paired tests, and the questions gained and lost."""
     for difference in cotree.compare(first, second):
         Output().print("\n".join(difference.lines()))
 
@@ -266,7 +266,7 @@ def table(
     format_: Format = "terminal",
     as_json: AsJson = False,
 ) -> None:
-    """Show the evaluations of runs in one table; equal cells come once."""
+    """Show the evaluations of runs in one table, without duplicates."""
     found = cotree.table(runs)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
@@ -283,15 +283,15 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings of the method.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train one student on own rows, no recipe needed. The same command resumes."""
+    """Train one student on your own rows, no recipe needed. The same command resumes."""
     cotree.train(method, student, data, out, overrides=overrides or [], output=Output(quiet=quiet))
 
 
 @app.command(epilog="Example: cotree diagnose runs/laptop/evaluations/test/dpo")
 def diagnose(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Parquet, JSON lines, a hub id, a run, an evaluation.")],
-    field: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
-    shown: Annotated[int, typer.Option(help="How many of the worst texts to show.")] = 3,
+    field: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
+    shown: Annotated[int, typer.Option(help="Number of worst texts to show.")] = 3,
 ) -> None:
     """Count loops, over-reflection and missing answers in long chains of thought, by source and language."""
     from cotree.eval.diagnose import diagnose_file
@@ -303,14 +303,14 @@ def diagnose(
 @app.command(name="import", epilog="Example: cotree import sky_t1.jsonl --student smollm2-135m-instruct -o sky.parquet")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Conversations, messages, or prompts with responses.")],
-    student: Annotated[str, typer.Option(help="Whose tokens count: a packaged name, a .gguf, a folder or a hub id.")],
+    student: Annotated[str, typer.Option(help="Its tokens count: a packaged name, a .gguf, a folder or a hub id.")],
     out: Out,
     as_: Annotated[Literal["rows", "trees"], typer.Option("--as", help="trees: rollouts; -o is a run.")] = "rows",
-    task: Annotated[str | None, typer.Option(help="The task that verifies where a gold answer is known.")] = None,
-    held_out: Annotated[list[str] | None, typer.Option(help="A task whose questions must not be in it.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Of a row; 16384. Longer ones are left out, counted.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task that verifies texts with a gold answer.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="A task whose questions are excluded.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Per row, default 16384; longer ones are left out.")] = None,
 ) -> None:
-    """Turn texts of others into gated rows, judged where a gold answer is known; or their rollouts into trees."""
+    """Convert other datasets to filtered, verified rows; or rollouts to trees."""
     from cotree.experiment.imported import import_as
 
     for line in import_as(as_, file, student, out, task=task, held_out=held_out or [], max_tokens=max_tokens):
@@ -334,7 +334,7 @@ def export(
 def check_data(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Dataset files: .parquet or .jsonl.")],
 ) -> None:
-    """Check every row of dataset files; names each fault with its row and column."""
+    """Validate every row of dataset files; reports row and column of each fault."""
     from cotree.data.kinds import check_file
 
     for file in files:
@@ -349,7 +349,7 @@ def merge(
     ],
     out: Out,
 ) -> None:
-    """Copy the trees of several stores into one, or the requests of several journals; again copies nothing twice."""
+    """Merge several tree stores, or several journals, into one, without duplicates."""
     Output().print(cotree.merge(stores, out))
 
 
@@ -358,7 +358,7 @@ def clean(
     run: RunArgument,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only show what would be removed.")] = False,
 ) -> None:
-    """Remove content that a run's recipe no longer refers to; paid requests stay in the journal."""
+    """Delete content that a run's recipe no longer uses; the journal of completions stays."""
     from cotree.base.run_folder import find_run
     from cotree.experiment.clean import clean as clean_run
     from cotree.experiment.clean import removed_lines, unneeded
@@ -369,13 +369,13 @@ def clean(
 
 @app.command(epilog="Example: cotree report runs/laptop runs/mine -o comparison.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]", help="A run folder; of two a comparison is made.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]", help="A run folder, or two to compare.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page; by default RUN/report.html, or comparison.html here.")
+        Path | None, typer.Option("--out", "-o", help="Output file; default: RUN/report.html, or comparison.html.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write report.html of a run again, or one page that compares two runs."""
+    """Write a run's report.html again, or a page that compares two runs."""
     from cotree.experiment.run import report_again
     from cotree.report.html import write_comparison
 
@@ -386,17 +386,17 @@ def report(
 @app.command(epilog='Example: cotree decode "What is 31 + 12?" --boxed --budget-tokens 400 temperature=1.0')
 @takes(_search_options, _model_options)
 def decode(
-    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its words; or --task and --id.")] = None,
+    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its text; or --task and --id.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=v", help="Settings of the search.")] = None,
     model: Annotated[
         str, typer.Option(help="A server's URL, a .gguf, a packaged name or a hub id.")
     ] = "smollm2-135m-instruct",
     task: Annotated[str | None, typer.Option(help="The task of the question.")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="The question's id in its task.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer, and errors.")] = False,
     **options: Any,
 ) -> None:
-    """Answer one question by search that knows no gold answer."""
+    """Answer one question by search, without a gold answer."""
     # An override holds `=`; with --task there is no question before it.
     given = [question] if task is not None and question is not None else []
     options |= {"task": task, "question_id": id_, "overrides": [*given, *(overrides or [])]}
@@ -410,13 +410,13 @@ def decode(
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Server URLs, .gguf files, packaged names.")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Settings of the search.")] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="Searches at once; others wait.")] = 8,
+    at_once: Annotated[int, typer.Option(min=1, help="Concurrent searches; others wait.")] = 8,
     host: Annotated[str, typer.Option(help="Beyond loopback COTREE_TOKEN must be set.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Serve an OpenAI-compatible endpoint whose answers are decoded with search."""
+    """Serve an OpenAI-compatible endpoint that answers with search."""
     from cotree.decode.server import serve as serve_models
 
     options |= {"overrides": set_ or [], "at_once": at_once, "host": host, "port": port}
@@ -425,7 +425,7 @@ def serve(
 
 @app.command(epilog="Example: cotree init mine.yaml")
 def init(
-    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe to be written.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe file to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe to start from."""
     from cotree.experiment.recipe import write_starter
@@ -443,7 +443,7 @@ def tasks() -> None:
 
 @app.command(epilog="Example: cotree patterns")
 def patterns() -> None:
-    """List the thought patterns: which type may follow which, and how many."""
+    """List the thought patterns: which types may follow which, and how many children."""
     from cotree.search.thoughts import PATTERNS
 
     for name, pattern in PATTERNS.items():
@@ -453,7 +453,7 @@ def patterns() -> None:
 
 @app.command(epilog="Example: cotree models")
 def models() -> None:
-    """List the packaged models: weights that a recipe can name without a file."""
+    """List the packaged models, which recipes can use by name."""
     from cotree.models.weights import packaged_models
 
     typer.echo(packaged_models())
@@ -461,13 +461,13 @@ def models() -> None:
 
 def main() -> None:
     """The `cotree` command."""
-    sys.stderr = SafeStream(sys.stderr)  # what the interpreter and libraries write there too
-    # Without a network the hub's client would warn of each of its retries; what fails in the end is one line.
+    sys.stderr = SafeStream(sys.stderr)  # also filters the interpreter and libraries
+    # Without a network the hub's client would warn at each retry; the final error is one line.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # The tokenizers need no torch, so its absence is no news.
+    # Tokenizers need no torch, so do not warn about its absence.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        # typer turns Ctrl-C and exits into a number that it returns.
+        # typer returns Ctrl-C and exits as an exit code.
         with first_cotree_error():
             code = app(prog_name="cotree", standalone_mode=False)
         if code == _INTERRUPTED:
@@ -491,10 +491,10 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    """End with one line on stderr, in which no URL shows a password."""
+    """Exit with one line on stderr, with passwords in URLs masked."""
     line = re.sub(r"(?<=/)[^/\s@]+:[^/\s@]+@", "***@", " ".join(message.split()))
     print(f"cotree: {line}", file=sys.stderr, flush=True)
-    # The engine's threads may be inside a long decode; what matters is on disk already.
+    # The engine's threads may be in a long decode; all results are on disk already.
     if code == _INTERRUPTED:
         sys.stdout.flush()
         os._exit(code)

@@ -1,7 +1,7 @@
 """Write an evaluation's `results_*.json` and `samples_*.jsonl` in the format of lm-evaluation-harness.
 
 Tools for lm-eval's output can read these files (keys, shapes, hashes and file names of its 0.4 series); other values
-are under `cotree`. Both are regenerated from the journal, keeping the date of the first run, so later runs replace them.
+are under `cotree`. Both are regenerated from the journal under the date of the first run, so later runs replace them.
 """
 
 from __future__ import annotations
