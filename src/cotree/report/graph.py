@@ -1,8 +1,8 @@
-"""The nodes of an experiment as a small drawing: trees, datasets, students, evaluations, and what reads what.
+"""Lay out and draw an experiment's graph of trees, datasets, students and evaluations.
 
-A layered drawing of our own: a node stands to the right of all that it reads, and no line goes behind another's box.
-For the report it is one <svg> element without scripts, links or colours of its own, in which nodes that differ in their
-seed alone are one box; the viewer's page draws it with the nodes' states.
+A layered layout: a node is right of its dependencies, and no line passes behind another's box. The report shows one
+<svg> element without scripts, links or fixed colours, with one box for nodes that differ only in their seed; the
+viewer's page draws the layout with the nodes' states.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from cotree.report.summary import NodeState, split_seed
 from cotree.report.templates import rendered
 
 _ACROSS, _DOWN, _MARGIN = 46, 14, 2  # pixels between columns, between boxes, and around all
-_LONGEST = 26  # characters of a name that are shown
-_CHARACTER = 6.9  # pixels of one in 12px, at most
-_Slot = tuple[int, str]  # a column with a box in it, or with the lane of lines to or from a box elsewhere
+_LONGEST = 26  # maximum characters of a name
+_CHARACTER = 6.9  # maximum width in pixels of a 12px character
+_Slot = tuple[int, str]  # (column, box in it, or box elsewhere whose lines have a lane here)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Where boxes of one size and their lines stand, in pixels. boxes: the upper left corner of each, by its name.
-    lines: the `d` of a path for each read box and its reader."""
+    """Positions of equally sized boxes and their lines, in pixels. boxes: {name: upper left corner}. lines: {(read box,
+    reader): `d` attribute of the path}."""
 
     width: int
     height: int
@@ -38,7 +38,7 @@ class Drawing:
 
 @dataclass(eq=False)
 class _Box:
-    """Nodes that are drawn as one."""
+    """A box for one or more nodes."""
 
     kind: str
     name: str
@@ -49,16 +49,16 @@ class _Box:
 
     @property
     def label(self) -> str:
-        """Its name, with the number of its seeds."""
+        """The box's name, with the number of seeds."""
         return self.name + (f" × {self.seeds} seeds" if self.seeds > 1 else "")
 
 
 def draw_graph(nodes: Sequence[NodeState], captions: Mapping[str, str]) -> str:
-    """The drawing, "" without nodes.
+    """Draw the graph as an <svg> element; "" without nodes.
 
     Args:
-        nodes: the nodes, with what they read.
-        captions: a few words on each node, by its id.
+        nodes: the nodes, with their dependencies.
+        captions: {node id: short text}.
     """
     boxes = _boxes(nodes, captions)
     longest = max((min(len(box.label), _LONGEST) for box in boxes.values()), default=0)
@@ -68,9 +68,9 @@ def draw_graph(nodes: Sequence[NodeState], captions: Mapping[str, str]) -> str:
 
 
 def lay_out(reads: Mapping[str, Sequence[str]], box: tuple[int, int]) -> Drawing:
-    """The places of boxes of one size, by what each of them reads.
+    """Lay out boxes of one size, given {box: boxes that it reads}.
 
-    A line that passes a column has a lane between its boxes, with all others that begin, or end, in the same box.
+    A line that crosses a column runs in a lane between its boxes, shared by lines that start or end at the same box.
     """
     column = _columns(reads)
     edges = [(read, name) for name in reads for read in reads[name]]
@@ -100,8 +100,8 @@ def lay_out(reads: Mapping[str, Sequence[str]], box: tuple[int, int]) -> Drawing
 def _middles(
     slots: Sequence[_Slot], steps: Sequence[tuple[_Slot, _Slot]], column: Mapping[str, int], height: int
 ) -> dict[_Slot, float]:
-    """How far down the middle of each box and lane is: in the order of what is left and right of them, for fewer
-    crossings, each column centred beside the tallest; of the first what reads nothing stands below."""
+    """The vertical centre of each box and lane: ordered by neighbours in the adjacent columns for fewer crossings, each
+    column centred beside the tallest; in the first, boxes without dependencies come last."""
     columns = defaultdict[int, list[_Slot]](list)
     for slot in dict.fromkeys(slots):
         columns[slot[0]].append(slot)
@@ -127,7 +127,7 @@ def _middles(
 
 
 def _boxes(nodes: Sequence[NodeState], captions: Mapping[str, str]) -> dict[str, _Box]:
-    """The boxes by the ids of their nodes, without seeds."""
+    """{node id without seed: box}."""
     named = {node.name: split_seed(node.name)[0] for node in nodes}
     boxes: dict[str, _Box] = {}
     for node in nodes:
@@ -141,8 +141,8 @@ def _boxes(nodes: Sequence[NodeState], captions: Mapping[str, str]) -> dict[str,
 
 
 def _columns(reads: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """The column of each box, from the left: right of all that it reads, evaluations last, and a dataset that reads
-    nothing beside the others of its readers."""
+    """{box: column}, from the left: right of its dependencies, evaluations last, and a dataset without dependencies in
+    the column of its readers' other inputs."""
     column: dict[str, int] = {}
     for name in TopologicalSorter(reads).static_order():
         column[name] = max((column[read] + 1 for read in reads[name]), default=0)

@@ -24,8 +24,7 @@ _WORKS = 30.0  # seconds since the last write of node.json
 
 
 def about_run(run: RunFolder, nodes: Sequence[NodeReads]) -> dict[str, Any]:
-    """A run's name, recipe and version, its nodes in order with their states and counts, and where a drawing
-    has them.
+    """A run's name, recipe and version, and its nodes in order with states, counts and positions in the graph.
 
     nodes: of the experiment, including those without content.
     """
