@@ -34,7 +34,7 @@ class UsageError(CotreeError):
 
 
 class NotFoundError(UsageError):
-    """What was asked for by its name is not there."""
+    """Something requested by name does not exist."""
 
 
 @contextmanager

@@ -26,8 +26,8 @@ _Slot = tuple[int, str]  # (column, box in it, or box elsewhere whose lines have
 
 @dataclass(frozen=True)
 class Drawing:
-    """Positions of equally sized boxes and their lines, in pixels. boxes: {name: upper left corner}. lines: {(read box,
-    reader): `d` attribute of the path}."""
+    """Positions of equally sized boxes and their lines, in pixels. boxes: {name: upper left corner}. lines: the `d`
+    attribute of each path."""
 
     width: int
     height: int
