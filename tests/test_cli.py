@@ -133,7 +133,11 @@ def test_cli_has_no_logic() -> None:
         ([*TRAIN, "no.jsonl"], "no.jsonl"),
         ([*TRAIN, "rows.jsonl"], "rows.jsonl"),
         ([*TRAIN, "rows.jsonl", "epoch=2"], "unknown key `epoch`; did you mean `epochs`?"),
+        (["eval", "--model", "smollm2-135m-instruct", "--task", "letters", "--format", "pdf"], "'pdf' is not one of"),
         (["diagnose", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["diagnose", "empty.jsonl"], "empty.jsonl has no rows"),
+        (["import", "empty.jsonl", "--student", "smollm2-135m-instruct", "-o", "x.parquet"], "empty.jsonl has no rows"),
+        (["check-data", "older"], "older is a folder; name a file in it"),
         (["import", "nowhere.jsonl", "--student", "smollm2-135m-instruct", "-o", "x.parquet"], "nowhere.jsonl"),
         (["export", "nowhere", "--to", "jsonl", "-o", "x"], "nowhere"),
         (["export", "rows.jsonl", "--to", "csv", "-o", "x"], "csv"),
@@ -158,6 +162,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "rows.jsonl").write_text('{"id": "3", "question": "Why?", "answer": "1"}\n' * 100)
     (tmp_path / "twice.yaml").write_text("name: twice\ndata: rows.jsonl\nprompt: '{question}'\n")
     (tmp_path / "old.yaml").write_text(OLD)
+    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "older").mkdir()
     (tmp_path / "older" / "manifest.json").write_text("{}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

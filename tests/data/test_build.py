@@ -188,7 +188,7 @@ def test_chains_over_the_limit_are_left_out_and_counted(tmp_path: Path) -> None:
         (TREES[1:2], "dpo", "of 2 chains in 1 trees, 1 have no closed answer, 1 are of trees without a wrong chain"),
         (TREES[2:], "sft", "of 1 chains in 1 trees, 1 are wrong; raise the trees' rollouts"),
         (TREES[2:], "dpo", "1 are of trees without a correct chain; raise the trees' rollouts"),
-        ([], "sft", "nothing to choose from: no trees"),
+        ([], "sft", "nothing to choose from: no tree and no row was read"),
         ([tree("e", [])], "sft", "nothing to choose from: 1 trees with no judged chain"),
     ],
 )

@@ -337,6 +337,11 @@ def test_a_check_of_what_is_no_dataset(tmp_path: Path) -> None:
         check_file(tmp_path / "nowhere.jsonl")
 
 
+def test_parquet_is_read_whatever_its_name(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([GOOD_ROW] * 2), tmp_path / "rows.txt")
+    assert check_file(tmp_path / "rows.txt") == ("sft", 2)
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
 @pytest.mark.parametrize("start", ["", "\n  ", "\ufeff"])
 def test_the_content_says_whether_it_is_json_lines_or_an_array(tmp_path: Path, name: str, start: str) -> None:

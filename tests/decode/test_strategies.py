@@ -293,8 +293,8 @@ def test_a_server_without_log_probabilities_is_one_line_that_names_the_way_out()
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"value": "vote"}, "by likelihood here, not by vote: free texts cannot vote"),
-        ({"strategy": "vote"}, "free texts, which cannot vote: use mcts, best_of_n or beam"),
+        ({"value": "vote"}, "can be likelihood here, not vote: free texts cannot vote"),
+        ({"strategy": "vote"}, "^free texts cannot vote: use mcts, best_of_n or beam$"),
         ({"strategy": "tree"}, "strategies are mcts, vote, best_of_n, beam"),
         ({"value": "verifier"}, "a verifier needs a `reward`"),
     ],
@@ -304,7 +304,7 @@ def test_what_does_not_go_together_is_refused_before_a_token_is_spent(how: dict[
         with pytest.raises(UsageError, match=message):
             ask(*free(), search(), **how)
         assert server.calls == 0
-    with pytest.raises(UsageError, match="chooses one chain by its own value"):
+    with pytest.raises(UsageError, match="chooses a chain by its own value"):
         ask(*boxed(), search(), strategy="beam", value="vote")
 
 

@@ -57,7 +57,7 @@ def test_an_empty_reply_is_a_text_without_an_answer(tmp_path: Path) -> None:
 
 
 def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="is neither a run nor an evaluation"):
+    with pytest.raises(UsageError, match="has no replies of an evaluation and no rows of a dataset"):
         list(diagnose_file(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -315,7 +315,7 @@ def test_a_merge_refuses_before_it_writes(recipe: dict[str, Any], server: FakeSe
         cotree.merge(stores, out)
     with pytest.raises(UsageError, match=r"is a journal and .* a store of trees"):
         cotree.merge([stores[0], first / "journal.db"], out)
-    with pytest.raises(UsageError, match="is missing"):
+    with pytest.raises(UsageError, match="is missing; name a store of trees"):
         cotree.merge([tmp_path / "none.db"], out)
     with pytest.raises(UsageError, match="is a source too"):
         cotree.merge(stores[:1], stores[0] / "trees.db")

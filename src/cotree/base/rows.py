@@ -26,11 +26,11 @@ def read_rows(path: Path) -> Iterator[Row]:
         UsageError: the file is missing or damaged; the message names the line.
     """
     if not path.is_file():
-        raise UsageError(f"no file at {path}")
+        raise UsageError(f"{path} is a folder; name a file in it" if path.is_dir() else f"no file at {path}")
     from cotree.base.run_folder import check_against_record  # imports pydantic, which verifiers do not need
 
     check_against_record(path)
-    if path.suffix == ".parquet":
+    if _is_parquet(path):
         yield from _parquet_rows(path)
         return
     number = 1
@@ -58,6 +58,14 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: line {number}: no JSON row ({error}); {forms}") from None
 
 
+def _is_parquet(path: Path) -> bool:
+    """Whether a file is Parquet by its name or, whatever its name, by its first bytes."""
+    if path.suffix == ".parquet":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -72,7 +80,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """cotree's metadata in a Parquet file's schema; empty for other files."""
-    if path.suffix != ".parquet":
+    if not _is_parquet(path):
         return {}
     import pyarrow.parquet as pq
 

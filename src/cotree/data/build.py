@@ -206,7 +206,8 @@ def import_file(
     tokenizer = load_tokenizer(student if folder_or_hub else locate(student))
     judging = None if task is None else find_task(task)
     rows = read_rows(source)
-    first = next(rows, {})
+    if (first := next(rows, None)) is None:
+        raise UsageError(f"{source} has no rows")
     kind: Literal["sft", "dpo"] = "dpo" if {*sides_of(first)} <= first.keys() else "sft"
     rules = Rules(
         Dataset(file=str(source), rows=kind, max_tokens=max_tokens),
@@ -215,9 +216,7 @@ def import_file(
         held_out=[question for name in held_out for question in find_task(name).questions()],
     )
     rules.counts.verified = None if task is None else 0
-    write_rows(
-        out, file_rows(chain([first] if first else [], rows), rules, judging.name if judging else source.stem), rules
-    )
+    write_rows(out, file_rows(chain([first], rows), rules, judging.name if judging else source.stem), rules)
     return rules.counts
 
 

@@ -126,7 +126,7 @@ class DatasetCounts:
         """One line that explains an empty dataset: counts by reason, and the most helpful remedy."""
         left_out = self._left_out()
         if not left_out:
-            nothing = f"{self.trees} trees with no judged chain" if self.trees else "no trees and no rows of a file"
+            nothing = f"{self.trees} trees with no judged chain" if self.trees else "no tree and no row was read"
             return f"no rows, because there is nothing to choose from: {nothing}"
         source = f"of {self.chains} chains in {self.trees} trees" if self.trees else "of the file's rows"
         clauses = ", ".join(f"{number} {REASONS[reason]['clause']}" for reason, number in left_out)

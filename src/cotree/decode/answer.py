@@ -169,7 +169,7 @@ def _find_question(words: str | None, task: str | None, question_id: str | None,
         open_task = OpenTask(boxed=boxed)
         return open_task, open_task.question_of([{"role": "user", "content": words}])
     if words is not None or question_id is None or boxed:
-        raise UsageError("--task takes --id of one of its questions, and knows itself how it is answered")
+        raise UsageError("--task needs --id, one of its questions, and takes neither words nor --boxed")
     known = task_of(task)
     named = [question for question in known.questions() if question.id == question_id]
     if not named:

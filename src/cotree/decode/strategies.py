@@ -197,14 +197,17 @@ def choose_value(task: Task, strategy: str, value: str | None, settings: Search)
     if strategy not in _ROUNDS:
         raise UsageError(f"unknown strategy `{strategy}`; strategies are {', '.join(_ROUNDS)}")
     if strategy == "vote" and not task.comparable:
-        raise UsageError(f"answers of {task.name} are free texts, which cannot vote: use mcts, best_of_n or beam")
+        raise UsageError("free texts cannot vote: use mcts, best_of_n or beam")
     votes = task.comparable and strategy in ("mcts", "vote")
     possible = ["verifier"] if settings.reward is not None else ["vote", "likelihood"] if votes else ["likelihood"]
     if value not in (None, *possible):
-        raise UsageError(
-            f"{strategy} values answers of {task.name} by {' or '.join(possible)} here, not by {value}: free texts "
-            "cannot vote, best_of_n or beam chooses one chain by its own value, and a verifier needs a `reward`"
-        )
+        if settings.reward is not None:
+            why = "the settings have a `reward`, which is the verifier"
+        elif value == "verifier":
+            why = "a verifier needs a `reward` in the settings"
+        else:
+            why = f"{strategy} chooses a chain by its own value" if task.comparable else "free texts cannot vote"
+        raise UsageError(f"with {strategy} the value can be {' or '.join(possible)} here, not {value}: {why}")
     return value or possible[0]
 
 

@@ -62,6 +62,8 @@ def diagnose_file(where: str | Path, field: str | None = None, shown: int = 3) -
         place = f"{file}, row {number}{id_}"
         bad = (len(flags), found.evidence.duplicate_4grams, -index, place, ", ".join(flags), text)
         worst = sorted([*worst, bad], reverse=True)[:shown]
+    if not counts:
+        raise UsageError(f"{where} has no rows{''.join(f'; {damaged_lines(lines)}' for lines in damaged.values())}")
     yield f"{'source':30} {'language':8} {'rows':>6} {'characters':>10} " + " ".join(f"{flag:>19}" for flag in _FLAGS)
     for (source, language), n in sorted(counts.items()):
         shares = " ".join(f"{n[flag]:>10} ({n[flag] / n['rows']:6.1%})" for flag in _FLAGS)
@@ -84,7 +86,7 @@ def _rows(where: str | Path, damaged: dict[Path, int]) -> Iterator[NumberedRow]:
         patterns = (JOURNAL, f"evaluations/*/*/{JOURNAL}", "datasets/*/train.parquet")
         files = [file for pattern in patterns for file in sorted(path.glob(pattern))]
         if not files:
-            raise UsageError(f"{path} is neither a run nor an evaluation; name a file in it")
+            raise UsageError(f"{path} has no replies of an evaluation and no rows of a dataset; name a file of texts")
         for file in files:
             node = unquote(file.parent.relative_to(path).as_posix()).removeprefix("evaluations/")
             yield from _rows_of_file(file, node if file.parent != path else file.stem, damaged)

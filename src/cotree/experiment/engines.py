@@ -58,6 +58,6 @@ def engine_lines(engines: Mapping[str, Engine]) -> list[str]:
         served.setdefault("vLLM" if engine == "vllm" else engine, []).append(name)
     lines = []
     for by, names in served.items():
-        others = f" and {len(names) - _SAID} others" if len(names) > _SAID else ""
+        others = f" and {len(names) - _SAID} more" if len(names) > _SAID else ""
         lines.append(f"weights served by {by}: {', '.join(names[:_SAID])}{others}")
     return lines

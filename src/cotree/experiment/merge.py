@@ -59,6 +59,8 @@ def _is_journal(path: Path) -> bool:
     Raises:
         UsageError: it is neither a journal nor a tree store.
     """
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; name a store of trees, the folder of its `trees.db`, or a `journal.db`")
     try:
         with TreeStore(path, reading=True):
             return False
