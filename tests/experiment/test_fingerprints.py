@@ -31,7 +31,7 @@ PATTERN = {"root": {"sub_task": 1}, "sub_task": {"thinking": 2, "hypothesis": 1}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the recipe names: weights (any bytes will do, as none is loaded), rows, a reward."""
     folder = tmp_path_factory.mktemp("inputs")
-    for name in ("tiny.gguf", "other.gguf", "rows.jsonl", "more.jsonl"):
+    for name in ("tiny.gguf", "other.gguf", "rows.jsonl", "more.jsonl", "trees.parquet"):
         (folder / name).write_text(f"GGUF of {name}")
     for name in ("reward.py", "other.py"):
         (folder / name).write_text(f"def f(question, text, verdict):\n    return 0.5  # {name}\ng = f\n")
@@ -145,6 +145,7 @@ SETTINGS: Mapping[type[Section], tuple[str, Mapping[str, Any]]] = {
         "adaptive": True, "reward": None, "trees_in_flight": 1, "questions": {"arithmetic": 2, "letters": 3},
         "split": "dev", "roles": {"thinker": "near"}, "method": "sampling", "tokens_of": None,
         "file": None, "tokenizer": None, "task": None, "correct_at": None,  # test_imported.py
+        "parquet": None,
     }),
     Writer: ("trees.train.roles.reflector.0", {"model": "far", "temperature": 0.1, "top_p": 0.2}),
     Thought: ("trees.train.thoughts.double_check", {
@@ -272,6 +273,7 @@ def test_changes_together_change_what_each_would(folder: Path, chosen: set[str])
                                                  "datasets/steps", "datasets/corpus", "evaluations/test/tiny"}),
         (("trees.train.reward", {"function": "reward.py:f"}), {"trees/train"}),
         (("trees.sampled.rollouts", 3), {"trees/sampled"}),
+        (("trees.train.parquet", "trees.parquet"), {"trees/train"}),
         (("datasets.corpus.file", "more.jsonl"), {"datasets/corpus"}),
         (("datasets.steps.rows", "stepwise"), {"datasets/steps"}),
         (("students.last.from", "sft"), {"students/last"}),

@@ -49,7 +49,7 @@ class NodeRecord:
     result: the node's numbers for tables (counts, tokens, ...), as its package defines them.
     resolved: resolved `auto` settings, so that a resume uses the same.
     files: {path relative to the folder: SHA-256, or "" if not recorded} of all files of complete content, including
-        shards' stores that hold some of the trees ("../../shards/...").
+        shards' stores that hold some of the trees ("../../shards/...") and Parquet files of trees (absolute paths).
     origin: the run that it was copied from (`--from`), or "".
     progress: (done, total) at the last write: trees, samples or steps.
     outdated: the run's recipe has other settings now, so tables skip this content.
@@ -155,7 +155,7 @@ class NodeFolder:
             if same and self.complete(record.fingerprint):
                 record = replace(record, done=True, result=now.result, files=now.files)
             elif same and now.done:  # a folder without some of its files is taken for a whole one
-                for top in {name.partition("/")[0] for name in now.files} - {".."}:
+                for top in {name.partition("/")[0] for name in now.files} - {"..", ""}:
                     if (self.path / top).is_dir():
                         remove(self.path / top)
         else:

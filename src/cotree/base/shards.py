@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cotree.base.errors import UsageError
-from cotree.base.run_folder import Kind, NodeFolder, RunFolder
+from cotree.base.run_folder import Kind, NodeFolder, NodeRecord, RunFolder
 
 DEALT: tuple[Kind, ...] = ("trees", "evaluations")  # kinds of nodes stored by question
 
@@ -88,3 +88,15 @@ def files_in_parts(run: RunFolder, node: str, name: str) -> list[Path]:
     """The existing files of a node with this name in a run and its shards, the run's own first."""
     paths = [part.node(node).path / name for part in (run, *shards_of(run))]
     return [path for path in paths if path.is_file()]
+
+
+def stores_of(run: RunFolder, name: str) -> list[Path]:
+    """Where the trees of a trees node are: its stores in a run and its shards, the run's own first, and the Parquet
+    files that its recipe named, whether or not these are still there."""
+    node = f"trees/{name}"
+    return [*files_in_parts(run, node, "trees.db"), *parquet_of(run.node(node).record())]
+
+
+def parquet_of(record: NodeRecord | None) -> list[Path]:
+    """The Parquet files that hold trees of a trees node."""
+    return [] if record is None else [Path(name) for name in record.files if name.endswith(".parquet")]

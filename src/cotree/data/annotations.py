@@ -19,7 +19,7 @@ from cotree.base.errors import NotFoundError, UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import Row
 from cotree.base.run_folder import RunFolder
-from cotree.base.shards import files_in_parts
+from cotree.base.shards import stores_of
 from cotree.search.database import Database, checksum
 from cotree.search.store import StoredNode, StoredTree
 from cotree.search.stores import TreeStores
@@ -231,7 +231,7 @@ def annotation_rows(run: RunFolder) -> list[Row]:
     with opened:
         found = opened.all()
     for node in dict.fromkeys(each.node for each in found):
-        with TreeStores(files_in_parts(run, f"trees/{node}", "trees.db")) as stores:
+        with TreeStores(stores_of(run, node)) as stores:
             there = stores.finished()
             for each in (each for each in found if each.node == node):
                 tree = stores.tree(each.tree) if each.tree in there else None

@@ -21,9 +21,10 @@ from cotree.base.errors import CotreeError, UsageError
 from cotree.base.progress import one_line
 from cotree.base.rows import Row, read_rows, write_jsonl
 from cotree.base.run_folder import RunFolder, check_against_record, find_run
-from cotree.base.shards import files_in_parts, shards_of
+from cotree.base.shards import shards_of, stores_of
 from cotree.data.annotations import annotation_rows
 from cotree.data.kinds import check_file, write_parquet
+from cotree.search.parquet import TREES_PER_GROUP
 from cotree.search.store import StoredTree
 from cotree.search.stores import TreeStores
 
@@ -131,14 +132,12 @@ def export_trees(source: Path, out: Path) -> int:
     if len(names) > 1:
         nodes = ", ".join(str(source / "trees" / name) for name in sorted(names))
         raise UsageError(f"{source} has several stores of trees; name one of {nodes}")
-    if names:
-        stores = files_in_parts(run, f"trees/{unquote(names.pop())}", "trees.db")
-    else:
-        stores = _files(source, "trees", "trees.db")
+    stores = stores_of(run, unquote(names.pop())) if names else _files(source, "trees", "trees.db")
     if not stores[0].is_file():
         raise UsageError(f"no store at {stores[0]}")
     with TreeStores(stores) as trees:
-        return write_parquet(out, get_type_hints(StoredTree), map(asdict, trees.trees()), {})
+        columns, rows = get_type_hints(StoredTree), map(asdict, trees.trees())
+        return write_parquet(out, columns, rows, {}, rows_per_group=TREES_PER_GROUP, checksums=True)
 
 
 def push(folder: Path, repository: str) -> str:

@@ -107,17 +107,25 @@ def _row_model(kind: str) -> type[BaseModel]:
 _ROW_MODELS = {kind: _row_model(kind) for kind in REQUIRED}
 
 
-def write_parquet(path: Path, columns: Mapping[str, Any], rows: Iterable[Row], metadata: Mapping[str, Any]) -> int:
+def write_parquet(
+    path: Path,
+    columns: Mapping[str, Any],
+    rows: Iterable[Row],
+    metadata: Mapping[str, Any],
+    *,
+    rows_per_group: int = ROWS_PER_BATCH,
+    checksums: bool = False,
+) -> int:
     """Write rows with these columns (name -> type) to Parquet, atomically; returns the number of rows.
 
-    metadata: stored in the file for `read_metadata`.
+    metadata: stored in the file for `read_metadata`. checksums: of pages, so that readers notice a flipped bit.
     """
     noted = {"cotree": json.dumps(metadata, sort_keys=True)}
     schema = pa.schema([(name, _arrow_type(of)) for name, of in columns.items()], metadata=noted)
     left, written = iter(rows), 0
-    with atomic_draft(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+    with atomic_draft(path) as partial, pq.ParquetWriter(partial, schema, write_page_checksum=checksums) as writer:
         # Row groups of a fixed size, so that they never depend on how rows were made.
-        while batch := list(islice(left, ROWS_PER_BATCH)):
+        while batch := list(islice(left, rows_per_group)):
             writer.write_table(pa.Table.from_pylist(batch, schema))
             written += len(batch)
     return written

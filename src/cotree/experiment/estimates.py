@@ -69,6 +69,8 @@ class Estimates:
         """
         if node.kind == "datasets" or (node.kind == "trees" and node.settings.file is not None):
             return Cost()
+        if node.kind == "trees" and node.settings.parquet and not left[0].asks:
+            return Cost()
         if node.kind == "students":
             return self._cost_of_training(node)
         if node.kind == "trees":

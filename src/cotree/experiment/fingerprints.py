@@ -103,7 +103,7 @@ class Fingerprints:
             del parts["file"]
             parts |= {"tokenizer": self._tokenizer(str(settings.tokenizer)), "version": CONTENT_VERSION["trees"]}
             return self._with_questions(node, parts)
-        named = ("questions", "roles", "split", "tokens_of", "reward", "patterns")
+        named = ("questions", "roles", "split", "tokens_of", "reward", "patterns", "parquet")
         parts = _flatten(hashed_settings(settings), leave_out=named)
         for name, matrix in settings.patterns.items():  # the order within a row matters: thoughts are generated in it
             parts |= {
@@ -127,6 +127,9 @@ class Fingerprints:
         if node.settings.tokens_of is not None:
             other = self.of(f"{node.kind}/{node.settings.tokens_of}", model)
             parts["tokens_of"], base["tokens_of"] = other.of, other.base
+        if isinstance(node.settings, Trees) and node.settings.parquet:
+            known = None if self.shard is None else self.whole.of(node.id).parts["parquet"]
+            parts["parquet"] = known or sorted(map(file_sha256, node.settings.parquet_files()))
         asked = sorted(self.questions(node), key=lambda each: each[0].name)  # not the recipe's order
         parts["questions"] = _hash([task.content_of(question) for task, question in asked])
         parts["verdicts"] = VERDICT_VERSION  # stored answers are judged again

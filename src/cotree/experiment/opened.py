@@ -10,7 +10,7 @@ from cotree.base.errors import UsageError
 from cotree.base.rows import Row, read_rows
 from cotree.base.run_folder import NodeRecord, RunFolder, find_run
 from cotree.base.settings import nearest
-from cotree.base.shards import files_in_parts
+from cotree.base.shards import stores_of
 from cotree.experiment.recipe import Recipe
 from cotree.experiment.state import run_folder
 from cotree.experiment.work import tokenizer_of
@@ -51,7 +51,7 @@ class Run:
             UsageError: the run has no such trees.
         """
         node = f"trees/{name}"
-        stores = files_in_parts(self._folder, node, "trees.db") or [self._content(node, "trees.db")]
+        stores = stores_of(self._folder, name) or [self._content(node, "trees.db")]
         return _trees_in(stores, self._record(node).base)
 
     def dataset(self, name: str) -> Iterator[Row]:

@@ -33,7 +33,12 @@ from cotree.train.settings import METHODS, Optimizer
 _OLD_KEYS = ("tasks", "search", "build", "train", "eval", "roles")
 _OF_TREES = ("thoughts", "patterns", "rollouts", "questions")  # of trees, often written one level too high
 # Keys whose values may be paths; so may the task names in `questions`.
-_PATHS = {"models": ("weights", "tokenizer"), "trees": ("function", "file"), "datasets": ("file",), "evaluations": ()}
+_PATHS = {
+    "models": ("weights", "tokenizer"),
+    "trees": ("function", "file", "parquet"),
+    "datasets": ("file",),
+    "evaluations": (),
+}
 S = TypeVar("S")
 
 
@@ -324,6 +329,8 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path, *, strict: bool) -> 
         file, colon, attribute = value.partition(":")
         place = os.path.abspath(folder / os.path.expanduser(file))
         must_be_path = key == "file" or (value.endswith(".gguf") and not colon)
+        if key == "parquet":  # a pattern, which need not exist
+            return os.path.abspath(folder / os.path.expanduser(value))
         return f"{place}{colon}{attribute}" if os.path.exists(place) or (strict and must_be_path) else value
 
     def replaced(value: Any, keys: Sequence[str], key: str = "") -> Any:

@@ -24,7 +24,7 @@ from cotree.base.errors import UsageError, first_cotree_error
 from cotree.base.lock import locked
 from cotree.base.progress import Output
 from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
-from cotree.base.shards import DEALT, Shard, ShardFolder, parts_beside, shards_of
+from cotree.base.shards import DEALT, Shard, ShardFolder, parquet_of, parts_beside, shards_of
 from cotree.data.annotations import FILE
 from cotree.experiment.check import preflight
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
@@ -385,9 +385,12 @@ def _mend_stores(folder: RunFolder, output: Output) -> None:
         path = folder.node(name).path / "trees.db"
         if not record.done or not path.is_file() or not path.stat().st_size:
             continue  # not counted yet, of another kind, or lost wholly, which is found otherwise
-        others = (part.node(name).path / "trees.db" for part in parts_beside(folder))
+        parquet = parquet_of(record)
+        others = [*(part.node(name).path / "trees.db" for part in parts_beside(folder)), *parquet]
         with TreeStore(path) as store, TreeStores(filter(Path.is_file, others), store) as stores:
             counted = record.result["counts"]["trees"] - len(stores.finished(record.base))
+            if not all(map(Path.is_file, parquet)):
+                counted = 0  # the recipe says where they are now
             if store.rescued:
                 output.print(f"{name}: {store.rescued}")
         if lost := max(counted, store.lost):
@@ -428,7 +431,7 @@ def _take_over(
             _copy(content.path, draft)
             if shards := [content.path / name for name in record.files if name.startswith("..")]:
                 merge_stores(shards, draft / "trees.db")
-                record = replace(record, files={"trees.db": ""})
+                record = replace(record, files=dict.fromkeys(["trees.db", *map(str, parquet_of(record))], ""))
             folder.begin(replace(record, done=False))
             # The record, which marks the content as complete, comes last.
             for entry in sorted(draft.iterdir(), key=lambda entry: entry.name in record.files):

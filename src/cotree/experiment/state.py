@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, changed_ke
 from cotree.base.shards import parts_beside
 from cotree.experiment.fingerprints import Fingerprint, Fingerprints
 from cotree.experiment.recipe import Node, Recipe
+from cotree.search.settings import Trees
 from cotree.search.store import count_trees
+from cotree.search.stores import TreeStores
 
 StateName = Literal["done", "partial", "new", "changed"]
 # Parts of a fingerprint that stand for dependencies, not for settings of the node.
@@ -113,6 +115,29 @@ def _finished(run: RunFolder) -> dict[str, NodeFolder]:
 
 
 def _state(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: str | None) -> State:
+    found = _state_in_folder(run, fingerprints, node, model)
+    if node.kind != "trees" or not node.settings.parquet or found.state == "done" or found.fingerprint is None:
+        return found
+    return replace(found, regrow=0, asks=False) if _all_in_parquet(fingerprints, node) else found
+
+
+def _all_in_parquet(fingerprints: Fingerprints, node: Node[Trees]) -> bool:
+    """Whether the Parquet files of a trees node have the trees of all its questions.
+
+    Raises:
+        UsageError: one of them has none of the trees of these settings.
+    """
+    from cotree.search.trees import turns_left
+
+    config = fingerprints.of(node.id).base
+    with TreeStores(files := node.settings.parquet_files()) as store:
+        if foreign := [*{*files} - {*store.paths_with(config)}]:
+            fix = "leave it out of `parquet` (null, if it came with `like`), or put the settings back"
+            raise UsageError(f"{node.id}: no tree of {min(foreign)} was grown under these settings; {fix}")
+        return not turns_left(store, fingerprints.questions(node), config)
+
+
+def _state_in_folder(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: str | None) -> State:
     folder = run.node(node.id, model)
     record = folder.record()
     asks = not any((folder.path / name).is_file() for name in _REPLIES)

@@ -124,6 +124,8 @@ class Worker:
             self._import(node, work)
             return
         config, budgets = self.fingerprints.of(node.id).base, None
+        # Known to readers of the run while it grows.
+        work.record = replace(work.record, files={str(path): "" for path in settings.parquet_files()})
         if settings.tokens_of is not None:
             budgets = {tree.question_name: tree.completion_tokens for tree in self.trees(settings.tokens_of)}
 
@@ -172,7 +174,8 @@ class Worker:
                 troubles.update({key: record.result.get("counts", {}).get(key, 0) for key in troubles})
                 work.seconds_of_shards += record.seconds
             work.result["counts"] = counts | troubles
-            work.files += [os.path.relpath(path, work.path) for path in store.paths_with(config)]
+            shards = (path for path in store.paths_with(config) if str(path) not in work.record.files)
+            work.files += [*work.record.files, *(os.path.relpath(path, work.path) for path in shards)]
         if settings.tokens_of is not None:
             shared = {tree.question_name for tree in self.trees(node.name)}
             methods = {
@@ -233,9 +236,9 @@ class Worker:
             yield from trees_of(store, self.fingerprints.questions(node), self.fingerprints.of(node.id).base)
 
     def _stores(self, node: str) -> list[Path]:
-        """The store of a node, and the existing ones in the run's other parts (shards)."""
+        """The store of a node, the existing ones in the run's other parts (shards), and Parquet files of trees."""
         own, *others = (part.node(node).path / "trees.db" for part in (self.run, *parts_beside(self.run)))
-        return [own, *filter(Path.is_file, others)]
+        return [own, *filter(Path.is_file, others), *self.recipe.nodes[node].settings.parquet_files()]
 
     def _build(self, node: Node[Dataset], work: Work) -> None:
         from cotree.data.build import build_dataset

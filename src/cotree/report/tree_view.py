@@ -12,7 +12,7 @@ from typing import Any
 
 from cotree.base.progress import one_line
 from cotree.base.run_folder import RunFolder
-from cotree.base.shards import files_in_parts
+from cotree.base.shards import stores_of
 from cotree.report.templates import sentence
 from cotree.search.store import StoredNode, StoredTree
 from cotree.search.stores import TreeStores
@@ -160,7 +160,7 @@ def views_of(run: RunFolder, trees: Iterable[str], *, question: str | None = Non
     rows = dataset_rows(run)
     for name in trees:
         node = run.node(f"trees/{name}")
-        record, stores = node.record(), files_in_parts(run, f"trees/{name}", "trees.db")
+        record, stores = node.record(), stores_of(run, name)
         if record is None:
             continue
         with TreeStores(stores) as store:

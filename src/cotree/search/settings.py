@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from cotree.base.errors import UsageError
 from cotree.base.settings import NOT_CONTENT, Section, require_known
 from cotree.search.thoughts import DEFAULT_PATTERNS, PATTERNS, THOUGHT_TYPES, check_pattern
 from cotree.tasks.base import Split
@@ -249,6 +252,8 @@ class Trees(SearchWithRoles):
     method: `mcts`, or `sampling`: independent whole chains (rejection sampling, best-of-n) with the same worked
         examples, first thought and thinker, up to `rollouts` or a stop condition. It ignores the rest of the pattern,
         exploration, leaves_per_round, max_depth, max_reflections and adaptive.
+    parquet: files of finished trees (`cotree export --to trees`), or patterns like `trees-*.parquet`: trees of these
+        settings are read from them, and only those that they lack are grown.
     tokens_of: for sampling, another `trees` node: sample each question until it has cost as many generated tokens as
         its tree there, to the nearest chain; replaces `rollouts` and stop conditions.
     """
@@ -261,6 +266,9 @@ class Trees(SearchWithRoles):
     correct_at: float = Field(1.0, gt=0)
     split: Split = "train"
     method: Literal["mcts", "sampling"] = "mcts"
+    parquet: Annotated[
+        tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
+    ] = ()
     tokens_of: str | None = None
 
     @model_validator(mode="after")
@@ -276,6 +284,28 @@ class Trees(SearchWithRoles):
             )
             raise ValueError(f"`{min(wrong)}` is {where}; leave it out")
         return self
+
+    @field_validator("parquet")
+    @classmethod
+    def _parquet_by_name(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not name.endswith(".parquet"):
+                raise ValueError(f"`{name}` must end with .parquet")
+        return names
+
+    def parquet_files(self) -> list[Path]:
+        """The files that `parquet` names.
+
+        Raises:
+            UsageError: a name or pattern finds none.
+        """
+        found: dict[Path, None] = {}
+        for pattern in self.parquet:
+            files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+            if not files:
+                raise UsageError(f"no file at {pattern}")
+            found |= dict.fromkeys(map(Path, files))
+        return list(found)
 
     @model_validator(mode="after")
     def _tokens_of_sampling(self) -> Trees:

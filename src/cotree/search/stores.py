@@ -1,4 +1,4 @@
-"""The tree stores of a run and its shards, read as one without copying."""
+"""The tree stores and Parquet files of a run and its shards, read as one without copying."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from cotree.base.errors import NotFoundError
+from cotree.search.parquet import ParquetTrees
 from cotree.search.store import StoredTree, TreeStore
 
 # An open store holds up to three files, and a process may often have 1,024.
@@ -17,13 +18,14 @@ _MOST_OPEN = 200
 class TreeStores:
     """A read-only union of tree stores, plus one open store (`own`) that receives new trees.
 
-    Use as a context manager. A tree that several stores have is listed once.
+    Use as a context manager. A tree that several stores have is listed once. Paths that end with .parquet are files of
+    trees (`search.parquet`).
     """
 
     def __init__(self, paths: Iterable[Path], own: TreeStore | None = None) -> None:
         """Raises UsageError if a file is damaged or not a tree store."""
         self._paths, self._own = list(paths), own
-        self._open: OrderedDict[Path, TreeStore] = OrderedDict()
+        self._open: OrderedDict[Path, TreeStore | ParquetTrees] = OrderedDict()
         self._finished: dict[str | None, dict[str, int]] = {}
         self._place: dict[str, Path] = {}
         for path in self._paths:
@@ -94,12 +96,12 @@ class TreeStores:
         """Insert a tree into the own store."""
         self.own.put(tree)
 
-    def _store(self, path: Path) -> TreeStore:
+    def _store(self, path: Path) -> TreeStore | ParquetTrees:
         """The open store at a path; with many open, the least recently used one is closed."""
         if path not in self._open:
             if len(self._open) >= _MOST_OPEN:
                 self._open.popitem(last=False)[1].__exit__()
-            self._open[path] = TreeStore(path, reading=True)
+            self._open[path] = ParquetTrees(path) if path.suffix == ".parquet" else TreeStore(path, reading=True)
         self._open.move_to_end(path)
         return self._open[path]
 

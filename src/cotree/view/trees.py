@@ -12,7 +12,7 @@ from typing import Any
 from cotree.base.errors import NotFoundError
 from cotree.base.run_folder import NodeRecord, RunFolder
 from cotree.base.settings import nearest
-from cotree.base.shards import files_in_parts
+from cotree.base.shards import stores_of
 from cotree.data.annotations import FILE, Annotations, read_annotations
 from cotree.report.tree_json import tree_json
 from cotree.report.tree_view import TreeView, dataset_rows
@@ -78,7 +78,7 @@ class TreesOfRun:
         return opened
 
     def _paths(self, name: str) -> list[Path]:
-        return files_in_parts(self.run, f"trees/{name}", "trees.db")
+        return stores_of(self.run, name)
 
     def record(self, name: str) -> NodeRecord:
         """A node's record."""
@@ -129,5 +129,8 @@ class TreesOfRun:
 
 def _identity(path: Path) -> tuple[int, int]:
     """A file's device and inode, which identify it after a rename."""
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} is missing; `cotree run` on its run looks where the recipe says") from None
     return status.st_dev, status.st_ino
