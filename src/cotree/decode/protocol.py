@@ -230,6 +230,8 @@ def settings_for_request(settings: Decoding, body: Body) -> Search:
     if body.max_completion_tokens is not None:
         least = min(body.max_completion_tokens, settings.stop.tokens or body.max_completion_tokens)
         changes["stop"] = settings.stop.model_copy(update={"tokens": least})
+        limits = ("max_thought_tokens", "max_chain_tokens")
+        changes |= {name: min(getattr(settings, name), least) for name in limits}
     return settings.model_copy(update=changes)
 
 

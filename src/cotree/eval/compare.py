@@ -127,8 +127,10 @@ def compare_row(row: str, first: SamplesOf, second: SamplesOf, names: Sequence[s
         theirs = _settings(second[id_])
         for key, ours in _settings(found).items():
             if ours != theirs[key]:
-                what = f"{row}, question `{id_}`: {names[0]} has {key} {ours}, {names[1]} has {theirs[key]}"
-                raise UsageError(f"{what}; evaluate both alike")
+                how = f"with {key} {ours} in {names[0]} and {theirs[key]} in {names[1]}"
+                if key == "prompt":  # its hash says nothing to a reader
+                    how = f"with different prompts in {names[0]} and {names[1]} (one with --examples?)"
+                raise UsageError(f"{row}: question `{id_}` was asked {how}; evaluate both in the same way")
     decoded = [next(iter(side.values()))[0].decoding or "plain" for side in (first, second)]
     before, after = ([fmean(s.verdict == "correct" for s in side[id_]) for id_ in first] for side in (first, second))
     changes = [new - old for old, new in zip(before, after, strict=True)]
