@@ -8,6 +8,7 @@ show.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -180,13 +181,15 @@ def render_page(out: Path) -> str:
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update({"percent": percent, "number": number})
-    masking = out / "masking.json"
+    masking, template = out / "masking.json", TEMPLATE.read_text(encoding="utf-8")
+    tables = re.findall(r'call section\("(\w+)"', template)
     values = {
         "results": lambda table: Results(out / f"{table}.json"),
+        "missing": [table for table in tables if not (out / f"{table}.json").is_file()],
         "titles": TITLES,
         "masking": json.loads(masking.read_text(encoding="utf-8")) if masking.is_file() else None,
     }
-    text: str = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+    text: str = environment.from_string(template).render(values)
     return text.rstrip("\n") + "\n"
 
 

@@ -140,7 +140,8 @@ def test_the_page_has_the_numbers_of_its_files_and_claims_no_more_than_they_show
     assert found.beside("small", "balanced", "sft") == "arithmetic 55.0 → 45.0% (not shown)"
     assert "`sft` → `dpo`, no answer, small tier: arithmetic 0.0 → 40.0%<br>`sft` → `dpo`, accuracy" in page
     assert found.beside("small", "masked", "sft") == "not measured yet"
-    assert "Not measured yet: `python -m benchmarks.paper small alpha`" in page
+    assert "Not measured yet:\nalpha, length, sources, testk, rounds, losses, brevity, mixed, models, grid;" in page
+    assert "## Step by step" in page and "## Alpha" not in page and "Alpha 1 is best" not in page
     for name in re.findall(r"\(results/([\w-]+\.(?:svg|json))\)", page):
         assert (step.parent / name).is_file(), name
 
