@@ -383,7 +383,7 @@ def report(
     Output(quiet=quiet).print(str(written))
 
 
-@app.command(epilog='Example: cotree decode --task arithmetic --id sum-0 --budget-tokens 300 temperature=1.0')
+@app.command(epilog="Example: cotree decode --task arithmetic --id sum-0 --budget-tokens 300 temperature=1.0")
 @takes(_search_options, _model_options)
 def decode(
     question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its text; or --task and --id.")] = None,
