@@ -42,7 +42,7 @@ Seed = Annotated[int, typer.Option(help="Sampling seed.")]
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
-def takes(*groups: Callable[..., None]) -> Callable[[Verb], Verb]:
+def with_options(*groups: Callable[..., None]) -> Callable[[Verb], Verb]:
     """Add the parameters of other functions to a command's options; it gets them as `**options`."""
 
     def add(verb: Verb) -> Verb:
@@ -234,7 +234,7 @@ def preview(
 
 
 @app.command(name="eval", epilog="Example: cotree eval --model smollm2-135m-instruct --task gsm8k --limit 100")
-@takes(_evaluation_options, _model_options)
+@with_options(_evaluation_options, _model_options)
 def eval_(
     model: Annotated[str, typer.Option(help="A URL, .gguf, transformers folder, packaged name or hub id.")],
     task: Annotated[list[str], typer.Option(help="A task to evaluate on; may be repeated.")],
@@ -361,10 +361,10 @@ def clean(
     """Delete content that a run's recipe no longer uses; the journal of completions stays."""
     from cotree.base.run_folder import find_run
     from cotree.experiment.clean import clean as clean_run
-    from cotree.experiment.clean import removed_lines, unneeded
+    from cotree.experiment.clean import removed_lines, unused_content
 
     found = find_run(run)
-    Output().print("\n".join(removed_lines(unneeded(found) if dry_run else clean_run(found), dry_run)))
+    Output().print("\n".join(removed_lines(unused_content(found) if dry_run else clean_run(found), dry_run)))
 
 
 @app.command(epilog="Example: cotree report runs/laptop runs/mine -o comparison.html")
@@ -376,15 +376,15 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write a run's report.html again, or a page that compares two runs."""
-    from cotree.experiment.run import report_again
+    from cotree.experiment.run import rewrite_report
     from cotree.report.html import write_comparison
 
-    written = report_again(runs[0], out) if len(runs) == 1 else write_comparison(runs, out or Path("comparison.html"))
+    written = rewrite_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out or Path("comparison.html"))
     Output(quiet=quiet).print(str(written))
 
 
 @app.command(epilog="Example: cotree decode --task arithmetic --id sum-0 --budget-tokens 300 temperature=1.0")
-@takes(_search_options, _model_options)
+@with_options(_search_options, _model_options)
 def decode(
     question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Its text; or --task and --id.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=v", help="Settings of the search.")] = None,
@@ -406,7 +406,7 @@ def decode(
 
 
 @app.command(epilog="Example: cotree serve http://gpu1:8000 --served Qwen/Qwen3-8B --budget-tokens 4000")
-@takes(_search_options, _model_options)
+@with_options(_search_options, _model_options)
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Server URLs, .gguf files, packaged names.")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Settings of the search.")] = None,

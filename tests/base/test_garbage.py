@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from cotree.base.garbage import seldom_collected
+from cotree.base.garbage import infrequent_gc
 
 
 class Cycle:
@@ -18,7 +18,7 @@ def collections() -> int:
 
 def test_cycles_are_collected_seldom_but_are_collected() -> None:
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
-    with seldom_collected():
+    with infrequent_gc():
         started = collections()
         for _ in range(20_000):
             Cycle()

@@ -15,17 +15,17 @@ from tests.support.fake_server import FakeServerThread
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import RunFolder, find_run
 from cotree.cli import main
-from cotree.experiment.clean import clean, removed_lines, unneeded
+from cotree.experiment.clean import clean, removed_lines, unused_content
 
 
 def paths(run: RunFolder) -> set[str]:
-    return {str(each.path) for each in unneeded(run)}
+    return {str(each.path) for each in unused_content(run)}
 
 
 def test_a_finished_run_has_nothing_to_remove(done: Done) -> None:
     _, runs = done
     run, before = find_run(runs / "steps"), sorted(runs.rglob("*"))
-    assert unneeded(run) == clean(run) == []
+    assert unused_content(run) == clean(run) == []
     assert removed_lines([], dry_run=False) == ["0 removed, 0.0 MB freed"]
     assert sorted(runs.rglob("*")) == before
 
@@ -42,7 +42,7 @@ def test_older_content_goes_and_the_run_is_as_it_was(done: Done, server: FakeSer
     removed = clean(run)
     assert {str(each.path) for each in removed} == gone
     assert sum(each.bytes for each in removed) == size > 0
-    assert not (run.path / "older").exists() and unneeded(run) == []
+    assert not (run.path / "older").exists() and unused_content(run) == []
     assert begun(written, runs, changed) == []
     calls = server.calls
     assert begun(written, runs)[0] == "students/joint", "going back now trains it again"
@@ -84,7 +84,7 @@ def test_what_another_run_has_too_frees_nothing(done: Done) -> None:
     del written["students"]["masked"]
     written["evaluations"]["test"]["models"] = ["sft", "joint"]
     begun(written | {"name": "new"}, runs)
-    (masked,) = [each for each in unneeded(new) if each.path == Path("students/masked")]
+    (masked,) = [each for each in unused_content(new) if each.path == Path("students/masked")]
     weights = (new.path / "students" / "masked" / "model" / "model.safetensors").stat().st_size
     assert masked.bytes < weights
     clean(new)

@@ -20,7 +20,7 @@ from cotree.base.run_folder import RunFolder
 from cotree.cli import main
 from cotree.experiment.plan import plan
 from cotree.experiment.recipe import build_recipe
-from cotree.experiment.run import report_again, run
+from cotree.experiment.run import rewrite_report, run
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda text: text[: len(text) // 2],
@@ -130,7 +130,7 @@ def test_numbers_come_from_the_nodes_whatever_the_summary_is(done: Done) -> None
     for kind in DAMAGE:
         damage(runs / "steps" / "summary.json", kind)
         assert opened.table() == rows
-    report_again(runs / "steps")
+    rewrite_report(runs / "steps")
     assert json.loads((runs / "steps" / "summary.json").read_text())["eval"] == rows
 
 
@@ -202,7 +202,7 @@ def test_a_damaged_log_of_a_training_ends_no_report(done: Done) -> None:
     assert begun(written, runs) == []
     assert "1 damaged line" in (runs / "steps" / "report.html").read_text()
     log.unlink()
-    report_again(runs / "steps")
+    rewrite_report(runs / "steps")
 
 
 def test_content_of_an_unknown_record_never_mixes_with_what_comes_back(done: Done) -> None:

@@ -23,7 +23,7 @@ from cotree.base.errors import CotreeError, UsageError
 from cotree.base.run_folder import RunFolder
 from cotree.experiment.plan import plan
 from cotree.experiment.recipe import build_recipe, load_recipe
-from cotree.experiment.run import report_again, run
+from cotree.experiment.run import rewrite_report, run
 from cotree.search.reward import load_reward_function
 
 
@@ -172,7 +172,7 @@ def test_what_the_recipe_no_longer_says_is_in_no_table(done: Done) -> None:
     written, runs = done
 
     def shown() -> dict[str, set[str]]:
-        report_again(runs / "steps")
+        rewrite_report(runs / "steps")
         summary = json.loads((runs / "steps" / "summary.json").read_text())
         return {"eval": {row["model"] for row in summary["eval"]}, "train": set(summary["train"])}
 

@@ -22,7 +22,7 @@ from cotree.search.growth import writers_of
 from cotree.search.journal import Journal, SearchModels
 from cotree.search.settings import Thought, Writer
 from cotree.search.store import TreeStore
-from cotree.search.trees import tree_key, turns_left
+from cotree.search.trees import tree_key, unfinished_turns
 from cotree.tasks import Question, Verdict
 from cotree.tasks.base import VERDICT_VERSION
 
@@ -62,8 +62,8 @@ def test_more_questions_grow_the_new_ones_only(tmp_path: Path) -> None:
         few, calls = stored(tmp_path / "t.db"), server.calls
         with TreeStore(tmp_path / "t.db") as store:
             config = config_of(SETTINGS)
-            assert turns_left(store, letters(5), config) == []
-            assert len(turns_left(store, letters(8), config)) == 3
+            assert unfinished_turns(store, letters(5), config) == []
+            assert len(unfinished_turns(store, letters(8), config)) == 3
         trees, progress = asyncio.run(grow(server.url, tmp_path / "t.db", SETTINGS, letters(8)))
         assert progress.recalled == 0
         assert set(few) < set(stored(tmp_path / "t.db"))

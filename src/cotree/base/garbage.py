@@ -11,7 +11,7 @@ _NEW_OBJECTS = 100_000
 
 
 @contextmanager
-def seldom_collected() -> Iterator[None]:
+def infrequent_gc() -> Iterator[None]:
     """Raise the collector's threshold and freeze existing objects (libraries, questions) while the block runs.
 
     Otherwise half of the CPU time of growing small trees goes into scanning these. New garbage is still collected.

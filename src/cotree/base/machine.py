@@ -20,7 +20,7 @@ def usable_cores() -> int:
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process in bytes since `forget_peak`; 0 without /proc.
+    """Peak memory of this process in bytes since `reset_peak`; 0 without /proc.
 
     Not `ru_maxrss`, which starts with the parent's memory at fork.
     """
@@ -30,7 +30,7 @@ def peak_bytes() -> int:
     return 0
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """Reset `peak_bytes`, if the system allows it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "utf-8")

@@ -108,7 +108,7 @@ class NodeFolder:
             return ""
         return f"node.json is {'damaged' if (self.path / 'node.json').exists() else 'gone'}"
 
-    def taken_for(self, record: NodeRecord, what: str) -> str:
+    def explain_missing_record(self, record: NodeRecord, what: str) -> str:
         """A line about what `begin(record)` does with content without a record; "" if there is none."""
         lost, place = self.without_record(), self.older / record.base
         return lost and f"{self.path}: {lost}; {'moved to older/unknown' if place.is_dir() else f'taken for {what}'}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from cotree.base.errors import UsageError
 from cotree.base.run_folder import Kind, NodeFolder, NodeRecord, RunFolder
 
-DEALT: tuple[Kind, ...] = ("trees", "evaluations")  # kinds of nodes stored by question
+SHARDED: tuple[Kind, ...] = ("trees", "evaluations")  # kinds of nodes stored by question
 
 
 @dataclass(frozen=True, order=True)
@@ -63,7 +63,7 @@ class ShardFolder(RunFolder):
 
     def node(self, node: str, model: str | None = None) -> NodeFolder:
         """The folder of a node, or of one model's cell of an evaluation."""
-        if node.partition("/")[0] not in DEALT:
+        if node.partition("/")[0] not in SHARDED:
             return self.whole.node(node, model)
         return super().node(node, model)
 

@@ -238,7 +238,7 @@ def evaluate_model(
                 output.print(f"{name}: served by vLLM")
     with locked(folder, other=_OTHER):
         record = _record(source, questions, asking)
-        if line := node.taken_for(record, "an evaluation of this model with these settings"):
+        if line := node.explain_missing_record(record, "an evaluation of this model with these settings"):
             output.print(line)
         with node.working(node.begin(record)) as work:
             scores = evaluate(source, questions, asking, folder, name=name, available=available, output=output)

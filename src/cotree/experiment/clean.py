@@ -25,7 +25,7 @@ class Removed:
     bytes: int
 
 
-def unneeded(run: RunFolder) -> list[Removed]:
+def unused_content(run: RunFolder) -> list[Removed]:
     """Find unused content: of settings other than the recipe's, of removed nodes and cells, and drafts of killed runs.
 
     Keeps all content of a node whose fingerprint cannot be computed because inputs are missing.
@@ -57,7 +57,7 @@ def clean(run: RunFolder) -> list[Removed]:
         UsageError: the folder is not a run, or another process works in it.
     """
     with locked(run.path):
-        found = unneeded(run)
+        found = unused_content(run)
         for path in (run.path / each.path for each in found):
             remove(path)
             with suppress(OSError):  # not empty

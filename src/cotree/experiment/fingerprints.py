@@ -205,7 +205,7 @@ class Fingerprints:
         if isinstance(settings, Trees):
             counts = dict(sorted(counts.items()))
         if self.shard is not None:
-            return self.whole.dealt(node, self.shard.world_size)[self.shard.rank]
+            return self.whole.questions_by_shard(node, self.shard.world_size)[self.shard.rank]
         file = (settings.file, settings.task) if isinstance(settings, Trees) and settings.file is not None else None
         key = json.dumps([settings.split, counts, file])
         if key not in self._questions:
@@ -214,7 +214,7 @@ class Fingerprints:
             )
         return self._questions[key]
 
-    def dealt(self, node: Node[Trees] | Node[Evaluation], world_size: int) -> list[list[Asked]]:
+    def questions_by_shard(self, node: Node[Trees] | Node[Evaluation], world_size: int) -> list[list[Asked]]:
         """The questions of a node, split by shard."""
         if (node.id, world_size) not in self._dealt:
             shards: list[list[Asked]] = [[] for _ in range(world_size)]

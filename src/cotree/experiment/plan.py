@@ -14,7 +14,7 @@ from typing import Any
 
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.numbers import duration, number
-from cotree.base.shards import DEALT, shards_of
+from cotree.base.shards import SHARDED, shards_of
 from cotree.data.gates import annotated_chains
 from cotree.data.settings import Dataset
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
@@ -85,7 +85,7 @@ def plan(recipe: Recipe, runs_dir: str | Path = "runs") -> list[NodePlan]:
         ]
         sizes = sorted({part.shard.world_size for part in shards_of(folder)})
         for index, each in enumerate(planned):
-            if sizes and each.state != "done" and recipe.nodes[each.name].kind in DEALT:
+            if sizes and each.state != "done" and recipe.nodes[each.name].kind in SHARDED:
                 with suppress(UsageError):  # a missing input, reported in `why`
                     seen = [ShardStates(folder, fingerprints, [each.name], n).look() for n in sizes]
                     planned[index] = replace(each, shards=seen)

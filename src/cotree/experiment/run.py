@@ -24,7 +24,7 @@ from cotree.base.errors import UsageError, first_cotree_error
 from cotree.base.lock import locked
 from cotree.base.progress import Output
 from cotree.base.run_folder import NodeFolder, NodeRecord, RunFolder, find_run
-from cotree.base.shards import DEALT, Shard, ShardFolder, parquet_of, parts_beside, shards_of
+from cotree.base.shards import SHARDED, Shard, ShardFolder, parquet_of, parts_beside, shards_of
 from cotree.data.annotations import FILE
 from cotree.experiment.check import preflight
 from cotree.experiment.engines import engine_lines, engines_of, with_engines
@@ -45,7 +45,7 @@ from cotree.train.processes import first_process
 
 
 @dataclass(frozen=True)
-class _How:
+class _Options:
     """Options of `run`."""
 
     regrow: bool
@@ -107,7 +107,7 @@ def run(
         raise UsageError("write --on with --shards N and without --shard: it runs all of them")
     if source is not None and (on or shard):
         raise UsageError("--from takes content over into a whole run; run it once without shards")
-    how = _How(regrow, None if scratch is None else str(scratch), output or Output())
+    how = _Options(regrow, None if scratch is None else str(scratch), output or Output())
     with first_process() as first:
         if first and shard is not None:
             _run_shard(recipe, ShardFolder(folder, shard), only, how)
@@ -146,7 +146,7 @@ def search_shard(
     return ShardFolder(folder, shard).path
 
 
-def _run(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, source: Path | None) -> None:
+def _run(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _Options, *, source: Path | None) -> None:
     output = how.output
     recipe = with_engines(pinned(recipe, folder), folder)
     with_annotations = [place for place in (folder.path, source) if place is not None and (place / FILE).is_file()]
@@ -159,7 +159,7 @@ def _run(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, s
     states = states_of(folder, fingerprints, wanted)
     taken = equal_content(folder, source, states)
     _check_disk(folder, states, how)
-    _look_ahead(fingerprints, states, [s for s in states if s.name not in taken], regrow=how.regrow, output=output)
+    _preflight(fingerprints, states, [s for s in states if s.name not in taken], regrow=how.regrow, output=output)
     reading = ExitStack()  # locks the other run while content is copied from it
     if taken and source is not None and source.resolve() != folder.path.resolve():
         reading.enter_context(locked(source, fcntl.LOCK_SH))
@@ -176,7 +176,7 @@ def _run(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, s
         output.print(f"report: {_write_results(folder, recipe, output)}")
 
 
-def _run_fleet(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _How, *, on: str, shards: int) -> bool:
+def _run_fleet(recipe: Recipe, folder: RunFolder, only: Sequence[str], how: _Options, *, on: str, shards: int) -> bool:
     """Run all shards; returns whether they are finished, so that the run can continue with later nodes."""
     from cotree.experiment.fleet import Fleet, run_shards
 
@@ -201,7 +201,7 @@ def _dealt_nodes(recipe: Recipe, only: Sequence[str]) -> list[str]:
     """
     wanted = recipe.with_needed(only) if only else []
     nodes = [recipe.nodes[name] for name in wanted]
-    if not any(node.kind in DEALT for node in nodes):
+    if not any(node.kind in SHARDED for node in nodes):
         raise UsageError("a shard grows trees or asks evaluations; name them with --only, e.g. --only trees/train")
     for node in nodes:
         if node.kind == "trees" and node.settings.adaptive:
@@ -223,7 +223,7 @@ def _write_recipe(run: RunFolder, recipe: Recipe) -> None:
         write_text(kept, text)
 
 
-def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _How) -> None:
+def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _Options) -> None:
     """Bring the trees and evaluations of a shard up to date; their dependencies must be finished."""
     output, run, shard = how.output, folder.whole, folder.shard
     recipe = with_engines(pinned(recipe, run), run)
@@ -235,7 +235,7 @@ def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _H
         _mend_stores(folder, output)
         states = states_of(folder, fingerprints, wanted)
         for state in states:
-            if state.node.kind not in DEALT and state.state != "done":
+            if state.node.kind not in SHARDED and state.state != "done":
                 raise UsageError(
                     f"{state.name} is made of all questions and is not done; make it before the shards that need it: "
                     f"`cotree run {run.path} --only {state.node.id}`"
@@ -243,7 +243,7 @@ def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _H
         before = {state.name: state for state in states_of(run, fingerprints.whole, wanted)}
         paid = [replace(state, regrow=max(state.regrow, before[state.name].regrow)) for state in states]
         _check_disk(folder, states, how)
-        _look_ahead(fingerprints, paid, paid, regrow=how.regrow, output=output)
+        _preflight(fingerprints, paid, paid, regrow=how.regrow, output=output)
         _write_recipe(run, recipe)
         output.log = folder.path / "log.jsonl"
         worker = Worker(recipe, folder, fingerprints, output, scratch=how.disk)
@@ -257,7 +257,7 @@ def _run_shard(recipe: Recipe, folder: ShardFolder, only: Sequence[str], how: _H
         output.print(f"shard {shard} is done: {folder.path}")
 
 
-def _check_disk(folder: RunFolder, states: Sequence[State], how: _How) -> None:
+def _check_disk(folder: RunFolder, states: Sequence[State], how: _Options) -> None:
     """Check that SQLite is safe at the run folder, and warn if its file locks work on one machine only.
 
     Raises:
@@ -277,7 +277,7 @@ def _check_disk(folder: RunFolder, states: Sequence[State], how: _How) -> None:
         raise UsageError(f"--scratch {how.scratch} is on {kind}; name a folder on a local disk")
 
 
-def _look_ahead(
+def _preflight(
     fingerprints: Fingerprints, states: Sequence[State], ahead: Sequence[State], *, regrow: bool, output: Output
 ) -> None:
     """Run the preflight checks, and print what will be done.
@@ -303,14 +303,14 @@ def _look_ahead(
             output.print(what)
     for _, _, look in preflight(fingerprints, [state.node for state in ahead]):
         look()
-    asked = _names_asked([state for state in ahead if state.asks])
+    asked = _models_used([state for state in ahead if state.asks])
     for line in engine_lines(engines_of(recipe, asked)):
         output.print(line)
     for line in asyncio.run(check_servers({name: recipe.models[name] for name in asked if name in recipe.models})):
         output.print(line)
 
 
-def report_again(path: Path, out: Path | None = None) -> Path:
+def rewrite_report(path: Path, out: Path | None = None) -> Path:
     """Write summary and HTML report of a run from its files; returns the report's path (`out`, if given).
 
     Raises:
@@ -407,7 +407,7 @@ def _mark_outdated(folder: RunFolder, states: Sequence[State]) -> None:
         folder.node(*place).mark_outdated(of_another or place not in wanted)
 
 
-def _names_asked(states: Sequence[State]) -> list[str]:
+def _models_used(states: Sequence[State]) -> list[str]:
     """The distinct models and students that will generate or be evaluated."""
     names: list[str] = []
     for state in states:

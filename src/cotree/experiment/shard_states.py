@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cotree.base.run_folder import NodeFolder, RunFolder
-from cotree.base.shards import DEALT, Shard, ShardFolder
+from cotree.base.shards import SHARDED, Shard, ShardFolder
 from cotree.experiment.fingerprints import Fingerprints
 
 
@@ -41,8 +41,8 @@ class ShardStates:
         Raises:
             UsageError: an input is missing.
         """
-        nodes = [fingerprints.recipe.nodes[name] for name in wanted]
-        cells = [(n, m) for n in nodes if n.kind in DEALT for m in (n.settings.models if n.kind != "trees" else [None])]
+        nodes = [n for n in map(fingerprints.recipe.nodes.__getitem__, wanted) if n.kind in SHARDED]
+        cells = [(n, m) for n in nodes for m in (n.settings.models if n.kind != "trees" else [None])]
         # {rank: [(folder, expected fingerprint, number of questions)]}
         self._wanted: dict[int, list[tuple[NodeFolder, str, int]]] = {}
         for rank in range(world_size):

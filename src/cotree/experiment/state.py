@@ -127,14 +127,14 @@ def _all_in_parquet(fingerprints: Fingerprints, node: Node[Trees]) -> bool:
     Raises:
         UsageError: one of them has none of the trees of these settings.
     """
-    from cotree.search.trees import turns_left
+    from cotree.search.trees import unfinished_turns
 
     config = fingerprints.of(node.id).base
     with TreeStores(files := node.settings.parquet_files()) as store:
         if foreign := [*{*files} - {*store.paths_with(config)}]:
             fix = "leave it out of `parquet` (null, if it came with `like`), or put the settings back"
             raise UsageError(f"{node.id}: no tree of {min(foreign)} was grown under these settings; {fix}")
-        return not turns_left(store, fingerprints.questions(node), config)
+        return not unfinished_turns(store, fingerprints.questions(node), config)
 
 
 def _state_in_folder(run: RunFolder, fingerprints: Fingerprints, node: Node[Any], model: str | None) -> State:

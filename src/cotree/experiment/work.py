@@ -117,7 +117,7 @@ class Worker:
         from cotree.search.merge import take_completions
         from cotree.search.scratch import Scratch
         from cotree.search.summary import compare_methods, summarize
-        from cotree.search.trees import TreeGrower, turns_left
+        from cotree.search.trees import TreeGrower, unfinished_turns
 
         settings, asked = node.settings, self.fingerprints.questions(node)
         if settings.file is not None:
@@ -159,7 +159,7 @@ class Worker:
             for line in filter(None, (own.rescued, journal.rescued, lost if gone else "")):
                 self.output.print(f"{node.id}: {line}")
             found = Progress()
-            if left := turns_left(store, asked, config):
+            if left := unfinished_turns(store, asked, config):
                 take_completions(journals, journal, left)
 
                 def on_tree(tree: StoredTree) -> None:

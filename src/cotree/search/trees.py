@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple, TypeVar
 
 from cotree.base.errors import UsageError
-from cotree.base.garbage import seldom_collected
+from cotree.base.garbage import infrequent_gc
 from cotree.models.endpoints import Endpoint
 from cotree.search.growth import Growth
 from cotree.search.journal import Journal, Progress, SearchModels
@@ -58,7 +58,7 @@ def trees_of(store: Stores, questions: Sequence[Asked], config: str) -> Iterator
     return (store.tree(turn.tree_id) for turn in turns_of(store, questions, config) if turn.finished)
 
 
-def turns_left(store: Stores, questions: Sequence[Asked], config: str) -> list[str]:
+def unfinished_turns(store: Stores, questions: Sequence[Asked], config: str) -> list[str]:
     """The names (`question_name`) of all turns of these questions without a stored tree."""
     left = (turn.question for turn in turns_of(store, questions, config) if not turn.finished)
     return [name for question in left for name in names_of_turns(question)]
@@ -127,7 +127,7 @@ class TreeGrower:
         # Group by family: its trees share worked examples, so servers' prefix caches hit.
         questions = sorted(questions, key=lambda asked: (asked[0].name, asked[1].family))
         # A later turn's prompt contains the reply from the previous turn's tree.
-        with seldom_collected():
+        with infrequent_gc():
             for number in range(max((1 + len(question.later) for _, question in questions), default=0)):
                 turns = turns_of(self.store, questions, self.config)
                 await self._grow_turns({turn.tree_id: turn for turn in turns if turn.question.turn == number})

@@ -21,7 +21,7 @@ import torch
 
 from cotree.base.atomic import atomic_draft, remove, write_json
 from cotree.base.errors import UsageError
-from cotree.base.machine import forget_peak, peak_bytes
+from cotree.base.machine import peak_bytes, reset_peak
 from cotree.base.progress import Output
 from cotree.base.run_folder import read_json
 from cotree.models.checksums import check_weights
@@ -115,7 +115,7 @@ def train(
     encoded = encode_file(rows, tokenizer, settings)
     order = fixed_steps(encoded.rows, settings, seed)
     trainer: StepTrainer[Any] | None = None
-    forget_peak()
+    reset_peak()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:

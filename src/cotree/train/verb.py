@@ -87,7 +87,7 @@ def _train_rows(
     fingerprint = data_sha256(parts)[:16]
     with locked(out, other=_OTHER):
         record = NodeRecord(fingerprint, fingerprint, parts)
-        if line := node.taken_for(record, "a training of this student on these rows with these settings"):
+        if line := node.explain_missing_record(record, "a training of this student on these rows with these settings"):
             output.print(line)
         record = node.begin(record)
         if record.done:

@@ -45,13 +45,13 @@ _Number = Annotated[int, Field(ge=0, lt=2**63)]  # fits an SQLite integer
 _TOTALS = {"questions": "trees", "thoughts": "thoughts"}
 
 
-class _Asked(BaseModel):
+class _Parameters(BaseModel):
     """Validated parameters of a request; unknown ones are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class _Page(_Asked):
+class _Page(_Parameters):
     """Parameters of a page of the list of trees."""
 
     offset: _Number = 0
@@ -72,7 +72,7 @@ class _Page(_Asked):
         return _QUERY.validate_python({**given, "words": self.q, "descending": self.desc})
 
 
-class _Chain(_Asked):
+class _Chain(_Parameters):
     """A chain, its annotator, and the version of the last annotation that the browser showed."""
 
     node: str
@@ -90,7 +90,7 @@ class _Saved(_Chain):
     text: str = ""
 
 
-class _Replies(_Asked):
+class _Replies(_Parameters):
     """Parameters of a page of replies."""
 
     evaluation: str
