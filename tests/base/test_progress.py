@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from cotree.base.progress import Output
 
@@ -48,6 +49,17 @@ def test_a_long_remark_leaves_the_counter_in_sight(
     first, *rest = told[told.rindex("trees") :].splitlines()
     assert "78/112" in first
     assert " ".join(" ".join(rest).split()) == remark
+
+
+def test_a_table_in_a_file_is_as_wide_as_its_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table("name", "words")
+    table.add_row("first", "word " * 60)
+    for tty, one_line in ((False, True), (True, False)):
+        monkeypatch.setattr("sys.stdout.isatty", lambda tty=tty: tty)
+        Output().print(table)
+        assert (("word " * 60).strip() in capsys.readouterr().out) is one_line
 
 
 def test_work_that_does_not_move_is_not_silent(

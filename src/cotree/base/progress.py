@@ -95,7 +95,11 @@ class Output:
         from rich.console import Console
 
         shown = line if isinstance(line, str) else _Safe(line)
-        Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()).print(shown)
+        console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+        if console.soft_wrap and not isinstance(line, str):  # rich assumes 80 columns in files and pipes
+            widest = console.measure(line, options=console.options.update(width=1000)).maximum
+            console.width = max(console.width, widest)
+        console.print(shown)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Update]:
