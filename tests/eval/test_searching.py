@@ -156,7 +156,7 @@ def test_a_budget_for_each_question_is_what_another_evaluation_took(tmp_path: Pa
         ({"strategy": "mcts", "temperature": 0.0}, "a temperature to draw with"),
         ({"strategy": "mcts", "value": "verifier"}, "`value`: must be 'vote' or 'likelihood'"),
         ({"strategy": "trees"}, "`strategy`: must be 'mcts'"),
-        ({"strategy": "beam", "value": "vote"}, "chooses one chain by its own value"),
+        ({"strategy": "beam", "value": "vote"}, "chooses a chain by its own value"),
         ({}, "go with a `strategy`"),
     ],
 )

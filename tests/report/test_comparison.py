@@ -85,7 +85,8 @@ def test_what_was_asked_otherwise_says_why_it_is_not_compared(
         ask(run, "sft", [True], prompt=prompt)
         ask(run, "sft", [True, False], task="arithmetic")
     text = "".join(Page(write_comparison([run.path for run in runs], tmp_path / "out.html").read_text()).text)
-    assert "sft (test) on letters is not compared: letters, question `q0`: first has prompt p, second has other" in text
+    why = "letters: question `q0` was asked with different prompts in first and second"
+    assert f"sft (test) on letters is not compared: {why}" in text
     assert "sft (test) on arithmetic is not compared" not in text, "one task may be compared where another may not"
     assert "dpo (test) on letters is not compared: no samples at" in text
 

@@ -141,8 +141,8 @@ def _boxes(nodes: Sequence[NodeState], captions: Mapping[str, str]) -> dict[str,
 
 
 def _columns(reads: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """{box: column}, from the left: right of its dependencies, evaluations last, and a dataset without dependencies in
-    the column of its readers' other inputs."""
+    """{box: column}, from the left: right of its dependencies, evaluations after all else, and a dataset without
+    dependencies in the column of its readers' other inputs."""
     column: dict[str, int] = {}
     for name in TopologicalSorter(reads).static_order():
         column[name] = max((column[read] + 1 for read in reads[name]), default=0)
@@ -150,7 +150,7 @@ def _columns(reads: Mapping[str, Sequence[str]]) -> dict[str, int]:
     for name in column:
         readers = [column[other] for other in reads if name in reads[other]]
         if name.startswith("evaluations/"):
-            column[name] = last + 1
+            column[name] = max([last + 1, *(column[read] + 1 for read in reads[name])])
         elif not reads[name] and not name.startswith("trees/") and readers:
             column[name] = min(readers) - 1
     return column
