@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -125,6 +126,18 @@ def test_the_best_student_of_the_probes_is_kept_where_asked(
         found = probe_answers(load_model(tmp_path / out / "model"), tokenizer, prompts, PROBE)
         assert found["probe_no_answer"] == ratios[step - 1]
     assert ratios[7] > ratios[answered - 1]
+
+
+def test_a_probe_in_batches_is_one_of_single_prompts(answering: Path, endless: Path) -> None:
+    """Prompts of several lengths, more of them than a batch holds, and replies that end at several places."""
+    tokenizer, model = AutoTokenizer.from_pretrained(answering), load_model(answering)
+    prompts = [row.prompt for row in encode_file(endless, tokenizer, FORGETS).rows]
+    prompts = [prompt[cut:] for prompt in prompts[:4] for cut in (0, 3, 7)]
+    settings = Probe(questions=11, max_tokens=40)
+    singles = [probe_answers(model, tokenizer, [prompt], settings) for prompt in prompts[:11]]
+    assert len({single["probe_tokens"] for single in singles}) > 1
+    mean = {key: fmean(single[key] for single in singles) for key in singles[0]}
+    assert probe_answers(model, tokenizer, prompts, settings) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("stopped", [2, 5, 8])

@@ -30,6 +30,7 @@ from cotree.train.student import adapter_base, make_readable, student_config
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_PROBE_BATCH = 8  # prompts of a probe that are continued together
 
 
 def load_model(student: Path, lora: LoRA | None = None, *, seed: int = 0, compiled: bool = False) -> PreTrainedModel:
@@ -91,7 +92,7 @@ def _keep_or_recompute(width: int, context: Any, operation: Any, *inputs: Any, *
 
 
 def probe_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Probe) -> dict[str, float]:
-    """Generate greedily for some prompts; returns the mean tokens, the loop ratio and the no-answer ratio.
+    """Generate greedily for some prompts in batches; returns the mean tokens, the loop ratio and the no-answer ratio.
 
     Leaves the model unchanged.
 
@@ -101,31 +102,44 @@ def probe_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
         prompts: token ids; only the first `questions` are used.
         settings: give the number of questions and max_tokens.
     """
-    lengths, loops, missing = [], [], []
     training, model_attention = model.training, model.config._attn_implementation
+    replies: list[list[int]] = []
     model.eval()
     model.set_attn_implementation("sdpa")
     try:
-        for prompt in prompts[: settings.questions]:
-            ids = torch.tensor([prompt], device=next(model.parameters()).device)
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each length would recompile
-                written = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=settings.max_tokens,
-                    do_sample=False,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.eos_token_id,
-                )[0, len(prompt) :].tolist()
-            reason = "stop" if written[-1] == tokenizer.eos_token_id else "length"
-            found = diagnose(tokenizer.decode(written, skip_special_tokens=True), finish_reason=reason)
-            lengths.append(len(written))
-            loops.append(found.loop)
-            missing.append(found.no_answer)
+        for first in range(0, min(len(prompts), settings.questions), _PROBE_BATCH):
+            used = prompts[first : min(first + _PROBE_BATCH, settings.questions)]
+            replies += _generate(model, used, settings.max_tokens, tokenizer.eos_token_id)
     finally:
         model.set_attn_implementation(model_attention or ATTENTION)
         model.train(training)
-    return {"probe_tokens": fmean(lengths), "probe_loop": fmean(loops), "probe_no_answer": fmean(missing)}
+    found = []
+    for reply in replies:
+        reason = "stop" if reply[-1] == tokenizer.eos_token_id else "length"
+        found.append(diagnose(tokenizer.decode(reply, skip_special_tokens=True), finish_reason=reason))
+    return {
+        "probe_tokens": fmean(map(len, replies)),
+        "probe_loop": fmean(each.loop for each in found),
+        "probe_no_answer": fmean(each.no_answer for each in found),
+    }
+
+
+def _generate(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, end: int) -> list[list[int]]:
+    """Greedy replies to prompts of token ids, from one left-padded batch; each ends with `end` or at max_tokens."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[end] * (width - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each length would recompile
+        written = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )[:, width:].tolist()
+    return [reply[: reply.index(end) + 1] if end in reply else reply for reply in written]
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any], *, bf16: bool = False) -> None:
