@@ -46,6 +46,7 @@ help:
 	@echo "make clean   remove .venv and caches (runs/ stays)"
 
 install: $(RUN)
+	@echo "cotree is installed with all that recipes/laptop.yaml needs: . .venv/bin/activate"
 
 tour: $(TOUR)
 	@.venv/bin/cotree run recipes/tour.yaml $(ARGS)

@@ -6,9 +6,8 @@
 
 Each part runs in a process of its own against a stub server without delay. `begins_asking` counts from the opening of
 the store and the journal to the first request, in seconds and in CPU seconds; starting Python and reading libraries
-come before it. With `--filled`
-a store is also counted, read and written as Parquet, a tenth of it; from there the trees are read as a dataset does, in
-an order that is not the file's.
+come before it. With `--filled` a store is also counted, and a tenth of it is read, written as Parquet, and read from
+there as a dataset does, in an order that is not the file's.
 """
 
 from __future__ import annotations

@@ -155,3 +155,32 @@ def test_the_page_of_the_repository_is_that_of_its_numbers() -> None:
     for path in files:
         for name in figures(path):
             assert content_sha256(path) in (OUT / name).read_text(encoding="utf-8"), f"{name} is of other numbers"
+
+
+def test_what_the_page_says_in_words_is_true_of_its_numbers() -> None:
+    """The paragraphs `What it shows` of the small tier."""
+    step, sources = Results(OUT / "step.json"), Results(OUT / "sources.json")
+
+    def mean(table: Results, model: str, name: str, key: str = "accuracy") -> float:
+        arm = table.arm("small", model, name)
+        found = None if arm is None else arm.mean(key)
+        assert found is not None
+        return found
+
+    for name in ("arithmetic", "letters"):
+        longer = mean(step, "dpo", name, "mean_tokens") / mean(step, "sft", name, "mean_tokens")
+        assert 2 < longer < 3
+        assert mean(step, "joint", name, "no_answer") == 0
+        assert mean(step, "joint", name) >= mean(step, "sft", name)
+        assert mean(step, "joint", name, "mean_tokens") < mean(step, "sft", name, "mean_tokens")
+        for model in ("doubts", "sky_t1"):
+            longer = mean(sources, model, name, "mean_tokens") / mean(sources, "sft", name, "mean_tokens")
+            assert 2 < longer < 5
+            assert mean(sources, model, name, "no_answer") > mean(sources, "sft", name, "no_answer")
+    for model in ("dpo", "balanced", "cdpo"):
+        assert mean(step, model, "arithmetic") < mean(step, "sft", "arithmetic") / 2
+    assert "not shown" not in step.beside("small", "masked", "joint").partition(", ")[0]
+    assert mean(step, "masked", "arithmetic") < mean(step, "joint", "arithmetic")
+    assert "not shown" not in sources.beside("small", "sampled", "sft").partition(", ")[2]
+    rows = {row["model"]: row["rows"] for row in sources.students}
+    assert rows["sampled"] > rows["sft"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from operator import attrgetter
 from typing import Any
 
 import aiohttp
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from tests.decode.test_server import HELLO, ask, events, served
 from tests.decode.test_strategies import talk
 from tests.support.fake_server import FakeServer
+
+from cotree.decode.answer import read_settings
+from cotree.decode.protocol import ChatBody, settings_for_request
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # What a front end may send beside model, question and `stream`: names from its source, values that it or we chose.
@@ -277,3 +281,14 @@ def test_whatever_json_a_field_holds_the_answer_is_200_or_400() -> None:
             check()
         finally:
             runner.run(stack.aclose())
+
+
+def test_no_request_asks_for_more_than_the_budget() -> None:
+    """Of the command line and of an HTTP request; a setting that the user gives wins over the command line's budget."""
+    limits = attrgetter("max_thought_tokens", "max_chain_tokens")
+    assert limits(read_settings(["smollm2-135m-instruct"])) == (256, 1024)
+    assert limits(read_settings(["smollm2-135m-instruct"], budget_tokens=100)) == (100, 100)
+    given = read_settings(["smollm2-135m-instruct"], ["max_chain_tokens=700"], budget_tokens=300)
+    assert limits(given) == (256, 700)
+    body = ChatBody.model_validate({"model": "m", "messages": HELLO, "max_completion_tokens": 260})
+    assert limits(settings_for_request(given, body)) == (256, 260)

@@ -84,7 +84,7 @@ def read_settings(
         known[name] = parse_model(word, served=served, **given).model_dump(exclude_defaults=True)
     raw: dict[str, Any] = {"models": known, "roles": {"thinker": next(iter(known))}}
     limits = {"max_thought_tokens": 256, "max_chain_tokens": 1024}
-    if budget_tokens is not None:  # no chain may be longer than the budget of all chains
+    if budget_tokens is not None:  # a request for more would overrun it
         limits = {name: min(limit, budget_tokens) for name, limit in limits.items()}
     raw |= {**limits, "stop": {"tokens": budget_tokens}}
     if rollouts is not None or budget_tokens is None:

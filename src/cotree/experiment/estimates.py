@@ -193,7 +193,7 @@ def student_shapes(recipe: Recipe, node: Node[Student]) -> tuple[Any, int]:
         UsageError: missing weights of unknown shape, or torch is not installed.
     """
     if find_spec("torch") is None:
-        raise UsageError("torch is not installed; pip install 'cotree[train]'")
+        raise UsageError("torch is not installed; run `make install` in a clone, or pip install 'cotree[train]'")
     from cotree.train.memory import empty_model, shapes_of
 
     config = shapes_of(str(recipe.models[recipe.root_model(node.name)].weights))

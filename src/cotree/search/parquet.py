@@ -1,6 +1,6 @@
-"""A Parquet file of trees, as `cotree export --to trees` writes it, read like a store: any tree by its id.
+"""Read trees by id from a Parquet file written by `cotree export --to trees`.
 
-Invariant: of a file never more than one row group is in the memory, beside its footer and the ids of its trees.
+Invariant: memory holds at most one row group of a file, plus its footer and tree ids.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from cotree.search.store import StoredNode, StoredTree
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# A tree is read with its whole row group, so these are small.
+# Reading a tree decodes its whole row group, so groups are small.
 TREES_PER_GROUP = 128
 
 
 class ParquetTrees:
-    """An open file of trees; use as a context manager."""
+    """An open Parquet file of trees with the read methods of `TreeStore`; use as a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError where the file is missing or damaged, or holds no trees."""
+        """Raises UsageError if the file is missing, damaged, or has no trees."""
         import pyarrow.parquet as pq
 
         if not path.is_file():
@@ -44,16 +44,16 @@ class ParquetTrees:
             groups = (metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
             self._starts = [0, *accumulate(groups)]
             self._rows = {row["tree_id"]: number for number, row in enumerate(self._columns("tree_id"))}
-        self._group: tuple[int, pa.Table] | None = None  # the one that was read last
+        self._group: tuple[int, pa.Table] | None = None  # (number, rows) of the row group read last
 
     def finished(self, config: str | None = None) -> dict[str, int]:
-        """The ids of all trees (of one config), with the rollouts that each took."""
+        """{tree id: rollouts} of all trees (of one config)."""
         with self._guard():
             rows = self._columns("tree_id", "rollouts", "config")
             return {row["tree_id"]: row["rollouts"] for row in rows if config in (None, row["config"])}
 
     def checksums(self, tree_id: str | None = None) -> Iterator[tuple[str, int | None]]:
-        """The ids of all trees (or one), each with a number that is another one where the file was changed."""
+        """(id, number) of every tree, or of one; the number differs after the file changed."""
         status = self.path.stat()
         changed = zlib.crc32(f"{status.st_mtime_ns}/{status.st_size}".encode())
         yield from ((found, changed) for found in (self._rows if tree_id is None else [tree_id]))
@@ -62,7 +62,7 @@ class ParquetTrees:
         """One tree by its id.
 
         Raises:
-            UsageError: it is not as it was written.
+            UsageError: the file has no such tree, or is damaged.
         """
         row = self._rows.get(tree_id)
         if row is None:
@@ -79,7 +79,7 @@ class ParquetTrees:
             return StoredTree(**_known(values, StoredTree) | {"nodes": nodes})
 
     def _columns(self, *names: str) -> Iterator[dict[str, Any]]:
-        """These columns of all rows."""
+        """Iterate over all rows, with only these columns."""
         for batch in self._file.iter_batches(columns=[*names], use_threads=False):
             yield from batch.to_pylist()
 
@@ -105,5 +105,5 @@ class ParquetTrees:
 
 
 def _known(values: dict[str, Any], of: type[StoredNode] | type[StoredTree]) -> dict[str, Any]:
-    """The values of a class's fields; an older cotree's file lacks some, a later one's has more."""
+    """Select the fields of a dataclass; files of other versions of cotree may lack some or have more."""
     return {column.name: values[column.name] for column in fields(of) if column.name in values}
