@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +21,13 @@ import cotree
 from cotree.base import disk
 from cotree.base.errors import CotreeError, UsageError
 from cotree.base.shards import Shard
+from cotree.data.annotations import Annotations
 from cotree.experiment.recipe import build_recipe
 from cotree.experiment.run import run
 from cotree.search import scratch
+from cotree.search.index import TreeIndex
+from cotree.search.merge import merge_journals, merge_stores
+from cotree.search.store import TreeStore
 
 
 @pytest.fixture
@@ -99,6 +104,27 @@ def test_copies_are_what_was_worked_on(
     calls = server.calls
     grow(recipe, shared, scratch=tmp_path / "another machine's")
     assert server.calls == calls and asked(server) == alone + alone
+
+
+def test_what_is_written_there_without_scratch_has_no_wal(recipe: dict[str, Any], shared: Path, tmp_path: Path) -> None:
+    """Annotations, the viewer's index, merged and imported stores; one that has a WAL already loses it."""
+    local = tmp_path / "local"
+    grow(recipe, local)
+    store, folder = local / "many" / "trees" / "train" / "trees.db", shared / "written"
+    folder.mkdir()
+    with closing(sqlite3.connect(store)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    shutil.copyfile(store, folder / "trees.db")
+    assert merge_stores([store], folder / "trees.db") == 0
+    assert merge_stores([store], folder / "merged.db") == 6
+    assert merge_journals([local / "many" / "journal.db"], folder / "journal.db") > 0
+    with Annotations(folder / "annotations.db"), TreeStore(folder / "merged.db") as trees, TreeIndex(trees) as index:
+        assert index.fill() == 6
+        assert {path.name for path in folder.iterdir() if path.suffix.endswith(("-wal", "-shm"))} == set()
+    for path in folder.glob("*.db"):
+        with closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",), path.name
+    assert len(list(folder.glob("*.db"))) == 5
 
 
 def test_what_was_not_copied_comes_along_on_its_machine(

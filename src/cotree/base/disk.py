@@ -22,6 +22,15 @@ def shared_file_system(path: Path) -> str:
     return kind if kind in _SHARED else ""
 
 
+def sqlite_journal_mode(path: Path) -> str:
+    """The `PRAGMA journal_mode` that is safe for a SQLite file at a path: WAL on a local disk, else DELETE.
+
+    WAL keeps its index in shared memory, which machines do not share. DELETE needs file locks alone, but each commit
+    waits for the disk.
+    """
+    return "DELETE" if shared_file_system(path) else "WAL"
+
+
 def one_machine_locks(path: Path) -> str:
     """The mount option that makes `flock` at a path local to this machine, or ""."""
     kind, options = _mount_of(path)

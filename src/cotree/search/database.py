@@ -1,4 +1,4 @@
-"""Base class of the tree store and the journal: a SQLite file in WAL mode with schema version, checksums and recovery.
+"""Base class of the tree store and the journal: a SQLite file with schema version, checksums and recovery.
 
 Invariant: commits survive a kill -9 at any moment; a foreign file or a later schema version is refused and left
 unchanged; of a damaged file all readable items are recovered and the lost ones counted.
@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, ClassVar, Self
 
 from cotree.base.atomic import explain_write_errors
+from cotree.base.disk import sqlite_journal_mode
 from cotree.base.errors import CotreeError, UsageError
 from cotree.search.rescue import Value, commits_are_lost, readable_rows
 
@@ -123,11 +124,12 @@ class Database(ABC):
         if not tables and self.reading:
             raise sqlite3.DatabaseError("it is empty")
         if not self.reading:
-            # With WAL and NORMAL, commits survive a killed process, at 40 microseconds a commit.
-            (journal_mode,) = self._db.execute("PRAGMA journal_mode=WAL").fetchone()
-            if journal_mode != "wal":
+            mode = sqlite_journal_mode(self.path)
+            (found_mode,) = self._db.execute(f"PRAGMA journal_mode={mode}").fetchone()
+            if found_mode != mode.lower():
                 raise CotreeError(f"{self.path}: {_NO_LOCKS}")
-            self._db.execute("PRAGMA synchronous=NORMAL")
+            if mode == "WAL":  # with NORMAL its commits survive a killed process, at 40 microseconds a commit
+                self._db.execute("PRAGMA synchronous=NORMAL")
         if not tables:
             with self._transaction():
                 if not self._tables():  # another process may have created them meanwhile

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self
 
+from cotree.base.disk import sqlite_journal_mode
 from cotree.base.errors import CotreeError
 from cotree.search.store import StoredNode, StoredTree, TreeStore
 from cotree.search.stores import TreeStores
@@ -131,7 +132,7 @@ class TreeIndex:
 
     def _open(self) -> None:
         self._db = sqlite3.connect(self.path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute(f"PRAGMA journal_mode = {sqlite_journal_mode(self.path)}")
         self._db.execute("PRAGMA synchronous = NORMAL")
         if (found := self._version()) == 0:
             with self._transaction():
