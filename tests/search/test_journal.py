@@ -76,14 +76,14 @@ def test_unused_is_what_no_current_tree_is_made_of(tmp_path: Path) -> None:
             journal.add([(bytes([i]), "t/q/0", said(tokens=10 * i))])
         journal.add([(b"other", "t/r/0", said(tokens=7))])
         assert unused(journal, ["t/q/0"]) == (4, 100)
-        journal.add_uses("old", [bytes([1]), bytes([2])])
+        journal.add_uses({"old": [bytes([1]), bytes([2])]})
         journal.set_current(here, {"t/q/0": "old"})
         assert unused(journal, ["t/q/0"]) == (2, 70)
-        journal.add_uses("new", [bytes([2]), bytes([3])])
+        journal.add_uses({"new": [bytes([2]), bytes([3])]})
         assert unused(journal, ["t/q/0"]) == (2, 70), "a tree counts when it is the current one"
         journal.set_current(here, {"t/q/0": "new"})
         assert unused(journal, ["t/q/0"]) == (2, 50), "what only the old tree used is now unused"
-        journal.add_uses("elsewhere", [bytes([4])])
+        journal.add_uses({"elsewhere": [bytes([4])]})
         journal.set_current(there, {"t/q/0": "elsewhere"})
         assert unused(journal, ["t/q/0"]) == (1, 10), "another node's tree uses it too"
         journal.set_current(here, {"t/q/0": "old"})

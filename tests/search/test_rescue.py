@@ -52,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
             journal.set_current(store.path, {each.question_name: each.tree_id})
         for number, (key, completion) in enumerate(COMPLETIONS.items()):
             journal.add([(key, f"letters/q{number}/0", completion)])
-            journal.add_uses("a", [key])
+            journal.add_uses({"a": [key]})
     return folder
 
 

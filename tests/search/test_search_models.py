@@ -12,6 +12,7 @@ from tests.support.fake_server import FakeServer
 
 from cotree.models.client import Choice, Client, Completion, Request
 from cotree.models.endpoints import Endpoint
+from cotree.search.commits import CommitsTogether
 from cotree.search.journal import Journal, SearchModels
 
 
@@ -63,13 +64,14 @@ async def test_a_request_is_sent_once_in_the_life_of_a_journal_and_never_without
 
 
 async def test_what_arrives_at_one_moment_is_committed_together_before_anybody_has_it(tmp_path: Path) -> None:
-    def arriving(models: SearchModels, count: int) -> list[asyncio.Task[None]]:
-        said = Completion((Choice("text", "stop", 1),), 1, 0, 1)
-        return [asyncio.create_task(models._keep(bytes([i]), "t", said)) for i in range(count)]
-
     with Counting(tmp_path / "j.db") as journal:
-        models = SearchModels({}, journal)
-        tasks = arriving(models, 8)
+        together = CommitsTogether(journal.add)
+
+        def arriving(count: int) -> list[asyncio.Task[None]]:
+            said = Completion((Choice("text", "stop", 1),), 1, 0, 1)
+            return [asyncio.create_task(together.add((bytes([i]), "t", said))) for i in range(count)]
+
+        tasks = arriving(8)
         await asyncio.sleep(0)
         tasks[3].cancel()
         assert journal.commits == 0 and not any(task.done() for task in tasks)
@@ -77,5 +79,5 @@ async def test_what_arrives_at_one_moment_is_committed_together_before_anybody_h
         assert [type(each) for each in got] == [type(None)] * 3 + [asyncio.CancelledError] + [type(None)] * 4
         assert journal.commits == 1
         assert all(journal.recall(bytes([i])) for i in range(8)), "what a cancelled task had paid for is kept, too"
-        await asyncio.gather(*arriving(models, 2))
+        await asyncio.gather(*arriving(2))
         assert journal.commits == 2

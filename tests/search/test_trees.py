@@ -16,12 +16,13 @@ import pytest
 from tests.support.fake_server import FakeServerThread
 from tests.support.search import config_of, content, grow, letters, reply, run, settings, stored, unused
 
+from cotree.base.errors import CotreeError
 from cotree.base.rows import read_rows
 from cotree.data.export import export_trees
 from cotree.search.growth import writers_of
 from cotree.search.journal import Journal, SearchModels
 from cotree.search.settings import Thought, Writer
-from cotree.search.store import TreeStore
+from cotree.search.store import StoredTree, TreeStore
 from cotree.search.trees import tree_key, unfinished_turns
 from cotree.tasks import Question, Verdict
 from cotree.tasks.base import VERDICT_VERSION
@@ -110,6 +111,34 @@ def test_no_more_trees_are_begun_than_may_grow_at_once(tmp_path: Path, monkeypat
     run(tmp_path / "t.db", few, asked=letters(40))
     assert len(tasks) == 40
     assert max(tasks) < 10, "one for each place, and few others"
+
+
+def test_trees_that_are_finished_at_one_moment_are_stored_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the journal all are finished at once; where they cannot be stored, every one's task says so."""
+    serial, together = (SETTINGS.model_copy(update={"trees_in_flight": number}) for number in (1, 8))
+    put, batches = TreeStore.put, list[int]()
+
+    def counted(self: TreeStore, *trees: StoredTree) -> None:
+        batches.append(len(trees))
+        put(self, *trees)
+
+    with FakeServerThread(reply=reply) as server:
+        asyncio.run(grow(server.url, tmp_path / "serial.db", serial))
+        monkeypatch.setattr(TreeStore, "put", counted)
+        asyncio.run(grow(server.url, tmp_path / "again.db", together, journal=tmp_path / "serial.journal"))
+        assert sum(batches) == 8 and max(batches) > 1
+        assert stored(tmp_path / "again.db") == stored(tmp_path / "serial.db")
+
+        def full(self: TreeStore, *trees: StoredTree) -> None:
+            raise CotreeError(f"no space for {len(trees)}")
+
+        monkeypatch.setattr(TreeStore, "put", full)
+        with pytest.raises(ExceptionGroup) as raised:
+            asyncio.run(grow(server.url, tmp_path / "full.db", together, journal=tmp_path / "serial.journal"))
+        assert {str(error) for error in raised.value.exceptions} <= {f"no space for {n}" for n in range(2, 9)}
+        assert stored(tmp_path / "full.db") == []
 
 
 def kill_and_resume(tmp_path: Path, kills: int) -> None:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from itertools import takewhile
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -352,9 +353,15 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
         return "".join(f"Question: {text}\nAnswer:\n" if role == "user" else f"{text}\n\n" for role, text in turns)
     text = _render(tokenizer, messages, add_generation_prompt=True)
     bos = getattr(tokenizer, "bos_token", None)
-    if bos and text.startswith(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+    if bos and text.startswith(bos) and _adds_bos(tokenizer):
         text = text.removeprefix(bos)
     return text
+
+
+@lru_cache(maxsize=8)
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts the begin-of-sequence token in front of every text, as a server does with it."""
+    return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _render(

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +60,7 @@ class Endpoint:
         opened = opened_thinking(text)
         return Prompt(text.removesuffix(opened), opened=opened)
 
-    @property
+    @cached_property
     def kind(self) -> ModelKind:
         """`base` without a chat template, `reasoning` if the template handles thinking, else `chat`."""
         if self.tokenizer is None:
@@ -89,7 +90,7 @@ class Endpoint:
         Raises:
             CotreeError: as `Client.complete`.
         """
-        own, *others = self.servers_for(question)
+        own, *others = self.servers_for(question) if len(self.clients) > 1 else self.clients
         return await own.complete(request, others)
 
     @property

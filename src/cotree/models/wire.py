@@ -27,6 +27,9 @@ _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_a
 # Maximum characters per token; long runs of spaces can be one token.
 _MOST_CHARACTERS = 128
 _IMPOSSIBLE = -1
+# `json.dumps` makes a new encoder for each call with options.
+_strict_json = json.JSONEncoder(allow_nan=False).encode
+_compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Request:
         numbers = (int(self.n), int(self.max_tokens), float(self.temperature) + 0.0, float(self.top_p) + 0.0)
         named = [model, *numbers, int(self.seed), self.stop, self.messages, self.scores]
         # One more field would change the key of every completion in every journal.
-        head = json.dumps([*named, "logprobs"] if self.logprobs else named, allow_nan=False)
+        head = _strict_json([*named, "logprobs"] if self.logprobs else named)
         # The prompt is the long part, so it is not escaped: there is no line end in the JSON before it.
         return hashlib.sha256(f"{head}\n{self.prompt}".encode("utf-8", "surrogatepass")).digest()
 
@@ -89,8 +92,9 @@ class Request:
             omit: parameters not to send.
             rename: the server's names for parameters.
         """
-        names = rename or {}
-        body = {names.get(name, name): value for name, value in self._parameters(model).items() if name not in omit}
+        body, names = self._parameters(model), rename or {}
+        if omit or names:
+            body = {names.get(name, name): value for name, value in body.items() if name not in omit}
         return json.dumps(body).encode()
 
     def _parameters(self, model: str) -> dict[str, Any]:
@@ -160,7 +164,7 @@ class Completion:
             "completion_tokens": self.completion_tokens,
             "seconds": self.seconds,
         }
-        return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+        return _compact_json(line)
 
     @classmethod
     def from_json(cls, line: str) -> Completion:
@@ -353,6 +357,8 @@ def error_status(content: bytes, status: int) -> int:
     """
     payload = _json_object(content)
     error = payload.get("error")
+    if status == 200 and not error and "choices" in payload and payload.get("object") != "error":
+        return status
     details = _mapping(error)
     said = error_message(content) if error or status == 429 else ""
     if any(word in (details.get("code"), details.get("type")) or word in said for word in _NO_CREDIT):

@@ -343,6 +343,7 @@ def writers_of(thought_type: str, roles: Mapping[str, Role], thought: Thought) -
     """The writers of a thought type, from the first of these roles that is set: the one that `thoughts` names, the one
     with the type's name, the reflector (for reflections and double checks), the thinker."""
     checking = "reflector" if thought_type in ("reflection", "double_check") else "thinker"
-    return next(
-        roles[role] for role in (thought.role or thought_type, thought_type, checking, "thinker") if role in roles
-    )
+    for role in (thought.role or thought_type, thought_type, checking):
+        if role in roles:
+            return roles[role]
+    return roles["thinker"]

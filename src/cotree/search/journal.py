@@ -7,7 +7,6 @@ share the run's journal, and it outlives them.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sqlite3
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from cotree.models.client import Completion, Request
 from cotree.models.endpoints import Endpoint
+from cotree.search.commits import CommitsTogether
 from cotree.search.database import Database, checksum
 
 
@@ -90,10 +90,11 @@ class Journal(Database):
         with self._transaction():
             self._db.executemany("INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?)", sealed)
 
-    def add_uses(self, tree_id: str, keys: Iterable[bytes]) -> None:
-        """Record which completions a finished tree uses."""
+    def add_uses(self, uses: Mapping[str, Iterable[bytes]]) -> None:
+        """Record which completions finished trees use, in one transaction: {tree id: request keys}."""
+        rows = [(key, tree_id) for tree_id, keys in uses.items() for key in keys]
         with self._transaction():
-            self._db.executemany("INSERT OR IGNORE INTO uses VALUES (?, ?)", [(key, tree_id) for key in keys])
+            self._db.executemany("INSERT OR IGNORE INTO uses VALUES (?, ?)", rows)
 
     def set_current(self, store: Path, trees: Mapping[str, str]) -> None:
         """Record the current tree of each question ({question name: tree id}) in a store.
@@ -173,7 +174,7 @@ class SearchModels:
 
     def __init__(self, endpoints: Mapping[str, Endpoint], journal: Journal | None = None) -> None:
         self.endpoints, self.journal, self.progress = endpoints, journal, Progress()
-        self._arrived: list[tuple[tuple[bytes, str, Completion], asyncio.Future[None]]] = []
+        self._arrived = None if journal is None else CommitsTogether(journal.add)
 
     async def complete(self, model: str, request: Request, question: str) -> tuple[bytes, Completion]:
         """Recall a completion from the journal, or request and journal it; returns (`Request.key`, completion).
@@ -188,34 +189,11 @@ class SearchModels:
             progress.recalled += 1
             return key, recalled
         completion = await endpoint.complete(request, question)
-        if self.journal is not None:
-            await self._keep(key, question, completion)
+        if self._arrived is not None:
+            await self._arrived.add((key, question, completion))
         progress.calls += 1
         progress.tokens += completion.completion_tokens
         return key, completion
-
-    async def _keep(self, key: bytes, question: str, completion: Completion) -> None:
-        """Add a completion to the journal, batched in one commit with others that arrive in the same loop iteration."""
-        loop = asyncio.get_running_loop()
-        if not self._arrived:
-            loop.call_soon(self._commit)
-        kept = loop.create_future()
-        self._arrived.append(((key, question, completion), kept))
-        await kept
-
-    def _commit(self) -> None:
-        arrived, self._arrived = self._arrived, []
-        error: Exception | None = None
-        try:
-            assert self.journal is not None
-            self.journal.add([completion for completion, _ in arrived])
-        except Exception as fault:  # noqa: BLE001 - raised in the waiting tasks
-            error = fault
-        for kept in [kept for _, kept in arrived if not kept.done()]:  # skip those of cancelled tasks
-            if error is None:
-                kept.set_result(None)
-            else:
-                kept.set_exception(error)
 
     def note_servers(self) -> None:
         """Update the cost, retries, miscounts and lost servers in `progress`."""

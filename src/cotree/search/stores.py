@@ -92,9 +92,9 @@ class TreeStores:
         """The paths of the other stores that have trees of a config."""
         return [path for path in self._paths if self._store(path).finished(config)]
 
-    def put(self, tree: StoredTree) -> None:
-        """Insert a tree into the own store."""
-        self.own.put(tree)
+    def put(self, *trees: StoredTree) -> None:
+        """Insert trees into the own store, in one transaction."""
+        self.own.put(*trees)
 
     def _store(self, path: Path) -> TreeStore | ParquetTrees:
         """The open store at a path; with many open, the least recently used one is closed."""

@@ -91,7 +91,7 @@ def check_pattern(
 
 def draw(seed: str, options: int) -> int:
     """A pseudo-random integer in [0, options), from the hash of a seed string."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) % options
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) % options if options > 1 else 0
 
 
 def draw_prefix(prefixes: Sequence[str], seed: str) -> str:

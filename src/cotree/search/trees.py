@@ -11,12 +11,13 @@ import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from cotree.base.errors import UsageError
 from cotree.base.garbage import infrequent_gc
 from cotree.models.endpoints import Endpoint
+from cotree.search.commits import CommitsTogether
 from cotree.search.growth import Growth
 from cotree.search.journal import Journal, Progress, SearchModels
 from cotree.search.reward import chain_rank_key
@@ -71,7 +72,10 @@ def tree_id_of(task: Task, question: Question, config: str) -> str:
 
 def tree_key(task: Task, question: Question) -> str:
     """Hash all parts of a question that affect its tree, so that changed content gives another tree id."""
-    examples = [asdict(example) for example in task.worked_examples(question)]
+    examples = [
+        {"question": example.question, "steps": example.steps, "answer": example.answer}
+        for example in task.worked_examples(question)
+    ]
     asked = [question_name(question), question.family, examples, question.messages, task.answer_form]
     content = [*asked, question.gold, question.spec, task.verifier_version]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -111,6 +115,7 @@ class TreeGrower:
     def __post_init__(self) -> None:
         self.models = SearchModels(self.endpoints, self.journal)
         self.progress = self.models.progress
+        self._finished = CommitsTogether(self._store_trees)
 
     async def grow(self, questions: Sequence[Asked]) -> Progress:
         """Grow all missing trees of these questions and of later turns of their conversations.
@@ -150,7 +155,7 @@ class TreeGrower:
             growth = unstored[tree_id]
             growth.search.rollouts_left += extra
             await growth.run()
-            self._store_tree(tree_id, growth)
+            await self._finished.add((tree_id, growth))
 
         await self._at_once(grow, left)
         if unstored:
@@ -185,7 +190,7 @@ class TreeGrower:
         wants_more = both and growth.stopped is None and not growth.search.exhausted
         if settings.adaptive and settings.method == "mcts" and wants_more:
             return growth
-        self._store_tree(turn.tree_id, growth)
+        await self._finished.add((turn.tree_id, growth))
         return None
 
     def _extra_rollouts(self, tree_ids: Sequence[str], growing: int) -> int:
@@ -212,11 +217,22 @@ class TreeGrower:
                 return
         growth.stopped = "tokens" if growth.search.rollouts < most else None
 
-    def _store_tree(self, tree_id: str, growth: Growth) -> None:
+    def _store_trees(self, finished: Sequence[tuple[str, Growth]]) -> None:
         # Journal first: a kill in between must not leave a stored tree whose completions count as unused.
-        self.journal.add_uses(tree_id, growth.used)
+        self.journal.add_uses({tree_id: growth.used for tree_id, growth in finished})
+        trees = [self._stored_tree(tree_id, growth) for tree_id, growth in finished]
+        self.store.put(*trees)
+        for tree, (_, growth) in zip(trees, finished, strict=True):
+            self.on_tree(tree)
+            self.progress.trees += 1
+            self.progress.thoughts += len(tree.nodes) - 1
+            self.progress.verdicts.update(str(leaf.verdict) for leaf in growth.search.leaves)
+            self.models.note_servers()
+            self.on_progress(self.progress)
+
+    def _stored_tree(self, tree_id: str, growth: Growth) -> StoredTree:
         question, spent, search = growth.question, growth.spent, growth.search
-        tree = StoredTree(
+        return StoredTree(
             tree_id=tree_id,
             task=question.task,
             question_id=question.id,
@@ -235,10 +251,3 @@ class TreeGrower:
             nodes=[*search.nodes],
             verdict_version=VERDICT_VERSION,
         )
-        self.store.put(tree)
-        self.on_tree(tree)
-        self.progress.trees += 1
-        self.progress.thoughts += len(search.nodes) - 1
-        self.progress.verdicts.update(str(leaf.verdict) for leaf in search.leaves)
-        self.models.note_servers()
-        self.on_progress(self.progress)

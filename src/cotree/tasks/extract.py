@@ -133,6 +133,8 @@ def after_thinking(completion: str) -> str | None:
 
     Ignores text after the end of the model's turn.
     """
+    if "<" not in completion and "[" not in completion:  # every tag has one of them, and most texts have neither
+        return completion
     completion = _END_OF_TURN.split(completion, maxsplit=1)[0]
     closes = (*_THINKING_CLOSES, *_ANSWER_OPENS)
     ends = [at + len(tag) for tag in closes if (at := completion.rfind(tag)) >= 0]

@@ -191,6 +191,8 @@ def same_number(left: str, right: str) -> bool:
     """Whether two answers are the same number, or the same text once both are normalized."""
     if left == right:
         return True
+    if _PLAIN.fullmatch(left) and _PLAIN.fullmatch(right):
+        return left.lstrip("0") == right.lstrip("0")
     left, right = normalize_answer(left), normalize_answer(right)
     gold, answer = parse_number(left), parse_number(right)
     return left == right or (gold is not None and answer is not None and gold.accepts(answer))
