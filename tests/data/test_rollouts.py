@@ -77,7 +77,7 @@ def test_prompts_with_n_completions_and_rewards(tmp_path: Path) -> None:
     row = {"prompt": ASKED["content"], "completions": [RIGHT, WRONG, RIGHT], "rewards": [1, 0.25, 1.0], "answer": 5}
     read = read_rollouts(write(tmp_path / "x.jsonl", row | {"id": 7, "note": "n"}))
     columns = "columns that are not kept, and how many rows have them: note 1"
-    assert read.lines() == ["3 rollouts of 1 questions; left out: nothing", columns]
+    assert read.lines() == ["3 rollouts of 1 question; left out: nothing", columns]
     made = tree(read)
     assert (made.task, made.question_id, made.gold, made.rollouts) == ("x", "7", "5", 3)
     assert sorted(verdicts(made)) == [("correct", 1.0), ("correct", 1.0), ("wrong", 0.25)]

@@ -92,7 +92,7 @@ def test_every_form_has_the_papers_cells_and_what_stands_behind_them() -> None:
         for words in (
             "of 100, greedy", "79.0–93.0", "8 samples each at temperature 0.8, mcts by vote",
             "Test@8 of a tree 95.0 [90.0–98.0]", "maj@8 90.0", "lenient 90.0", "max_tokens 64",
-            "loop 0.1 + cut off 0.1 + finished 0.0", "differences below 12.0 points",
+            "loop 0.1 + cut off 0.1 + finished 0.0", "smallest detectable difference 12.0 points",
             "9.5 tokens (p50/p90/p99 9/12/20)", "3 blocks 50.0 (10%) of 20, 25.0% of the correct plans optimal",
         ):  # fmt: skip
             assert words in text

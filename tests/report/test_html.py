@@ -200,7 +200,7 @@ def test_the_other_tables_show_the_summarys_numbers(run: RunFolder) -> None:
 
 def test_a_search_says_what_it_cost_and_how_its_patterns_did(run: RunFolder) -> None:
     text = "".join(Page(write_report(run).read_text()).text)
-    assert "Cost: 61,240 generated tokens, 153 a question, 70 a correct chain; 120,345 tokens of prompts" in text
+    assert "Cost: 61,240 generated tokens, 153 a question, 70 a correct chain; 120,345 prompt tokens" in text
     assert "Pattern reclarify: 100 trees, 173 of 470 answers correct: 36.8% (32.6–41.3)." in text
 
 

@@ -27,7 +27,7 @@ def row(method: str, correct: int, n: int = 100) -> dict[str, Any]:
     [
         (80, 40, "train is ahead in questions with a correct chain"),
         (40, 80, "sampled is ahead in questions with a correct chain"),
-        (50, 52, "no interval tells the two apart"),
+        (50, 52, "no difference is shown, as the intervals overlap"),
     ],
 )
 def test_the_verdict_follows_the_intervals(ours: int, theirs: int, words: str) -> None:

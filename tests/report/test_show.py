@@ -17,10 +17,10 @@ from tests.report.conftest import APPLES, apples_tree, make_run, record_of, thou
 from tests.support.trees import random_tree, tree_of
 
 from cotree.base.errors import UsageError
+from cotree.base.numbers import counted
 from cotree.base.progress import Output
 from cotree.base.run_folder import RunFolder
 from cotree.report.show import show_run
-from cotree.report.templates import sentence
 from cotree.report.tree_view import Block, TreeView, trees_to_show, views_of
 from cotree.search.store import TreeStore
 
@@ -199,7 +199,10 @@ def test_the_reasons_follow_the_datasets_settings(run: RunFolder) -> None:
     assert use_of([sft(3, 41)], rows="sft", **{"length.longest": 1})[3][1].startswith("by length (a mixture)")
     longer = use_of([pair(rejected_leaf=8)], rows="dpo", rejected="longer_correct")
     assert longer[3] == ("chosen", "shortest correct of 2, 4 tokens")
-    assert longer[8] == ("rejected", "shares 2 tokens with the chosen one, fewest of the longer correct ones, 6 tokens")
+    assert longer[8] == (
+        "rejected",
+        "shares 2 tokens with the chosen one, the fewest of the longer correct ones, 6 tokens",
+    )
     assert "was cut off" in use_of([pair(rejected_leaf=9, rejected_finished=False)], rows="dpo")[9][1]
     steps = use_of([pair(step_type="thinking", chosen_value=1.0, rejected_value=0.5)], rows="step_pairs")
     assert steps[5] == ("rejected", "two siblings of type thinking, v/n 1.00 against 0.50")
@@ -224,6 +227,6 @@ def test_the_tree_that_shows_most_is_drawn_without_its_name(run: RunFolder) -> N
 
 
 def test_one_of_a_thing_is_no_plural() -> None:
-    assert [sentence("counted", n, "rollout") for n in (0, 1, 2, 1500)] == [
+    assert [counted(n, "rollout") for n in (0, 1, 2, 1500)] == [
         "0 rollouts", "1 rollout", "2 rollouts", "1,500 rollouts",
     ]  # fmt: skip

@@ -249,13 +249,14 @@ def test_a_row_without_a_relative_is_compared_with_the_first_one() -> None:
 def test_claims_state_the_minimum_detectable_difference_of_the_table() -> None:
     found = table(row("base", 1, 100), row("dpo", 55, 100))
     difference = minimum_detectable_difference(100, 0.55)
-    assert f"With n = 100, two rows have to differ by up to {percent(difference)} points" in " ".join(
-        found.claims()["t"]
+    assert (
+        f"With n = 100, the smallest detectable difference between two rows is {percent(difference)} points"
+        in " ".join(found.claims()["t"])
     )
     assert found.limits()[0].startswith(
-        f"t: with n = 100, two rows have to differ by up to {percent(difference)} points"
+        f"t: with n = 100, the smallest detectable difference between two rows is {percent(difference)} points"
     )
-    assert "too small to tell" in " ".join(table(row("base", 0, 1), row("dpo", 1, 1)).claims()["t"])
+    assert "too small to detect" in " ".join(table(row("base", 0, 1), row("dpo", 1, 1)).claims()["t"])
 
 
 @pytest.mark.parametrize(
@@ -321,8 +322,8 @@ def test_instructions_have_the_papers_groups() -> None:
 def test_summary_lines_say_what_each_node_came_to(run: RunFolder) -> None:
     lines = [line for line in summary_lines(summarize_run(run)) if isinstance(line, str) and line]
     assert lines[0] == (
-        "train: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer), 0 of them forced, "
-        "49 chains cut by max_tokens"
+        "train: 400 trees, 5,413 thoughts, 2,470 answers (873 correct, 1,547 wrong, 50 no answer), "
+        "0 of them forced by a prefix, 49 chains cut by max_tokens"
     )
     assert lines[1].endswith(
         "68.5% of questions have a correct chain, 57.5% a correct and a wrong one; 720 reflections, 98 followed by a "

@@ -37,6 +37,11 @@ def number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A count with its noun: "1 rollout", "1,234 rollouts"."""
+    return f"{number(n)} {noun}{'s' if n != 1 else ''}"
+
+
 def signed(value: float | None) -> str:
     """A difference with its sign: "+3.5", "−12.0"."""
     return ABSENT if value is None else f"{value:+,.1f}".replace("-", "−")

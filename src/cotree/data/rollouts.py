@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cotree.base.errors import UsageError
+from cotree.base.numbers import counted
 from cotree.base.rows import Row, read_rows
 from cotree.data.file_rows import messages_of, prompt_of
 from cotree.tasks import Question, Task, Verdict
@@ -62,7 +63,8 @@ class Rollouts:
         """Lines for the terminal: rollouts read and left out."""
         number = sum(map(len, self.of.values()))
         left_out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
-        lines = [f"{number} rollouts of {len(self.of)} questions; left out: {left_out or 'nothing'}"]
+        counts = f"{counted(number, 'rollout')} of {counted(len(self.of), 'question')}"
+        lines = [f"{counts}; left out: {left_out or 'nothing'}"]
         if self.columns_left_out:
             columns = ", ".join(f"{name} {count}" for name, count in sorted(self.columns_left_out.items()))
             lines.append(f"columns that are not kept, and how many rows have them: {columns}")

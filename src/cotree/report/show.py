@@ -15,7 +15,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cotree.base.errors import UsageError
-from cotree.base.numbers import number
+from cotree.base.numbers import counted, number
 from cotree.base.progress import one_line, terminal_safe
 from cotree.base.run_folder import RunFolder
 from cotree.base.settings import nearest
@@ -85,7 +85,7 @@ def _tree_list(name: str, views: Iterable[TreeView]) -> RenderableType:
     # Keeps only the cells in memory, so that a store of any size can be listed.
     rows = sorted((_sort_key(view), bool(view.uses), view.tree.question_id, _list_row(view)) for view in views)
     taken = [question for _, used, question, _ in rows if used]
-    counts = f"{sentence('counted', len(rows), 'tree')}, {number(len(taken))} with chains in datasets"
+    counts = f"{counted(len(rows), 'tree')}, {number(len(taken))} with chains in datasets"
     title = Text.assemble((f"trees/{one_line(name)}", "bold"), f"  {counts}\n")
     if not rows:
         return title

@@ -33,7 +33,7 @@ def _environment() -> Environment:
     )
     formats = (numbers.percent, numbers.number, numbers.signed, numbers.duration, share, listed, setting)
     environment.filters.update({function.__name__: function for function in formats})
-    known = (numbers.interval, numbers.paper_form, wilson_interval, sentence, lines)
+    known = (numbers.counted, numbers.interval, numbers.paper_form, wilson_interval, sentence, lines)
     environment.globals.update({function.__name__: function for function in known})
     return environment
 
