@@ -398,7 +398,7 @@ def decode(
 ) -> None:
     """Answer one question by search, without a gold answer."""
     # An override holds `=`; with --task there is no question before it.
-    given = [question] if task is not None and question is not None else []
+    given = [question] if task is not None and question is not None and "=" in question else []
     options |= {"task": task, "question_id": id_, "overrides": [*given, *(overrides or [])]}
     found = cotree.decode(None if given else question, model, output=Output(quiet=quiet), **options)
     if quiet:

@@ -482,6 +482,10 @@ def test_a_judge_of_another_server_is_named_by_overrides() -> None:
         (["decode", "Why?", "--value", "vote"], "free texts cannot vote"),
         (["decode", "Why?", "--strategy", "trees"], "'trees' is not one of 'mcts'"),
         (["decode", "--task", "arithmetic", "--id", "none"], "has no question `none`"),
+        (
+            ["decode", "Why?", "--task", "letters"],
+            "--task needs --id, one of its questions, and takes neither words nor",
+        ),
         (["decode", "--task", "arithmetic"], "--task needs --id, one of its questions, and takes neither words nor"),
         (["decode", "Why?", "--value", "verifier"], "not verifier: a verifier needs a `reward` in the settings"),
         (["decode", "Why?", "rolouts=4"], "did you mean `rollouts`"),

@@ -35,6 +35,8 @@ def test_a_run_is_its_samples_and_its_data_by_model_and_script(tmp_path: Path) -
     ]
     assert "1 (100.0%)" in next(line for line in lines if line.startswith("test/base"))
     assert [line for line in lines if line.startswith("\ntest/base, row 0, 0: loop")], "file, row and id"
+    _, line, *_ = diagnose_file(tmp_path / "evaluations" / "test" / "base")
+    assert line.startswith("base: letters"), "one evaluation has the name of its folder"
 
 
 def test_sample_files_count_each_response_once(tmp_path: Path) -> None:

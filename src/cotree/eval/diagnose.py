@@ -89,7 +89,7 @@ def _rows(where: str | Path, damaged: dict[Path, int]) -> Iterator[NumberedRow]:
             raise UsageError(f"{path} has no replies of an evaluation and no rows of a dataset; name a file of texts")
         for file in files:
             node = unquote(file.parent.relative_to(path).as_posix()).removeprefix("evaluations/")
-            yield from _rows_of_file(file, node if file.parent != path else file.stem, damaged)
+            yield from _rows_of_file(file, node if file.parent != path else path.resolve().name, damaged)
     elif not path.exists() and HUB_ID.fullmatch(str(where)) and not path.suffix:
         yield from _hub_rows(str(where))
     else:
