@@ -61,11 +61,15 @@ def versions() -> dict[str, str]:
 
 
 def _git() -> str:
-    """The commit of cotree's checkout, or ""."""
-    here = Path(__file__).resolve().parent
-    if not (here.parents[2] / "pyproject.toml").is_file():
+    """The commit of cotree's checkout, with "-dirty" if files of its package are changed; or ""."""
+    package = Path(__file__).resolve().parents[1]
+    if not (package.parents[1] / "pyproject.toml").is_file():
         return ""  # installed: any surrounding repository is the user's
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    commands = (["describe", "--always", "--exclude=*"], ["status", "--porcelain", "--untracked-files=no", "--", "."])
+    with suppress(OSError, subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        commit, changed = (
+            subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, timeout=5, check=True).stdout
+            for words in commands
+        )
+        return commit.strip() + "-dirty" * bool(changed)
     return ""
