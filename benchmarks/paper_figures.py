@@ -29,18 +29,24 @@ _STYLE = {
 
 
 def figures(path: Path) -> dict[str, str]:
-    """The figures of a table's file, by the names of their files: `step-small.svg` with accuracy and no answer, and
-    `step-small-training.svg` with the course of training where students were probed."""
+    """A figure for each tier of a table's file, by the names of their files (`figure_of`)."""
     content = json.loads(path.read_text(encoding="utf-8"))
     found: dict[str, str] = {}
     for tier in dict.fromkeys(row["tier"] for row in content.get("rows", ())):
-        name = f"{path.stem}-{tier}"
-        rows = [row for row in content["rows"] if row["tier"] == tier]
-        found[f"{name}.svg"] = _accuracies(rows, name, content_sha256(path))
-        probed = [row for row in content["students"] if row["tier"] == tier and row["curve"]]
-        if probed:
-            found[f"{name}-training.svg"] = _training(probed, f"{name}-training", content_sha256(path))
+        name, digest = figure_of(path.stem, tier, content["students"]), content_sha256(path)
+        if name.endswith("-training"):
+            probed = [row for row in content["students"] if row["tier"] == tier and row["curve"]]
+            found[f"{name}.svg"] = _training(probed, name, digest)
+        else:
+            found[f"{name}.svg"] = _accuracies([row for row in content["rows"] if row["tier"] == tier], name, digest)
     return found
+
+
+def figure_of(table: str, tier: str, students: Sequence[Row]) -> str:
+    """The name of a table's figure: `step-small-training` (output length and no answer along training) where the
+    students of `step` were probed, else `alpha-small` (accuracy and no answer of each student)."""
+    probed = table == "step" and any(row["tier"] == tier and row["curve"] for row in students)
+    return f"{table}-{tier}{'-training' if probed else ''}"
 
 
 def _accuracies(rows: Sequence[Row], name: str, digest: str) -> str:

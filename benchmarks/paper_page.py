@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import paper_figures
 
 from cotree.base.atomic import write_text
-from cotree.base.numbers import ABSENT, duration, interval, number, percent
+from cotree.base.numbers import ABSENT, duration, interval, number, percent, signed
 from cotree.base.statistics import minimum_detectable_difference, wilson_interval
 
 TEMPLATE = Path(__file__).with_name("paper_page.md.jinja")
@@ -125,6 +125,14 @@ class Results:
                 lines.append([f"`{row['name']}`", number(done), number(row["counts"]["repaired"]), share])
         return _markdown(lines)
 
+    def figure(self, tier: str) -> str:
+        """A tier's figure as Markdown."""
+        name = paper_figures.figure_of(self.name, tier, self.students)
+        shows = (
+            "Output length and no answer along DPO training" if name.endswith("-training") else "Accuracy and no answer"
+        )
+        return f"![{shows}](results/{name}.svg)"
+
     def least(self, tier: str) -> str:
         """The least difference that each task of a tier can show: "arithmetic 18.7 points (n = 112)"."""
         words = []
@@ -150,6 +158,19 @@ class Results:
             shown = least is not None and abs(shares[0] - shares[1]) >= least
             words.append(f"{task} {percent(shares[1])} → {percent(shares[0])}%{'' if shown else ' (not shown)'}")
         return ", ".join(words) or "not measured yet"
+
+    def redrawn(self, earlier: Results, tier: str) -> str:
+        """Accuracies of one seed's students beside those of an earlier run of the same recipe, which grew other trees;
+        "" without any. The last column is the difference in points."""
+        lines = [["student", "task", "earlier trees %", "these trees %", "difference"]]
+        for before in earlier.arms(tier):
+            now = self.arm(tier, before.model, before.task)
+            same = [row for row in now.rows if row["seed"] == before.seed] if now is not None else []
+            if before.seed is not None and same:
+                difference = 100 * (same[0]["accuracy"] - before.accuracy)
+                shares = percent(before.accuracy), percent(same[0]["accuracy"])
+                lines.append([f"`{before.model}`", before.task, *shares, signed(difference)])
+        return _markdown(lines) if len(lines) > 1 else ""
 
     def made(self) -> str:
         """When, on what machines, at which commits and in how long the numbers were made."""
@@ -185,6 +206,7 @@ def render_page(out: Path) -> str:
     tables = re.findall(r'call section\("(\w+)"', template)
     values = {
         "results": lambda table: Results(out / f"{table}.json"),
+        "earlier": lambda table: Results(out / "earlier" / f"{table}.json"),
         "missing": [table for table in tables if not (out / f"{table}.json").is_file()],
         "titles": TITLES,
         "masking": json.loads(masking.read_text(encoding="utf-8")) if masking.is_file() else None,
