@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import itertools
 import json
 import re
@@ -47,6 +48,25 @@ def test_a_change_of_any_field_changes_the_key(fields: dict[str, Any], name: str
     changed = fields | {name: data.draw(FIELDS[name])}
     assert (Request(**changed).key("m") == Request(**fields).key("m")) == (changed[name] == fields[name])
     assert Request(**fields).key("m") != Request(**fields).key("n")
+
+
+@given(st.fixed_dictionaries(FIELDS), st.booleans(), st.booleans())
+def test_the_key_is_the_hash_of_the_fields_as_json(fields: dict[str, Any], scores: bool, logprobs: bool) -> None:
+    messages = (("user", 'Say "é"'), ("assistant", "\n"))
+    asked = Request(**fields, messages=messages, scores=scores, logprobs=logprobs)
+    named = [
+        "m",
+        asked.n,
+        asked.max_tokens,
+        asked.temperature + 0.0,
+        asked.top_p,
+        asked.seed,
+        asked.stop,
+        messages,
+        scores,
+    ]
+    head = json.dumps([*named, "logprobs"] if logprobs else named)
+    assert asked.key("m") == hashlib.sha256(f"{head}\n{asked.prompt}".encode("utf-8", "surrogatepass")).digest()
 
 
 def test_equal_requests_have_equal_keys_and_only_they() -> None:

@@ -63,6 +63,28 @@ async def test_a_request_is_sent_once_in_the_life_of_a_journal_and_never_without
         assert server.calls == 3
 
 
+async def test_of_a_new_question_the_journal_is_asked_for_repeated_requests_only(tmp_path: Path) -> None:
+    class Asked(Journal):
+        recalls = 0
+
+        def recall(self, key: bytes) -> Completion | None:
+            self.recalls += 1
+            return super().recall(key)
+
+    async with FakeServer() as server, client(server.url) as c:
+        with Asked(tmp_path / "j.db") as journal:
+            models = models_of(journal, c)
+            for prompt in ("a", "b"):
+                await complete(models, request(prompt))
+            assert (journal.recalls, server.calls) == (0, 2)
+            await complete(models, request("a"))
+            assert (journal.recalls, server.calls) == (1, 2), "the same request again is not paid again"
+            models.forget("t")
+            for prompt in ("a", "b", "c"):
+                await complete(models, request(prompt))
+            assert (journal.recalls, server.calls) == (4, 3), "the question is known now"
+
+
 async def test_what_arrives_at_one_moment_is_committed_together_before_anybody_has_it(tmp_path: Path) -> None:
     with Counting(tmp_path / "j.db") as journal:
         together = CommitsTogether(journal.add)

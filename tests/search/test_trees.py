@@ -113,6 +113,13 @@ def test_no_more_trees_are_begun_than_may_grow_at_once(tmp_path: Path, monkeypat
     assert max(tasks) < 10, "one for each place, and few others"
 
 
+def test_nothing_is_remembered_of_stored_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered: list[int] = []
+    monkeypatch.setattr(SearchModels, "note_servers", lambda self: remembered.append(len(self._added)))
+    run(tmp_path / "t.db", SETTINGS.model_copy(update={"trees_in_flight": 2}), asked=letters(40))
+    assert max(remembered) <= 2 and remembered[-1] == 0
+
+
 def test_trees_that_are_finished_at_one_moment_are_stored_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

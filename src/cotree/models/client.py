@@ -148,8 +148,10 @@ class Client:
         """
         servers, tries = (self, *others), _Tries(self.attempts, self.patience)
         while True:
-            ready = [s for s in servers if not s.lost] or [min(servers, key=lambda s: s._trial)]
-            server = next((s for s in ready if not s._slots.locked()), ready[0])
+            server = self
+            if others:
+                ready = [s for s in servers if not s.lost] or [min(servers, key=lambda s: s._trial)]
+                server = next((s for s in ready if not s._slots.locked()), ready[0])
             async with server._slots:
                 if server.lost and not all(s.lost for s in servers):
                     continue  # it was lost while this request waited for a slot

@@ -28,8 +28,8 @@ _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_a
 _MOST_CHARACTERS = 128
 _IMPOSSIBLE = -1
 # `json.dumps` makes a new encoder for each call with options.
-_strict_json = json.JSONEncoder(allow_nan=False).encode
 _compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_cached_json = lru_cache(maxsize=64)(json.dumps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,11 @@ class Request:
         """SHA-256 of the fields and the model's identity: equal requests to equal models have equal keys."""
         # 1 and 1.0, 0.0 and -0.0 are the same number and must not be two keys.
         numbers = (int(self.n), int(self.max_tokens), float(self.temperature) + 0.0, float(self.top_p) + 0.0)
-        named = [model, *numbers, int(self.seed), self.stop, self.messages, self.scores]
+        # The JSON of a list, whose strings are the same in most requests.
+        head = f"[{_cached_json(model)}, {', '.join(map(repr, numbers))}, {int(self.seed)}, {_cached_json(self.stop)}, "
+        head += f"{_cached_json(self.messages)}, {'true' if self.scores else 'false'}"
         # One more field would change the key of every completion in every journal.
-        head = _strict_json([*named, "logprobs"] if self.logprobs else named)
+        head += ', "logprobs"]' if self.logprobs else "]"
         # The prompt is the long part, so it is not escaped: there is no line end in the JSON before it.
         return hashlib.sha256(f"{head}\n{self.prompt}".encode("utf-8", "surrogatepass")).digest()
 

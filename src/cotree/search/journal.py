@@ -71,12 +71,19 @@ class Journal(Database):
         """The names of all questions with completions."""
         return {name for (name,) in self.execute("SELECT DISTINCT question FROM completions")}
 
+    def has_question(self, question: str) -> bool:
+        """Whether any completion of a question is here."""
+        return next(self.execute("SELECT 1 FROM completions WHERE question = ? LIMIT 1", (question,)), None) is not None
+
     def recall(self, key: bytes) -> Completion | None:
         """The stored completion of a request key, or None."""
-        with self._guard():
+        try:
             row = self._db.execute("SELECT * FROM completions WHERE key = ?", (key,)).fetchone()
             if row is not None and _damaged([row]):
                 raise sqlite3.DatabaseError(f"a completion of {row[1]} is not as it was stored")
+        except sqlite3.DatabaseError:
+            with self._guard():  # not around all: every request passes here
+                raise
         return None if row is None else Completion.from_json(row[3])
 
     def add(self, completions: Iterable[tuple[bytes, str, Completion]]) -> None:
@@ -175,6 +182,8 @@ class SearchModels:
     def __init__(self, endpoints: Mapping[str, Endpoint], journal: Journal | None = None) -> None:
         self.endpoints, self.journal, self.progress = endpoints, journal, Progress()
         self._arrived = None if journal is None else CommitsTogether(journal.add)
+        # {question: keys added by this search; None if the journal had completions of it before}
+        self._added: dict[str, set[bytes] | None] = {}
 
     async def complete(self, model: str, request: Request, question: str) -> tuple[bytes, Completion]:
         """Recall a completion from the journal, or request and journal it; returns (`Request.key`, completion).
@@ -184,16 +193,31 @@ class SearchModels:
         """
         endpoint, progress = self.endpoints[model], self.progress
         key = request.key(endpoint.identity)
-        recalled = None if self.journal is None else self.journal.recall(key)
+        recalled = self._recall(key, question)
         if recalled is not None:
             progress.recalled += 1
             return key, recalled
         completion = await endpoint.complete(request, question)
         if self._arrived is not None:
             await self._arrived.add((key, question, completion))
+            if (added := self._added.get(question)) is not None:
+                added.add(key)
         progress.calls += 1
         progress.tokens += completion.completion_tokens
         return key, completion
+
+    def _recall(self, key: bytes, question: str) -> Completion | None:
+        """Look a key up in the journal, without a query per request for a question that it had nothing of."""
+        if self.journal is None:
+            return None
+        if question not in self._added:
+            self._added[question] = None if self.journal.has_question(question) else set()
+        added = self._added[question]
+        return self.journal.recall(key) if added is None or key in added else None
+
+    def forget(self, question: str) -> None:
+        """Free what is remembered of a question whose tree is stored."""
+        self._added.pop(question, None)
 
     def note_servers(self) -> None:
         """Update the cost, retries, miscounts and lost servers in `progress`."""

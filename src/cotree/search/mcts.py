@@ -13,7 +13,6 @@ undecided leaves; a leaf is judged once and never selected again; `tell` removes
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -144,18 +143,20 @@ class Rollout:
             self._take(self.pending.node, self._slot)
             return
         self.written.extend(new)
-        written_on = Counter(id(node.parent) for node in new)
+        written_on: dict[int, int] = {}
+        for node in new:
+            written_on[id(node.parent)] = written_on.get(id(node.parent), 0) + 1
         for node in new:
             if node.reward is None:
                 node.slots = self._search.child_slots(node)
                 first = node.slots[0]
-                first.written = min(written_on[id(node)], first.n)
+                first.written = min(written_on.get(id(node), 0), first.n)
                 first.n -= first.written
                 if first.n == 0:
                     self._search.take(node, first)
         self.pending = None
         if new and not any(node.reward is not None for node in new):
-            last = next(node for node in new if not written_on[id(node)])
+            last = next(node for node in new if id(node) not in written_on)
             self._take(last, last.slots[0])
 
 

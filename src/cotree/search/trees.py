@@ -115,7 +115,7 @@ class TreeGrower:
     def __post_init__(self) -> None:
         self.models = SearchModels(self.endpoints, self.journal)
         self.progress = self.models.progress
-        self._finished = CommitsTogether(self._store_trees)
+        self._finished = CommitsTogether(self._store_trees, seconds=0.005)
 
     async def grow(self, questions: Sequence[Asked]) -> Progress:
         """Grow all missing trees of these questions and of later turns of their conversations.
@@ -223,6 +223,7 @@ class TreeGrower:
         trees = [self._stored_tree(tree_id, growth) for tree_id, growth in finished]
         self.store.put(*trees)
         for tree, (_, growth) in zip(trees, finished, strict=True):
+            self.models.forget(question_name(growth.question))
             self.on_tree(tree)
             self.progress.trees += 1
             self.progress.thoughts += len(tree.nodes) - 1

@@ -147,6 +147,8 @@ def last_boxed(text: str) -> str | None:
 
     Earlier boxes joined to it by a comma, "and" or "or" belong to the same answer: "1, 2".
     """
+    if "box" not in text:
+        return None
     # A stack of open braces: (start of the box, start of its content), None for other braces.
     opened: list[tuple[int, int] | None] = []
     boxes: list[tuple[int, int, int]] = []
