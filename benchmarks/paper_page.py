@@ -217,10 +217,12 @@ def render_page(out: Path) -> str:
 
 def write_page(out: Path) -> Path:
     """Write the page beside the folder of the tables' files (docs/results.md for docs/results/) and its figures into
-    that folder; returns the page's path."""
-    for path in sorted(out.glob("*.json")):
-        for name, svg in paper_figures.figures(path).items():
-            write_text(out / name, svg)
+    that folder, in place of all figures there; returns the page's path."""
+    figures = {name: svg for path in sorted(out.glob("*.json")) for name, svg in paper_figures.figures(path).items()}
+    for name, svg in figures.items():
+        write_text(out / name, svg)
+    for stale in [path for path in out.glob("*.svg") if path.name not in figures]:
+        stale.unlink()
     page = out.with_suffix(".md")
     write_text(page, render_page(out))
     return page
