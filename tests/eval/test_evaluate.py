@@ -190,7 +190,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "| fake" in shown
     assert "| b" in shown
     assert run(monkeypatch, "diagnose", first) == 0
-    assert "journal: letters" in capsys.readouterr().out
+    assert "fake: letters" in capsys.readouterr().out
 
 
 def test_more_questions_ask_the_new_ones_only_and_fewer_none(tmp_path: Path) -> None:

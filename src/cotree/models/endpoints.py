@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,7 +59,7 @@ class Endpoint:
         opened = opened_thinking(text)
         return Prompt(text.removesuffix(opened), opened=opened)
 
-    @cached_property
+    @property
     def kind(self) -> ModelKind:
         """`base` without a chat template, `reasoning` if the template handles thinking, else `chat`."""
         if self.tokenizer is None:
