@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.support.asking import client, request
 from tests.support.fake_server import FakeServer
 
@@ -103,3 +104,17 @@ async def test_what_arrives_at_one_moment_is_committed_together_before_anybody_h
         assert all(journal.recall(bytes([i])) for i in range(8)), "what a cancelled task had paid for is kept, too"
         await asyncio.gather(*arriving(2))
         assert journal.commits == 2
+
+
+async def test_what_was_added_before_another_task_failed_is_committed() -> None:
+    committed: list[str] = []
+    together = CommitsTogether[str](committed.extend)
+
+    async def fails() -> None:
+        raise MemoryError
+
+    with pytest.raises(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(together.add("a tree"))
+            group.create_task(fails())
+    assert committed == ["a tree"]

@@ -10,25 +10,21 @@ T = TypeVar("T")
 
 
 class CommitsTogether(Generic[T]):
-    """Collects the items that tasks add in one iteration of the event loop, or in some `seconds`, and commits them by
-    one call.
+    """Collects the items that tasks add in one iteration of the event loop, and commits them by one call.
 
     journal = CommitsTogether(write_rows)
     await journal.add(row)      # returns when the row is committed
     """
 
-    def __init__(self, commit: Callable[[Sequence[T]], None], *, seconds: float = 0.0) -> None:
-        """seconds: wait so long for more items; 0 where somebody needs the committed item to go on."""
-        self._commit_items, self._seconds = commit, seconds
+    def __init__(self, commit: Callable[[Sequence[T]], None]) -> None:
+        self._commit_items = commit
         self._waiting: list[tuple[T, asyncio.Future[None]]] = []
 
     async def add(self, item: T) -> None:
         """Wait until the item is committed; raises what `commit` raises. A cancelled task's item is committed too."""
         loop = asyncio.get_running_loop()
-        if not self._waiting and self._seconds:
-            loop.call_later(self._seconds, self._commit)
-        elif not self._waiting:
-            loop.call_soon(self._commit)
+        if not self._waiting:
+            loop.call_soon(self._commit)  # not later: a search that fails meanwhile closes what it writes to
         committed = loop.create_future()
         self._waiting.append((item, committed))
         await committed

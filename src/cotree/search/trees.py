@@ -115,7 +115,7 @@ class TreeGrower:
     def __post_init__(self) -> None:
         self.models = SearchModels(self.endpoints, self.journal)
         self.progress = self.models.progress
-        self._finished = CommitsTogether(self._store_trees, seconds=0.005)
+        self._finished = CommitsTogether(self._store_trees)
 
     async def grow(self, questions: Sequence[Asked]) -> Progress:
         """Grow all missing trees of these questions and of later turns of their conversations.
