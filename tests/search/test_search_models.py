@@ -113,8 +113,11 @@ async def test_what_was_added_before_another_task_failed_is_committed() -> None:
     async def fails() -> None:
         raise MemoryError
 
-    with pytest.raises(ExceptionGroup):
+    async def both() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(together.add("a tree"))
             group.create_task(fails())
+
+    with pytest.raises(ExceptionGroup):
+        await both()
     assert committed == ["a tree"]
